@@ -1,0 +1,28 @@
+# make demo: the whole line on a real 135M-parameter model.  make test: the whole suite.  Both set everything up first.
+PYTHON ?= python3
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+
+.PHONY: setup demo test check bench clean
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml requirements/demo.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check 'torch==2.13.0'
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/demo.txt
+	touch $@
+
+demo: setup
+	$(RUN) -m pipeline run=demo
+
+test: setup
+	$(RUN) -m pytest
+
+check: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/lint-imports
+
+clean:
+	rm -rf $(VENV) build *.egg-info
