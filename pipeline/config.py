@@ -1,0 +1,207 @@
+"""The configuration as frozen values, mirroring conf/ field by field; an unknown or ill-typed field is refused."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Weight = Annotated[float, Field(ge=0.0)]
+Paths = str | list[str]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Recipe(Section):
+    name: str
+    shape: Literal["given", "search"]
+    line: list[str]
+
+
+class Model(Section):
+    path: str
+    trust_remote_code: bool
+    allow_pickle: bool
+
+
+class Source(Section):
+    path: Paths
+    weights: list[float] | None = None
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path] if isinstance(self.path, str) else list(self.path)
+
+    @model_validator(mode="after")
+    def _one_weight_per_path(self):
+        if self.weights is not None and len(self.weights) != len(self.paths):
+            raise ValueError(f"weights has {len(self.weights)} entries for {len(self.paths)} paths; give one each")
+        return self
+
+
+class Split(Section):
+    evaluation: Share
+    calibration: Share
+
+
+class Data(Section):
+    sequence: Annotated[int, Field(ge=8)]
+    text_field: str
+    calibration: Source
+    recovery: Source
+    evaluation: Source
+    split: Split
+
+
+class Shape(Section):
+    layers: Count | None
+    hidden: Count | None
+    heads: Count | None
+    groups: Count | None
+    neurons: Count | None
+
+    @property
+    def given(self) -> bool:
+        return any(value is not None for value in self.model_dump().values())
+
+
+class Budget(Section):
+    parameters: Fraction | None
+    fallback: Fraction
+
+
+class Score(Section):
+    tokens: Count
+    batch: Count
+    aggregation: Literal["sum", "minitron"]
+    norms: Literal["all", "pre"]
+
+
+class Plan(Section):
+    depth: Literal["influence", "contiguous", "last"]
+    keep_first: Annotated[int, Field(ge=1)]
+    clap: bool
+    clap_normalise: bool
+    channels: Literal["activation", "random"]
+    heads: Literal["activation", "random"]
+    groups: Literal["activation", "random"]
+    neurons: Literal["activation", "random"]
+
+
+class Reinit(Section):
+    slnp: bool
+    gain_compensation: bool
+    absorb: Literal["auto", False]
+    absorb_tokens: Count
+
+
+class Loss(Section):
+    kind: Literal["forward_kl", "reverse_kl", "jsd"]
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)]
+    temperature: Annotated[float, Field(gt=0.0)]
+    cross_entropy: Weight
+    hidden: Weight
+    embedding: Weight
+    chunk: Count
+
+
+class Distill(Section):
+    tokens: Count
+    batch: Count
+    micro_batch: Count
+    learning_rate: Annotated[float, Field(gt=0.0)]
+    schedule: Literal["cosine", "constant_decay"]
+    warmup: Share
+    floor: Annotated[float, Field(ge=0.0, le=1.0)]
+    betas: tuple[float, float]
+    weight_decay: Weight
+    clip: Annotated[float, Field(gt=0.0)]
+    precision: Literal["auto", "bf16", "fp32"]
+    gradient_checkpointing: bool
+    save_every: Count
+    keep: Count
+    validate_every: Count
+    validate_tokens: Count
+    loss: Loss
+
+
+class Export(Section):
+    dtype: Literal["bfloat16", "float16", "float32"]
+    shard_bytes: Annotated[float, Field(gt=0)]
+    tolerance: Annotated[float, Field(gt=0)]
+
+
+class Evaluate(Section):
+    tokens: Count
+    batch: Count
+    tasks: list[str]
+    speed: bool
+    speed_prefill: Count
+    speed_decode: Count
+    speed_repeats: Count
+
+
+class Report(Section):
+    samples: Annotated[int, Field(ge=0)]
+
+
+class Device(Section):
+    kind: Literal["auto", "npu", "cuda", "cpu"]
+    attention: Literal["auto", "sdpa", "eager"]
+    deterministic: bool
+    timeout: Count
+
+
+class DeepSpeed(Section):
+    stage: Literal[0, 1, 2, 3]
+    extra: dict[str, Any]
+
+
+class Track(Section):
+    mode: Literal["auto", "online", "offline", "disabled"]
+    project: str
+    entity: str | None
+    group: str | None
+    tags: list[str]
+
+
+class Config(Section):
+    run: Annotated[str, Field(pattern=r"^[\w.+=,-]+(/[\w.+=,-]+)*$")]
+    runs: str
+    artifacts: str
+    stages: list[str] | None
+    seed: int
+    recipe: Recipe
+    model: Model
+    data: Data
+    shape: Shape
+    budget: Budget
+    score: Score
+    plan: Plan
+    reinit: Reinit
+    distill: Distill
+    export: Export
+    evaluate: Evaluate
+    report: Report
+    device: Device
+    deepspeed: DeepSpeed
+    track: Track
+
+    @model_validator(mode="after")
+    def _stages_belong_to_the_recipe(self):
+        unknown = [stage for stage in self.stages or [] if stage not in self.recipe.line]
+        if unknown:
+            raise ValueError(f"stages names {unknown}; recipe {self.recipe.name} has {self.recipe.line}")
+        return self
+
+
+def validate(values: dict) -> Config:
+    """Give the validated configuration of a composed mapping; ValueError with one line a fault, named by its field."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as fault:
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']} (got {e['input']!r:.80})" for e in fault.errors()]
+        raise ValueError("; ".join(lines)) from None
