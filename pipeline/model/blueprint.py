@@ -1,0 +1,109 @@
+"""A student described by what it takes from its source: the plan as a value, JSON on disk."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .anatomy import Anatomy, LayerSizes, Sizes
+
+
+@dataclass(frozen=True)
+class Group:
+    """One KV bundle: keys and values of (layer, kv), with the query heads (layer, head) that read them."""
+
+    layer: int
+    kv: int
+    heads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One student layer: the source layer that hosts it (norms and FFN), its KV bundles, its neurons."""
+
+    host: int
+    groups: tuple[Group, ...]
+    neurons: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """The whole student: kept hidden channels and the layers, all in indices of the source model."""
+
+    channels: tuple[int, ...]
+    layers: tuple[LayerPlan, ...]
+
+    def sizes(self, source: Sizes) -> Sizes:
+        """Give the widths of the student."""
+        widths = (
+            LayerSizes(sum(len(g.heads) for g in p.groups), len(p.groups), len(p.neurons)) for p in self.layers
+        )
+        return Sizes(source.vocabulary, len(self.channels), source.head_size, tuple(widths))
+
+    def student(self, anatomy: Anatomy) -> Anatomy:
+        """Give the anatomy of the student; ValueError if the plan does not fit the source."""
+        self.check(anatomy)
+        types = tuple(anatomy.layer_types[plan.host] for plan in self.layers)
+        return anatomy.narrowed(self.sizes(anatomy.sizes), types)
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Raise ValueError where an index is out of range or repeated, a donor has another attention type, or the
+        groups of a layer differ in their number of heads (repeat-KV attention needs them equal)."""
+        _distinct("channels", self.channels, anatomy.sizes.hidden)
+        for place, plan in enumerate(self.layers):
+            at = f"blueprint layer {place}"
+            _distinct(f"{at} host", (plan.host,), len(anatomy.sizes.layers))
+            _distinct(f"{at} neurons", plan.neurons, anatomy.sizes.layers[plan.host].neurons)
+            if len({len(group.heads) for group in plan.groups}) != 1:
+                raise ValueError(f"{at}: its KV groups must have equal numbers of heads, and there must be one group")
+            if len({(g.layer, g.kv) for g in plan.groups}) != len(plan.groups):
+                raise ValueError(f"{at}: a KV group is taken twice")
+            for group in plan.groups:
+                _distinct(f"{at} donor", (group.layer,), len(anatomy.sizes.layers))
+                widths = anatomy.sizes.layers[group.layer]
+                each = widths.heads // widths.groups
+                _distinct(f"{at} kv", (group.kv,), widths.groups)
+                _distinct(f"{at} heads", group.heads, widths.heads)
+                if any(head // each != group.kv for head in group.heads):
+                    raise ValueError(f"{at}: heads {group.heads} do not all read KV group {group.kv}")
+                if anatomy.layer_types[group.layer] != anatomy.layer_types[plan.host]:
+                    raise ValueError(
+                        f"{at}: donor layer {group.layer} is {anatomy.layer_types[group.layer]} and host layer "
+                        f"{plan.host} is {anatomy.layer_types[plan.host]}; a donor must have its host's type"
+                    )
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), separators=(",", ":")))
+
+    @staticmethod
+    def load(path: Path) -> "Blueprint":
+        """Read a blueprint; ValueError if the file is none."""
+        try:
+            value = json.loads(path.read_text())
+            layers = tuple(
+                LayerPlan(
+                    plan["host"],
+                    tuple(Group(g["layer"], g["kv"], tuple(g["heads"])) for g in plan["groups"]),
+                    tuple(plan["neurons"]),
+                )
+                for plan in value["layers"]
+            )
+            return Blueprint(tuple(value["channels"]), layers)
+        except (json.JSONDecodeError, KeyError, TypeError) as fault:
+            raise ValueError(f"{path} is not a blueprint: {fault!r}") from fault
+
+
+def everything(sizes: Sizes) -> Blueprint:
+    """Give the plan that keeps the whole model."""
+    plans = []
+    for layer, widths in enumerate(sizes.layers):
+        each = widths.heads // widths.groups
+        groups = tuple(Group(layer, kv, tuple(range(kv * each, (kv + 1) * each))) for kv in range(widths.groups))
+        plans.append(LayerPlan(layer, groups, tuple(range(widths.neurons))))
+    return Blueprint(tuple(range(sizes.hidden)), tuple(plans))
+
+
+def _distinct(what: str, indices: tuple[int, ...], length: int) -> None:
+    if len(set(indices)) != len(indices) or any(not 0 <= index < length for index in indices):
+        raise ValueError(f"{what} has a repeated index or one outside 0..{length - 1}")
+    if not indices:
+        raise ValueError(f"{what} is empty")
