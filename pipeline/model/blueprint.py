@@ -34,9 +34,7 @@ class Blueprint:
 
     def sizes(self, source: Sizes) -> Sizes:
         """Give the widths of the student."""
-        widths = (
-            LayerSizes(sum(len(g.heads) for g in p.groups), len(p.groups), len(p.neurons)) for p in self.layers
-        )
+        widths = (LayerSizes(sum(len(g.heads) for g in p.groups), len(p.groups), len(p.neurons)) for p in self.layers)
         return Sizes(source.vocabulary, len(self.channels), source.head_size, tuple(widths))
 
     def student(self, anatomy: Anatomy) -> Anatomy:

@@ -28,6 +28,8 @@ class Family:
     norm_offset: float = 0.0  # the checkpoint stores gain - offset
     embedding_times_root_hidden: bool = False  # the model multiplies embeddings by sqrt(hidden size)
     folded: str | None = None  # model_type without post-norms, once they are absorbed
+    even_heads: bool = False  # its config class refuses hidden sizes that are no multiple of the query heads
+    uneven: str | None = None  # model_type of the same network, without biases, that accepts them
 
     @property
     def sandwich(self) -> bool:
@@ -64,13 +66,21 @@ GEMMA = {
     },
     "norm_offset": 1.0,
     "embedding_times_root_hidden": True,
+    "even_heads": True,
 }
 GLM_PRE = {"input_layernorm": QKV, "post_attention_layernorm": ("mlp.gate_up_proj",)}
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "LlamaForCausalLM", ATTENTION | ATTENTION_BIASES | GATED | GATED_BIASES | NORMS, PRE),
+        Family(
+            "llama",
+            "LlamaForCausalLM",
+            ATTENTION | ATTENTION_BIASES | GATED | GATED_BIASES | NORMS,
+            PRE,
+            even_heads=True,
+            uneven="mistral",
+        ),
         Family("mistral", "MistralForCausalLM", ATTENTION | GATED | NORMS, PRE),
         Family("qwen2", "Qwen2ForCausalLM", ATTENTION | ATTENTION_BIASES | GATED | NORMS, PRE),
         Family("qwen3", "Qwen3ForCausalLM", ATTENTION | ATTENTION_BIASES | QK_NORM | GATED | NORMS, PRE),

@@ -1,0 +1,111 @@
+"""`config.json` of a student: the source's, edited field by field where a width, the depth or the class changed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .anatomy import Anatomy, LayerSizes, Sizes
+from .blueprint import Blueprint
+from .families import FAMILIES
+
+PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
+
+
+def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Blueprint) -> dict[str, Any]:
+    """Give the student's config.json: stock where its layers are equal, with a `pruned` section where they are not.
+
+    Raises ValueError if the family's config class would refuse the widths.
+    """
+    student = blueprint.student(source)
+    hosts = [plan.host for plan in blueprint.layers]
+    widest = max(student.sizes.layers, key=lambda widths: (widths.heads, widths.groups, widths.neurons))
+    edited = dict(config)
+    edited |= {
+        "num_hidden_layers": len(hosts),
+        "hidden_size": student.sizes.hidden,
+        "num_attention_heads": widest.heads,
+        "num_key_value_heads": widest.groups,
+        "intermediate_size": widest.neurons,
+        "head_dim": student.sizes.head_size,
+    }
+    for field in PER_LAYER_LISTS:
+        if isinstance(config.get(field), list):
+            edited[field] = [config[field][host] for host in hosts]
+    edited.pop("pruned", None)
+    edited |= _class(edited, student)
+    pruned = _pruned(config, edited, student, hosts)
+    return edited | ({"pruned": pruned} if pruned else {})
+
+
+def _class(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any]:
+    """Give the class fields: the family's own, or the same network under a name that accepts the widths."""
+    family = student.family
+    if family.even_heads and config["hidden_size"] % config["num_attention_heads"]:
+        biased = any(name.endswith("bias") for name in student.optional)
+        if family.uneven is None or biased:
+            raise ValueError(
+                f"shape.hidden is {config['hidden_size']}, not a multiple of shape.heads ({config['num_attention_heads']}): "
+                f"{family.architecture}{' with biases' if biased else ''} refuses it; choose a multiple"
+            )
+        family = FAMILIES[family.uneven]
+        return {"model_type": family.model_type, "architectures": [family.architecture], "sliding_window": None}
+    return {"architectures": [family.architecture]}
+
+
+def _pruned(
+    config: Mapping[str, Any], edited: Mapping[str, Any], student: Anatomy, hosts: list[int]
+) -> dict[str, Any] | None:
+    """Give what a stock class cannot say: layers of their own widths, and post-norms frozen to scales."""
+    pruned: dict[str, Any] = {}
+    if not student.sizes.uniform:
+        pruned["layers"] = [vars(widths) for widths in student.sizes.layers]
+        pruned["shapes"] = own_shapes(edited, student)
+        pruned["attention"] = {
+            f"model.layers.{i}.self_attn": {"num_attention_heads": w.heads, "num_key_value_heads": w.groups}
+            for i, w in enumerate(student.sizes.layers)
+        }
+    if config.get("pruned", {}).get("scales"):
+        pruned["scales"] = frozen_modules(student)
+    return {"base": edited["architectures"][0], **pruned} if pruned else None
+
+
+def own_shapes(config: Mapping[str, Any], student: Anatomy) -> dict[str, list[int]]:
+    """Give the tensors whose shape differs from what the config's single widths would make."""
+    widths = LayerSizes(config["num_attention_heads"], config["num_key_value_heads"], config["intermediate_size"])
+    stock = student.narrowed(
+        Sizes(
+            student.sizes.vocabulary,
+            student.sizes.hidden,
+            student.sizes.head_size,
+            (widths,) * len(student.sizes.layers),
+        ),
+        student.layer_types,
+    ).shapes()
+    return {name: list(shape) for name, shape in student.shapes().items() if stock[name] != shape}
+
+
+def frozen_modules(anatomy: Anatomy) -> list[str]:
+    """Give the names of all post-norm modules."""
+    return [
+        f"model.layers.{layer}.{norm}"
+        for layer in range(len(anatomy.sizes.layers))
+        for norm in anatomy.family.post_norms
+    ]
+
+
+def with_scales(config: Mapping[str, Any], anatomy: Anatomy) -> dict[str, Any]:
+    """Give the config of the same model with every post-norm frozen to a static scale."""
+    pruned = {"base": config["architectures"][0], **config.get("pruned", {}), "scales": frozen_modules(anatomy)}
+    return dict(config) | {"pruned": pruned}
+
+
+def folded_config(config: Mapping[str, Any], anatomy: Anatomy) -> dict[str, Any]:
+    """Give the config of the model whose static scales were folded into the projections before them.
+
+    Raises ValueError if the family has no class without post-norms.
+    """
+    if anatomy.family.folded is None:
+        raise ValueError(f"model_type {anatomy.family.model_type!r} has no class without post-norms to fold into")
+    family = FAMILIES[anatomy.family.folded]
+    edited = dict(config) | {"model_type": family.model_type, "architectures": [family.architecture]}
+    pruned = {key: value for key, value in edited.pop("pruned", {}).items() if key not in ("scales", "base")}
+    return edited | ({"pruned": {"base": family.architecture, **pruned}} if pruned else {})

@@ -1,0 +1,121 @@
+"""Re-initialisation: what is kept is rescaled so that training starts from a calm network (Pangu Light, 2505.20155)."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from pipeline.model.anatomy import Anatomy
+from pipeline.model.blueprint import Blueprint
+from pipeline.model.families import FINAL_NORM, LAYER
+
+Stream = Iterable[tuple[str, Tensor]]
+
+
+def stabilise_gain(kept: Tensor, original: Tensor) -> Tensor:
+    """Give a narrowed gain [h'] the L2 norm it had at [h] (SLNP, Pangu Light eq. 6). Effective gains, not stored ones."""
+    return kept * stabilising_factor(kept, original)
+
+
+def stabilising_factor(kept: Tensor, original: Tensor) -> Tensor:
+    """Give the SLNP factor c = |original| / |kept| of effective gains [h'] and [h]."""
+    return original.norm() / kept.norm()
+
+
+def stabilise_gains(
+    anatomy: Anatomy, blueprint: Blueprint, source: Mapping[str, Tensor], stream: Stream
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield a cut stream with every gain over hidden channels stabilised (SLNP), also where 1+w is stored.
+
+    The factor is the source's: norm of the whole gain over norm of its kept channels.
+    """
+    factors = dict(_gain_factors(anatomy, blueprint, source))
+    for name, tensor in stream:
+        if name in factors:
+            gain = _wide(tensor) + anatomy.family.norm_offset
+            tensor = (gain * factors[name] - anatomy.family.norm_offset).to(tensor.dtype)
+        yield name, tensor
+
+
+def _gain_factors(anatomy: Anatomy, blueprint: Blueprint, source: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    channels = torch.tensor(blueprint.channels)
+    for pattern in anatomy.norms:
+        places = (
+            [(FINAL_NORM, FINAL_NORM)]
+            if pattern == FINAL_NORM
+            else [
+                (pattern.format(layer=place), pattern.format(layer=plan.host))
+                for place, plan in enumerate(blueprint.layers)
+            ]
+        )
+        for student, origin in places:
+            gain = _wide(source[origin]) + anatomy.family.norm_offset
+            yield student, stabilising_factor(gain[channels], gain)
+
+
+def compensate_gain(anatomy: Anatomy, source: Mapping[str, Tensor]):
+    """Give a donation rule for `cut`: donated query, key and value rows are rescaled by donor gain / host gain.
+
+    Donated rows then see the host's normalised input as their own layer saw it. ValueError if a host gain is zero.
+    """
+    norm, readers = next(iter(anatomy.family.pre_norms.items()), (None, ()))
+
+    def donate(name: str, rows: Tensor, donor: int, host: int) -> Tensor:
+        module, _, kind = name.removeprefix(LAYER).rpartition(".")
+        if module not in readers or kind != "weight":
+            return rows
+        gains = [_wide(source[f"{LAYER}{norm}.weight".format(layer=i)]) for i in (donor, host)]
+        donor_gain, host_gain = (gain + anatomy.family.norm_offset for gain in gains)
+        if (host_gain == 0).any():
+            raise ValueError(f"reinit.gain_compensation: layer {host} has a gain of zero in {norm}; switch it off")
+        return (_wide(rows) * (donor_gain / host_gain)).to(rows.dtype)
+
+    return donate
+
+
+def absorb_post_norms(
+    anatomy: Anatomy, source: Mapping[str, Tensor], inverse_rms: Mapping[str, float]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the checkpoint with post-norm gains replaced by static scales s * gain (post-RMSNorm absorption).
+
+    `inverse_rms` gives s, the mean over tokens of 1/rms(x), by post-norm module name. The scale keeps the norm's tensor
+    name and holds the whole factor (no 1+w): the module at that place multiplies by it.
+    """
+    for name in anatomy.shapes():
+        tensor = source[name]
+        module = name.removesuffix(".weight")
+        if module in inverse_rms:
+            gain = _wide(tensor) + anatomy.family.norm_offset
+            tensor = (gain * inverse_rms[module]).to(tensor.dtype)
+        yield name, tensor
+
+
+def post_norm_modules(anatomy: Anatomy) -> dict[str, str]:
+    """Give every post-norm module of the model with the projection it follows."""
+    return {
+        f"{LAYER}{norm}".format(layer=layer): f"{LAYER}{projection}".format(layer=layer)
+        for layer in range(len(anatomy.sizes.layers))
+        for norm, projection in anatomy.family.post_norms.items()
+    }
+
+
+def fold_scales(anatomy: Anatomy, source: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield a checkpoint without post-norms: each static scale is multiplied into the rows (and bias) before it.
+
+    W'[j, :] = scale[j] * W[j, :] for W_O and W_down [h, ...], in float32 or better, cast once.
+    """
+    scales = {projection: f"{norm}.weight" for norm, projection in post_norm_modules(anatomy).items()}
+    gone = set(scales.values())
+    for name in anatomy.shapes():
+        if name in gone:
+            continue
+        tensor = source[name]
+        module = name.rpartition(".")[0]
+        if module in scales:
+            scale = _wide(source[scales[module]])
+            tensor = (_wide(tensor) * (scale[:, None] if tensor.ndim == 2 else scale)).to(tensor.dtype)
+        yield name, tensor
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

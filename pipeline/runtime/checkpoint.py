@@ -1,0 +1,192 @@
+"""Hugging Face model folders: read lazily, written in shards, loaded as models."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from pipeline.model.anatomy import Anatomy, anatomy_of
+
+from .modelling import pruned_class
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CARRIED = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "generation_config.json", "*.model",
+)  # fmt: skip
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """A model folder as a lazy mapping from tensor name to tensor; `.config` is its `config.json`."""
+
+    def __init__(self, folder: Path, allow_pickle: bool):
+        self.folder = Path(folder)
+        self.config: dict[str, Any] = read_config(self.folder)
+        self._place = dict(_places(self.folder, allow_pickle))
+        self._open: dict[Path, Any] = {}
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Give the anatomy; ValueError for an unknown family or a checkpoint that does not match its table."""
+        return anatomy_of(self.config, self)
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self._place[name]
+        if path not in self._open:
+            self._open[path] = _opened(path)
+        shard = self._open[path]
+        return shard[name] if isinstance(shard, dict) else shard.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._place)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def bytes(self) -> int:
+        """Give the size of the weight files on disk."""
+        return sum(path.stat().st_size for path in set(self._place.values()))
+
+
+def open_checkpoint(folder: Path, allow_pickle: bool = False) -> Checkpoint:
+    """Open a model folder; ValueError names the file that is missing, truncated or refused."""
+    return Checkpoint(folder, allow_pickle)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"model.path: {folder} has no config.json; give a Hugging Face model folder, a .gguf file or a hub id"
+        )
+    return json.loads(path.read_text())
+
+
+def _places(folder: Path, allow_pickle: bool) -> Iterator[tuple[str, Path]]:
+    """Give every tensor name with the shard that holds it, shards checked for truncation by their headers."""
+    shards = sorted(folder.glob("*.safetensors"))
+    if (folder / INDEX).is_file():
+        listed = json.loads((folder / INDEX).read_text())["weight_map"]
+        shards = sorted({folder / file for file in listed.values()})
+        absent = [shard.name for shard in shards if not shard.is_file()]
+        if absent:
+            raise ValueError(
+                f"model.path: {folder} lacks {', '.join(absent[:3])} named in its index; fetch the checkpoint again"
+            )
+    for shard in shards:
+        yield from ((name, shard) for name in _opened(shard).keys())
+    if shards:
+        return
+    pickles = sorted(folder.glob("*.bin"))
+    if not pickles:
+        raise ValueError(f"model.path: {folder} holds no *.safetensors weights")
+    if not allow_pickle:
+        raise ValueError(
+            f"model.path: {folder} holds only pickled weights ({pickles[0].name}); set model.allow_pickle=true to read "
+            "them weights-only, or convert them to safetensors"
+        )
+    for shard in pickles:
+        yield from ((name, shard) for name in _opened(shard))
+
+
+def _opened(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return safe_open(path, "pt")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (SafetensorError, RuntimeError, EOFError) as fault:
+        raise ValueError(f"{path} is corrupt or truncated ({fault}); fetch it again") from fault
+
+
+def write_checkpoint(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    shard_bytes: float,
+    copy_from: Path | None = None,
+) -> None:
+    """Write a model folder from a stream of tensors, holding one shard in memory at a time.
+
+    `copy_from` is a folder whose tokenizer and generation files come along. The index and config are written last, so
+    a folder with a `config.json` is a whole one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = []
+    total = parameters = 0
+    for shard in _shards(tensors, shard_bytes):
+        save_file(shard, folder / f"part-{len(shards)}.safetensors", {"format": "pt"})
+        shards.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
+        parameters += sum(tensor.numel() for tensor in shard.values())
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
+    for i, name in enumerate(names):
+        os.replace(folder / f"part-{i}.safetensors", folder / name)
+    if len(shards) > 1:
+        placed = {tensor: names[i] for i, shard in enumerate(shards) for tensor in shard}
+        index = {"metadata": {"total_size": total, "total_parameters": parameters}, "weight_map": placed}
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
+    if copy_from is not None:
+        carry_tokenizer(copy_from, folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def carry_tokenizer(origin: Path, folder: Path) -> None:
+    """Copy the tokenizer and generation files of a model folder."""
+    for pattern in CARRIED:
+        for path in Path(origin).glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], limit: float) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.contiguous()
+        size += tensor.nbytes
+    if not shard:
+        raise ValueError(f"no tensors to write: the model is empty (limit {limit})")
+    yield shard
+
+
+def load_model(folder: Path, dtype: torch.dtype, attention: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a model folder on the CPU, in evaluation mode; a pruned one by this project's own modelling code.
+
+    ValueError if tensors are missing, unexpected or of another shape than the class needs.
+    """
+    config = read_config(folder)
+    own = "pruned" in config
+    loader = pruned_class(config["pruned"]["base"]) if own else AutoModelForCausalLM
+    extra = {} if own else {"trust_remote_code": trust_remote_code}
+    model, told = loader.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention, output_loading_info=True, local_files_only=True, **extra
+    )
+    faults = {
+        kind: sorted(map(str, told[kind]))[:3]
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if told[kind]
+    }
+    if faults:
+        raise ValueError(f"{folder} does not fit {type(model).__name__}: {faults}")
+    return model.eval()
+
+
+def load_tokenizer(folder: Path):
+    """Load the tokenizer of a model folder."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)

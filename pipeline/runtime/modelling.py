@@ -1,0 +1,58 @@
+"""Modelling code that travels inside an exported checkpoint: layers of unequal width and absorbed post-norms.
+
+Needs torch and transformers only. The stock class builds the network; then the modules that `config.pruned` names are
+given their own widths, and post-norms that were absorbed become a multiplication by a static scale.
+"""
+
+import copy
+
+import torch
+import transformers
+from torch import nn
+
+
+class StaticScale(nn.Module):
+    """y = x * weight: a post-norm frozen to a scale per channel (Pangu Light, post-RMSNorm absorption)."""
+
+    def __init__(self, channels, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, dtype=dtype))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def narrow(model, pruned):
+    """Give the named modules of a stock model their own widths, in place."""
+    for name, shape in pruned.get("shapes", {}).items():
+        module_name, _, kind = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        old = getattr(module, kind)
+        setattr(module, kind, nn.Parameter(torch.empty(shape, dtype=old.dtype, device=old.device)))
+        if isinstance(module, nn.Linear) and kind == "weight":
+            module.out_features, module.in_features = shape
+    for name, heads in pruned.get("attention", {}).items():
+        module = model.get_submodule(name)
+        module.config = copy.copy(module.config)
+        for field, value in heads.items():
+            setattr(module.config, field, value)
+            if hasattr(module, field):
+                setattr(module, field, value)
+        module.num_key_value_groups = heads["num_attention_heads"] // heads["num_key_value_heads"]
+    for name in pruned.get("scales", ()):
+        parent, _, leaf = name.rpartition(".")
+        old = model.get_submodule(name).weight
+        with old.device:
+            setattr(model.get_submodule(parent), leaf, StaticScale(old.shape[0], old.dtype))
+
+
+def pruned_class(base_name):
+    """Give the class of a pruned model on top of a stock transformers class."""
+    base = getattr(transformers, base_name)
+
+    class PrunedForCausalLM(base):
+        def __init__(self, config):
+            super().__init__(config)
+            narrow(self, config.pruned)
+
+    return PrunedForCausalLM
