@@ -1,0 +1,211 @@
+"""The shapes a student can have: what they weigh, which are possible, and the one that suits a parameter budget."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+AXES = ("layers", "hidden", "heads", "groups", "neurons")
+WIDTHS = (512, 256, 128, 64, 32, 16)  # 256 bf16 elements are one aligned 512-byte burst; 16 is the cube's edge
+STEPS = 8  # steps a teacher's width must still have for a multiple to be used
+LEAN = {"layers": 0.25, "hidden": 0.25, "heads": 0.25, "groups": 0.25, "neurons": 0.5}  # share of a budget's logarithm
+NEARNESS = 0.05  # share of the budget a shape may leave unused for the sake of balance
+FILL = 4.0  # weight of unused budget beside imbalance
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Llama-like decoder in plain numbers: SwiGLU, grouped queries, two RMSNorms a layer, one at the end, no biases."""
+
+    layers: int
+    hidden: int
+    heads: int
+    groups: int
+    head_size: int
+    neurons: int
+    vocabulary: int
+    tied: bool
+
+    def attention_parameters(self) -> int:
+        """Q, K, V and O of one layer."""
+        return 2 * self.hidden * (self.heads + self.groups) * self.head_size
+
+    def neuron_parameters(self) -> int:
+        """Gate, up and down of one layer."""
+        return 3 * self.hidden * self.neurons
+
+    def layer_parameters(self) -> int:
+        return self.attention_parameters() + self.neuron_parameters() + 2 * self.hidden
+
+    def non_embedding_parameters(self) -> int:
+        """Everything but the vocabulary matrices."""
+        return self.layers * self.layer_parameters() + self.hidden
+
+    def embedding_parameters(self) -> int:
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    def parameters(self) -> int:
+        return self.non_embedding_parameters() + self.embedding_parameters()
+
+    def axes(self) -> dict[str, int]:
+        """The five numbers a student may change, as `shape.json` holds them."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+
+@dataclass(frozen=True)
+class Multiples:
+    """What a student's widths are multiples of; heads, groups and neurons are split over `tensor_parallel` shards."""
+
+    hidden: int
+    neurons: int
+    tensor_parallel: int
+
+    def admits(self, heads: int, groups: int) -> bool:
+        """Whether heads split evenly, and groups too or, where they are fewer, each over a whole number of shards."""
+        shards = self.tensor_parallel
+        return heads % shards == 0 and (groups % shards == 0 or shards % groups == 0)
+
+
+def multiples_for(teacher: ModelShape, tensor_parallel: int = 1) -> Multiples:
+    """Give the multiples for a teacher: the widest of `WIDTHS` that its width per shard holds eight times, at least 16.
+
+    The hidden axis is whole on every shard; the neurons are split. ValueError where the teacher itself cannot be split.
+    """
+    if teacher.heads % tensor_parallel or teacher.neurons % tensor_parallel:
+        raise ValueError(
+            f"tensor_parallel is {tensor_parallel}, which does not divide the teacher's {teacher.heads} heads and "
+            f"{teacher.neurons} neurons; choose a common divisor"
+        )
+    shard = _widest(teacher.neurons // tensor_parallel)
+    return Multiples(_widest(teacher.hidden), shard * tensor_parallel, tensor_parallel)
+
+
+def possible_values(teacher: ModelShape, multiples: Multiples) -> dict[str, tuple]:
+    """Give the values of each axis: layers, hidden, (heads, groups), neurons; the teacher's own are always among them.
+
+    Groups divide the teacher's groups, and no group answers more query heads than the teacher's do.
+    """
+    queries = teacher.heads // teacher.groups
+    attention = {(teacher.heads, teacher.groups)}
+    for groups in range(1, teacher.groups + 1):
+        if teacher.groups % groups == 0:
+            pairs = ((groups * each, groups) for each in range(1, queries + 1))
+            attention.update(pair for pair in pairs if multiples.admits(*pair))
+    return {
+        "layers": tuple(range(1, teacher.layers + 1)),
+        "hidden": _steps(teacher.hidden, multiples.hidden),
+        "attention": tuple(sorted(attention)),
+        "neurons": _steps(teacher.neurons, multiples.neurons),
+    }
+
+
+def possible_shapes(
+    teacher: ModelShape, least: float, most: float, multiples: Multiples | None = None
+) -> Iterator[ModelShape]:
+    """Give every aligned shape that keeps `least` to `most` of the teacher's non-embedding parameters, smallest first."""
+    grid = _Grid(teacher, multiples or multiples_for(teacher))
+    whole = teacher.non_embedding_parameters()
+    rows, counts = grid.rows((grid.counts >= least * whole) & (grid.counts <= most * whole))
+    for row in rows[np.argsort(counts, kind="stable")].tolist():
+        yield replace(teacher, **dict(zip(AXES, row, strict=True)))
+
+
+def shape_for(teacher: ModelShape, fraction: float, multiples: Multiples | None = None) -> ModelShape:
+    """Give the balanced, aligned shape that keeps at most `fraction` of the teacher's non-embedding parameters.
+
+    Rule: of the possible shapes that use at least 95 % of the budget (where there are none, of the fullest), the one of
+    least Σ_axes ln²(kept share of the axis / fraction^lean) + 4 ln²(used / budget). Layers, hidden, heads and groups
+    lean 1/4 and neurons 1/2: a layer's weights are a product of two widths, and neurons cost the least loss a weight.
+    Ties: more parameters, then more layers, then a wider stream. ValueError when even the smallest shape is too large.
+    """
+    if not 0.0 < fraction <= 1.0:
+        raise ValueError(f"budget.parameters is {fraction}; give a fraction in (0, 1]")
+    if fraction == 1.0:
+        return teacher
+    grid = _Grid(teacher, multiples or multiples_for(teacher))
+    budget = fraction * teacher.non_embedding_parameters()
+    fits = grid.counts <= budget
+    if not fits.any():
+        least = grid.counts.min() / teacher.non_embedding_parameters()
+        raise ValueError(f"budget.parameters is {fraction}; the smallest possible shape keeps {least:.4f}")
+    fullest = grid.counts[fits].max()
+    rows, counts = grid.rows(fits & (grid.counts >= min((1.0 - NEARNESS) * budget, fullest)))
+    target = np.array([getattr(teacher, axis) * fraction ** LEAN[axis] for axis in AXES])
+    distance = (np.log(rows / target) ** 2).sum(axis=1) + FILL * np.log(counts / budget) ** 2
+    best = np.lexsort((-rows[:, 1], -rows[:, 0], -counts, distance.round(12)))[0]
+    return replace(teacher, **dict(zip(AXES, rows[best].tolist(), strict=True)))
+
+
+def given_shape(teacher: ModelShape, requested: Mapping[str, int | None]) -> ModelShape:
+    """Give the requested shape, the teacher's value wherever it is null; ValueError naming the nearest possible ones."""
+    unknown = sorted(set(requested) - set(AXES))
+    if unknown:
+        raise ValueError(f"shape has no axis {unknown}; it has {list(AXES)}")
+    values = {axis: requested.get(axis) or getattr(teacher, axis) for axis in AXES}
+    fault = _fault(teacher, values)
+    if fault:
+        near = "; ".join(_words(shape) for shape in possible_near(teacher, requested))
+        raise ValueError(f"{fault}. Nearest possible shapes: {near}")
+    return replace(teacher, **values)
+
+
+def possible_near(teacher: ModelShape, requested: Mapping[str, int | None], count: int = 3) -> list[ModelShape]:
+    """Give the `count` possible shapes nearest to a request, nearest first, by the changes relative to the teacher.
+
+    Possible means that it can be cut from the teacher; alignment is not asked for: a requested width is kept as it is.
+    """
+    wanted = {axis: requested.get(axis) or getattr(teacher, axis) for axis in AXES}
+    clipped = {axis: min(max(value, 1), getattr(teacher, axis)) for axis, value in wanted.items()}
+    queries = teacher.heads // teacher.groups
+    pairs = [(k * each, k) for k in range(1, teacher.groups + 1) for each in range(1, queries + 1)]
+    pairs.sort(
+        key=lambda pair: (
+            abs(pair[0] - wanted["heads"]) / teacher.heads + abs(pair[1] - wanted["groups"]) / teacher.groups,
+            -pair[0],
+            -pair[1],
+        )
+    )
+    return [replace(teacher, **{**clipped, "heads": heads, "groups": groups}) for heads, groups in pairs[:count]]
+
+
+def _fault(teacher: ModelShape, values: Mapping[str, int]) -> str | None:
+    for axis, value in values.items():
+        if not 1 <= value <= getattr(teacher, axis):
+            return f"shape.{axis} is {value}, outside 1..{getattr(teacher, axis)} (the teacher's)"
+    heads, groups, queries = values["heads"], values["groups"], teacher.heads // teacher.groups
+    if heads % groups:
+        return f"shape.heads is {heads}, not a multiple of shape.groups ({groups})"
+    if heads // groups > queries:
+        return f"shape.heads is {heads} for {groups} groups; a group has at most the teacher's {queries} query heads"
+    return None
+
+
+def _words(shape: ModelShape) -> str:
+    return " ".join(f"{axis}={value}" for axis, value in shape.axes().items())
+
+
+def _widest(width: int) -> int:
+    return next((multiple for multiple in WIDTHS if width >= STEPS * multiple), WIDTHS[-1])
+
+
+def _steps(width: int, multiple: int) -> tuple[int, ...]:
+    return tuple(sorted({*range(multiple, width + 1, multiple), width}))
+
+
+class _Grid:
+    """All combinations of possible values; counts: non-embedding parameters [layers, hidden, (heads, groups), neurons]."""
+
+    def __init__(self, teacher: ModelShape, multiples: Multiples):
+        values = possible_values(teacher, multiples)
+        self.layers, self.hidden, self.attention, self.neurons = (np.array(axis) for axis in values.values())
+        bundles = self.attention.sum(axis=1)[:, None] * teacher.head_size  # [(heads, groups), 1]
+        width = 2 * bundles + 3 * self.neurons + 2  # weights of a layer per hidden channel, [(heads, groups), neurons]
+        hidden = self.hidden[:, None, None]
+        self.counts = self.layers[:, None, None, None] * (hidden * width) + hidden
+
+    def rows(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Give the shapes under a mask, [shapes, 5] in the order of AXES, and their parameters, [shapes]."""
+        layers, hidden, pair, neurons = np.nonzero(mask)
+        heads, groups = self.attention[pair].T
+        rows = np.stack([self.layers[layers], self.hidden[hidden], heads, groups, self.neurons[neurons]], axis=1)
+        return rows, self.counts[mask]

@@ -1,0 +1,141 @@
+"""Shapes: exact sizes, only possible and aligned ones, balanced within the budget."""
+
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from pipeline.search.shapes import (
+    AXES,
+    ModelShape,
+    Multiples,
+    given_shape,
+    multiples_for,
+    possible_near,
+    possible_shapes,
+    possible_values,
+    shape_for,
+)
+
+SMOLLM2 = ModelShape(30, 576, 9, 3, 64, 1536, 49152, True)
+LLAMA_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, False)
+LLAMA_70B = ModelShape(80, 8192, 64, 8, 128, 28672, 128256, False)
+TEACHERS = [SMOLLM2, LLAMA_8B, LLAMA_70B, ModelShape(24, 896, 14, 2, 64, 4864, 151936, True)]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_those_of_the_hugging_face_class(tied):
+    shape = ModelShape(3, 48, 6, 2, 8, 80, 101, tied)
+    config = LlamaConfig(
+        vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=8, tie_word_embeddings=tied,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    sizes = {name: tensor.numel() for name, tensor in model.named_parameters()}
+    assert shape.parameters() == sum(sizes.values())
+    vocabulary = sum(size for name, size in sizes.items() if "embed_tokens" in name or "lm_head" in name)
+    assert shape.non_embedding_parameters() == shape.parameters() - vocabulary
+
+
+def test_smollm2_has_its_published_size():
+    assert SMOLLM2.parameters() == 134_515_008
+
+
+def test_three_quarters_of_smollm2_take_something_from_every_wide_axis():
+    assert shape_for(SMOLLM2, 0.75).axes() == {"layers": 28, "hidden": 512, "heads": 9, "groups": 3, "neurons": 1280}
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("fraction", [0.9, 0.75, 0.5, 0.25])
+def test_a_shape_for_a_budget_is_possible_aligned_and_just_below_the_budget(teacher, fraction):
+    shape, values = shape_for(teacher, fraction), possible_values(teacher, multiples_for(teacher))
+    assert 0.95 * fraction <= shape.non_embedding_parameters() / teacher.non_embedding_parameters() <= fraction
+    assert shape.layers in values["layers"] and shape.hidden in values["hidden"] and shape.neurons in values["neurons"]
+    assert (shape.heads, shape.groups) in values["attention"]
+    assert given_shape(teacher, shape.axes()) == shape
+    assert shape == shape_for(teacher, fraction)
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_a_deep_cut_is_not_taken_from_one_axis(teacher):
+    shape = shape_for(teacher, 0.5)
+    kept = {axis: getattr(shape, axis) / getattr(teacher, axis) for axis in ("layers", "hidden", "neurons")}
+    assert all(0.6 < share < 0.95 for share in kept.values()), kept
+
+
+def test_the_whole_budget_keeps_the_teacher_and_an_impossible_one_is_refused():
+    assert shape_for(SMOLLM2, 1.0) == SMOLLM2
+    with pytest.raises(ValueError, match=r"budget\.parameters is 1e-06; the smallest possible shape keeps 0\.00"):
+        shape_for(SMOLLM2, 1e-6)
+    with pytest.raises(ValueError, match=r"budget\.parameters is 1\.5"):
+        shape_for(SMOLLM2, 1.5)
+
+
+def test_a_large_teacher_takes_well_under_a_second():
+    start = time.process_time()
+    shape_for(LLAMA_70B, 0.6)
+    assert time.process_time() - start < 1.0
+
+
+def test_multiples_grow_with_the_width_and_never_fall_below_the_cube():
+    assert multiples_for(SMOLLM2) == Multiples(hidden=64, neurons=128, tensor_parallel=1)
+    assert multiples_for(LLAMA_8B) == Multiples(hidden=512, neurons=512, tensor_parallel=1)
+    assert multiples_for(ModelShape(2, 24, 2, 1, 8, 40, 50, True)).hidden == 16
+
+
+def test_every_shard_of_a_tensor_parallel_student_is_aligned():
+    multiples = multiples_for(LLAMA_8B, tensor_parallel=4)
+    for shape in possible_shapes(LLAMA_8B, 0.70, 0.705, multiples):
+        assert shape.neurons // 4 * 4 == shape.neurons and (shape.neurons // 4) % 256 == 0
+        assert shape.heads % 4 == 0 and (shape.groups % 4 == 0 or 4 % shape.groups == 0)
+    with pytest.raises(ValueError, match="tensor_parallel is 5"):
+        multiples_for(LLAMA_8B, tensor_parallel=5)
+
+
+def test_possible_shapes_are_exactly_those_in_the_window():
+    teacher = ModelShape(3, 48, 4, 2, 8, 64, 100, True)
+    whole = teacher.non_embedding_parameters()
+    every = list(possible_shapes(teacher, 0.0, 1.0))
+    assert len(set(every)) == len(every) == 3 * 3 * 4 * 4  # attention: (4,2) (2,2) (2,1) (1,1)
+    window = [shape for shape in every if 0.3 * whole <= shape.non_embedding_parameters() <= 0.6 * whole]
+    assert list(possible_shapes(teacher, 0.3, 0.6)) == window
+    sizes = [shape.non_embedding_parameters() for shape in every]
+    assert sizes == sorted(sizes)
+
+
+def test_query_heads_are_a_multiple_of_groups_and_no_group_grows():
+    for heads, groups in possible_values(LLAMA_8B, multiples_for(LLAMA_8B))["attention"]:
+        assert heads % groups == 0 and heads // groups <= 4 and 8 % groups == 0
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"heads": 8}, r"shape\.heads is 8, not a multiple of shape\.groups \(3\)\. Nearest .*heads=9 groups=3"),
+        ({"heads": 6, "groups": 1}, r"shape\.heads is 6 for 1 groups; a group has at most the teacher's 3 query heads"),
+        ({"layers": 31}, r"shape\.layers is 31, outside 1\.\.30"),
+        ({"widht": 3}, r"shape has no axis \['widht'\]"),
+    ],
+)  # fmt: skip
+def test_an_impossible_request_is_refused_by_name_with_the_nearest_possible_ones(request_, message):
+    with pytest.raises(ValueError, match=message):
+        given_shape(SMOLLM2, request_)
+
+
+@pytest.mark.parametrize(
+    "request_", [{"heads": 8}, {"layers": 99, "neurons": 5000}, {"heads": 7, "groups": 2}, {"heads": 40, "groups": 9}]
+)
+def test_the_nearest_possible_shapes_are_possible(request_):
+    near = possible_near(SMOLLM2, request_)
+    assert len(near) == 3
+    for shape in near:
+        assert given_shape(SMOLLM2, shape.axes()) == shape
+
+
+def test_a_possible_request_is_its_own_nearest_and_a_null_keeps_the_teacher():
+    request = {"layers": 26, "hidden": 500, "heads": None, "groups": 1, "neurons": None} | {"heads": 3}
+    shape = given_shape(SMOLLM2, request)
+    assert possible_near(SMOLLM2, request, count=1) == [shape]
+    assert given_shape(SMOLLM2, dict.fromkeys(AXES)) == SMOLLM2
