@@ -15,7 +15,7 @@ FILL = 4.0  # weight of unused budget beside imbalance
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A Llama-like decoder in plain numbers: SwiGLU, grouped queries, two RMSNorms a layer, one at the end, no biases."""
+    """A Llama-like decoder in plain numbers: SwiGLU, grouped queries, two norms a layer, one at the end, no biases."""
 
     layers: int
     hidden: int
@@ -102,7 +102,7 @@ def possible_values(teacher: ModelShape, multiples: Multiples) -> dict[str, tupl
 def possible_shapes(
     teacher: ModelShape, least: float, most: float, multiples: Multiples | None = None
 ) -> Iterator[ModelShape]:
-    """Give every aligned shape that keeps `least` to `most` of the teacher's non-embedding parameters, smallest first."""
+    """Give every aligned shape keeping `least` to `most` of the teacher's non-embedding parameters, smallest first."""
     grid = _Grid(teacher, multiples or multiples_for(teacher))
     whole = teacher.non_embedding_parameters()
     rows, counts = grid.rows((grid.counts >= least * whole) & (grid.counts <= most * whole))
@@ -137,7 +137,7 @@ def shape_for(teacher: ModelShape, fraction: float, multiples: Multiples | None 
 
 
 def given_shape(teacher: ModelShape, requested: Mapping[str, int | None]) -> ModelShape:
-    """Give the requested shape, the teacher's value wherever it is null; ValueError naming the nearest possible ones."""
+    """Give the requested shape, the teacher's value where it is null; ValueError naming the nearest possible ones."""
     unknown = sorted(set(requested) - set(AXES))
     if unknown:
         raise ValueError(f"shape has no axis {unknown}; it has {list(AXES)}")
@@ -193,7 +193,7 @@ def _steps(width: int, multiple: int) -> tuple[int, ...]:
 
 
 class _Grid:
-    """All combinations of possible values; counts: non-embedding parameters [layers, hidden, (heads, groups), neurons]."""
+    """All combinations of possible values; counts: non-embedding weights [layers, hidden, (heads, groups), neurons]."""
 
     def __init__(self, teacher: ModelShape, multiples: Multiples):
         values = possible_values(teacher, multiples)
