@@ -29,7 +29,7 @@ class Model(Section):
 
 class Source(Section):
     path: Paths
-    weights: list[float] | None = None
+    weights: list[Annotated[float, Field(gt=0.0)]] | None = None
 
     @property
     def paths(self) -> list[str]:
@@ -37,6 +37,8 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _one_weight_per_path(self):
+        if not all(self.paths) or not self.paths:
+            raise ValueError("path is empty; give a text, or a list of texts")
         if self.weights is not None and len(self.weights) != len(self.paths):
             raise ValueError(f"weights has {len(self.weights)} entries for {len(self.paths)} paths; give one each")
         return self
@@ -46,6 +48,12 @@ class Split(Section):
     evaluation: Share
     calibration: Share
 
+    @model_validator(mode="after")
+    def _leaves_a_rest(self):
+        if self.evaluation + self.calibration >= 1.0:
+            raise ValueError("evaluation + calibration is 1 or more, which leaves recovery nothing; lower one")
+        return self
+
 
 class Data(Section):
     sequence: Annotated[int, Field(ge=8)]
@@ -54,6 +62,12 @@ class Data(Section):
     recovery: Source
     evaluation: Source
     split: Split
+
+    @model_validator(mode="after")
+    def _evaluation_is_not_mixed(self):
+        if self.evaluation.weights is not None:
+            raise ValueError("evaluation.weights has no meaning: each evaluation text is measured by itself; leave it out")
+        return self
 
 
 class Shape(Section):
@@ -87,7 +101,6 @@ class Plan(Section):
     clap_normalise: bool
     channels: Literal["activation", "random"]
     heads: Literal["activation", "random"]
-    groups: Literal["activation", "random"]
     neurons: Literal["activation", "random"]
 
 

@@ -43,7 +43,8 @@ def _class(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any]:
         biased = any(name.endswith("bias") for name in student.optional)
         if family.uneven is None or biased:
             raise ValueError(
-                f"shape.hidden is {config['hidden_size']}, not a multiple of shape.heads ({config['num_attention_heads']}): "
+                f"shape.hidden is {config['hidden_size']}, not a multiple of shape.heads "
+                f"({config['num_attention_heads']}): "
                 f"{family.architecture}{' with biases' if biased else ''} refuses it; choose a multiple"
             )
         family = FAMILIES[family.uneven]

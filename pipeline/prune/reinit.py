@@ -13,7 +13,7 @@ Stream = Iterable[tuple[str, Tensor]]
 
 
 def stabilise_gain(kept: Tensor, original: Tensor) -> Tensor:
-    """Give a narrowed gain [h'] the L2 norm it had at [h] (SLNP, Pangu Light eq. 6). Effective gains, not stored ones."""
+    """Give a narrowed gain [h'] the L2 norm it had at [h] (SLNP, Pangu Light eq. 6); effective gains."""
     return kept * stabilising_factor(kept, original)
 
 
