@@ -1,0 +1,206 @@
+"""The one home of accelerators: which device this rank computes on, in what type, and how its memory is read.
+
+Order of choice: Ascend NPU, then CUDA, then CPU. The rest of the pipeline gets a `Device` and names devices by tensors.
+"""
+
+import importlib
+import os
+import platform
+import random
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # /proc/cpuinfo flags of x86 and (the last) of Arm
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one rank computes on: `name` is the chip's own, `backend` its collective library; memory is in bytes."""
+
+    kind: str
+    torch: torch.device
+    backend: str
+    compute_dtype: torch.dtype
+    attention: str
+    name: str
+
+    def synchronise(self) -> None:
+        """Return when everything queued on the device has run."""
+        if self.kind != "cpu":
+            _module(self.kind).synchronize()
+
+    def peak_memory(self) -> int:
+        """The allocator's peak on an accelerator, the process's peak resident set on a CPU, since the last reset."""
+        if self.kind == "cpu":
+            return _resident_peak()
+        return _module(self.kind).max_memory_allocated()
+
+    def reset_peak_memory(self) -> None:
+        """Start a new peak; on a system whose kernel cannot reset it, the CPU peak stays that of the whole process."""
+        if self.kind == "cpu":
+            _reset_resident_peak()
+        else:
+            _module(self.kind).reset_peak_memory_stats()
+
+    def total_memory(self) -> int:
+        """The device's memory; on a CPU the machine's, or the container's limit where that is less."""
+        if self.kind == "cpu":
+            return min(psutil.virtual_memory().total, _container_limit())
+        return _module(self.kind).get_device_properties(self.torch).total_memory
+
+
+def open_device(kind: str, attention: str, deterministic: bool, local_rank: int, seed: int) -> Device:
+    """Choose this rank's device, make it current and seed every generator.
+
+    Call it before DeepSpeed or transformers are imported: it sets DS_ACCELERATOR, and hides a `torch_npu` that is
+    installed but cannot be imported, which both would otherwise trip over.
+    ValueError where the asked kind cannot run here or has fewer devices than local ranks.
+    """
+    kind = _choose(kind)
+    os.environ["DS_ACCELERATOR"] = kind
+    _determinism(kind, deterministic)
+    if kind == "cpu":
+        place = torch.device("cpu")
+    else:
+        count = _module(kind).device_count()
+        if local_rank >= count:
+            raise ValueError(
+                f"local rank {local_rank} has no {kind} device: {count} visible; start at most {count} ranks on this"
+                f" node, or widen {VISIBLE[kind]}"
+            )
+        place = torch.device(kind, local_rank)
+        _module(kind).set_device(place)
+    seed_all(seed)
+    return Device(
+        kind=kind,
+        torch=place,
+        backend=BACKENDS[kind],
+        compute_dtype=torch.bfloat16 if bf16_is_native(kind) else torch.float32,
+        attention="sdpa" if attention == "auto" else attention,
+        name=chip_name(kind, local_rank),
+    )
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, NumPy and torch (CPU and every accelerator): the same on every rank, so that models start equal."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def missing(kind: str) -> str | None:
+    """Why this kind of device cannot run here, in one line; None where it can."""
+    if kind == "cpu":
+        return None
+    if kind == "cuda":
+        if torch.cuda.is_available():
+            return None
+        build = "this torch is built without CUDA" if torch.version.cuda is None else "no GPU or no driver is visible"
+        return f"{build}; check nvidia-smi, and install a torch built for your CUDA"
+    return _missing_npu()
+
+
+def bf16_is_native(kind: str) -> bool:
+    """Whether the device multiplies bfloat16 in hardware: on a CPU avx512_bf16, AMX or Arm's bf16, through oneDNN."""
+    if kind == "cpu":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported() and bool(NATIVE_BF16 & _processor_flags())
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return _module(kind).is_bf16_supported()
+
+
+def chip_name(kind: str, index: int) -> str:
+    """The chip's own name, such as Ascend910B3."""
+    if kind == "cpu":
+        return _processor_field("model name") or platform.processor() or platform.machine()
+    return _module(kind).get_device_name(index)
+
+
+def _choose(kind: str) -> str:
+    if kind == "auto":
+        return next(candidate for candidate in BACKENDS if missing(candidate) is None)
+    fault = missing(kind)
+    if fault:
+        raise ValueError(f"device.kind is {kind}, but {fault}; or set device=auto to use what this machine has")
+    return kind
+
+
+def _missing_npu() -> str | None:
+    try:
+        importlib.import_module("torch_npu")
+    except ModuleNotFoundError as fault:
+        if fault.name != "torch_npu":
+            return _broken_npu(fault)
+        return "torch_npu is not installed; install the `npu` extra in an environment with CANN"
+    except Exception as fault:  # without CANN the import dies in many ways: OSError, RuntimeError, KeyError, ...
+        return _broken_npu(fault)
+    if not _module("npu").is_available():
+        return "torch_npu finds no NPU; check npu-smi info and that /dev/davinci* is visible here"
+    return None
+
+
+def _broken_npu(fault: Exception) -> str:
+    # None makes find_spec answer "absent": transformers and DeepSpeed import an installed torch_npu unguarded.
+    sys.modules["torch_npu"] = None
+    reason = (str(fault).splitlines() or [""])[0]
+    return f"torch_npu cannot be imported ({type(fault).__name__}: {reason:.160}); source CANN's set_env.sh first"
+
+
+def _module(kind: str):
+    return getattr(torch, kind)
+
+
+def _determinism(kind: str, deterministic: bool) -> None:
+    if deterministic:  # both libraries read these once, when they start
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("HCCL_DETERMINISTIC", "true")
+    if kind == "cuda":
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def _processor_field(field: str) -> str:
+    listing = Path("/proc/cpuinfo")
+    if not listing.exists():
+        return ""
+    for line in listing.read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == field:
+            return value.strip()
+    return ""
+
+
+def _processor_flags() -> set[str]:
+    return set((_processor_field("flags") or _processor_field("Features")).split())
+
+
+def _resident_peak() -> int:
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _reset_resident_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # no procfs, or a container that forbids it: the peak stays that of the whole process
+        return
+
+
+def _container_limit() -> float:
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        limit = Path(path)
+        if limit.exists() and (text := limit.read_text().strip()).isdigit():
+            return int(text)
+    return float("inf")

@@ -1,0 +1,62 @@
+"""A lock between processes, held on a file; the kernel drops it when its process dies."""
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+LOOK = 0.5  # seconds between two tries
+
+
+class Lock:
+    """An advisory lock whose file names its owner while it is held."""
+
+    def __init__(self, path: Path, patience: float):
+        self.path = path
+        self.patience = patience
+        self.file = None
+
+    def acquire(self, waiting: Callable[[str], None]) -> None:
+        """Take the lock, having called `waiting` with its owner where it is taken. TimeoutError after `patience` s."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + self.patience
+        told = False
+        while not self._try():
+            owner = self._owner()
+            if not told:
+                waiting(owner)
+                told = True
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{owner} has held {self.path} for {self.patience:g} s; stop it, or run again later")
+            time.sleep(min(LOOK, self.patience))
+
+    def release(self) -> None:
+        """Give the lock back and remove its file; nothing where it is not held."""
+        if self.file is not None:
+            self.path.unlink(missing_ok=True)
+            self.file.close()
+            self.file = None
+
+    def _try(self) -> bool:
+        file = self.path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.fstat(file.fileno()).st_ino == self.path.stat().st_ino
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        if not held:  # taken, or its last owner removed the file between our open and our lock
+            file.close()
+            return False
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        self.file = file
+        return True
+
+    def _owner(self) -> str:
+        try:
+            return self.path.read_text() or "another process"
+        except FileNotFoundError:
+            return "another process"

@@ -1,0 +1,242 @@
+"""Ranks: the processes of one run, how they add tensors and how they wait for each other.
+
+Small facts and waiting go through the key-value store, never through an accelerator collective: a wait in the store can
+name who is missing, and does not hold a device queue that a watchdog would shoot down during a long single-rank stage.
+"""
+
+import atexit
+import json
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import count
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LOOK = 0.5       # most seconds between two looks of a waiting rank at the others
+PULSE = 5.0      # seconds between two signs of life
+CHUNK = 1 << 24  # elements of a host tensor that travel through an accelerator at once
+
+
+class PeerFailed(RuntimeError):
+    """Another rank failed, died or gave no sign of life for too long."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among `world` processes. Every method is called by all ranks in the same order."""
+
+    rank: int
+    world: int
+    local_rank: int
+    timeout: float = 0.0  # seconds without a sign of life after which a rank counts as dead
+    device: torch.device = field(default=torch.device("cpu"), repr=False)
+    store: dist.Store | None = field(default=None, repr=False)
+    calls: Iterator[int] = field(default_factory=count, repr=False, compare=False)
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its sum over ranks; the result is the same on every rank, digit for digit.
+
+        Host tensors under an accelerator's backend travel as bits and are added on the host in their own type, so that
+        float64 stays float64 on chips whose collectives do not know it.
+        """
+        if self.world == 1:
+            return
+        for tensor in tensors:
+            with self._peers("a sum over ranks"):
+                if tensor.device.type == self.device.type:
+                    _sum_on_device(tensor)
+                else:
+                    self._sum_host(tensor)
+
+    def share(self, value: Any) -> Any:
+        """Give rank 0's value, anything JSON can hold, to every rank."""
+        if self.world == 1:
+            return json.loads(json.dumps(value))
+        key = f"share/{next(self.calls)}"
+        if self.rank == 0:
+            text = json.dumps(value)
+            with self._peers("sharing a value"):
+                self.store.set(key, text)
+            return json.loads(text)
+        self._await({0: key}, "a value it shares")
+        return json.loads(self.store.get(key))
+
+    def wait(self, name: str) -> None:
+        """Return when every rank has called this. PeerFailed, naming who is missing, when a rank failed or fell silent.
+
+        A rank that is alive and busy is waited for however long it takes.
+        """
+        if self.world == 1:
+            return
+        prefix = f"wait/{next(self.calls)}/{name}"
+        with self._peers(f"`{name}`"):
+            self.store.set(f"{prefix}/{self.rank}", "here")
+        self._await({rank: f"{prefix}/{rank}" for rank in range(self.world)}, f"`{name}`")
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Tell the other ranks when the block fails here, so that they stop at once and say why."""
+        try:
+            yield
+        except PeerFailed:
+            raise
+        except Exception as fault:
+            if self.world > 1:
+                with _store_may_be_gone():
+                    self.store.set("failed", f"rank {self.rank} failed: {type(fault).__name__}: {fault}")
+            raise
+
+    def _await(self, keys: dict[int, str], what: str) -> None:
+        """Wait for the key of every rank in `keys`."""
+        pulses: dict[int, bytes] = {}
+        heard = dict.fromkeys(keys, time.monotonic())
+        pause = 0.001
+        while True:
+            with self._peers(f"the wait for {what}"):
+                missing = [rank for rank, key in keys.items() if not self.store.check([key])]
+                if not missing:
+                    return
+                if self.store.check(["failed"]):
+                    raise PeerFailed(self.store.get("failed").decode())
+                for rank in missing:
+                    pulse = self.store.get(_alive(rank)) if self.store.check([_alive(rank)]) else b""
+                    if pulses.get(rank) != pulse:
+                        pulses[rank], heard[rank] = pulse, time.monotonic()
+            silent = [rank for rank in missing if time.monotonic() - heard[rank] > self.timeout]
+            if silent:
+                raise PeerFailed(
+                    f"{_names(missing)} did not reach {what}, and {_names(silent)} gave no sign of life for"
+                    f" {self.timeout:g} s; see the output of that process"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, LOOK)
+
+    def _sum_host(self, tensor: Tensor) -> None:
+        flat = tensor.detach().reshape(-1).contiguous()
+        total = torch.empty_like(flat)
+        for start in range(0, flat.numel(), CHUNK):
+            part = flat[start : start + CHUNK]
+            bits = part.view(torch.uint8).to(self.device)
+            gathered = [torch.empty_like(bits) for _ in range(self.world)]
+            dist.all_gather(gathered, bits)
+            total[start : start + CHUNK] = sum(piece.cpu().view(part.dtype) for piece in gathered)
+        tensor.copy_(total.reshape(tensor.shape))
+
+    @contextmanager
+    def _peers(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except PeerFailed:
+            raise
+        except RuntimeError as fault:  # every error of torch's collectives and stores is one
+            reason = (str(fault).splitlines() or [type(fault).__name__])[0]
+            raise PeerFailed(f"rank {self.rank}: another rank stopped during {what} ({reason:.200})") from fault
+
+
+_joined: Ranks | None = None
+_stop_pulse = threading.Event()
+_pulse: threading.Thread | None = None
+
+
+def place() -> tuple[int, int, int]:
+    """This process's (rank, world, local rank) from torchrun's environment; (0, 1, 0) where there is none."""
+    present = [name for name in TORCHRUN if name in os.environ]
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(present):
+        return 0, 1, 0
+    absent = [name for name in TORCHRUN if name not in present]
+    if absent:
+        raise ValueError(f"{', '.join(present)} set without {', '.join(absent)}: start with torchrun, or unset them")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if not os.environ[name].isdigit():
+            raise ValueError(f"{name} is {os.environ[name]!r}, not a number; unset what the scheduler set")
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+
+
+def join(device, timeout: float) -> Ranks:
+    """Make this process a member of the run's process group, once; later calls give the same Ranks.
+
+    `device`: this rank's Device; `timeout`: seconds of silence after which another rank counts as dead, also the limit
+    of one collective. Without torchrun the group has one member and opens no port.
+    """
+    global _joined
+    if _joined is not None and dist.is_initialized():
+        return _joined
+    rank, world, local_rank = place()
+    limit = timedelta(seconds=timeout)
+    if "RANK" in os.environ:
+        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+    else:
+        store = dist.HashStore()
+    dist.init_process_group(device.backend, store=store, rank=rank, world_size=world, timeout=limit)
+    ours = dist.PrefixStore("pipeline", store)
+    _joined = Ranks(rank, world, local_rank, timeout, device.torch, ours)
+    if world > 1:
+        _start_pulse(ours.clone(), rank, min(PULSE, timeout / 4))
+    return _joined
+
+
+def leave() -> None:
+    """Close the process group that `join` opened."""
+    global _joined
+    _end_pulse()
+    if _joined is not None and dist.is_initialized():
+        dist.destroy_process_group()
+    _joined = None
+
+
+def _start_pulse(store: dist.Store, rank: int, every: float) -> None:
+    """Count `alive/<rank>` up from a thread with its own connection, so that a busy rank is known to be alive."""
+    global _pulse
+
+    def beat() -> None:
+        with _store_may_be_gone():
+            store.add(_alive(rank), 1)
+            while not _stop_pulse.wait(every):
+                store.add(_alive(rank), 1)
+
+    _stop_pulse.clear()
+    _pulse = threading.Thread(target=beat, name="pulse", daemon=True)
+    _pulse.start()
+    atexit.register(_end_pulse)
+
+
+def _end_pulse() -> None:
+    global _pulse
+    _stop_pulse.set()
+    if _pulse is not None:
+        _pulse.join(timeout=PULSE)
+        _pulse = None
+
+
+def _alive(rank: int) -> str:
+    return f"alive/{rank}"
+
+
+def _sum_on_device(tensor: Tensor) -> None:
+    if tensor.is_contiguous():
+        dist.all_reduce(tensor)
+        return
+    dense = tensor.contiguous()
+    dist.all_reduce(dense)
+    tensor.copy_(dense)
+
+
+@contextmanager
+def _store_may_be_gone() -> Iterator[None]:
+    try:
+        yield
+    except dist.DistError:  # the process that held the store ended: nobody is left to tell
+        return
+
+
+def _names(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
