@@ -136,3 +136,26 @@ def _add(sums: Sums, total: Tensor, values: Tensor) -> None:
         count = values.shape[1] if sums.mask is None else sums.mask.sum(1, keepdim=True).clamp(min=1)
         added = (values.sum(1, dtype=wide) / count).square().sum(0)
     total += added.to(total.device, torch.float64)
+
+
+@torch.no_grad()
+def inverse_rms(model: nn.Module, modules: Iterable[str], batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Give, for each norm module named as in the checkpoint, sums [2] over tokens: of 1/rms(input), and their count.
+
+    Sums add over ranks; their quotient is s of post-RMSNorm absorption (Pangu Light), a mean of inverses.
+    """
+    place = next(model.parameters()).device
+    named = dict(model.named_modules(prefix="model"))
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in modules}
+
+    def add(name: str, module: nn.Module, inputs: tuple) -> None:
+        epsilon = module.eps if hasattr(module, "eps") else module.variance_epsilon
+        inverse = torch.rsqrt(inputs[0].float().square().mean(-1) + epsilon)
+        sums[name] += torch.tensor([float(inverse.sum(dtype=torch.float32)), inverse.numel()], dtype=torch.float64)
+
+    with ExitStack() as hooks:
+        for name in sums:
+            hooks.callback(named[name].register_forward_pre_hook(partial(add, name)).remove)
+        for ids in batches:
+            model(input_ids=ids.to(place), use_cache=False)
+    return sums

@@ -1,0 +1,58 @@
+"""python -m pipeline: Hydra composes the configuration, pydantic validates it once, the recipe's line runs."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.config import validate
+
+HERE = Path(__file__).resolve().parent
+CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
+
+
+def main() -> None:
+    """Run a pipeline, or one of the small commands beside it: doctor, calibrate-chip."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if len(sys.argv) > 1 and sys.argv[1] == "doctor":
+        from pipeline.runtime.doctor import doctor
+
+        sys.exit(doctor(sys.argv[2:]))
+    _compose()
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def _compose(composed: DictConfig) -> None:
+    try:
+        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            values["track"]["group"] = values["track"]["group"] or values["run"]
+            values["run"] = f"{values['run']}/{_sweep_name()}"
+        config = validate(values)
+        from pipeline import line
+
+        line.run(config, "python -m pipeline " + " ".join(sys.argv[1:]))
+    except (ValueError, FileNotFoundError, TimeoutError) as fault:
+        if os.environ.get("PIPELINE_TRACEBACK"):
+            raise
+        print(f"error: {fault}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _sweep_name() -> str:
+    """Give the swept overrides of this job, as a folder name."""
+    parsed = OverridesParser.create().parse_overrides([a for a in sys.argv[1:] if not a.startswith("-")])
+    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    chosen = [text for text in HydraConfig.get().overrides.task if text.partition("=")[0].lstrip("+") in swept]
+    return re.sub(r"[^\w.+=,-]", "_", ",".join(chosen)) or str(HydraConfig.get().job.num)
+
+
+if __name__ == "__main__":
+    main()

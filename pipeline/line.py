@@ -1,0 +1,125 @@
+"""The line: a recipe's stages in order, each done once, each leaving one artifact."""
+
+import time
+from pathlib import Path
+from types import ModuleType
+
+from pipeline.config import Config
+from pipeline.runtime import artifacts
+from pipeline.runtime.device import open_device
+from pipeline.runtime.machine import Machine
+from pipeline.runtime.ranks import join, place
+from pipeline.runtime.track import open_track
+from pipeline.stages import absorb, cut, distill, evaluate, export, plan, report, score, shape, teacher, tokens
+
+STAGES: dict[str, ModuleType] = {
+    "teacher": teacher,
+    "tokens": tokens,
+    "score": score,
+    "shape": shape,
+    "plan": plan,
+    "cut": cut,
+    "absorb": absorb,
+    "distill": distill,
+    "export": export,
+    "evaluate": evaluate,
+    "report": report,
+}
+FIRST = ("teacher", "tokens")  # every line begins with them
+VIEW = {
+    "teacher": ("teacher", ""),
+    "tokens": ("tokens", ""),
+    "scores": ("scores", ""),
+    "blueprint.json": ("blueprint", "blueprint.json"),
+    "shape.json": ("shape", "shape.json"),
+    "start": ("start", ""),
+    "student": ("export", ""),
+    "evaluation.json": ("evaluation", "evaluation.json"),
+    "report.json": ("report", "report.json"),
+    "report.html": ("report", "report.html"),
+    "figures": ("report", "figures"),
+}  # name in runs/<run>/ -> artifact, file in it
+
+
+def check(config: Config) -> list[str]:
+    """Refuse what cannot work, before anything starts; give the stages of the line in order."""
+    unknown = [name for name in config.recipe.line if name not in STAGES]
+    if unknown:
+        raise ValueError(f"recipe.line names {unknown}; stages are {list(STAGES)}")
+    for name in (*FIRST, *config.recipe.line):
+        if hasattr(STAGES[name], "check"):
+            STAGES[name].check(config)
+    return [*FIRST, *config.recipe.line]
+
+
+def run(config: Config, command: str) -> dict[str, Path]:
+    """Run the line; give its artifacts by name. Finished work is found and not done again."""
+    names = check(config)
+    device = open_device(
+        config.device.kind, config.device.attention, config.device.deterministic, place()[2], config.seed
+    )
+    ranks = join(device, config.device.timeout)
+    with ranks.guard():
+        record = {"command": command, "config": config.model_dump(mode="json"), "device": device.name, "stages": {}}
+        view = artifacts.show(Path(config.runs), config.run, record, {}) if ranks.rank == 0 else None
+        track = open_track(config, view, ranks.rank)
+        machine = Machine(device, ranks, track)
+        store = artifacts.Store(
+            Path(config.artifacts), ranks, artifacts.code_revision(), patience=float(config.device.timeout)
+        )
+        made: dict[str, Path] = {}
+        worked = False
+        for name in names:
+            stage = STAGES[name]
+            wanted = config.stages is None or name in (*FIRST, *config.stages)
+            folder, fresh = _step(config, name, stage, made, store, machine, wanted)
+            worked |= fresh
+            if folder is None:
+                continue
+            made[stage.MAKES] = folder
+            record["stages"][name] = {"artifact": folder.name, "made_now": fresh}
+            if ranks.rank == 0:
+                artifacts.show(Path(config.runs), config.run, record, _view(made))
+        if not worked:
+            machine.say(f"nothing to do: every stage of run {config.run} was finished before")
+        track.finish()
+    return made
+
+
+def _step(
+    config: Config, name: str, stage: ModuleType, made: dict[str, Path], store: artifacts.Store, machine: Machine, wanted: bool
+) -> tuple[Path | None, bool]:
+    """Find or make one stage's artifact; give its folder, or None if it does not apply, and whether it was made now."""
+    missing = [need for need in stage.NEEDS if need not in made]
+    if missing:
+        if not wanted:
+            return None, False
+        maker = next(other for other, module in STAGES.items() if missing[0] == module.MAKES)
+        raise ValueError(f"stages: {name} needs {missing[0]}, which stage {maker} makes; add {maker} to stages")
+    inputs = {need: made[need] for need in (*stage.NEEDS, *getattr(stage, "OPTIONAL", ())) if need in made}
+    if hasattr(stage, "applies") and not stage.applies(config, inputs):
+        return None, False
+    settings = stage.settings(config)
+    names = {need: folder.name for need, folder in inputs.items()}
+    key = artifacts.digest({"stage": name, "settings": settings, "inputs": names})
+    found = store.find(name, key)
+    if found:
+        machine.say(f"{name}: finished before, {found}")
+        return found, False
+    if not wanted:
+        return None, False
+    with store.open(name, key) as partial:
+        if partial is None:
+            return store.path(name, key), False
+        began = time.monotonic()
+        machine.device.reset_peak_memory()
+        if stage.EVERY_RANK or machine.ranks.rank == 0:
+            stage.run(config, inputs, partial, machine)
+        machine.ranks.wait(f"stage {name}")
+        seconds = time.monotonic() - began
+        return store.publish(name, key, settings, names, seconds, machine.device.peak_memory()), True
+
+
+def _view(made: dict[str, Path]) -> dict[str, Path]:
+    named = {label: made[artifact] / inside for label, (artifact, inside) in VIEW.items() if artifact in made}
+    return {label: target for label, target in named.items() if target.exists()}

@@ -1,0 +1,141 @@
+"""Where a teacher comes from: a folder, a GGUF file (also in parts, also inside an installed package), a hub id."""
+
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from .artifacts import fingerprint
+from .checkpoint import CARRIED, write_checkpoint
+
+PANGU = "PanguEmbedded"  # openPangu-Embedded 1B and 7B: a Llama with biases under a name of its own
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A located teacher: a model folder, or the parts of one GGUF file in order."""
+
+    folder: Path | None
+    parts: tuple[Path, ...]
+
+    def digest(self) -> str:
+        """Give a cheap digest of the files."""
+        return fingerprint(self.folder) if self.folder else "-".join(fingerprint(part) for part in self.parts)
+
+    def bytes(self) -> int:
+        files = self.parts or tuple(p for p in self.folder.iterdir() if p.is_file())
+        return sum(path.stat().st_size for path in files)
+
+
+def locate(path: str) -> Origin:
+    """Find the teacher that `model.path` names; ValueError if there is none."""
+    if path.startswith("package:"):
+        return Origin(None, _packaged(path.removeprefix("package:")))
+    place = Path(path).expanduser()
+    if place.is_dir():
+        if not (place / "config.json").is_file():
+            raise ValueError(f"model.path: {place} has no config.json; give a model folder, a .gguf file or a hub id")
+        return Origin(place, ())
+    if place.is_file():
+        if ".gguf" not in place.name:
+            raise ValueError(f"model.path: {place} is a file but not a .gguf; give a model folder or a .gguf file")
+        return Origin(None, (place,))
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
+        return Origin(_fetched(path), ())
+    raise ValueError(f"model.path: {path} does not exist; give a model folder, a .gguf file, a hub id or package:NAME")
+
+
+def _packaged(name: str) -> tuple[Path, ...]:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"model.path: package {name} is not installed; `make setup` installs the demo's model")
+    home = Path(spec.submodule_search_locations[0])
+    siblings = [home, *sorted(home.parent.glob(f"{name}_part*"))]
+    found = tuple(sorted((p for folder in siblings for p in folder.rglob("*.gguf*") if p.is_file()), key=lambda p: p.name))
+    whole = tuple(path for path in found if path.suffix == ".gguf")
+    if len(whole) > 1 or not found:
+        raise ValueError(f"model.path: package {name} holds {len(whole)} GGUF files; give the path of one of them")
+    return whole or found
+
+
+def _fetched(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "*.model", "merges.txt", "*.jinja", "vocab*"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:
+        reason = str(fault).splitlines()[0]
+        raise ValueError(f"model.path: {name} is neither a folder here nor a reachable hub id ({reason:.160})") from None
+
+
+def adopt(origin: Origin, folder: Path) -> None:
+    """Make `folder` a model folder of the teacher: links to its own files, or the weights of its GGUF, unpacked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if origin.folder is not None:
+        _link(origin.folder, folder)
+    else:
+        _unpack(origin.parts, folder)
+
+
+def _link(origin: Path, folder: Path) -> None:
+    for pattern in (*CARRIED, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py"):
+        for path in origin.glob(pattern):
+            link = folder / path.name
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.resolve())
+    config = json.loads((origin / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(_plain(config), indent=2) + "\n")
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Give an openPangu-Embedded config as the Llama config it is; any other as it stands."""
+    if config.get("model_type") != PANGU:
+        return config
+    kept = {key: value for key, value in config.items() if key not in ("auto_map", "bias")}
+    biased = bool(config.get("bias", config.get("attention_bias", False)))
+    return kept | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": biased}
+
+
+def _unpack(parts: tuple[Path, ...], folder: Path) -> None:
+    """Write the weights of a GGUF as safetensors in bfloat16, without the quantisation they were stored in."""
+    file = parts[0]
+    if len(parts) > 1:
+        file = folder / "whole.gguf"
+        with file.open("wb") as whole:
+            for part in parts:
+                with part.open("rb") as piece:
+                    shutil.copyfileobj(piece, whole)
+    asked = {"gguf_file": file.name, "local_files_only": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **asked)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **asked
+        )
+    except (OSError, ValueError, KeyError) as fault:
+        raise ValueError(f"model.path: {file} cannot be read as GGUF ({str(fault).splitlines()[0]:.160})") from fault
+    config = model.config.to_dict()
+    for field in ("quantization_config", "_name_or_path"):
+        config.pop(field, None)
+    config |= {"architectures": [type(model).__name__], "dtype": "bfloat16"}
+    tokenizer.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    write_checkpoint(folder, config, _stored(model), 5e9)
+    if len(parts) > 1:
+        file.unlink()
+
+
+def _stored(model) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        yield name, tensor.to(torch.bfloat16)

@@ -1,0 +1,40 @@
+"""cut: the student's checkpoint, streamed out of the teacher's as the blueprint says, and re-initialised."""
+
+import shutil
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.model.blueprint import Blueprint
+from pipeline.model.settings import student_config
+from pipeline.prune.reinit import compensate_gain, stabilise_gains
+from pipeline.prune.surgery import as_it_is, cut
+from pipeline.runtime.artifacts import need_space
+from pipeline.runtime.checkpoint import open_checkpoint, write_checkpoint
+
+MAKES = "start"
+NEEDS = ("teacher", "blueprint")
+EVERY_RANK = False
+
+
+def settings(config: Config) -> dict:
+    """Give what changes the cut weights: stabilised gains and gain compensation."""
+    return {"slnp": config.reinit.slnp, "gain_compensation": config.reinit.gain_compensation}
+
+
+def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
+    """Write the student before recovery as a model folder, one shard in memory at a time."""
+    source = open_checkpoint(inputs["teacher"], config.model.allow_pickle)
+    need_space(out, source.bytes())
+    shutil.rmtree(out, ignore_errors=True)
+    anatomy = source.anatomy
+    blueprint = Blueprint.load(inputs["blueprint"] / "blueprint.json")
+    donate = compensate_gain(anatomy, source) if config.reinit.gain_compensation else as_it_is
+    stream = cut(anatomy, blueprint, source, donate)
+    if config.reinit.slnp:
+        stream = stabilise_gains(anatomy, blueprint, source, stream)
+    student = blueprint.student(anatomy)
+    watched = machine.progress(stream, len(student.shapes()), "cut")
+    config_json = student_config(source.config, anatomy, blueprint)
+    write_checkpoint(out, config_json, watched, config.export.shard_bytes, inputs["teacher"])
+    total, inner = student.parameters()
+    machine.say(f"cut: {total / 1e6:.1f}M parameters, {inner / 1e6:.1f}M without embeddings")

@@ -1,0 +1,46 @@
+"""shape: the student's five widths, as given or as a parameter budget chooses them."""
+
+import json
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.model.anatomy import Anatomy
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.search.shapes import ModelShape, given_shape, shape_for
+
+MAKES = "shape"
+NEEDS = ("teacher",)
+EVERY_RANK = False
+
+
+def settings(config: Config) -> dict:
+    """Give the shape and budget sections."""
+    return {"shape": config.shape.model_dump(), "budget": config.budget.model_dump(), "way": config.recipe.shape}
+
+
+def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
+    """Write shape.json; ValueError, naming the nearest possible shapes, if the teacher cannot give the one asked for."""
+    teacher = shape_of(open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy)
+    if config.shape.given:
+        student = given_shape(teacher, config.shape.model_dump())
+    else:
+        student = shape_for(teacher, config.budget.parameters or config.budget.fallback)
+    (out / "shape.json").write_text(json.dumps(student.axes(), indent=2))
+    kept = student.non_embedding_parameters() / teacher.non_embedding_parameters()
+    machine.say(f"shape: {student.axes()} keeps {kept:.1%} of the parameters outside the embeddings")
+
+
+def shape_of(anatomy: Anatomy) -> ModelShape:
+    """Give a model's widths in plain numbers; the widest layer stands for layers of unequal width."""
+    sizes = anatomy.sizes
+    widest = max(sizes.layers, key=lambda widths: (widths.heads, widths.groups, widths.neurons))
+    return ModelShape(
+        layers=len(sizes.layers),
+        hidden=sizes.hidden,
+        heads=widest.heads,
+        groups=widest.groups,
+        head_size=sizes.head_size,
+        neurons=widest.neurons,
+        vocabulary=sizes.vocabulary,
+        tied=anatomy.tied,
+    )
