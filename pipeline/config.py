@@ -8,6 +8,7 @@ Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Weight = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
 Paths = str | list[str]
 
 
@@ -66,7 +67,7 @@ class Data(Section):
     @model_validator(mode="after")
     def _evaluation_is_not_mixed(self):
         if self.evaluation.weights is not None:
-            raise ValueError("evaluation.weights has no meaning: each evaluation text is measured by itself; leave it out")
+            raise ValueError("evaluation.weights has no meaning, as each text is measured by itself; leave it out")
         return self
 
 
@@ -150,6 +151,9 @@ class Export(Section):
 class Evaluate(Section):
     tokens: Count
     batch: Count
+    chunk: Count
+    words: Annotated[int, Field(ge=0)]
+    words_context: Count
     tasks: list[str]
     speed: bool
     speed_prefill: Count
@@ -159,10 +163,52 @@ class Evaluate(Section):
 
 class Report(Section):
     samples: Annotated[int, Field(ge=0)]
+    sample_prompt: Count
+    sample_tokens: Count
+
+
+class Chip(Section):
+    name: str
+    kind: Literal["npu", "cuda", "cpu"]
+    cube_cores: Count
+    vector_cores: Count
+    megahertz: Positive
+    macs_bf16: Positive
+    macs_fp32: Positive
+    macs_int8: Positive
+    cube_edge: Count
+    tiles: list[tuple[Count, Count]]
+    l0a_bytes: Count
+    l0b_bytes: Count
+    l0c_bytes: Count
+    l1_bytes: Count
+    ub_bytes: Count
+    hbm_bytes: Positive
+    hbm_bandwidth: Positive
+    l2_bandwidth: Positive
+    vector_bandwidth: Positive
+    core_bandwidth: Positive
+    core_l2_bytes: Positive
+    align_bytes: Count
+    block_bytes: Count
+    block_share: Fraction
+    ragged_share: Fraction
+    vector_ragged_share: Fraction
+    row_major_factor: Annotated[float, Field(ge=1.0)]
+    row_major_ragged_factor: Annotated[float, Field(ge=1.0)]
+    launch_seconds: Weight
+    cube_efficiency: Positive
+    memory_efficiency: Positive
+    attention_efficiency: Positive
+    link_bandwidth: Positive
+    network_bandwidth: Positive
+    link_seconds: Weight
+    devices_per_node: Count
 
 
 class Device(Section):
     kind: Literal["auto", "npu", "cuda", "cpu"]
+    chip: Chip
     attention: Literal["auto", "sdpa", "eager"]
     deterministic: bool
     timeout: Count

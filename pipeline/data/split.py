@@ -1,0 +1,120 @@
+"""Who reads what: evaluation text is never seen by calibration or recovery."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from pipeline.data.sources import Corpus, Piece, read
+
+PASSAGE = 80  # characters: shorter pieces (headings, separators) may recur without being the same text
+
+
+@dataclass(frozen=True)
+class Part:
+    """The pieces of a corpus that begin in [start, stop) of its characters, as fractions."""
+
+    corpus: Corpus
+    start: float
+    stop: float
+
+    @property
+    def whole(self) -> bool:
+        return (self.start, self.stop) == (0.0, 1.0)
+
+    def __str__(self) -> str:
+        return self.corpus.given if self.whole else f"{self.corpus.given} from {self.start:.0%} to {self.stop:.0%}"
+
+
+def assign(corpora: dict[str, Sequence[Corpus]], evaluation: float, calibration: float) -> dict[str, tuple[Part, ...]]:
+    """Give each purpose (calibration, recovery, evaluation) its parts, in the order of its corpora.
+
+    A corpus that is evaluated and used otherwise is split: its first share `evaluation` is evaluated, the next share
+    `calibration` calibrates, the rest recovers. Where only one of calibration and recovery uses it too, that one has
+    all that follows the evaluation. Calibration and recovery share a corpus whole when nobody evaluates it: both are
+    text the student may see. ValueError where a purpose names a corpus twice, where an evaluated one overlaps another
+    without being the same, and where a share is nothing.
+    """
+    everything = [(purpose, corpus) for purpose, several in corpora.items() for corpus in several]
+    for number, (purpose, corpus) in enumerate(everything):
+        for other_purpose, other in everything[:number]:
+            if corpus == other and purpose == other_purpose:
+                raise ValueError(f"data.{purpose}.path names {corpus.given} twice; name it once, with a larger weight")
+            evaluated = (purpose == "evaluation") != (other_purpose == "evaluation")
+            if evaluated and corpus != other and not set(corpus.files).isdisjoint(other.files):
+                fault = f"data.{purpose}.path {corpus.given} overlaps data.{other_purpose}.path {other.given}"
+                raise ValueError(f"{fault}; give the same path, which is then split, or separate ones")
+
+    def part(purpose: str, corpus: Corpus) -> Part:
+        users = {user for user, several in corpora.items() if corpus in several}
+        return _part(purpose, corpus, users, evaluation, calibration)
+
+    return {purpose: tuple(part(purpose, corpus) for corpus in several) for purpose, several in corpora.items()}
+
+
+def _part(purpose: str, corpus: Corpus, users: set[str], evaluation: float, calibration: float) -> Part:
+    if "evaluation" not in users or len(users) == 1:
+        return Part(corpus, 0.0, 1.0)
+    edge = evaluation + calibration if len(users) == 3 else evaluation if "recovery" in users else 1.0
+    spans = {"evaluation": (0.0, evaluation), "calibration": (evaluation, edge), "recovery": (edge, 1.0)}
+    start, stop = spans[purpose]
+    if not start < stop:
+        raise ValueError(f"data.split leaves {purpose} no part of {corpus.given}; raise its share or give another text")
+    return Part(corpus, start, stop)
+
+
+def passages(part: Part, field: str) -> Iterator[Piece]:
+    """The pieces of a part, contiguous; a document that is cut at the part's edge ends there."""
+    if part.whole:
+        yield from read(part.corpus, field)
+    else:
+        total = sum(len(piece.text) for piece in read(part.corpus, field))
+        yield from _chosen(_inside(read(part.corpus, field), round(part.start * total), round(part.stop * total)))
+
+
+def _inside(pieces: Iterable[Piece], start: int, stop: int) -> Iterator[tuple[Piece, bool]]:
+    at = 0
+    for piece in pieces:
+        yield piece, start <= at < stop
+        at += len(piece.text)
+
+
+def digest(text: str) -> bytes:
+    """What tells passages apart whatever their white space, 12 bytes; empty for one too short to tell."""
+    words = " ".join(text.split())
+    return blake2b(words.encode(), digest_size=12).digest() if len(words) >= PASSAGE else b""
+
+
+class Unseen:
+    """Keeps evaluated passages, wherever else they stand, out of the texts the student sees.
+
+    `evaluated` notes the passages that pass; `seen` leaves out those noted, word for word, and counts them.
+    """
+
+    def __init__(self):
+        self.left_out = 0
+        self._evaluated: set[bytes] = set()
+
+    def evaluated(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            self._evaluated.add(digest(piece.text))
+            yield piece
+
+    def seen(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        self._evaluated.discard(b"")
+        return _chosen(self._marked(pieces))
+
+    def _marked(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, bool]]:
+        for piece in pieces:
+            fresh = digest(piece.text) not in self._evaluated
+            self.left_out += not fresh
+            yield piece, fresh
+
+
+def _chosen(marked: Iterable[tuple[Piece, bool]]) -> Iterator[Piece]:
+    held = None
+    for piece, wanted in marked:
+        if held is not None:
+            yield held if wanted else Piece(held.text, True)
+        held = piece if wanted else None
+    if held is not None:
+        yield Piece(held.text, True)

@@ -1,0 +1,58 @@
+"""Batches without end: shuffled by a seed, strided over ranks, resumable by a position."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.packing import Packed
+
+
+def stream(packed: Packed, batch: int, rank: int, world: int, start: int, seed: int) -> Iterator[Tensor]:
+    """Give this rank's batches, int64 [batch, sequence], without end, from global position `start` on.
+
+    The position counts rows consumed by all ranks together; rank r of w takes positions start + r, start + r + w, ...
+    So the batches of w ranks, interleaved, are those of one rank with w times the batch, and the stream from p is the
+    tail of the stream from 0. Every epoch is shuffled anew from `seed`. Without weights an epoch has every row once;
+    with weights a domain has its share of an epoch's rows, and goes through its own rows in turn, none twice before
+    each was once.
+    """
+    if batch < 1 or start < 0 or not 0 <= rank < world:
+        fault = f"stream of batch {batch} from {start} for rank {rank} of {world}"
+        raise ValueError(f"{fault} is impossible; needs batch >= 1, start >= 0 and 0 <= rank < world")
+    return _batches(packed, batch, rank, world, start, seed)
+
+
+def _batches(packed: Packed, batch: int, rank: int, world: int, start: int, seed: int) -> Iterator[Tensor]:
+    sizes = [domain["sequences"] for domain in packed.domains]
+    draws = _draws(sizes, [domain["weight"] for domain in packed.domains])
+    length = sum(draws)
+    epoch, order = -1, np.empty(0, dtype=np.int64)
+    while True:
+        rows = np.empty((batch, packed.sequence), dtype=np.int64)
+        for i in range(batch):
+            wanted, place = divmod(start + rank + i * world, length)
+            if wanted != epoch:
+                epoch, order = wanted, _order(sizes, draws, seed, wanted)
+            rows[i] = packed[int(order[place])]
+        yield torch.from_numpy(rows)
+        start += batch * world
+
+
+def _draws(sizes: Sequence[int], weights: Sequence[float | None]) -> list[int]:
+    """Rows each domain gives to an epoch: all its rows, or its share by weight of as many rows as there are."""
+    if None in weights:
+        return list(sizes)
+    return [max(1, round(sum(sizes) * weight / sum(weights))) for weight in weights]
+
+
+def _order(sizes: Sequence[int], draws: Sequence[int], seed: int, epoch: int) -> np.ndarray:
+    """The rows of an epoch in their order, [sum of draws]."""
+    rows, begin = [], 0
+    for domain, (size, drawn) in enumerate(zip(sizes, draws)):
+        turns, places = np.divmod(np.arange(epoch * drawn, (epoch + 1) * drawn), size)
+        for turn in np.unique(turns):
+            rows.append(begin + np.random.default_rng([seed, domain, turn]).permutation(size)[places[turns == turn]])
+        begin += size
+    return np.random.default_rng([seed, len(sizes), epoch]).permutation(np.concatenate(rows))
