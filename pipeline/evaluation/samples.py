@@ -1,0 +1,50 @@
+"""Greedy continuations, token by token with a key/value cache."""
+
+import re
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+
+@torch.inference_mode()
+def continuation(model: torch.nn.Module, prompt: Tensor) -> Iterator[Tensor]:
+    """Yield the model's first choice [1, 1] after `prompt` [1, t], then after prompt and that choice, and so on.
+
+    The first step is the prefill of the whole prompt, every further one the decoding of one token. Nothing is copied
+    off the device, so the steps can be timed.
+    """
+    step = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    while True:
+        token = step.logits[:, -1:].argmax(-1)
+        yield token
+        step = model(input_ids=token, past_key_values=step.past_key_values, use_cache=True, logits_to_keep=1)
+
+
+def continue_greedily(model: torch.nn.Module, prompt: Tensor, tokens: int, stop: frozenset[int]) -> list[int]:
+    """Give up to `tokens` greedy ids after `prompt` [1, t], ending before the first id in `stop`."""
+    ids = []
+    for token in islice(continuation(model, prompt.to(next(model.parameters()).device)), tokens):
+        ids.append(int(token))
+        if ids[-1] in stop:
+            return ids[:-1]
+    return ids
+
+
+@torch.inference_mode()
+def cache_bytes_per_token(model: torch.nn.Module, prompt: Tensor) -> int:
+    """Give the bytes of keys and values the model keeps for one token, read off its cache after `prompt` [1, t]."""
+    step = model(input_ids=prompt.to(next(model.parameters()).device), use_cache=True, logits_to_keep=1)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in step.past_key_values.layers) // prompt.shape[1]
+
+
+def opening(text: str, characters: int) -> tuple[str, str]:
+    """Give a prompt of at most `characters`, from the start of a sentence of `text` to a whole word, and what follows,
+    as long."""
+    end_of_sentence = re.search(r"[.!?]\s+(?=[^\W\d_])", text)
+    text = text[end_of_sentence.end() :] if end_of_sentence and len(text) - end_of_sentence.end() > characters else text
+    prompt = text[:characters]
+    prompt = prompt[: prompt.rfind(" ")] if " " in prompt else prompt
+    follows = text[len(prompt) : len(prompt) + characters]
+    return prompt, follows[: follows.rfind(" ")] if " " in follows.strip() else follows

@@ -1,0 +1,58 @@
+"""Benchmark tasks of the LM Evaluation Harness (extra `eval`), by name or as local task files."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def installed() -> bool:
+    """Whether the harness can be imported here."""
+    return find_spec("lm_eval") is not None
+
+
+def check(tasks: Sequence[str]) -> None:
+    """Raise ValueError if tasks are asked for that cannot be run: the extra is missing, or a task file is."""
+    if tasks and not installed():
+        raise ValueError(
+            f"evaluate.tasks is {list(tasks)}, but the package lm_eval is missing; "
+            "install the extra: pip install '.[eval]'"
+        )
+    for task in tasks:
+        if is_file(task) and not Path(task).is_file():
+            raise ValueError(f"evaluate.tasks names the task file {task}, which does not exist")
+
+
+def measure(model: torch.nn.Module, tokenizer: Any, tasks: Sequence[str], batch: int) -> dict[str, dict[str, float]]:
+    """Give the metrics of each task by the names the harness gives them (`acc`, ...), and `questions`, their number.
+
+    ValueError for a task that the harness does not know.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    wanted = [str(Path(task).absolute()) if is_file(task) else task for task in tasks]
+    manager = TaskManager(include_defaults=not all(map(is_file, wanted)))
+    unknown = [task for task in wanted if not is_file(task) and task not in manager.all_tasks]
+    if unknown:
+        raise ValueError(f"evaluate.tasks names {unknown}, which the installed lm_eval does not know")
+    subject = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    found = simple_evaluate(subject, tasks=wanted, task_manager=manager, log_samples=False, bootstrap_iters=0)
+    return {task: _numbers(metrics, found["n-samples"].get(task)) for task, metrics in found["results"].items()}
+
+
+def is_file(task: str) -> bool:
+    """Whether a task is given as a file of its own rather than by the harness's name."""
+    return task.endswith((".yaml", ".yml"))
+
+
+def _numbers(metrics: dict[str, Any], samples: dict[str, int] | None) -> dict[str, float]:
+    plain = {
+        name.removesuffix(",none"): float(value)
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and not name.startswith(("alias", "sample_len"))
+    }
+    return plain if samples is None else plain | {"questions": samples["effective"]}

@@ -1,0 +1,176 @@
+import json
+import math
+from itertools import islice
+from statistics import median
+
+import pytest
+import torch
+
+from pipeline.evaluation import tasks
+from pipeline.evaluation.perplexity import logits_of, quality, tally
+from pipeline.evaluation.samples import cache_bytes_per_token, continuation, continue_greedily, opening
+from pipeline.evaluation.speed import speeds
+from pipeline.evaluation.words import Question, questions, right
+from tests.tiny import tiny_model, tokenizer_folder, tokens
+
+TEXT = "The old house stood on a hill. Nobody had lived there for years, and the wind went through its rooms. " * 12
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma2", "gemma3_text", "glm4", "olmo2", "phi3"])
+def test_the_tally_in_chunks_is_the_models_own_cross_entropy(kind):
+    model, ids = tiny_model(kind), tokens(3, 11)
+    logits = model(ids).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    hits = (logits.argmax(-1) == ids[:, 1:]).sum()
+    for chunk in (1, 7, 1000):
+        total = tally(model, [ids], chunk)
+        torch.testing.assert_close(total, torch.tensor([loss.item(), hits.item(), 30.0], dtype=torch.float64))
+
+
+def test_logits_of_hidden_states_are_the_models_own_with_soft_capping():
+    model, ids = tiny_model("gemma2", final_logit_softcapping=3.0), tokens(1, 9)
+    logits = logits_of(model, model.base_model(ids).last_hidden_state)
+    torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=0)
+    assert logits.abs().max() < 3.0
+
+
+def test_tallies_of_two_ranks_add_up_to_the_tally_of_one():
+    model, ids = tiny_model("llama"), tokens(4, 10)
+    halves = tally(model, [ids[0::2]], 64) + tally(model, [ids[1::2]], 64)
+    torch.testing.assert_close(halves, tally(model, ids.split(3), 64))
+
+
+def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity():
+    model, ids = tiny_model("llama"), tokens(2, 9)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    found = quality(tally(model, [ids], 5), text_bytes=32)
+    assert found.perplexity == pytest.approx(96, rel=1e-12)
+    assert found.bits_per_byte == pytest.approx(16 * math.log2(96) / 32, rel=1e-12)
+
+
+def test_a_text_without_a_predicted_token_is_refused():
+    with pytest.raises(ValueError, match="data.evaluation"):
+        quality(torch.zeros(3, dtype=torch.float64), 10)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "glm4"])
+def test_a_continuation_with_a_cache_is_the_repeated_first_choice_without_one(kind):
+    model, ids = tiny_model(kind), tokens(1, 6)
+    found = [int(token) for token in islice(continuation(model, ids), 12)]
+    for token in found:
+        assert token == model(ids).logits[0, -1].argmax().item()
+        ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+
+
+def test_a_continuation_ends_before_a_stop_token():
+    model, ids = tiny_model("llama"), tokens(1, 6)
+    free = continue_greedily(model, ids, 8, frozenset())
+    stopped = continue_greedily(model, ids, 8, frozenset({free[3]}))
+    assert stopped == free[: free.index(free[3])]
+
+
+def test_a_token_costs_keys_and_values_of_every_group_of_every_layer():
+    model = tiny_model("llama", dtype=torch.float32)
+    assert cache_bytes_per_token(model, tokens(1, 7)) == 4 * 2 * 2 * 8 * 4  # layers, K and V, groups, head size, bytes
+
+
+def test_an_opening_starts_a_sentence_and_ends_between_words():
+    prompt, follows = opening("of the former. Then a new one begins, and it goes on and on and on.", 21)
+    assert (prompt, follows) == ("Then a new one", " begins, and it goes")
+
+
+def test_models_are_timed_in_turn_and_the_medians_are_of_their_runs():
+    models = {"teacher": tiny_model("llama"), "student": tiny_model("llama", num_hidden_layers=2)}
+    order: list[str] = []
+    for name, model in models.items():
+        model.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    found = speeds(models, tokens(1, 16), 4, 3, torch.device("cpu"), lambda: None)
+    turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert turns == ["teacher", "student"] * 3
+    for speed in found.values():
+        assert len(speed.prefill_runs) == len(speed.decode_runs) == 3
+        assert (speed.prefill, speed.decode) == (median(speed.prefill_runs), median(speed.decode_runs))
+        assert min(*speed.prefill_runs, *speed.decode_runs) > 0
+
+
+def test_a_word_is_right_exactly_when_it_is_the_models_greedy_continuation():
+    model = tiny_model("llama")
+    asked = []
+    for seed, length in enumerate((5, 9, 6, 11, 7)):
+        context = tokens(1, length, seed=seed)
+        word = continue_greedily(model, context, 1 + seed % 3, frozenset())
+        asked.append(Question(tuple(context[0].tolist()), tuple(word)))
+    assert right(model, asked, batch=2).tolist() == [5, 5]
+    spoilt = [Question(q.context, (*q.word[:-1], (q.word[-1] + 1) % 96)) for q in asked[:2]]
+    assert right(model, spoilt + asked[2:], batch=5).tolist() == [3, 5]
+    assert right(model, [], batch=5).tolist() == [0, 0]
+
+
+def test_questions_are_the_last_words_of_sentences_and_what_stands_before_them(tmp_path):
+    from pipeline.runtime.checkpoint import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_folder(tmp_path, TEXT, 200))
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    asked = questions([TEXT], encode, limit=8, context=60)
+    assert len(asked) == 8
+    for question in asked:
+        word = tokenizer.decode(question.word)
+        context = tokenizer.decode(question.context)
+        assert word in (" hill", " rooms")
+        assert len(context) <= 60
+        assert context + word + "." in TEXT
+    assert questions([TEXT], encode, limit=0, context=60) == []
+    assert questions(["No sentence ends here"], encode, limit=8, context=4) == []
+
+
+def test_tasks_without_the_harness_are_refused_with_the_remedy():
+    if tasks.installed():
+        pytest.skip("lm_eval is installed here")
+    with pytest.raises(ValueError, match=r"evaluate.tasks.*pip install '.\[eval\]'"):
+        tasks.check(["arc_easy"])
+    tasks.check([])
+
+
+def test_a_local_task_file_is_measured_by_the_harness(tmp_path):
+    pytest.importorskip("lm_eval")
+    from pipeline.runtime.checkpoint import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_folder(tmp_path / "model", TEXT))
+    model = tiny_model("llama", dtype=torch.float32, max_position_embeddings=256)
+    asked = []
+    for prompt in ("The old", "Nobody had", "the wind went", "a hill stood"):  # the right choice is the model's own
+        scores = []
+        for choice in ("house", "years"):
+            head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            ids = tokenizer(f"{prompt} {choice}", add_special_tokens=False)["input_ids"]
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores.append(sum(logits[i - 1, ids[i]].item() for i in range(len(head), len(ids))))
+        asked.append({"question": prompt, "choices": ["house", "years"], "answer": scores.index(max(scores))})
+    asked[-1]["answer"] = 1 - asked[-1]["answer"]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    task = tmp_path / "own.yaml"
+    task.write_text(
+        f"""task: own
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/questions.jsonl}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: answer
+doc_to_choice: choices
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+    )
+    tasks.check([str(task)])
+    found = tasks.measure(model, tokenizer, [str(task)], batch=2)
+    assert found["own"]["acc"] == 0.75
+    assert found["own"]["questions"] == 4
+
+
+def test_a_task_file_that_does_not_exist_is_refused(tmp_path):
+    pytest.importorskip("lm_eval")
+    with pytest.raises(ValueError, match="absent.yaml, which does not exist"):
+        tasks.check([str(tmp_path / "absent.yaml")])
