@@ -161,6 +161,8 @@ def _table(corpus: Corpus, field: str, table):
     _check_column(corpus.given, field, table.column_names)
     if not len(table):
         raise ValueError(f"{corpus.given} has no rows")
+    if table.features[field].dtype not in ("string", "large_string"):
+        raise ValueError(f"{corpus.given}: column {field!r} holds no text; set data.text_field")
     return table.select_columns([field])
 
 
@@ -193,13 +195,7 @@ def _records(corpus: Corpus, field: str) -> Iterator[str]:
         for rows in table.iter(batch_size=1024):
             for text in rows[field]:
                 if text is not None:
-                    yield _text(text, corpus.given, field)
-
-
-def _text(value, place: str, field: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: column {field!r} holds {type(value).__name__}, not text; set data.text_field")
-    return value
+                    yield text
 
 
 def _lines(path: Path, field: str) -> Iterator[str]:
@@ -214,8 +210,10 @@ def _lines(path: Path, field: str) -> Iterator[str]:
             if not isinstance(record, dict):
                 raise ValueError(f"{path}:{number} is not a JSON object, as a .jsonl line is")
             _check_column(f"{path}:{number}", field, record)
+            if not isinstance(record[field], str | None):
+                raise ValueError(f"{path}:{number}: column {field!r} holds no text; set data.text_field")
             if record[field] is not None:
-                yield _text(record[field], f"{path}:{number}", field)
+                yield record[field]
 
 
 def _paragraphs(path: Path) -> Iterator[Piece]:

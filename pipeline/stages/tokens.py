@@ -1,0 +1,117 @@
+"""tokens: the configured texts, tokenised once by the teacher's tokenizer and packed, evaluation kept apart."""
+
+import json
+import shutil
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.data import sources, split
+from pipeline.data.packing import Domain, build, frame
+from pipeline.runtime.checkpoint import load_tokenizer, read_config
+
+MAKES = "tokens"
+NEEDS = ("teacher",)
+EVERY_RANK = False
+PURPOSES = ("calibration", "recovery", "evaluation")
+SMALL = 1 << 20  # bytes of files that are read through before any work
+SHARD_BYTES = 1 << 26  # a shard is also what packing holds in memory
+
+
+def check(config: Config) -> None:
+    """Refuse texts that could not be read or split, before any work; reads heads and small files, asks no network."""
+    for purpose, parts in _parts(config).items():
+        for part in parts:
+            try:
+                sources.check(part.corpus, config.data.text_field)
+                _check_length(part, config.data.text_field, config.data.sequence)
+            except ValueError as fault:
+                raise ValueError(f"data.{purpose}.path: {fault}") from None
+
+
+def _check_length(part: split.Part, field: str, sequence: int) -> None:
+    """Refuse a small file that has not `sequence` tokens however it is tokenised: one a byte, two around a piece."""
+    files = part.corpus.files
+    if files and sum(path.stat().st_size for path in files) < SMALL:
+        most = sum(len(piece.text.encode()) + 2 for piece in split.passages(part, field))
+        if most < sequence:
+            fault = f"{part} has at most {most} tokens, fewer than one sequence of {sequence}"
+            raise ValueError(f"{fault}; give a longer text, a larger share, or a smaller data.sequence")
+
+
+def settings(config: Config) -> dict:
+    """Give what determines the tokens beside the teacher: the texts' fingerprints, their parts, the length of a row."""
+    data = config.data
+    return {
+        "sequence": data.sequence,
+        "text_field": data.text_field,
+        "weights": {"calibration": data.calibration.weights, "recovery": data.recovery.weights},
+        "parts": {purpose: [_record(part) for part in parts] for purpose, parts in _parts(config).items()},
+    }
+
+
+def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
+    """Write calibration/, recovery/, evaluation/<nn-name>/ and tokens.json."""
+    data, model = config.data, read_config(inputs["teacher"])
+    longest = model.get("max_position_embeddings")
+    if longest is not None and data.sequence > longest:
+        raise ValueError(f"data.sequence is {data.sequence}, more than the model's {longest} positions; lower it")
+    tokenizer = load_tokenizer(inputs["teacher"])
+    around, parts, apart = frame(tokenizer), _parts(config), split.Unseen()
+    for line in _told(parts):
+        machine.say(line)
+
+    def pack(purpose: str, folder: str, several, weights, kept) -> dict:
+        pieces = [kept(split.passages(part, data.text_field)) for part in several]
+        domains = [Domain(*each) for each in zip(map(str, several), pieces, weights or [None] * len(several))]
+        shutil.rmtree(out / folder, ignore_errors=True)  # of an attempt that was cut off
+        row, vocabulary = data.sequence, model["vocab_size"]
+        try:
+            index = build(out / folder, domains, tokenizer, around, row, vocabulary, SHARD_BYTES, machine.progress)
+        except ValueError as fault:
+            raise ValueError(f"data.{purpose}.path: {fault}") from fault
+        return {key: index[key] for key in ("sequences", "tokens", "domains")}
+
+    record = {"sequence": data.sequence, "after": around.after, "first": around.first, "evaluation": {}}
+    for name, part in zip(_names(parts["evaluation"]), parts["evaluation"]):
+        record["evaluation"][name] = pack("evaluation", f"evaluation/{name}", [part], None, apart.evaluated)
+    for purpose in ("calibration", "recovery"):
+        record[purpose] = pack(purpose, purpose, parts[purpose], getattr(data, purpose).weights, apart.seen)
+    if apart.left_out:
+        machine.say(f"data: {apart.left_out} passages of calibration and recovery left out: they stand in evaluation")
+    record["left_out"] = apart.left_out
+    record["parts"] = {purpose: [_record(part) for part in several] for purpose, several in parts.items()}
+    (out / "tokens.json").write_text(json.dumps(record, indent=1))
+
+
+def _parts(config: Config) -> dict[str, tuple[split.Part, ...]]:
+    corpora = {}
+    for purpose in PURPOSES:
+        try:
+            corpora[purpose] = [sources.locate(path) for path in getattr(config.data, purpose).paths]
+        except ValueError as fault:
+            raise ValueError(f"data.{purpose}.path: {fault}") from None
+    return split.assign(corpora, config.data.split.evaluation, config.data.split.calibration)
+
+
+def _names(parts: tuple[split.Part, ...]) -> list[str]:
+    """A folder name for each part, nn-name, also told apart by the name alone."""
+    names: list[str] = []
+    for part in parts:
+        alike = sum(part.corpus.name == other.corpus.name for other in parts[: len(names)])
+        names.append(f"{len(names):02}-{part.corpus.name}" + (f"-{alike + 1}" if alike else ""))
+    return names
+
+
+def _record(part: split.Part) -> dict:
+    facts = {"path": part.corpus.given, "kind": part.corpus.kind, "start": part.start, "stop": part.stop}
+    return facts | {"fingerprint": sources.fingerprint(part.corpus)}
+
+
+def _told(parts: dict[str, tuple[split.Part, ...]]) -> list[str]:
+    """One line for each text that is split."""
+    shares: dict[str, list[str]] = {}
+    for purpose in ("evaluation", "calibration", "recovery"):
+        for part in parts[purpose]:
+            if not part.whole:
+                shares.setdefault(part.corpus.key, []).append(f"{purpose} {part.start:.0%} to {part.stop:.0%}")
+    return [f"data: {key} is split, contiguously: {', '.join(each)}" for key, each in shares.items()]

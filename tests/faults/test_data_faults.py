@@ -1,0 +1,181 @@
+"""Every fault of a text ends in one clear line, and those a look can find are found before any work."""
+
+import json
+import os
+import subprocess
+import sys
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from pipeline.data.packing import Domain, Packed, build, frame
+from pipeline.data.sources import Piece, check, locate, read
+from pipeline.stages import tokens
+from tests.tiny_text import byte_tokenizer, configured, run_tokens
+
+PROSE = "Words enough for a sequence or two, again and again. " * 20
+
+
+def refused(given, match, field="text"):
+    """A text that the cheap check refuses, with one line."""
+    with pytest.raises(ValueError, match=match) as fault:
+        check(locate(str(given)), field)
+    assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    "given, match",
+    [
+        ("builtin:poems", "builtin:poems is unknown; there are builtin:topics, builtin:docstrings, builtin:readmes"),
+        ("no/such.jsonl", "no/such.jsonl does not exist; give a file, a folder"),
+        ("nowhere", "nowhere does not exist"),
+        ("/absolute/folder", "/absolute/folder does not exist"),
+    ],
+)
+def test_places_that_do_not_exist(given, match):
+    refused(given, match)
+
+
+@pytest.mark.parametrize(
+    "name, content, match",
+    [
+        ("empty.txt", b"", "empty.txt is empty"),
+        ("table.csv", b"a,b\n", r"table.csv is a .csv file; text is read from .jsonl, .parquet"),
+        ("object.json", b"{}", "object.json is a .json file"),
+        ("image.png", b"\x89PNG\r\n\x1a\n\0\0", "image.png is not UTF-8 text"),
+        ("zeros.txt", b"text\0\0", "zeros.txt is not text: it has NUL bytes"),
+        ("latin.txt", "déjà".encode("latin-1"), "latin.txt is not UTF-8 text; convert it"),
+        ("a.jsonl", b"not json\n", "a.jsonl:1 is not a JSON object"),
+        ("a.jsonl", b"[1, 2]\n", "a.jsonl:1 is not a JSON object"),
+        ("a.jsonl", b'{"body": "x"}\n', "a.jsonl:1 has no column 'text' but body; set data.text_field"),
+        ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: column 'text' holds no text; set data.text_field"),
+        ("a.parquet", b"PAR1 cut", "a.parquet is not a whole parquet file; fetch it again"),
+    ],
+)
+def test_files_that_hold_no_text(tmp_path, name, content, match):
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path / name, match)
+
+
+@pytest.mark.parametrize(
+    "columns, match",
+    [
+        ({"body": ["x"]}, "has no column 'text' but body; set data.text_field"),
+        ({"text": [1]}, "column 'text' holds no text; set data.text_field"),
+        ({"text": pyarrow.array([], pyarrow.string())}, "a.parquet has no rows"),
+    ],
+)
+def test_parquet_files_that_hold_no_text(tmp_path, columns, match):
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    refused(tmp_path / "a.parquet", match)
+
+
+def test_saved_data_sets_that_hold_no_text(tmp_path):
+    datasets.Dataset.from_dict({"body": ["x"]}).save_to_disk(tmp_path / "other")
+    refused(tmp_path / "other", "other has no column 'text' but body; set data.text_field")
+    datasets.Dataset.from_dict({"text": [1]}).save_to_disk(tmp_path / "numbers")
+    refused(tmp_path / "numbers", "column 'text' holds no text; set data.text_field")
+    datasets.Dataset.from_dict({"text": ["x"]}).save_to_disk(tmp_path / "broken")
+    (tmp_path / "broken" / "state.json").write_text("{")
+    refused(tmp_path / "broken", "broken is not a whole saved data set")
+
+
+def test_folders_that_are_no_corpus(tmp_path):
+    refused(tmp_path, "holds no files; put text in it")
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
+    refused(tmp_path, "mixes jsonl and text files; give a folder of one kind")
+
+
+def test_faults_deep_in_a_file_name_their_place(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' * 70_000 + "{\n")
+    corpus = locate(str(tmp_path / "a.jsonl"))
+    check(corpus, "text")
+    with pytest.raises(ValueError, match="a.jsonl:70001 is not a JSON object"):
+        list(read(corpus, "text"))
+    (tmp_path / "a.txt").write_bytes(b"fine\n" * 300_000 + b"\xff\xfe")
+    with pytest.raises(ValueError, match="a.txt is not UTF-8 text"):
+        list(read(locate(str(tmp_path / "a.txt")), "text"))
+
+
+def test_a_hub_data_set_without_network_is_one_line():
+    program = "from pipeline.data.sources import locate, read; list(read(locate('no-owner/no-set'), 'text'))"
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run([sys.executable, "-c", program], env=offline, capture_output=True, text=True)
+    assert ended.stderr.splitlines()[-1].startswith("ValueError: hub data set no-owner/no-set cannot be loaded: ")
+
+
+@pytest.mark.parametrize(
+    "overrides, match",
+    [
+        (["data.recovery.path=/no/such.txt"], "data.recovery.path: /no/such.txt does not exist"),
+        (["data.evaluation.path=builtin:poems"], "data.evaluation.path: builtin:poems is unknown"),
+        (["data.recovery.path=[]"], "data.recovery: .*path is empty"),
+        (["data.recovery.weights=[1,2]"], "data.recovery: .*weights has 2 entries for 1 paths"),
+        (["data.recovery.weights=[0]"], "data.recovery.weights.0: .*greater than 0"),
+        (["+data.evaluation.weights=[1]"], "data: .*evaluation.weights has no meaning"),
+        (["data.split.evaluation=0.8"], "data.split: .*leaves recovery nothing"),
+        (["data.split.evaluation=0"], "data.split leaves evaluation no part of builtin:topics"),
+        (["data.calibration.path=[builtin:topics,builtin:topics]"], "data.calibration.path names builtin:topics twice"),
+    ],
+)
+def test_faults_of_the_configuration_are_found_before_any_work(overrides, match):
+    with pytest.raises(ValueError, match=match):
+        tokens.check(configured(*overrides))
+
+
+def test_a_text_shorter_than_a_sequence_is_found_before_any_work(tmp_path):
+    (tmp_path / "short.txt").write_text("Too short.")
+    with pytest.raises(ValueError, match="data.recovery.path: .*short.txt has at most 12 tokens, fewer than"):
+        tokens.check(configured(f"data.recovery.path={tmp_path}/short.txt"))
+
+
+def test_a_share_shorter_than_a_sequence_is_found_before_any_work(tmp_path):
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": PROSE}))
+    paths = [f"data.{purpose}.path={tmp_path}/one.jsonl" for purpose in tokens.PURPOSES]
+    with pytest.raises(ValueError, match="data.calibration.path: .*one.jsonl from 10% to 40% has at most 0 tokens"):
+        tokens.check(configured(*paths))
+
+
+def test_a_text_of_fewer_tokens_than_a_sequence_is_refused_by_its_name(tmp_path):
+    (tmp_path / "few.txt").write_text("again and " * 10)  # two tokens a word: found only by tokenising
+    config = configured(f"data.recovery.path={tmp_path}/few.txt", "data.sequence=64")
+    with pytest.raises(ValueError, match=r"data.recovery.path: .*few.txt has \d+ tokens, fewer than one sequence"):
+        run_tokens(config, tmp_path)
+
+
+def test_a_sequence_longer_than_the_models_positions_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="data.sequence is 65, more than the model's 64 positions; lower it"):
+        run_tokens(configured("data.sequence=65"), tmp_path)
+
+
+def pack(folder, vocabulary):
+    tokenizer = byte_tokenizer()
+    domain = Domain("texts", [Piece(PROSE, True)], None)
+    build(folder, [domain], tokenizer, frame(tokenizer), 16, vocabulary, 512, lambda items, total, label: items)
+
+
+def test_an_id_beyond_the_models_vocabulary_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"the tokenizer gives id \d+, but the model's vocabulary has 200 entries"):
+        pack(tmp_path / "packed", 200)
+
+
+def test_a_packing_that_was_cut_off_is_refused(tmp_path):
+    with pytest.raises(ValueError):
+        pack(tmp_path / "packed", 200)
+    with pytest.raises(ValueError, match="has no index.json: its packing was not finished"):
+        Packed(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_shard_is_refused(tmp_path, damage):
+    pack(tmp_path / "packed", 300)
+    shard = tmp_path / "packed" / "00000.npy"
+    if damage == "truncated":
+        os.truncate(shard, 100)
+    else:
+        shard.unlink()
+    with pytest.raises(ValueError, match=r"00000.npy has \d+ bytes, not 640; delete the tokens artifact"):
+        Packed(tmp_path / "packed")

@@ -1,0 +1,105 @@
+"""The tokens stage keeps evaluation apart, tells what it split, and starts afresh when a text changes."""
+
+import json
+import os
+
+from pipeline.data.packing import Packed
+from pipeline.stages import tokens
+from tests.tiny_text import byte_tokenizer, configured, run_tokens
+
+
+def book(path, name):
+    path.write_text("".join(f"{name}, paragraph {i}: words that stand nowhere else.\n\n" for i in range(120)))
+    return path
+
+
+def text_of(folder):
+    packed = Packed(folder)
+    return byte_tokenizer().decode([id for i in range(len(packed)) for id in packed[i]])
+
+
+def paragraphs(folder):
+    """The numbers of the paragraphs that a packed folder holds a part of."""
+    return {int(part.partition(":")[0]) for part in text_of(folder).split("paragraph ")[1:] if ":" in part}
+
+
+def test_a_text_of_all_purposes_is_split_said_and_recorded(tmp_path, capsys):
+    path = book(tmp_path / "book.txt", "Book")
+    config = configured(*(f"data.{purpose}.path={path}" for purpose in tokens.PURPOSES), "data.split.evaluation=0.2")
+    record = run_tokens(config, tmp_path)
+    evaluated = paragraphs(tmp_path / "out/evaluation/00-book")
+    calibrated, recovered = paragraphs(tmp_path / "out/calibration"), paragraphs(tmp_path / "out/recovery")
+    assert evaluated and calibrated and recovered
+    assert max(evaluated) < min(calibrated) <= max(calibrated) < min(recovered)
+    shares = "evaluation 0% to 20%, calibration 20% to 50%, recovery 50% to 100%"
+    assert f"{path} is split, contiguously: {shares}" in capsys.readouterr().out
+    assert {purpose: (part["start"], part["stop"]) for purpose, (part,) in record["parts"].items()} == {
+        "evaluation": (0, 0.2),
+        "calibration": (0.2, 0.5),
+        "recovery": (0.5, 1),
+    }
+    assert record["recovery"]["sequences"] == len(Packed(tmp_path / "out/recovery"))
+
+
+def test_every_evaluated_text_is_a_domain_of_its_own_and_mixtures_carry_weights(tmp_path):
+    a, b, c = (book(tmp_path / f"{name}.txt", name) for name in ("a", "b", "some text"))
+    config = configured(
+        f"data.recovery.path=[{a},{b}]",
+        "data.recovery.weights=[3,1]",
+        f"data.evaluation.path=[{c.parent}/some\\ text.txt,builtin:topics]",
+        f"data.calibration.path={a}",
+    )
+    record = run_tokens(config, tmp_path)
+    assert sorted(os.listdir(tmp_path / "out/evaluation")) == ["00-some-text", "01-topics"]
+    assert [domain["weight"] for domain in Packed(tmp_path / "out/recovery").domains] == [3.0, 1.0]
+    assert set(record["evaluation"]) == {"00-some-text", "01-topics"}
+    assert text_of(tmp_path / "out/calibration").startswith("a, paragraph 0")
+
+
+def test_an_evaluated_paragraph_is_left_out_of_a_copy_of_the_text(tmp_path, capsys):
+    long = "words that stand nowhere else, in a paragraph long enough to be told apart from headings"
+    for name, numbers in {"part": range(40, 60), "copy": range(100)}.items():
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(f"paragraph {i}: {long}" for i in numbers))
+    given = [f"data.evaluation.path={tmp_path}/part.txt", f"data.recovery.path={tmp_path}/copy.txt"]
+    record = run_tokens(configured(*given), tmp_path)
+    assert paragraphs(tmp_path / "out/recovery").isdisjoint(range(40, 60))
+    assert record["left_out"] == 20
+    assert "20 passages of calibration and recovery left out" in capsys.readouterr().out
+
+
+def test_an_attempt_that_was_cut_off_leaves_nothing_behind(tmp_path):
+    config = configured("data.sequence=64")
+    run_tokens(config, tmp_path / "a")
+    once, twice = tmp_path / "a/out", tmp_path / "b/out"
+    (twice / "recovery").mkdir(parents=True)
+    (twice / "recovery/00009.npy").write_bytes(b"half")
+    run_tokens(config, tmp_path / "b")
+    files = [path.relative_to(once) for path in once.rglob("*") if path.is_file()]
+    assert len(files) == 7
+    assert all((once / file).read_bytes() == (twice / file).read_bytes() for file in files)
+    assert not (twice / "recovery/00009.npy").exists()
+
+
+def test_evaluated_texts_of_one_name_are_told_apart_by_name(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        book(tmp_path / name / "test.txt", name)
+    record = run_tokens(configured(f"data.evaluation.path=[{tmp_path}/a/test.txt,{tmp_path}/b/test.txt]"), tmp_path)
+    assert list(record["evaluation"]) == ["00-test", "01-test-2"]
+
+
+def test_settings_follow_the_texts_and_their_parts_and_nothing_else(tmp_path):
+    path = book(tmp_path / "book.txt", "Book")
+    given = f"data.recovery.path={path}"
+    before = tokens.settings(configured(given))
+    json.dumps(before)
+    assert tokens.settings(configured(given, "distill.tokens=99", "seed=5")) == before
+    assert tokens.settings(configured(given, "data.sequence=64")) != before
+    assert tokens.settings(configured(given, "data.split.evaluation=0.2")) != before
+    path.write_text(path.read_text() + "more")
+    assert tokens.settings(configured(given)) != before
+
+
+def test_settings_ignore_the_shares_of_a_split_that_does_not_happen(tmp_path):
+    given = [f"data.evaluation.path={book(tmp_path / 'book.txt', 'Book')}"]
+    assert tokens.settings(configured(*given)) == tokens.settings(configured(*given, "data.split.evaluation=0.2"))
