@@ -61,8 +61,12 @@ def run(config: Config, command: str) -> dict[str, Path]:
     ranks = join(device, config.device.timeout)
     with ranks.guard():
         record = {"command": command, "config": config.model_dump(mode="json"), "device": device.name, "stages": {}}
-        view = artifacts.show(Path(config.runs), config.run, record, {}) if ranks.rank == 0 else None
-        track = open_track(config, view, ranks.rank)
+        view = Path(config.runs) / config.run
+        if ranks.rank == 0:
+            artifacts.show(Path(config.runs), config.run, record, {})
+        tracked = config.track
+        about = (tracked.mode, tracked.project, tracked.entity, tracked.group, tracked.tags)
+        track = open_track(*about, config.run, view, record["config"], ranks.rank)
         machine = Machine(device, ranks, track)
         store = artifacts.Store(
             Path(config.artifacts), ranks, artifacts.code_revision(), patience=float(config.device.timeout)
@@ -87,7 +91,13 @@ def run(config: Config, command: str) -> dict[str, Path]:
 
 
 def _step(
-    config: Config, name: str, stage: ModuleType, made: dict[str, Path], store: artifacts.Store, machine: Machine, wanted: bool
+    config: Config,
+    name: str,
+    stage: ModuleType,
+    made: dict[str, Path],
+    store: artifacts.Store,
+    machine: Machine,
+    wanted: bool,
 ) -> tuple[Path | None, bool]:
     """Find or make one stage's artifact; give its folder, or None if it does not apply, and whether it was made now."""
     missing = [need for need in stage.NEEDS if need not in made]

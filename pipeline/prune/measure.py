@@ -110,7 +110,7 @@ def _channels(sums: Sums, module: nn.Module, inputs: tuple, output: Tensor) -> N
 
 def _heads(sums: Sums, layer: int, size: int, module: nn.Module, inputs: tuple) -> None:
     heads = inputs[0].unflatten(-1, (-1, size))  # [batch, sequence, n, d]
-    _add(sums, sums.heads[layer], torch.linalg.vector_norm(heads, dim=-1, dtype=torch.float32))
+    _add(sums, sums.heads[layer], torch.linalg.vector_norm(heads, dim=-1, dtype=_sum_type(heads)))
 
 
 def _neurons(sums: Sums, layer: int, module: nn.Module, inputs: tuple) -> None:
@@ -127,7 +127,7 @@ def _influence(sums: Sums, layer: int, module: nn.Module, inputs: tuple, output:
 
 def _add(sums: Sums, total: Tensor, values: Tensor) -> None:
     """Add absolute values [batch, sequence, width] to a sum [width], tokens outside the mask left out."""
-    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    wide = _sum_type(values)
     if sums.mask is not None:
         values = values * sums.mask.unsqueeze(-1)
     if sums.aggregation == "sum":
@@ -159,3 +159,7 @@ def inverse_rms(model: nn.Module, modules: Iterable[str], batches: Iterable[Tens
         for ids in batches:
             model(input_ids=ids.to(place), use_cache=False)
     return sums
+
+
+def _sum_type(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from pipeline.model.anatomy import Anatomy, anatomy_of
 
@@ -23,6 +24,8 @@ CARRIED = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "generation_config.json", "*.model",
 )  # fmt: skip
+
+logging.disable_progress_bar()  # the pipeline shows its own
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -66,7 +69,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(
-            f"model.path: {folder} has no config.json; give a Hugging Face model folder, a .gguf file or a hub id"
+            f"model.path: {folder} has no config.json; give a model folder, a .gguf file or a hub id"
         )
     return json.loads(path.read_text())
 
@@ -80,10 +83,10 @@ def _places(folder: Path, allow_pickle: bool) -> Iterator[tuple[str, Path]]:
         absent = [shard.name for shard in shards if not shard.is_file()]
         if absent:
             raise ValueError(
-                f"model.path: {folder} lacks {', '.join(absent[:3])} named in its index; fetch the checkpoint again"
+                f"model.path: {folder} lacks {', '.join(absent[:3])}, named in its index; fetch it again"
             )
     for shard in shards:
-        yield from ((name, shard) for name in _opened(shard).keys())
+        yield from ((name, shard) for name in _opened(shard).keys())  # noqa: SIM118
     if shards:
         return
     pickles = sorted(folder.glob("*.bin"))

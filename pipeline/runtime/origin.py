@@ -59,7 +59,8 @@ def _packaged(name: str) -> tuple[Path, ...]:
         raise ValueError(f"model.path: package {name} is not installed; `make setup` installs the demo's model")
     home = Path(spec.submodule_search_locations[0])
     siblings = [home, *sorted(home.parent.glob(f"{name}_part*"))]
-    found = tuple(sorted((p for folder in siblings for p in folder.rglob("*.gguf*") if p.is_file()), key=lambda p: p.name))
+    files = (path for folder in siblings for path in folder.rglob("*.gguf*") if path.is_file())
+    found = tuple(sorted(files, key=lambda path: path.name))
     whole = tuple(path for path in found if path.suffix == ".gguf")
     if len(whole) > 1 or not found:
         raise ValueError(f"model.path: package {name} holds {len(whole)} GGUF files; give the path of one of them")
@@ -75,7 +76,7 @@ def _fetched(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:
         reason = str(fault).splitlines()[0]
-        raise ValueError(f"model.path: {name} is neither a folder here nor a reachable hub id ({reason:.160})") from None
+        raise ValueError(f"model.path: {name} is no folder here and no reachable hub id ({reason:.160})") from None
 
 
 def adopt(origin: Origin, folder: Path) -> None:

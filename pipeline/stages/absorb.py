@@ -42,7 +42,5 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         shutil.rmtree(out, ignore_errors=True)
         means = {name: float(total / tokens) for name, (total, tokens) in sums.items()}
         frozen = absorb_post_norms(anatomy, source, means)
-        write_checkpoint(
-            out, with_scales(source.config, anatomy), frozen, config.export.shard_bytes, inputs["start"]
-        )
+        write_checkpoint(out, with_scales(source.config, anatomy), frozen, config.export.shard_bytes, inputs["start"])
         machine.say(f"absorb: {len(means)} post-norms are static scales now")

@@ -29,7 +29,8 @@ RELOAD = """
 import json, sys
 import torch
 from transformers import AutoModelForCausalLM
-folder, dtype, ids, out, code = sys.argv[1], getattr(torch, sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4], sys.argv[5]
+folder, dtype, ids, out, code = sys.argv[1:]
+dtype, ids = getattr(torch, dtype), json.loads(ids)
 model = AutoModelForCausalLM.from_pretrained(
     folder, dtype=dtype, attn_implementation="eager", local_files_only=True, trust_remote_code=code == "code").eval()
 with torch.no_grad():
@@ -62,7 +63,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     kind = (folded_config(kind, anatomy) if folds else dict(kind)) | {"dtype": config.export.dtype}
     own = "pruned" in kind
     if own:
-        kind |= {"architectures": ["PrunedForCausalLM"], "auto_map": {"AutoModelForCausalLM": f"{CODE[:-3]}.PrunedForCausalLM"}}
+        name = "PrunedForCausalLM"
+        kind |= {"architectures": [name], "auto_map": {"AutoModelForCausalLM": f"{CODE[:-3]}.{name}"}}
     cast = ((name, tensor.to(dtype)) for name, tensor in tensors)
     write_checkpoint(out, kind, cast, config.export.shard_bytes, origin)
     if own:
@@ -71,7 +73,9 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     told = prove(origin, out, dtype, config.export.tolerance, own)
     form = "own modelling code" if own else "stock class"
     (out / "export.json").write_text(json.dumps(told | {"form": form, "folded": folds}, indent=1))
-    machine.say(f"export: {told['class']}, {form}, reloads in a fresh process (logits differ by {told['difference']:.1e})")
+    machine.say(
+        f"export: {told['class']} ({form}), reloaded in a fresh process: logits differ by {told['difference']:.1e}"
+    )
 
 
 def _all(source: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -91,7 +95,8 @@ def prove(origin: Path, folder: Path, dtype: torch.dtype, tolerance: float, own:
         wanted = model(torch.tensor([ids])).logits[0].float()
     with tempfile.TemporaryDirectory() as scratch:
         saved = Path(scratch) / "logits.pt"
-        arguments = [str(folder.resolve()), str(dtype).removeprefix("torch."), json.dumps(ids), str(saved), "code" if own else ""]
+        kind = str(dtype).removeprefix("torch.")
+        arguments = [str(folder.resolve()), kind, json.dumps(ids), str(saved), "code" if own else ""]
         done = subprocess.run(
             [sys.executable, "-I", "-c", RELOAD, *arguments],
             env=_quiet_environment(scratch),
@@ -105,7 +110,7 @@ def prove(origin: Path, folder: Path, dtype: torch.dtype, tolerance: float, own:
     difference = float((got - wanted).abs().max() / wanted.abs().max())
     if not difference <= tolerance:
         raise RuntimeError(
-            f"export: reloaded logits differ by {difference:.3g} of the largest, more than export.tolerance ({tolerance})"
+            f"export: reloaded logits differ by {difference:.3g} of the largest; export.tolerance is {tolerance}"
         )
     return json.loads(done.stdout.splitlines()[-1]) | {"difference": difference}
 

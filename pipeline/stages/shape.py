@@ -19,7 +19,7 @@ def settings(config: Config) -> dict:
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
-    """Write shape.json; ValueError, naming the nearest possible shapes, if the teacher cannot give the one asked for."""
+    """Write shape.json; ValueError, naming the nearest possible shapes, for one the teacher cannot give."""
     teacher = shape_of(open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy)
     if config.shape.given:
         student = given_shape(teacher, config.shape.model_dump())
