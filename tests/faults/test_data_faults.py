@@ -158,8 +158,12 @@ def pack(folder, vocabulary):
 
 
 def test_an_id_beyond_the_models_vocabulary_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"the tokenizer gives id \d+, but the model's vocabulary has 200 entries"):
-        pack(tmp_path / "packed", 200)
+    largest = max(byte_tokenizer()(PROSE)["input_ids"])
+    with pytest.raises(
+        ValueError, match=f"the tokenizer gives id {largest}, but the model's vocabulary has {largest} "
+    ):
+        pack(tmp_path / "short", largest)
+    pack(tmp_path / "enough", largest + 1)
 
 
 def test_a_packing_that_was_cut_off_is_refused(tmp_path):

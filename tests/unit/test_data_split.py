@@ -47,6 +47,15 @@ def test_the_three_parts_of_a_shared_text_make_up_the_text_in_order(source, requ
         assert abs(length - share * sum(lengths)) <= largest + 1
 
 
+def test_an_edge_between_two_records_gives_the_second_to_the_later_part(tmp_path):
+    (tmp_path / "ten.jsonl").write_text("".join(f'{{"text": "Record {i}"}}\n' for i in range(10)))
+    corpus = locate(str(tmp_path / "ten.jsonl"))
+    cut = [
+        [piece.text[-1] for piece in passages(Part(corpus, *span), "text")] for span in ((0, 0.2), (0.2, 0.5), (0.5, 1))
+    ]
+    assert ["".join(part) for part in cut] == ["01", "234", "56789"]
+
+
 def test_records_are_never_cut(records):
     part = Part(locate(str(records)), 0.1, 0.6)
     assert all(piece.ends and piece.text.startswith("Record") for piece in passages(part, "text"))
