@@ -1,0 +1,69 @@
+"""Bad input gets one clear line, before anything heavy starts."""
+
+import pytest
+
+from tests.tiny import save_tiny, tiny_model
+from tests.world import make_world, pipeline, settings
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+CASES = {
+    "unknown key": (["distill.epochs=3"], "epochs"),
+    "wrong type": (["distill.tokens=many"], "distill.tokens"),
+    "unknown stage": (["stages=[score,prune]"], "prune"),
+    "wider than the teacher": (["shape.neurons=4096"], "shape.neurons is 4096"),
+    "heads not a multiple of groups": (["shape.heads=3", "shape.groups=2"], "not a multiple of shape.groups"),
+    "no such layers": (["shape.layers=9"], "Nearest possible"),
+    "no such model": (["model.path=/nowhere/at/all"], "model.path: /nowhere/at/all"),
+    "no such text": (["data.recovery.path=/nowhere.txt"], "data.recovery.path"),
+    "unsupported text": (["data.recovery.path=model"], "data.recovery.path"),
+    "too short a text": (["data.recovery.path=short.txt"], "data.recovery.path"),
+    "empty text": (["data.recovery.path=empty.txt"], "data.recovery.path"),
+    "a batch that cannot be split": (["distill.batch=7", "distill.micro_batch=4"], "distill.batch"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_fault_is_one_line_that_names_it(world, case):
+    (world / "short.txt").write_text("too short")
+    (world / "empty.txt").write_text("")
+    changes, named = CASES[case]
+    chosen = dict(pair.split("=", 1) for pair in settings(world)) | dict(pair.split("=", 1) for pair in changes)
+    done = pipeline("run=faulty", *[f"{k}={v}" for k, v in chosen.items()], cwd=world, check=False)
+    assert done.returncode != 0
+    assert named in done.stdout, done.stdout
+    assert "Traceback" not in done.stdout, done.stdout
+
+
+def test_an_unsupported_family_and_a_truncated_shard_are_refused(tmp_path):
+    world = make_world(tmp_path)
+    config = world / "model" / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"model_type": "llama"', '"model_type": "mamba"'))
+    done = pipeline("run=x", *settings(world), cwd=world, check=False)
+    assert done.returncode == 2 and "model_type 'mamba' has no table" in done.stdout
+    config.write_text(text)
+    weights = world / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    done = pipeline("run=x", *settings(world), cwd=world, check=False)
+    assert done.returncode == 2 and "corrupt or truncated" in done.stdout
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
+    world = make_world(tmp_path)
+    save_tiny(tiny_model("llama", vocab_size=40), world / "model")
+    done = pipeline("run=x", *settings(world), cwd=world, check=False)
+    assert done.returncode == 2 and "they do not belong together" in done.stdout
+
+
+def test_modelling_code_in_a_checkpoint_is_refused_unless_asked_for(tmp_path):
+    world = make_world(tmp_path)
+    config = world / "model" / "config.json"
+    config.write_text(config.read_text().replace("{", '{"auto_map": {"AutoModelForCausalLM": "evil.Evil"},', 1))
+    (world / "model" / "evil.py").write_text("raise SystemExit('executed')")
+    done = pipeline("run=x", *settings(world), cwd=world, check=False)
+    assert done.returncode == 2 and "model.trust_remote_code=true" in done.stdout and "executed" not in done.stdout
