@@ -109,9 +109,9 @@ def _record(part: split.Part) -> dict:
 
 def _told(parts: dict[str, tuple[split.Part, ...]]) -> list[str]:
     """One line for each text that is split."""
-    shares: dict[str, list[str]] = {}
+    shares: dict[sources.Corpus, list[str]] = {}
     for purpose in ("evaluation", "calibration", "recovery"):
         for part in parts[purpose]:
             if not part.whole:
-                shares.setdefault(part.corpus.key, []).append(f"{purpose} {part.start:.0%} to {part.stop:.0%}")
-    return [f"data: {key} is split, contiguously: {', '.join(each)}" for key, each in shares.items()]
+                shares.setdefault(part.corpus, []).append(f"{purpose} {part.start:.0%} to {part.stop:.0%}")
+    return [f"data: {corpus.given} is split, contiguously: {', '.join(each)}" for corpus, each in shares.items()]
