@@ -199,6 +199,7 @@ class Chip(Section):
     launch_seconds: Weight
     cube_efficiency: Positive
     memory_efficiency: Positive
+    overlap: Annotated[float, Field(ge=0.0, le=1.0)]
     attention_efficiency: Positive
     link_bandwidth: Positive
     network_bandwidth: Positive

@@ -103,7 +103,7 @@ def possible_shapes(
     teacher: ModelShape, least: float, most: float, multiples: Multiples | None = None
 ) -> Iterator[ModelShape]:
     """Give every aligned shape keeping `least` to `most` of the teacher's non-embedding parameters, smallest first."""
-    grid = _Grid(teacher, multiples or multiples_for(teacher))
+    grid = Grid(teacher, multiples or multiples_for(teacher))
     whole = teacher.non_embedding_parameters()
     rows, counts = grid.rows((grid.counts >= least * whole) & (grid.counts <= most * whole))
     for row in rows[np.argsort(counts, kind="stable")].tolist():
@@ -122,7 +122,7 @@ def shape_for(teacher: ModelShape, fraction: float, multiples: Multiples | None 
         raise ValueError(f"budget.parameters is {fraction}; give a fraction in (0, 1]")
     if fraction == 1.0:
         return teacher
-    grid = _Grid(teacher, multiples or multiples_for(teacher))
+    grid = Grid(teacher, multiples or multiples_for(teacher))
     budget = fraction * teacher.non_embedding_parameters()
     fits = grid.counts <= budget
     if not fits.any():
@@ -130,10 +130,15 @@ def shape_for(teacher: ModelShape, fraction: float, multiples: Multiples | None 
         raise ValueError(f"budget.parameters is {fraction}; the smallest possible shape keeps {least:.4f}")
     fullest = grid.counts[fits].max()
     rows, counts = grid.rows(fits & (grid.counts >= min((1.0 - NEARNESS) * budget, fullest)))
-    target = np.array([getattr(teacher, axis) * fraction ** LEAN[axis] for axis in AXES])
-    distance = (np.log(rows / target) ** 2).sum(axis=1) + FILL * np.log(counts / budget) ** 2
+    distance = imbalance(teacher, rows, fraction) + FILL * np.log(counts / budget) ** 2
     best = np.lexsort((-rows[:, 1], -rows[:, 0], -counts, distance.round(12)))[0]
     return replace(teacher, **dict(zip(AXES, rows[best].tolist(), strict=True)))
+
+
+def imbalance(teacher: ModelShape, rows: np.ndarray, fraction: float | np.ndarray) -> np.ndarray:
+    """Σ_axes ln²(kept share of the axis / fraction^lean) of shapes, [shapes, 5] in the order of AXES to [shapes]."""
+    kept = np.log(rows / np.array([getattr(teacher, axis) for axis in AXES]))
+    return ((kept - np.log(fraction)[..., None] * np.array([LEAN[axis] for axis in AXES])) ** 2).sum(axis=1)
 
 
 def given_shape(teacher: ModelShape, requested: Mapping[str, int | None]) -> ModelShape:
@@ -192,7 +197,7 @@ def _steps(width: int, multiple: int) -> tuple[int, ...]:
     return tuple(sorted({*range(multiple, width + 1, multiple), width}))
 
 
-class _Grid:
+class Grid:
     """All combinations of possible values; counts: non-embedding weights [layers, hidden, (heads, groups), neurons]."""
 
     def __init__(self, teacher: ModelShape, multiples: Multiples):

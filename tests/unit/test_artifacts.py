@@ -1,0 +1,195 @@
+"""Artifacts: digests, publishing, finding, damage, locks, the human view."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from pipeline.runtime import artifacts
+from pipeline.runtime.artifacts import Store, damage, digest, fingerprint, need_space, show
+from pipeline.runtime.lock import Lock
+from pipeline.runtime.ranks import Ranks
+
+FACTS = {"settings": {"tokens": 3}, "inputs": {"teacher": "teacher-0123456789ab"}, "seconds": 1.5, "peak_memory": 10}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "artifacts", Ranks(0, 1, 0), "r1", patience=1.0)
+
+
+def make(store, stage="score", key="aa", text="content"):
+    with store.open(stage, key) as partial:
+        (partial / "inner").mkdir(exist_ok=True)
+        (partial / "scores.txt").write_text(text)
+        (partial / "inner" / "more.txt").write_text("more")
+        return store.publish(stage, key, **FACTS)
+
+
+def test_a_digest_knows_values_and_not_their_order():
+    assert digest({"a": 1, "b": [1.5, None]}) == digest({"b": [1.5, None], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+    assert digest([1, 2]) != digest([2, 1])
+    assert len(digest({})) == 12
+
+
+@pytest.mark.parametrize("value", [{"a": object()}, float("nan"), {"a": {1, 2}}])
+def test_a_digest_refuses_what_json_cannot_hold(value):
+    with pytest.raises(ValueError):
+        digest(value)
+
+
+def test_a_published_artifact_is_found_with_a_manifest_of_every_file(store):
+    folder = make(store)
+    assert store.find("score", "aa") == folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"scores.txt", "inner/more.txt"}
+    assert manifest["files"]["scores.txt"]["bytes"] == 7
+    assert manifest["files"]["scores.txt"]["sha256"].startswith("ed7002b439e9ac84")
+    assert {name: manifest[name] for name in FACTS} == FACTS
+    assert (manifest["stage"], manifest["digest"], manifest["revision"]) == ("score", "aa", "r1")
+    assert "torch" in manifest["libraries"]
+
+
+def test_nothing_is_found_before_it_is_published(store):
+    with store.open("score", "aa") as partial:
+        (partial / "scores.txt").write_text("half")
+        assert store.find("score", "aa") is None
+    assert store.find("score", "aa") is None
+
+
+def test_unpublished_work_is_found_again_by_the_next_attempt(store):
+    with store.open("score", "aa") as partial:
+        (partial / "half.txt").write_text("half")
+    with store.open("score", "aa") as again:
+        assert again == partial
+        assert (again / "half.txt").read_text() == "half"
+
+
+def test_unpublished_work_can_be_dropped(store):
+    with store.open("score", "aa") as partial:
+        (partial / "half.txt").write_text("half")
+    with store.open("score", "aa", keep=False) as again:
+        assert list(again.iterdir()) == []
+
+
+def test_other_settings_never_touch_earlier_work(store):
+    first, second = make(store, key="aa"), make(store, key="bb", text="other")
+    assert (first / "scores.txt").read_text() == "content"
+    assert (second / "scores.txt").read_text() == "other"
+
+
+def test_a_stage_that_made_nothing_is_refused(store):
+    with pytest.raises(ValueError, match="stage score made nothing"), store.open("score", "aa"):
+        store.publish("score", "aa", **FACTS)
+
+
+def test_an_artifact_published_meanwhile_is_not_made_again(store):
+    make(store)
+    with store.open("score", "aa") as partial:
+        assert partial is None
+
+
+def cut_short(folder):
+    (folder / "scores.txt").write_text("con")
+
+
+def lose_a_file(folder):
+    (folder / "inner" / "more.txt").unlink()
+
+
+def break_the_manifest(folder):
+    (folder / "manifest.json").write_text('{"files":')
+
+
+def lose_the_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("harm", [cut_short, lose_a_file, break_the_manifest, lose_the_manifest])
+def test_a_damaged_artifact_is_reported_not_used_and_made_anew(store, harm, capsys):
+    folder = make(store)
+    harm(folder)
+    assert damage(folder) is not None
+    assert store.find("score", "aa") is None
+    assert f"{folder} is damaged and not used" in capsys.readouterr().out
+    make(store)
+    assert store.find("score", "aa") == folder
+    assert len(list((store.root / ".damaged").iterdir())) == 1
+
+
+def test_no_lock_or_partial_folder_is_left_behind(store):
+    make(store)
+    assert list((store.root / ".partial").iterdir()) == []
+
+
+def test_a_second_owner_waits_says_so_and_gives_up(tmp_path):
+    heard = []
+    first, second = Lock(tmp_path / "x.lock", 0.2), Lock(tmp_path / "x.lock", 0.2)
+    first.acquire(heard.append)
+    with pytest.raises(TimeoutError, match=f"process {os.getpid()} on .* has held"):
+        second.acquire(heard.append)
+    assert len(heard) == 1 and str(os.getpid()) in heard[0]
+    first.release()
+    second.acquire(heard.append)
+    second.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fingerprint_sees_names_sizes_and_bytes_and_not_where_the_folder_is(tmp_path):
+    folder = tmp_path / "model"
+    (folder / ".cache").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"x" * 1000)
+    first = fingerprint(folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    (folder / ".cache" / "note").write_text("hidden files do not count")
+    assert fingerprint(folder) == fingerprint(tmp_path / "copy") == first
+    (folder / "model.safetensors").write_bytes(b"x" * 500 + b"y" + b"x" * 499)
+    assert fingerprint(folder) != first
+    with pytest.raises(ValueError, match="does not exist"):
+        fingerprint(tmp_path / "nowhere")
+
+
+def test_a_fingerprint_of_a_large_file_reads_its_ends_and_blocks_between(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    with weights.open("wb") as file:
+        file.truncate(artifacts.WHOLE + 1)
+    first = fingerprint(weights)
+    for place in (0, artifacts.WHOLE, next(start for start, _ in list(artifacts._blocks(artifacts.WHOLE + 1))[9:])):
+        with weights.open("r+b") as file:
+            file.seek(place)
+            file.write(b"1")
+        assert fingerprint(weights) != first
+        first = fingerprint(weights)
+
+
+def test_too_little_disk_is_refused_before_work(tmp_path):
+    need_space(tmp_path / "not" / "yet", 1)
+    with pytest.raises(ValueError, match="needs 1000000000.0 GB and its disk has"):
+        need_space(tmp_path / "not" / "yet", 10**18)
+
+
+def test_the_view_links_to_artifacts_and_follows_newer_ones(tmp_path, store):
+    first, second = make(store, key="aa"), make(store, key="bb", text="other")
+    view = show(tmp_path / "runs", "sweep/one", {"stages": 1}, {"scores": first, "text": first / "scores.txt"})
+    assert (view / "scores" / "scores.txt").read_text() == (view / "text").read_text() == "content"
+    show(tmp_path / "runs", "sweep/one", {"stages": 2}, {"scores": second})
+    assert (view / "scores" / "scores.txt").read_text() == "other"
+    assert json.loads((view / "run.json").read_text()) == {"stages": 2}
+    assert {path.name for path in view.iterdir()} == {"run.json", "scores", "text"}
+
+
+def test_the_view_and_its_artifacts_can_be_moved_together(tmp_path, store):
+    view = show(tmp_path / "runs", "one", {}, {"scores": make(store)})
+    home = tmp_path.with_name(tmp_path.name + "-moved")
+    tmp_path.rename(home)
+    assert (home / view.relative_to(tmp_path) / "scores" / "scores.txt").read_text() == "content"
+    home.rename(tmp_path)
+
+
+def test_the_view_does_not_overwrite_what_it_did_not_make(tmp_path, store):
+    (tmp_path / "runs" / "one" / "scores").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is in the way"):
+        show(tmp_path / "runs", "one", {}, {"scores": make(store)})

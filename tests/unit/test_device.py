@@ -1,0 +1,81 @@
+"""The device of a rank: chosen in order, seeded, measured."""
+
+import gc
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.runtime import device as devices
+from pipeline.runtime.device import missing, open_device
+
+
+def opened(**changes):
+    return open_device(**{"kind": "cpu", "attention": "auto", "deterministic": False, "local_rank": 0, "seed": 0, **changes})
+
+
+def test_auto_takes_the_first_kind_that_can_run():
+    expected = next(kind for kind in ("npu", "cuda", "cpu") if missing(kind) is None)
+    assert opened(kind="auto").kind == expected
+
+
+def test_a_device_names_its_backend_attention_and_accelerator(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    device = opened()
+    assert (device.backend, device.attention, device.torch) == ("gloo", "sdpa", torch.device("cpu"))
+    assert devices.os.environ["DS_ACCELERATOR"] == "cpu"
+    assert opened(attention="eager").attention == "eager"
+
+
+@pytest.mark.parametrize("kind", ["npu", "cuda"])
+def test_a_kind_that_cannot_run_is_refused_in_one_line_with_a_remedy(kind):
+    if missing(kind) is None:
+        pytest.skip(f"this machine has {kind}")
+    with pytest.raises(ValueError, match=rf"device.kind is {kind}, but .*; or set device=auto") as fault:
+        opened(kind=kind)
+    assert "\n" not in str(fault.value)
+
+
+def test_equal_seeds_give_equal_draws_of_every_generator():
+    def draws(seed):
+        opened(seed=seed)
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    assert draws(7) == draws(7)
+    assert all(a != b for a, b in zip(draws(7), draws(8)))
+
+
+def test_determinism_is_switched_on_and_off():
+    opened(deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    opened()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("listing, native", [("avx2 avx512f", False), ("avx512_bf16", True), ("sse amx_bf16", True)])
+def test_a_cpu_computes_in_bf16_only_where_the_processor_multiplies_it(monkeypatch, listing, native):
+    monkeypatch.setattr(devices, "_processor_flags", lambda: set(listing.split()))
+    wanted = native and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert opened().compute_dtype == (torch.bfloat16 if wanted else torch.float32)
+
+
+def test_the_peak_of_a_cpu_sees_memory_that_is_gone_and_a_reset_forgets_it():
+    device = opened()
+    gc.collect()
+    device.reset_peak_memory()
+    before = device.peak_memory()
+    large = torch.ones(64 << 20, dtype=torch.uint8)
+    del large
+    after = device.peak_memory()
+    assert after - before > 48 << 20
+    device.reset_peak_memory()
+    if device.peak_memory() == after:
+        pytest.skip("this kernel does not let a process reset its peak")
+    assert device.peak_memory() < after - (32 << 20)
+
+
+def test_a_device_has_memory_and_can_be_waited_for():
+    device = opened()
+    device.synchronise()
+    assert device.peak_memory() < device.total_memory()
