@@ -23,7 +23,9 @@ def byte_tokenizer(bos: bool = False, eos: bool = True, entries: int = 300) -> P
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special, alphabet = ["<s>"] * bos + ["</s>"] * eos, pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=entries, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=entries, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     core.train_from_iterator(DOCUMENTS, trainer)
     if bos:
         core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))])
