@@ -60,14 +60,24 @@ def fingerprint(folder: Path) -> str:
 
 def need_space(folder: Path, needed: int) -> None:
     """ValueError where the disk that holds (or will hold) the folder has fewer than `needed` bytes free."""
+    free = space_free(folder)
+    if free < needed:
+        raise ValueError(
+            f"{folder} needs {size(needed)} and its disk has {size(free)} free; set artifacts=<another disk>"
+        )
+
+
+def space_free(folder: Path) -> int:
+    """Bytes free on the disk that holds, or will hold, the folder."""
+    return shutil.disk_usage(existing(folder)).free
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
     there = Path(folder).absolute()
     while not there.exists():
         there = there.parent
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise ValueError(
-            f"{folder} needs {_size(needed)} and its disk has {_size(free)} free; set artifacts=<another disk>"
-        )
+    return there
 
 
 def code_revision() -> str:
@@ -288,5 +298,6 @@ def _git(folder: Path, *arguments: str) -> str:
     return answer.stdout.strip()
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """Bytes as a person reads them."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -18,6 +18,7 @@ import torch
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+_hidden: dict[str, str] = {}  # module that cannot be imported -> why
 NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # /proc/cpuinfo flags of x86 and (the last) of Arm
 
 
@@ -60,8 +61,7 @@ class Device:
 def open_device(kind: str, attention: str, deterministic: bool, local_rank: int, seed: int) -> Device:
     """Choose this rank's device, make it current and seed every generator.
 
-    Call it before DeepSpeed or transformers are imported: it sets DS_ACCELERATOR, and hides a `torch_npu` that is
-    installed but cannot be imported, which both would otherwise trip over.
+    Call it before DeepSpeed is imported: it sets DS_ACCELERATOR.
     ValueError where the asked kind cannot run here or has fewer devices than local ranks.
     """
     kind = _choose(kind)
@@ -111,10 +111,15 @@ def missing(kind: str) -> str | None:
 def bf16_is_native(kind: str) -> bool:
     """Whether the device multiplies bfloat16 in hardware: on a CPU avx512_bf16, AMX or Arm's bf16, through oneDNN."""
     if kind == "cpu":
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported() and bool(NATIVE_BF16 & _processor_flags())
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported() and multiplies_bf16(_processor_flags())
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return _module(kind).is_bf16_supported()
+
+
+def multiplies_bf16(flags: str) -> bool:
+    """Whether a processor with these /proc/cpuinfo flags has instructions that multiply bfloat16."""
+    return not NATIVE_BF16.isdisjoint(flags.split())
 
 
 def chip_name(kind: str, index: int) -> str:
@@ -134,6 +139,8 @@ def _choose(kind: str) -> str:
 
 
 def _missing_npu() -> str | None:
+    if "torch_npu" in _hidden:
+        return _hidden["torch_npu"]
     try:
         importlib.import_module("torch_npu")
     except ModuleNotFoundError as fault:
@@ -148,10 +155,11 @@ def _missing_npu() -> str | None:
 
 
 def _broken_npu(fault: Exception) -> str:
-    # None makes find_spec answer "absent": transformers and DeepSpeed import an installed torch_npu unguarded.
-    sys.modules["torch_npu"] = None
-    reason = (str(fault).splitlines() or [""])[0]
-    return f"torch_npu cannot be imported ({type(fault).__name__}: {reason:.160}); source CANN's set_env.sh first"
+    """Why torch_npu is broken; hide it from transformers and DeepSpeed, which import an installed one unguarded."""
+    sys.modules["torch_npu"] = None  # find_spec then answers "absent"
+    reason = f"{type(fault).__name__}: {(str(fault).splitlines() or [''])[0]:.160}"
+    _hidden["torch_npu"] = f"torch_npu cannot be imported ({reason}); source CANN's set_env.sh"
+    return _hidden["torch_npu"]
 
 
 def _module(kind: str):
@@ -164,7 +172,8 @@ def _determinism(kind: str, deterministic: bool) -> None:
         os.environ.setdefault("HCCL_DETERMINISTIC", "true")
     if kind == "cuda":
         torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports the compiler: seconds
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def _processor_field(field: str) -> str:
@@ -178,8 +187,8 @@ def _processor_field(field: str) -> str:
     return ""
 
 
-def _processor_flags() -> set[str]:
-    return set((_processor_field("flags") or _processor_field("Features")).split())
+def _processor_flags() -> str:
+    return _processor_field("flags") or _processor_field("Features")
 
 
 def _resident_peak() -> int:
@@ -204,3 +213,6 @@ def _container_limit() -> float:
         if limit.exists() and (text := limit.read_text().strip()).isdigit():
             return int(text)
     return float("inf")
+
+
+_missing_npu()  # on import: whoever imports transformers after this file is not stopped by a broken torch_npu

@@ -12,7 +12,8 @@ from pipeline.runtime.device import missing, open_device
 
 
 def opened(**changes):
-    return open_device(**{"kind": "cpu", "attention": "auto", "deterministic": False, "local_rank": 0, "seed": 0, **changes})
+    plain = {"kind": "cpu", "attention": "auto", "deterministic": False, "local_rank": 0, "seed": 0}
+    return open_device(**{**plain, **changes})
 
 
 def test_auto_takes_the_first_kind_that_can_run():
@@ -53,11 +54,17 @@ def test_determinism_is_switched_on_and_off():
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.parametrize("listing, native", [("avx2 avx512f", False), ("avx512_bf16", True), ("sse amx_bf16", True)])
-def test_a_cpu_computes_in_bf16_only_where_the_processor_multiplies_it(monkeypatch, listing, native):
-    monkeypatch.setattr(devices, "_processor_flags", lambda: set(listing.split()))
-    wanted = native and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert opened().compute_dtype == (torch.bfloat16 if wanted else torch.float32)
+@pytest.mark.parametrize(
+    "flags, native",
+    [("avx2 avx512f", False), ("avx512_vnni avx512_bf16", True), ("sse amx_bf16", True), ("fp asimd i8mm bf16", True)],
+)
+def test_bf16_counts_as_native_only_with_instructions_that_multiply_it(flags, native):
+    assert devices.multiplies_bf16(flags) == native
+
+
+def test_a_cpu_without_native_bf16_computes_in_float32():
+    wanted = torch.bfloat16 if devices.bf16_is_native("cpu") else torch.float32
+    assert opened().compute_dtype == wanted
 
 
 def test_the_peak_of_a_cpu_sees_memory_that_is_gone_and_a_reset_forgets_it():

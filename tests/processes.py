@@ -1,0 +1,57 @@
+"""Ranks as real processes: each runs a function of a test module, under the environment that torchrun gives."""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.runtime.device import open_device
+from pipeline.runtime.ranks import join, place
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.processes"])  # torch is imported once, not once a rank
+
+
+def on_ranks(work: Callable, folder: Path, world: int = 2, timeout: float = 20.0, arguments: tuple = ()) -> list[Any]:
+    """What `work(ranks, *arguments)` returned, raised ("ErrorType: text") or, if its process died, None, per rank."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    common = {
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "OMP_NUM_THREADS": "1",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    answers = [folder / f"rank{rank}.json" for rank in range(world)]
+    processes = []
+    for rank, answer in enumerate(answers):
+        answer.unlink(missing_ok=True)
+        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(CONTEXT.Process(target=_rank, args=(work, environment, timeout, answer, arguments)))
+        processes[-1].start()
+    deadline = time.monotonic() + 90
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for rank in late:
+        processes[rank].kill()
+    assert not late, f"ranks {late} hung"
+    return [json.loads(answer.read_text()) if answer.exists() else None for answer in answers]
+
+
+def _rank(work: Callable, environment: dict[str, str], timeout: float, answer: Path, arguments: tuple) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    try:
+        value = work(join(open_device("cpu", "auto", False, place()[2], 0), timeout), *arguments)
+    except Exception as fault:
+        value = f"{type(fault).__name__}: {fault}"
+    answer.write_text(json.dumps(value))
