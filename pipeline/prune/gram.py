@@ -1,0 +1,111 @@
+"""Second moments in one calibration pass: of what W_O and W_down read, and of the directions the residual stream takes.
+
+Least-squares restoration, greedy removal and the principal basis need nothing else from the data.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.model.anatomy import Anatomy
+from pipeline.model.families import FINAL_NORM, LAYER
+
+from .measure import Batch
+
+CHUNK = 4096  # rows whose products add in float32 before they join the float64 total
+
+
+@dataclass
+class Grams:
+    """Partial sums of one pass, float64, on the CPU once collected; they add over batches and ranks.
+
+    Memory: 8 bytes times (n d)² + f² for every layer watched, plus h² for the stream.
+    """
+
+    inputs: dict[str, Tensor]  # H = Σ x xᵀ by projection module, [(n d), (n d)] for W_O and [f, f] for W_down
+    stream: Tensor | None  # Σ u uᵀ [h, h], u = x / rms(x) at every pre-norm and the final norm
+    tokens: Tensor  # [1]
+    mask: Tensor | None = field(default=None, repr=False)  # of the batch under way, [batch, sequence]
+
+    def tensors(self) -> list[Tensor]:
+        """Give every sum, to be added over ranks in place."""
+        return [*self.inputs.values(), *([] if self.stream is None else [self.stream]), self.tokens]
+
+
+@torch.no_grad()
+def gram(
+    model: nn.Module, anatomy: Anatomy, batches: Iterable[Batch], layers: Sequence[int], *, stream: bool
+) -> Grams:
+    """Give the Gram matrices H = XᵀX at the inputs of W_O and W_down of some layers, and of the stream if asked.
+
+    `model` maps ids [batch, sequence] to hidden states. Where all layers' matrices do not fit in memory, make several
+    passes over subsets of `layers`. Products are float32 within a chunk of rows, float64 where the model is.
+    """
+    place = next(model.parameters()).device
+    home = torch.device("cpu") if place.type in ("npu", "mps") else place
+
+    def zeros(*lengths: int) -> Tensor:
+        return torch.zeros(lengths, dtype=torch.float64, device=home)
+
+    widths = {
+        module.format(layer=layer): anatomy.sizes.length(axis, layer)
+        for layer in layers
+        for axis, module in projections(anatomy).items()
+    }
+    hidden = anatomy.sizes.hidden
+    inputs = {name: zeros(width, width) for name, width in widths.items()}
+    grams = Grams(inputs, zeros(hidden, hidden) if stream else None, zeros(1))
+    with ExitStack() as hooks:
+        _watch(model, anatomy, grams, hooks)
+        for batch in batches:
+            ids, mask = batch if isinstance(batch, tuple) else (batch, None)
+            grams.mask = None if mask is None else mask.to(place, torch.bool)
+            grams.tokens += ids.numel() if mask is None else int(mask.sum())
+            model(input_ids=ids.to(place), attention_mask=grams.mask, use_cache=False)
+    grams.inputs = {name: total.cpu() for name, total in grams.inputs.items()}
+    grams.stream = None if grams.stream is None else grams.stream.cpu()
+    grams.tokens = grams.tokens.cpu()
+    return grams
+
+
+def projections(anatomy: Anatomy) -> dict[str, str]:
+    """Give the `{layer}` module names of the two projections that write to the stream, by the axis they read."""
+    return {axis: anatomy.layer_module(f"h {written}") for axis, written in (("n d", "(n d)"), ("f", "f"))}
+
+
+def add_products(total: Tensor, rows: Tensor) -> None:
+    """Add XᵀX of rows [..., width] to a total [width, width], chunk by chunk."""
+    for part in rows.flatten(0, -2).split(CHUNK):
+        wide = part.to(torch.promote_types(part.dtype, torch.float32))
+        total += (wide.T @ wide).to(total.device, total.dtype)
+
+
+def _watch(model: nn.Module, anatomy: Anatomy, grams: Grams, hooks: ExitStack) -> None:
+    modules = dict(model.named_modules(prefix="model"))
+    for name, total in grams.inputs.items():
+        hooks.callback(modules[name].register_forward_pre_hook(partial(_input, grams, total)).remove)
+    if grams.stream is None:
+        return
+    layers = range(len(anatomy.sizes.layers))
+    readers = [f"{LAYER}{norm}".format(layer=layer) for layer in layers for norm in anatomy.family.pre_norms]
+    for name in (*readers, FINAL_NORM.removesuffix(".weight")):
+        hooks.callback(modules[name].register_forward_pre_hook(partial(_direction, grams)).remove)
+
+
+def _input(grams: Grams, total: Tensor, module: nn.Module, inputs: tuple) -> None:
+    add_products(total, _counted(grams, inputs[0]))
+
+
+def _direction(grams: Grams, module: nn.Module, inputs: tuple) -> None:
+    wide = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
+    epsilon = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    add_products(grams.stream, _counted(grams, unit))
+
+
+def _counted(grams: Grams, values: Tensor) -> Tensor:
+    return values if grams.mask is None else values * grams.mask.unsqueeze(-1)
