@@ -1,0 +1,208 @@
+"""Teacher and student in one module, whose forward gives the loss.
+
+The head module owns both output matrices and computes the loss in its own forward, so that a ZeRO-3 engine, which
+gathers the parameters of the module that runs, gathers exactly what is used; nothing here knows of it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .loss import IGNORED, Logits, linear_distillation
+
+EMBEDDING = -1  # the place of the embedding output among the layers' outputs
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What recovery minimises: a divergence of the logits, and weighted terms beside it (conf distill.loss)."""
+
+    kind: str
+    beta: float
+    temperature: float
+    cross_entropy: float
+    hidden: float
+    embedding: float
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Match:
+    """Whose hidden states are compared: `layers` as (student, teacher) pairs, the teacher's states at `channels` [h'].
+
+    `channels` None: the widths are equal.
+    """
+
+    layers: tuple[tuple[int, int], ...]
+    channels: tuple[int, ...] | None
+
+
+class Distiller(nn.Module):
+    """The student, its frozen teacher and the loss between them.
+
+    In training mode `forward(tokens)` gives the objective, a scalar, and its parts; in evaluation mode the forward KL
+    at temperature 1, whatever the objective is.
+    """
+
+    def __init__(
+        self, teacher: Any, student: Any, objective: Objective, match: Match | None, gradient_checkpointing: bool
+    ):
+        """Take over two Hugging Face causal language models on the CPU; they must have one vocabulary.
+
+        `match` is needed where the objective has hidden-state terms; ValueError where it is missing or does not fit.
+        """
+        super().__init__()
+        _check(teacher, student, objective, match)
+        self.objective = objective
+        self._names = {id(parameter): name for name, parameter in student.named_parameters()}
+        self.teacher = teacher.base_model.requires_grad_(False).eval()
+        self.student = student.base_model
+        self.head = Head(teacher, student, objective)
+        self._match = match if objective.hidden or objective.embedding else None
+        if self._match is not None:
+            channels = None if match.channels is None else torch.tensor(match.channels)
+            self.register_buffer("channels", channels, persistent=False)
+            places = [EMBEDDING] * bool(objective.embedding)
+            pairs = match.layers if objective.hidden else ()
+            self._student_states = _watch(self.student, places + [ours for ours, _ in pairs])
+            self._teacher_states = _watch(self.teacher, places + [theirs for _, theirs in pairs])
+        if gradient_checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def train(self, mode: bool = True) -> "Distiller":
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Give the student's parameters by their names in its checkpoint, tied ones once."""
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                yield self._names[id(parameter)], parameter
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """tokens: [batch, sequence]."""
+        with torch.no_grad():
+            taught = self.teacher(input_ids=tokens, use_cache=False).last_hidden_state
+        learnt = self.student(input_ids=tokens, use_cache=False).last_hidden_state
+        loss, parts = self.head(learnt, taught, _next_tokens(tokens))
+        if not self.training:
+            return loss, {"kl": loss.detach()}
+        for name, weight, places in self._terms():
+            term = sum(self._difference(ours, theirs) for ours, theirs in places) / len(places)
+            loss = loss + weight * term
+            parts[name] = term.detach()
+        if self._match is not None:
+            self._student_states.clear()
+            self._teacher_states.clear()
+        return loss, parts
+
+    def _terms(self) -> Iterator[tuple[str, float, tuple[tuple[int, int], ...]]]:
+        if self.objective.hidden:
+            yield "hidden", self.objective.hidden, self._match.layers
+        if self.objective.embedding:
+            yield "embedding", self.objective.embedding, ((EMBEDDING, EMBEDDING),)
+
+    def _difference(self, ours: int, theirs: int) -> Tensor:
+        """Give the normalised squared error |s - t|^2 / |t|^2 of hidden states, a mean over tokens."""
+        student, teacher = self._student_states[ours], self._teacher_states[theirs]
+        if self.channels is not None:
+            teacher = teacher.index_select(-1, self.channels)
+        exact = torch.promote_types(student.dtype, torch.float32)
+        student, teacher = student.to(exact), teacher.to(exact)
+        scale = teacher.square().sum(-1).clamp_min(torch.finfo(exact).tiny)
+        return ((student - teacher).square().sum(-1) / scale).mean()
+
+
+class Head(nn.Module):
+    """Both output matrices and the loss between the logits they give."""
+
+    def __init__(self, teacher: Any, student: Any, objective: Objective):
+        super().__init__()
+        self.objective = objective
+        self.teacher_weight, self.teacher_bias = _frozen_output(teacher)
+        output = student.get_output_embeddings()
+        self.student_weight, self.student_bias = output.weight, output.bias
+        self._forms = {"student_logits": _logits(student.config), "teacher_logits": _logits(teacher.config)}
+
+    def forward(self, learnt: Tensor, taught: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Hidden states [batch, sequence, h] of both, next tokens [batch, sequence]."""
+        asked = self.objective
+        training = {"kind": asked.kind, "temperature": asked.temperature, "cross_entropy": asked.cross_entropy}
+        held_out = {"kind": "forward_kl", "temperature": 1.0, "cross_entropy": 0.0}
+        return linear_distillation(
+            learnt.flatten(0, 1),
+            self.student_weight,
+            taught.flatten(0, 1),
+            self.teacher_weight,
+            beta=asked.beta,
+            labels=labels.flatten(),
+            chunk=asked.chunk,
+            student_bias=self.student_bias,
+            teacher_bias=self.teacher_bias,
+            **(training if self.training else held_out),
+            **self._forms,
+        )
+
+
+def _frozen_output(model: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
+    output = model.get_output_embeddings().requires_grad_(False)
+    return output.weight, output.bias
+
+
+def _logits(config: Any) -> Logits:
+    """What a model does to its logits: Gemma 2's soft cap, Cohere's scale, Granite's divisor."""
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return Logits(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _next_tokens(tokens: Tensor) -> Tensor:
+    """Give the label of every position [batch, sequence]; the last of a sequence has none."""
+    return torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORED)), dim=1)
+
+
+def _watch(body: nn.Module, places: list[int]) -> dict[int, Tensor]:
+    """Give a mapping that holds, after a forward pass of `body`, the hidden states after the named layers."""
+    states: dict[int, Tensor] = {}
+    for place in set(places):
+        if place == EMBEDDING:
+            body.layers[0].register_forward_pre_hook(_keep_input(states), with_kwargs=True)
+        else:
+            body.layers[place].register_forward_hook(_keep_output(states, place))
+    return states
+
+
+def _keep_input(states: dict[int, Tensor]):
+    def hook(module: nn.Module, arguments: tuple, named: dict) -> None:
+        states[EMBEDDING] = arguments[0] if arguments else named["hidden_states"]
+
+    return hook
+
+
+def _keep_output(states: dict[int, Tensor], place: int):
+    def hook(module: nn.Module, arguments: tuple, output: Any) -> None:
+        states[place] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def _check(teacher: Any, student: Any, objective: Objective, match: Match | None) -> None:
+    ours, theirs = (model.get_output_embeddings().weight.shape for model in (student, teacher))
+    if ours[0] != theirs[0]:
+        raise ValueError(f"the student's vocabulary has {ours[0]} entries, the teacher's {theirs[0]}; they must agree")
+    for term in ("hidden", "embedding"):
+        if not getattr(objective, term):
+            continue
+        if match is None:
+            raise ValueError(f"distill.loss.{term} compares hidden states and needs the plan's blueprint; set it to 0")
+        width, kept = student.config.hidden_size, match.channels
+        if kept is None and width != teacher.config.hidden_size:
+            raise ValueError(
+                f"distill.loss.{term}: the student has {width} channels, the teacher {teacher.config.hidden_size}, and "
+                "no list says which are kept; set it to 0"
+            )
+        if kept is not None and len(kept) != width:
+            raise ValueError(f"distill.loss.{term}: {len(kept)} channels are kept, and the student has {width}")

@@ -1,0 +1,286 @@
+"""The distillation loss, fused with both output matrices: logits exist for one chunk of tokens at a time.
+
+Forward computes the gradients too (they are cheap while the logits are there), so that nothing of size tokens x
+vocabulary is kept for backward. Products run in the type of their operands, softmax arithmetic in float32 or better.
+
+With z student and y teacher logits over the temperature T, q = softmax(z), p = softmax(y), loss T^2 D:
+  forward KL  D = sum p (log p - log q)                       dD/dz = q - p
+  reverse KL  D = sum q (log q - log p)                       dD/dz = q (log q - log p - D)
+  JSD(b)      D = b KL(p|m) + (1 - b) KL(q|m), m = b p + (1 - b) q
+                                                              dD/dz = (1 - b) q (log(q/m) - KL(q|m))
+(Hinton et al. 2015 for T^2; Agarwal et al. 2023, generalised JSD.)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100             # a label that takes no part in the cross entropy
+CACHED = 1 << 20           # logits worked on at once on a CPU: few enough to stay in its caches between passes
+RESIDENT = 1 << 25         # the same on an accelerator: enough to fill it, few enough that six buffers are small
+ADDED_LOW = 4              # chunks whose weight gradients are added in a low precision before float32 takes over
+
+
+@dataclass(frozen=True)
+class Logits:
+    """How a model's logits come from `hidden @ weight.T + bias`: times `scale`, then bounded by `softcap` (Gemma 2)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+PLAIN = Logits()
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What is added up: a divergence at a temperature and, with a weight, the next-token cross entropy."""
+
+    divergence: Callable[..., tuple[Tensor, Tensor]]
+    temperature: float
+    cross_entropy: float
+    chunk: int
+    student: Logits
+    teacher: Logits
+
+
+def linear_distillation(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    kind: str,
+    beta: float,
+    temperature: float,
+    cross_entropy: float,
+    labels: Tensor | None,
+    chunk: int,
+    mask: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_logits: Logits = PLAIN,
+    teacher_logits: Logits = PLAIN,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Give the loss, a mean over tokens, differentiable by the student's tensors, and its parts, detached.
+
+    Hidden states [t, h_student] and [t, h_teacher], output matrices [v, h], biases [v]. `kind` is forward_kl,
+    reverse_kl or jsd; `labels` [t] hold the next token of each position or IGNORED, needed where `cross_entropy` (a
+    weight) is positive; `mask` [t] is true where a token counts. Parts: `divergence` (with its T^2) and, where
+    weighted, `cross_entropy`. ValueError where shapes or needs do not fit.
+    """
+    if kind not in DIVERGENCES:
+        raise ValueError(f"distill.loss.kind is {kind!r}; choose one of {', '.join(DIVERGENCES)}")
+    _check(student_hidden, student_weight, teacher_hidden, teacher_weight, teacher_bias)
+    if cross_entropy and labels is None:
+        raise ValueError(f"distill.loss.cross_entropy is {cross_entropy} and there are no labels; give labels or 0")
+    if mask is not None:
+        student_hidden, teacher_hidden = student_hidden[mask], teacher_hidden[mask]
+        labels = None if labels is None else labels[mask]
+    if not len(student_hidden):
+        raise ValueError("the mask leaves no token for the distillation loss; drop the batch")
+    terms = _Terms(
+        DIVERGENCES[kind](beta), temperature, cross_entropy, chunk, student_logits, teacher_logits
+    )
+    loss, divergence, entropy = _LinearDistillation.apply(
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, labels, terms
+    )
+    return loss, {"divergence": divergence} | ({"cross_entropy": entropy} if cross_entropy else {})
+
+
+class _LinearDistillation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, labels, terms):
+        wanted = ctx.needs_input_grad[:3]
+        tokens, vocabulary = len(hidden), len(weight)
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        size = min(terms.chunk, tokens)
+        student, teacher = hidden.new_empty(size, vocabulary), teacher_hidden.new_empty(size, vocabulary)
+        rows = max(1, (CACHED if hidden.device.type == "cpu" else RESIDENT) // vocabulary)
+        buffers = hidden.new_empty(6, min(rows, size), vocabulary, dtype=exact)
+        divergence, entropy = hidden.new_zeros(2, dtype=exact)
+        shares = _entropy_shares(labels, terms.cross_entropy, exact) if terms.cross_entropy else None
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        grad_weight = _Sum(weight) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and wanted[2] else None
+
+        for start in range(0, tokens, size):
+            part = slice(start, min(start + size, tokens))
+            length = part.stop - start
+            z = _project(hidden[part], weight, bias, student[:length])
+            y = _project(teacher_hidden[part], teacher_weight, teacher_bias, teacher[:length])
+            for first in range(0, length, rows):
+                some = slice(first, first + rows)
+                above = slice(start + first, min(start + first + rows, part.stop))
+                aims = (labels[above], shares[above]) if shares is not None else None
+                d, e = _rows(z[some], y[some], aims, terms, tokens, [b[: above.stop - above.start] for b in buffers])
+                divergence += d
+                entropy += e
+            if grad_hidden is not None:
+                torch.mm(z, weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight.add(z, hidden[part])
+            if grad_bias is not None:
+                grad_bias += z.sum(0, dtype=exact)
+
+        ctx.gradients = (
+            grad_hidden,
+            grad_weight.total() if grad_weight is not None else None,
+            grad_bias.to(bias.dtype) if grad_bias is not None else None,
+        )
+        divergence *= terms.temperature**2 / tokens
+        loss = divergence + terms.cross_entropy * entropy
+        ctx.mark_non_differentiable(divergence, entropy)
+        return loss, divergence, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, *_):
+        if ctx.gradients is None:
+            raise RuntimeError("the distillation loss keeps its gradients for one backward pass; compute it again")
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if each is None else each.mul_(grad_loss) for each in gradients), *[None] * 5
+
+
+def _rows(
+    student: Tensor,
+    teacher: Tensor,
+    aims: tuple[Tensor, Tensor] | None,
+    terms: _Terms,
+    tokens: int,
+    buffers: list[Tensor],
+) -> tuple[Tensor, Tensor | float]:
+    """Give the sums of divergence and cross entropy over some rows; leave dloss/dproduct where `student` was.
+
+    `student`, `teacher`: products hidden @ weight.T [rows, v]; `buffers`: six of the same shape in the exact type.
+    """
+    z, y, q, p, spare, own = buffers
+    _bounded(student, terms.student, z)
+    _bounded(teacher, terms.teacher, y)
+    entropy: Tensor | float = 0.0
+    if aims is not None:
+        labels, shares = aims  # shares [rows] add up to 1 over the batch, times the weight
+        torch.softmax(z, -1, out=own)
+        index = labels.clamp_min(0)[:, None]
+        entropy = ((_log_sum(z, own) - z.gather(1, index)[:, 0]) * shares).sum() / terms.cross_entropy
+        own.mul_(shares[:, None]).scatter_add_(1, index, -shares[:, None])
+    if terms.temperature != 1.0:
+        z.div_(terms.temperature)
+        y.div_(terms.temperature)
+    torch.softmax(z, -1, out=q)
+    torch.softmax(y, -1, out=p)
+    divergence, gradient = terms.divergence(z, y, q, p, spare)
+    gradient.mul_(terms.temperature / tokens)
+    if aims is not None:
+        gradient.add_(own)
+    if terms.student.softcap is not None:
+        torch.mul(student, terms.student.scale / terms.student.softcap, out=own).tanh_().square_()
+        gradient.addcmul_(gradient, own, value=-1.0)
+    if terms.student.scale != 1.0:
+        gradient.mul_(terms.student.scale)
+    student.copy_(gradient)
+    return divergence.sum(), entropy
+
+
+def _forward_kl(beta: float):
+    def divergence(z: Tensor, y: Tensor, q: Tensor, p: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+        gap = _log_sum(z, q) - _log_sum(y, p)
+        return y.sub_(z).mul_(p).sum(-1) + gap, q.sub_(p)
+
+    return divergence
+
+
+def _reverse_kl(beta: float):
+    def divergence(z: Tensor, y: Tensor, q: Tensor, p: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+        gap = _log_sum(y, p) - _log_sum(z, q)
+        z.sub_(y).add_(gap[:, None]).mul_(q)  # q (log q - log p)
+        total = z.sum(-1)
+        return total, z.addcmul_(q, total[:, None], value=-1.0)
+
+    return divergence
+
+
+def _jsd(beta: float):
+    def divergence(z: Tensor, y: Tensor, q: Tensor, p: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+        z.sub_(_log_sum(z, q)[:, None])
+        y.sub_(_log_sum(y, p)[:, None])
+        torch.mul(q, 1.0 - beta, out=spare).add_(p, alpha=beta).clamp_min_(torch.finfo(q.dtype).tiny).log_()  # log m
+        from_teacher = y.sub_(spare).mul_(p).sum(-1)
+        z.sub_(spare).mul_(q)  # q log(q/m)
+        from_student = z.sum(-1)
+        gradient = z.addcmul_(q, from_student[:, None], value=-1.0).mul_(1.0 - beta)
+        return beta * from_teacher + (1.0 - beta) * from_student, gradient
+
+    return divergence
+
+
+DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
+
+
+def _log_sum(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """Give log sum exp of each row from its softmax: the largest logit less the log of its probability."""
+    return logits.amax(-1) - probabilities.amax(-1).log_()
+
+
+def _bounded(product: Tensor, form: Logits, out: Tensor) -> None:
+    out.copy_(product)
+    if form.softcap is not None:
+        out.mul_(form.scale / form.softcap).tanh_().mul_(form.softcap)
+    elif form.scale != 1.0:
+        out.mul_(form.scale)
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    if bias is None:
+        return torch.mm(hidden, weight.T, out=out)
+    return torch.addmm(bias, hidden, weight.T, out=out)
+
+
+def _entropy_shares(labels: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
+    """Give each token's share [t] of the weighted mean cross entropy, zero where its label is IGNORED."""
+    counted = (labels != IGNORED).to(dtype)
+    return counted * (weight / counted.sum().clamp_min(1.0))
+
+
+class _Sum:
+    """A sum of products a.T @ b of the shape and type of `like`; of many low-precision terms, added in float32."""
+
+    def __init__(self, like: Tensor):
+        self._part = torch.empty_like(like)
+        self._terms = 0
+        self._exact: Tensor | None = None
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        if self._terms == ADDED_LOW and self._part.dtype.itemsize < 4:
+            self._flush()
+        torch.addmm(self._part, a.T, b, beta=float(self._terms > 0), out=self._part)
+        self._terms += 1
+
+    def total(self) -> Tensor:
+        if self._exact is None:
+            return self._part
+        self._flush()
+        return self._exact.to(self._part.dtype)
+
+    def _flush(self) -> None:
+        if self._exact is None:
+            self._exact = self._part.float()
+        else:
+            self._exact += self._part
+        self._terms = 0
+
+
+def _check(student_hidden, student_weight, teacher_hidden, teacher_weight, teacher_bias) -> None:
+    shapes = [tuple(each.shape) for each in (student_hidden, student_weight, teacher_hidden, teacher_weight)]
+    (t, h), (v, w), (s, g), (u, x) = shapes
+    if (t, h, g, v) != (s, w, x, u):
+        raise ValueError(
+            f"student hidden {shapes[0]} and matrix {shapes[1]}, teacher hidden {shapes[2]} and matrix {shapes[3]}: "
+            "tokens and vocabulary must agree, and each width with its matrix"
+        )
+    frozen = (teacher_hidden, teacher_weight, teacher_bias)
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in frozen):
+        raise ValueError("a teacher tensor requires a gradient, and none flows to the teacher; freeze or detach it")

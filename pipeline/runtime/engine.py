@@ -1,0 +1,288 @@
+"""DeepSpeed, and nothing of it elsewhere: one engine that trains a module under ZeRO 0 to 3.
+
+Checkpoints hold what determines the rest of the run under the parameters' own names: float32 master weights and both
+Adam moments, whole. So they are read without unpickling anything, and training goes on from them digit for digit, or
+at another number of ranks or ZeRO stage.
+
+Gradients are accumulated over micro-batches in the compute type, DeepSpeed's default, the one choice that all four
+stages know; `extra: {data_types: {grad_accum_dtype: fp32}}` changes it for stages 1 to 3.
+"""
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.runtime.checkpoint import open_checkpoint, write_checkpoint
+from pipeline.runtime.device import Device
+from pipeline.runtime.ranks import Ranks
+
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SHARD_BYTES = 1 << 30       # of a checkpoint: also what rank 0 holds in memory while writing one
+FUSED_ADAM = ("cpu", "cuda")  # kinds of device where torch has AdamW in one pass
+
+
+class Engine:
+    """Trains a module whose forward gives (loss, parts) and whose `parameters_by_name` gives what is trained.
+
+    Every method is called by all ranks in the same order. The module comes whole on every rank and ZeRO-3 partitions it
+    here: until then each process holds teacher and student once, which bounds the size of a teacher by a rank's memory.
+    (Building a Hugging Face model under DeepSpeed's own partitioning mis-initialises it.)
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device: Device,
+        ranks: Ranks,
+        *,
+        stage: int,
+        bf16: bool,
+        micro_batch: int,
+        accumulation: int,
+        clip: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        extra: Mapping[str, Any],
+    ):
+        """Build the engine; weights come as float32, weight decay spares what has one axis (gains, scales, biases).
+
+        `extra`: raw DeepSpeed settings, laid over those written here.
+        """
+        named = list(module.parameters_by_name())
+        groups = [
+            {"params": [p for _, p in named if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=0.0,  # DeepSpeed may take a step on zero gradients to make the moments: it must not decay weights
+            betas=betas,
+            fused=device.kind in FUSED_ADAM,
+        )
+        self._named, self._device, self._ranks = dict(named), device, ranks
+        self._accumulation, self._pending = accumulation, 0
+        settings = {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": clip,
+            "zero_optimization": {"stage": stage},
+            "bf16": {"enabled": bf16},
+        }
+        settings = _laid_over(settings, extra)
+        stage, bf16 = settings["zero_optimization"]["stage"], settings["bf16"]["enabled"]
+        self._stage = stage
+        self._clip = settings["gradient_clipping"]
+        self._clips_itself = stage == 0 and not bf16  # there DeepSpeed clips and does not tell the norm
+        if self._clips_itself:
+            settings["gradient_clipping"] = 0.0
+        self._lent_rank = "LOCAL_RANK" not in os.environ
+        if self._lent_rank:  # DeepSpeed asks for it, also where no launcher set it, as long as it trains
+            os.environ["LOCAL_RANK"] = str(ranks.local_rank)
+        self._engine = _initialize(module.to(torch.float32), optimizer, settings)
+        self._optimizer = self._engine.optimizer
+        self._masters = self._own_masters() if stage == 0 else {}
+        self._open_moments()
+
+    def backward(self, batch: Tensor) -> dict[str, Tensor]:
+        """Add one micro-batch's gradients; give its loss and parts, detached, of this rank alone."""
+        loss, parts = self._engine(batch.to(self._device.torch))
+        self._engine.backward(loss)
+        self._pending += 1
+        if self._pending < self._accumulation:
+            self._engine.step()  # DeepSpeed counts micro-batches here; it updates at the last one
+        return {"loss": loss.detach(), **parts}
+
+    def step(self, learning_rate: float) -> float:
+        """Update the weights; give the gradient norm before clipping, not finite where nothing was updated."""
+        if self._pending != self._accumulation:
+            raise RuntimeError(f"a step after {self._pending} of {self._accumulation} micro-batches")
+        self._pending = 0
+        for group in self._engine.basic_optimizer.param_groups:
+            group["lr"] = learning_rate
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = None
+        if self._clips_itself:
+            norm = torch.nn.utils.clip_grad_norm_(self._named.values(), self._clip)
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm() if norm is None else norm)
+        return norm if norm >= 0.0 else float("nan")
+
+    def measure(self, batch: Tensor) -> dict[str, Tensor]:
+        """Give the parts of the module's evaluation mode; no gradient, nothing of the training changes."""
+        self._engine.eval()
+        with torch.no_grad():
+            _, parts = self._engine(batch.to(self._device.torch))
+        self._engine.train()
+        return parts
+
+    def average(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Give the mean over ranks of scalars, the same on every rank."""
+        packed = torch.stack([value.detach().float() for value in values.values()])
+        self._ranks.sum_([packed])
+        return dict(zip(values, (packed / self._ranks.world).tolist()))
+
+    def student_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Give the trained weights one by one, whole, float32, on the host."""
+        for name, parameter in self._named.items():
+            yield name, self._read(parameter, MASTER).cpu()
+
+    def save(self, folder: Path, step: int, keep: int) -> Path:
+        """Write the state after `step` optimizer steps as folder/step-<n>, whole or not; keep the last `keep`."""
+        final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
+        if self._ranks.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            write_checkpoint(partial, {"step": step}, self._state(), SHARD_BYTES)
+            for path in partial.iterdir():
+                _sync(path)
+            _sync(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            _sync(folder)
+            for old in _checkpoints(folder)[:-keep]:
+                shutil.rmtree(old)
+        else:
+            for _ in self._state():
+                pass
+        self._ranks.wait("checkpoint")
+        return final
+
+    def load(self, folder: Path) -> int | None:
+        """Go on from the newest checkpoint in the folder; give the number of steps done, None where there is none.
+
+        ValueError where it is damaged or of another model.
+        """
+        found = self._ranks.share([path.name for path in _checkpoints(folder)][-1:])
+        if not found:
+            return None
+        saved = open_checkpoint(folder / found[0])
+        wanted = {f"{kind}/{name}" for kind in (MASTER, *MOMENTS) for name in self._named}
+        if wanted != set(saved):
+            odd = sorted(wanted ^ set(saved))[0]
+            raise ValueError(f"{saved.folder} is a checkpoint of another model ({odd}); delete {folder} to start anew")
+        if self._stage == 3:
+            self._optimizer.checkpoint_event_prologue()
+        for name, parameter in self._named.items():
+            for kind in (MASTER, *MOMENTS):
+                self._write(parameter, kind, saved[f"{kind}/{name}"].to(self._device.torch))
+        step = saved.config["step"]
+        for state in self._engine.basic_optimizer.state.values():
+            state["step"].fill_(step)
+        self._cast_masters()
+        return step
+
+    def close(self) -> None:
+        """Release what DeepSpeed holds; the engine cannot be used afterwards."""
+        self._engine.destroy()
+        if self._lent_rank:
+            os.environ.pop("LOCAL_RANK", None)
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        for kind in (MASTER, *MOMENTS):
+            for name, parameter in self._named.items():
+                yield f"{kind}/{name}", self._read(parameter, kind).cpu()
+
+    def _own_masters(self) -> dict[int, Tensor]:
+        """Without ZeRO, give the float32 weights by the identity of the parameter they are for."""
+        if self._optimizer is self._engine.basic_optimizer:
+            return {id(parameter): parameter for parameter in self._named.values()}
+        pairs = zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups)
+        return {id(low): master for lows, masters in pairs for low, master in zip(lows, masters)}
+
+    def _open_moments(self) -> None:
+        """Make every Adam state, at step 0: some stages would make theirs at the first step, some have taken one."""
+        optimizer = self._engine.basic_optimizer
+        owned = [each for group in optimizer.param_groups for each in group["params"]]
+        for tensor in self._optimizer.fp32_partitioned_groups_flat if self._stage == 3 else owned:
+            state = optimizer.state[tensor]
+            for moment in MOMENTS:
+                state[moment] = state[moment].zero_() if moment in state else torch.zeros_like(tensor)
+            place = tensor.device if self._device.kind in FUSED_ADAM else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=place)
+        if self._stage in (1, 2):
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _read(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """Give a master weight or a moment, whole, float32. A collective from stage 1 on."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self._stage == 0:
+            master = self._masters[id(parameter)]
+            return (master if kind == MASTER else self._engine.basic_optimizer.state[master][kind]).detach()
+        if kind == MASTER:
+            return safe_get_full_fp32_param(parameter).detach()
+        return safe_get_full_optimizer_state(parameter, kind)
+
+    def _write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        """Replace a master weight or a moment, given whole; each rank takes the part it owns."""
+        from deepspeed import utils
+
+        if self._stage == 0:
+            self._read(parameter, kind).copy_(value)
+        elif self._stage < 3 and kind == MASTER:
+            utils.safe_set_full_fp32_param(parameter, value)
+        elif self._stage < 3:
+            utils.safe_set_full_optimizer_state(parameter, value, kind)
+        elif kind == MASTER:
+            utils.safe_set_local_fp32_param(parameter, self._partition(value, parameter.ds_tensor.numel()))
+        else:
+            part = self._partition(value, parameter.ds_tensor.numel())
+            utils.safe_set_local_optimizer_state(parameter, part, kind)
+
+    def _partition(self, whole: Tensor, size: int) -> Tensor:
+        """Give this rank's part of a tensor that ZeRO-3 cut into equal ones, the last padded with zeros."""
+        part = whole.new_zeros(size)
+        mine = whole.flatten()[self._ranks.rank * size : (self._ranks.rank + 1) * size]
+        part[: mine.numel()] = mine
+        return part
+
+    def _cast_masters(self) -> None:
+        """Bring the compute weights in line with the master weights."""
+        if self._stage == 3:
+            for group in range(len(self._optimizer.fp16_groups)):
+                self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            self._optimizer.checkpoint_event_epilogue()
+        elif self._stage:
+            self._optimizer.update_lp_params()
+        else:
+            for parameter in self._named.values():
+                parameter.data.copy_(self._masters[id(parameter)].data)
+
+
+def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]):
+    """Give a DeepSpeed engine on the process group that exists."""
+    import deepspeed  # here, not above: it chooses its accelerator when imported, after the device was opened
+
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)  # its calls
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled by a C++ compiler at run time
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+    return engine
+
+
+def _laid_over(settings: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Give settings with those of `extra` in their place, mapping by mapping."""
+    merged = dict(settings)
+    for key, value in extra.items():
+        inner = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _laid_over(merged[key], value) if inner else value
+    return merged
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,197 @@
+"""The fused loss against the formulas written down plainly, in float64."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy as entropy
+
+from pipeline.distill.loss import ADDED_LOW, IGNORED, PLAIN, Logits, linear_distillation
+
+KINDS = ("forward_kl", "reverse_kl", "jsd")
+TOKENS, STUDENT, TEACHER, VOCABULARY = 13, 6, 9, 31
+
+
+def logits(hidden, weight, bias, form):
+    product = (hidden @ weight.T + (0 if bias is None else bias)) * form.scale
+    return product if form.softcap is None else form.softcap * torch.tanh(product / form.softcap)
+
+
+def divergence(kind, beta, z, y):
+    """D between teacher logits y and student logits z, [t]."""
+    log_q, log_p = torch.log_softmax(z, -1), torch.log_softmax(y, -1)
+    q, p = log_q.exp(), log_p.exp()
+    if kind == "forward_kl":
+        return (p * (log_p - log_q)).sum(-1)
+    if kind == "reverse_kl":
+        return (q * (log_q - log_p)).sum(-1)
+    log_m = (beta * p + (1 - beta) * q).log()
+    return beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * (q * (log_q - log_m)).sum(-1)
+
+
+def plain(student, teacher, *, kind, beta, temperature, cross_entropy, labels, mask, forms):
+    """The loss with every logit at once; `student` and `teacher` are (hidden, weight, bias)."""
+    z, y = logits(*student, forms[0])[mask], logits(*teacher, forms[1])[mask]
+    loss = temperature**2 * divergence(kind, beta, z / temperature, y / temperature).mean()
+    return loss + cross_entropy * entropy(z, labels[mask], ignore_index=IGNORED)
+
+
+def draw(*shape, seed, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def case():
+    student = (draw(TOKENS, STUDENT, seed=1), draw(VOCABULARY, STUDENT, seed=2), draw(VOCABULARY, seed=3))
+    teacher = (draw(TOKENS, TEACHER, seed=4), draw(VOCABULARY, TEACHER, seed=5), draw(VOCABULARY, seed=6))
+    labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(7))
+    labels[[3, 8]] = IGNORED
+    return student, teacher, labels
+
+
+def fused(student, teacher, labels, mask=None, forms=(PLAIN, PLAIN), **asked):
+    asked = {"kind": "forward_kl", "beta": 0.3, "temperature": 1.0, "cross_entropy": 0.0, "chunk": 4} | asked
+    return linear_distillation(
+        student[0],
+        student[1],
+        teacher[0],
+        teacher[1],
+        labels=labels,
+        mask=mask,
+        student_bias=student[2],
+        teacher_bias=teacher[2],
+        student_logits=forms[0],
+        teacher_logits=forms[1],
+        **asked,
+    )
+
+
+def leaves(tensors):
+    return tuple(tensor.clone().requires_grad_() for tensor in tensors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_values_and_gradients_are_those_of_the_plain_formula(kind, softcap):
+    student, teacher, labels = case()
+    forms = (Logits(1.3, softcap), Logits(0.8, softcap and 5.0))
+    some = torch.arange(TOKENS) % 4 != 1
+    for temperature, weight, chunk, masked in itertools.product((1.0, 2.5), (0.0, 0.7), (5, 100), (False, True)):
+        ours, theirs = leaves(student), leaves(student)
+        asked = {"kind": kind, "beta": 0.3, "temperature": temperature, "cross_entropy": weight}
+        loss, parts = fused(ours, teacher, labels, some if masked else None, forms, chunk=chunk, **asked)
+        mask = some if masked else torch.ones(TOKENS, dtype=torch.bool)
+        wanted = plain(theirs, teacher, labels=labels, mask=mask, forms=forms, **asked)
+        (1.7 * loss).backward()
+        (1.7 * wanted).backward()
+        assert abs(loss - wanted) < 1e-10
+        assert abs(parts["divergence"] + weight * parts.get("cross_entropy", 0.0) - wanted) < 1e-10
+        for one, other in zip(ours, theirs):
+            assert other.grad.abs().max() > 1e-3, "the case must have a gradient to compare"
+            assert (one.grad - other.grad).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_gradient_entry_is_the_finite_difference_of_the_loss(kind):
+    student, teacher, labels = case()
+    asked = {"kind": kind, "temperature": 1.5, "cross_entropy": 0.4, "chunk": 100, "forms": (Logits(1.0, 4.0), PLAIN)}
+    ours = leaves(student)
+    fused(ours, teacher, labels, **asked)[0].backward()
+    with torch.no_grad():
+        for place, tensor in enumerate(student):
+            slopes = torch.zeros_like(tensor)
+            for entry in range(tensor.numel()):
+                ends = []
+                for step in (1e-5, -1e-5):
+                    moved = [each.clone() for each in student]
+                    moved[place].view(-1)[entry] += step
+                    ends.append(fused(moved, teacher, labels, **asked)[0])
+                slopes.view(-1)[entry] = (ends[0] - ends[1]) / 2e-5
+            assert (slopes - ours[place].grad).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_that_equals_its_teacher_has_no_loss_and_no_gradient(kind):
+    _, teacher, labels = case()
+    student = leaves(teacher)
+    loss, _ = fused(student, teacher, labels, kind=kind)
+    loss.backward()
+    assert abs(loss) < 1e-12
+    assert all(tensor.grad.abs().max() < 1e-12 for tensor in student)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_far_apart_give_finite_losses_and_gradients(kind):
+    student, teacher, labels = case()
+    ours = leaves(tensor.float() * 40 for tensor in student)
+    loss, _ = fused(ours, tuple(-40 * tensor.float() for tensor in teacher), labels, kind=kind, cross_entropy=0.5)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(tensor.grad).all() and tensor.grad.abs().max() > 0 for tensor in ours)
+
+
+def test_a_matrix_that_is_used_elsewhere_too_gets_the_sum_of_its_gradients():
+    student, teacher, labels = case()
+    hidden, weight, bias = leaves(student)
+    loss, _ = fused((hidden, weight, bias), teacher, labels)
+    (loss + (weight[:TOKENS] * hidden).sum()).backward()
+    alone = leaves(student)
+    fused(alone, teacher, labels)[0].backward()
+    extra = torch.zeros_like(weight)
+    extra[:TOKENS] = student[0]
+    assert torch.allclose(weight.grad, alone[1].grad + extra, atol=1e-12)
+
+
+def test_bf16_gradients_of_many_chunks_are_as_good_as_of_one():
+    """Terms of a bf16 sum beyond ADDED_LOW go to float32: the error stays that of rounding once or twice."""
+    tokens, width, vocabulary = 64 * ADDED_LOW, 16, 48
+    student = (draw(tokens, width, seed=1), draw(vocabulary, width, seed=2), None)
+    teacher = (draw(tokens, width, seed=3), draw(vocabulary, width, seed=4), None)
+    low = [tuple(None if t is None else t.bfloat16() for t in each) for each in (student, teacher)]
+    wanted = leaves(t.double() for t in low[0][:2])
+    fused((*wanted, None), [None if t is None else t.double() for t in low[1]], None, chunk=tokens)[0].backward()
+    errors = []
+    for chunk in (tokens, 8):
+        ours = leaves(low[0][:2])
+        fused((*ours, None), low[1], None, chunk=chunk)[0].backward()
+        errors.append(float((ours[1].grad.double() - wanted[1].grad).norm() / wanted[1].grad.norm()))
+    assert errors[0] < 0.01
+    assert errors[1] < 1.5 * errors[0]
+
+
+def test_no_gradient_is_computed_where_none_is_asked():
+    student, teacher, labels = case()
+    with torch.no_grad():
+        loss, _ = fused(leaves(student), teacher, labels)
+    assert not loss.requires_grad
+    ours = (student[0].clone().requires_grad_(), student[1], None)
+    fused(ours, teacher, labels)[0].backward()
+    assert ours[0].grad.abs().max() > 1e-3
+
+
+def test_a_second_backward_pass_is_refused():
+    student, teacher, labels = case()
+    loss, _ = fused(leaves(student), teacher, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "cosine"}, "distill.loss.kind is 'cosine'"),
+        ({"cross_entropy": 0.5, "labels": None}, "no labels"),
+        ({"mask": torch.zeros(TOKENS, dtype=torch.bool)}, "leaves no token"),
+        ({"teacher": 0}, "must agree"),
+        ({"teacher": 1}, "freeze or detach"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused_in_one_line(change, message):
+    student, teacher, labels = case()
+    fault = change.pop("teacher", None)
+    if fault == 0:
+        teacher = (teacher[0], teacher[1][:-1], None)
+    if fault == 1:
+        teacher = leaves(teacher)
+    with pytest.raises(ValueError, match=message):
+        fused(leaves(student), teacher, **({"labels": labels} | change))
