@@ -109,7 +109,7 @@ def _step(
     inputs = {need: made[need] for need in (*stage.NEEDS, *getattr(stage, "OPTIONAL", ())) if need in made}
     if hasattr(stage, "applies") and not stage.applies(config, inputs):
         return None, False
-    settings = stage.settings(config)
+    settings = machine.ranks.share(stage.settings(config) if machine.ranks.rank == 0 else None)
     names = {need: folder.name for need, folder in inputs.items()}
     key = artifacts.digest({"stage": name, "settings": settings, "inputs": names})
     found = store.find(name, key)
