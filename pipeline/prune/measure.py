@@ -119,7 +119,9 @@ def _neurons(sums: Sums, layer: int, module: nn.Module, inputs: tuple) -> None:
 
 def _influence(sums: Sums, layer: int, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
     output = output[0] if isinstance(output, tuple) else output
-    cosine = torch.cosine_similarity(inputs[0].float(), output.float(), dim=-1)  # [batch, sequence]
+    before, after = (x.to(_sum_type(x)) for x in (inputs[0], output))
+    norms = torch.linalg.vector_norm(before, dim=-1) * torch.linalg.vector_norm(after, dim=-1)
+    cosine = (before * after).sum(-1) / norms.clamp(min=1e-12)  # [batch, sequence]
     if sums.mask is not None:
         cosine = cosine * sums.mask
     sums.cosines[layer] += cosine.sum(dtype=torch.float64).to(sums.cosines.device)
@@ -131,7 +133,7 @@ def _add(sums: Sums, total: Tensor, values: Tensor) -> None:
     if sums.mask is not None:
         values = values * sums.mask.unsqueeze(-1)
     if sums.aggregation == "sum":
-        added = values.sum((0, 1), dtype=wide)
+        added = values.flatten(0, 1).sum(0, dtype=wide)  # several times faster on a CPU than a sum over two axes
     else:
         count = values.shape[1] if sums.mask is None else sums.mask.sum(1, keepdim=True).clamp(min=1)
         added = (values.sum(1, dtype=wide) / count).square().sum(0)
