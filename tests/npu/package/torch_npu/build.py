@@ -34,7 +34,7 @@ def _compile(folder: Path) -> ModuleType:
     path = os.environ["PATH"]
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path}"  # where pip puts ninja
     try:
-        return cpp_extension.load(NAME, [str(SOURCE)], build_directory=str(folder), extra_cflags=["-O1"])
+        return cpp_extension.load(NAME, [str(SOURCE)], build_directory=str(folder), extra_cflags=["-O0"])
     finally:
         os.environ["PATH"] = path
 

@@ -10,6 +10,7 @@
 #include <ATen/native/Resize.h>
 #include <ATen/ops/_local_scalar_dense_native.h>
 #include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/_to_copy_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/resize_native.h>
@@ -32,7 +33,7 @@ namespace {
 
 constexpr auto kNpu = c10::DeviceType::PrivateUse1;
 
-// ---- devices ---------------------------------------------------------------------------------------------------------
+// ---- devices -------------------------------------------------------------------------------------------------------
 
 c10::DeviceIndex device_count() {
   static const c10::DeviceIndex count = [] {
@@ -47,11 +48,12 @@ c10::DeviceIndex device_count() {
 thread_local c10::DeviceIndex current = 0;
 
 void set_current(c10::DeviceIndex index) {
-  TORCH_CHECK(index >= 0 && index < device_count(), "npu:", int(index), " does not exist; there are ", int(device_count()));
+  const bool exists = index >= 0 && index < device_count();
+  TORCH_CHECK(exists, "npu:", int(index), " does not exist; there are ", int(device_count()));
   current = index;
 }
 
-// ---- memory, counted by device -----------------------------------------------------------------------------------------
+// ---- memory, counted by device -------------------------------------------------------------------------------------
 
 struct Counter {
   int64_t now = 0, peak = 0;
@@ -93,7 +95,7 @@ void NpuAllocator::release(void* data) {
   c10::free_cpu(data);
 }
 
-// ---- streams and events: everything is done when the call returns ------------------------------------------------------
+// ---- streams and events: everything is done when the call returns --------------------------------------------------
 
 struct NpuGuard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return kNpu; }
@@ -133,7 +135,7 @@ struct NpuGuard final : c10::impl::DeviceGuardImplInterface {
   }
 };
 
-// ---- random numbers: the CPU's generator under the device's name -------------------------------------------------------
+// ---- random numbers: the CPU's generator under the device's name ---------------------------------------------------
 
 struct NpuGenerator final : at::CPUGeneratorImpl {
   explicit NpuGenerator(c10::DeviceIndex index) {
@@ -177,7 +179,7 @@ struct NpuHooks final : at::PrivateUse1HooksInterface {
   }
 };
 
-// ---- tensors -----------------------------------------------------------------------------------------------------------
+// ---- tensors -------------------------------------------------------------------------------------------------------
 
 // The same bytes as a CPU tensor: what the simulation's own copies and collectives read and write.
 at::Tensor host(const at::Tensor& tensor) {
@@ -222,6 +224,17 @@ at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
   return copy_from(from, to, false);
 }
 
+at::Tensor to_copy(
+    const at::Tensor& self, std::optional<at::ScalarType> dtype, std::optional<at::Layout> layout,
+    std::optional<at::Device> device, std::optional<bool> pinned, bool non_blocking,
+    std::optional<at::MemoryFormat> format) {
+  if (dtype == at::kDouble && !layout && !device) {
+    TORCH_WARN_ONCE("npu: a cast to double on the device gives float");  // as torch_npu does, with its own warning
+    dtype = at::kFloat;
+  }
+  return at::native::_to_copy(self, dtype, layout, device, pinned, non_blocking, format);
+}
+
 at::Scalar local_scalar(const at::Tensor& tensor) { return at::native::_local_scalar_dense_cpu(host(tensor)); }
 
 at::Tensor& set_storage(at::Tensor& tensor, at::Storage storage) {
@@ -234,7 +247,9 @@ at::Tensor& set_tensor(at::Tensor& tensor, const at::Tensor& from) {
 }
 
 bool same_kind(const at::Tensor& self, const at::Tensor& from) {
-  const auto dense = [](const at::Tensor& t) { return t.layout() == at::kStrided && (t.is_cpu() || t.device().type() == kNpu); };
+  const auto dense = [](const at::Tensor& tensor) {
+    return tensor.layout() == at::kStrided && (tensor.is_cpu() || tensor.device().type() == kNpu);
+  };
   return dense(self) && dense(from);  // lets `parameter.data = tensor` cross devices, so Module.to keeps its parameters
 }
 
@@ -246,7 +261,7 @@ int64_t attention_by_matmul(
 
 void record_stream(at::Tensor&, c10::Stream) {}
 
-// ---- every other operator ----------------------------------------------------------------------------------------------
+// ---- every other operator ------------------------------------------------------------------------------------------
 
 void check_device(const at::Tensor& tensor, std::optional<at::Device>& common, const c10::OperatorHandle& op) {
   if (!tensor.defined() || (tensor.is_cpu() && tensor.dim() == 0)) return;  // scalars travel, as on every accelerator
@@ -259,7 +274,8 @@ void check_device(const at::Tensor& tensor, std::optional<at::Device>& common, c
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& arguments = op.schema().arguments();
   const auto first = stack->size() - arguments.size();
-  const bool indexing = op.schema().name().rfind("aten::index", 0) == 0 || op.schema().name() == "aten::_index_put_impl_";
+  const auto& name = op.schema().name();
+  const bool indexing = name.rfind("aten::index", 0) == 0 || name == "aten::_index_put_impl_";
   std::optional<at::Device> common;
   at::Generator device_generator, cpu_generator;
   for (size_t i = 0; i < arguments.size(); ++i) {
@@ -299,6 +315,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage_storage_offset", at::native::set_storage_cpu_);
   m.impl("_copy_from", copy_from);
   m.impl("_copy_from_and_resize", copy_from_and_resize);
+  m.impl("_to_copy", to_copy);
   m.impl("_local_scalar_dense", local_scalar);
   m.impl("_has_compatible_shallow_copy_type", same_kind);
   m.impl("_fused_sdp_choice", attention_by_matmul);
@@ -308,7 +325,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 C10_REGISTER_GUARD_IMPL(PrivateUse1, NpuGuard);
 REGISTER_ALLOCATOR(kNpu, &allocator());
 
-// ---- collectives: gloo over the same bytes, with HCCL's refusals ---------------------------------------------------------
+// ---- collectives: gloo over the same bytes, with HCCL's refusals ---------------------------------------------------
 
 struct Hccl final : c10d::Backend {
   using Tensors = std::vector<at::Tensor>;
@@ -347,11 +364,13 @@ struct Hccl final : c10d::Backend {
     auto to = lower(output), from = lower(input);
     return gloo_->_allgather_base(to, from, options);
   }
-  Work allgather_into_tensor_coalesced(Tensors& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) override {
+  Work allgather_into_tensor_coalesced(
+      Tensors& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) override {
     auto to = lower(outputs), from = lower(inputs);
     return gloo_->allgather_into_tensor_coalesced(to, from, options);
   }
-  Work reduce_scatter(Tensors& outputs, std::vector<Tensors>& inputs, const c10d::ReduceScatterOptions& options) override {
+  Work reduce_scatter(
+      Tensors& outputs, std::vector<Tensors>& inputs, const c10d::ReduceScatterOptions& options) override {
     auto to = reducible(outputs);
     auto from = lower(inputs);
     return gloo_->reduce_scatter(to, from, options);
@@ -360,7 +379,8 @@ struct Hccl final : c10d::Backend {
     auto to = reducible(output), from = reducible(input);
     return gloo_->_reduce_scatter_base(to, from, options);
   }
-  Work reduce_scatter_tensor_coalesced(Tensors& outputs, Tensors& inputs, const c10d::ReduceScatterOptions& options) override {
+  Work reduce_scatter_tensor_coalesced(
+      Tensors& outputs, Tensors& inputs, const c10d::ReduceScatterOptions& options) override {
     auto to = reducible(outputs), from = reducible(inputs);
     return gloo_->reduce_scatter_tensor_coalesced(to, from, options);
   }
@@ -378,12 +398,14 @@ struct Hccl final : c10d::Backend {
   static at::Tensor reducible(const at::Tensor& tensor) {
     const auto type = tensor.scalar_type();
     const bool supported = type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kChar ||
-        type == at::kShort || type == at::kInt || type == at::kLong;
+        type == at::kShort || type == at::kInt || type == at::kLong || type == at::kByte || type == at::kBool;
     TORCH_CHECK(supported, "hccl: no reduction of ", type);
     return lower(tensor);
   }
   static Tensors lower(const Tensors& tensors) { return map(tensors, [](const at::Tensor& t) { return lower(t); }); }
-  static Tensors reducible(const Tensors& tensors) { return map(tensors, [](const at::Tensor& t) { return reducible(t); }); }
+  static Tensors reducible(const Tensors& tensors) {
+    return map(tensors, [](const at::Tensor& t) { return reducible(t); });
+  }
   static std::vector<Tensors> lower(const std::vector<Tensors>& lists) {
     std::vector<Tensors> lowered;
     for (const auto& list : lists) lowered.push_back(lower(list));
