@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+BOOTSTRAP = 1000  # resamples for the standard error of a metric that is no plain mean
+
 
 def installed() -> bool:
     """Whether the harness can be imported here."""
@@ -40,7 +42,7 @@ def measure(model: torch.nn.Module, tokenizer: Any, tasks: Sequence[str], batch:
     if unknown:
         raise ValueError(f"evaluate.tasks names {unknown}, which the installed lm_eval does not know")
     subject = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-    found = simple_evaluate(subject, tasks=wanted, task_manager=manager, log_samples=False, bootstrap_iters=0)
+    found = simple_evaluate(subject, tasks=wanted, task_manager=manager, log_samples=False, bootstrap_iters=BOOTSTRAP)
     return {task: _numbers(metrics, found["n-samples"].get(task)) for task, metrics in found["results"].items()}
 
 

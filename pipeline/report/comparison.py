@@ -1,0 +1,108 @@
+"""Teacher and student row by row, in words and numbers a person reads; the page and the terminal show the same rows."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .facts import Report, perplexity_of
+
+MINUS = "\N{MINUS SIGN}"
+SPACE = "\N{NO-BREAK SPACE}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison, ready to print."""
+
+    label: str
+    teacher: str
+    student: str
+    change: str
+
+
+def rows(report: Report) -> list[Row]:
+    """Give the comparison: size, shape, quality, speed; a number that was not measured has no row."""
+    found = [
+        Row(label, show(pair["teacher"]), show(pair["student"]), change(pair["teacher"], pair["student"]))
+        for label, show, pair in (
+            ("parameters", count, report["parameters"]),
+            ("without embeddings", count, report["non_embedding_parameters"]),
+            ("checkpoint", size, report["checkpoint_bytes"]),
+            ("KV cache per token", size, report["kv_bytes_per_token"]),
+        )
+    ]
+    teacher, student = report["shape"]["teacher"], report["shape"]["student"]
+    for label, key in (
+        ("layers", "layers"),
+        ("hidden channels", "hidden"),
+        ("query heads", "heads"),
+        ("KV groups", "groups"),
+        ("FFN neurons", "neurons"),
+    ):
+        before, after = teacher[key], student[key]
+        found.append(Row(label, widths(before), widths(after), change(mean(before), mean(after))))
+    for name, values in perplexity_of(report).items():
+        times = f"×{values['student'] / values['teacher']:.2f}"
+        found.append(Row(f"perplexity, {name}", f"{values['teacher']:.2f}", f"{values['student']:.2f}", times))
+    for kind in ("prefill", "decode") if report["speed"] else ():
+        before, after = (report["speed"][who][kind] for who in ("teacher", "student"))
+        found.append(Row(f"{kind}, tokens/s", rate(before), rate(after), f"×{after / before:.2f}"))
+    return found
+
+
+def summary(report: Report) -> str:
+    """Give the comparison as a short table of plain text for the terminal."""
+    lines = [Row("", "teacher", "student", "change"), *rows(report)]
+    wide = [max(len(getattr(row, column)) for row in lines) for column in ("label", "teacher", "student", "change")]
+    table = [
+        f"{row.label:<{wide[0]}}  {row.teacher:>{wide[1]}}  {row.student:>{wide[2]}}  {row.change:>{wide[3]}}".rstrip()
+        for row in lines
+    ]
+    for name, values in perplexity_of(report).items():
+        if "start" in values:
+            table.append(f"before recovery the perplexity on {name} was {values['start']:.2f}")
+    return "\n".join(table)
+
+
+def count(value: float) -> str:
+    """1234567 as 1.23 M."""
+    return scaled(value, "")
+
+
+def size(value: float) -> str:
+    """Bytes in decimal units."""
+    return scaled(value, "B")
+
+
+def scaled(value: float, unit: str) -> str:
+    for power, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power * 0.9995:
+            shown = value / 10**power
+            return f"{shown:.{1 if shown >= 10 else 2}f}{SPACE}{letter}{unit}"
+    return f"{value:g}{SPACE}{unit}".rstrip()
+
+
+def whole(value: float) -> str:
+    """Give a whole number with its thousands set apart."""
+    return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def rate(value: float) -> str:
+    return whole(value) if value >= 100 else f"{value:.1f}"
+
+
+def mean(value: Any) -> float:
+    return sum(value) / len(value) if isinstance(value, list) else float(value)
+
+
+def widths(value: Any) -> str:
+    """Give the width of a layer, or the range of widths with their mean where layers differ."""
+    return f"{min(value)}–{max(value)}, mean {mean(value):.4g}" if isinstance(value, list) else str(value)
+
+
+def change(before: float, after: float) -> str:
+    """Give the relative change in percent, with its sign; unchanged is a dash."""
+    return "–" if before == after else percent(after / before - 1)
+
+
+def percent(value: float) -> str:
+    return f"{MINUS if value < 0 else '+'}{abs(value) * 100:.1f}%"

@@ -1,0 +1,99 @@
+"""The report as a value: everything report.json holds, gathered from what the stages left behind."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.model.anatomy import Sizes
+from pipeline.model.blueprint import Blueprint
+from pipeline.model.scores import Scores
+
+from .anatomy_map import fate
+
+MODELS = ("teacher", "student")
+Report = dict[str, Any]
+Curve = Sequence[tuple[float, float]]  # (position, value)
+
+
+def gather(
+    evaluation: Mapping[str, Any],
+    cut: Mapping[str, Any],
+    recovery: Mapping[str, Any] | None,
+    stages: Mapping[str, Mapping[str, Any]],
+    made_with: Mapping[str, Any],
+) -> Report:
+    """Give report.json's value.
+
+    `evaluation` is evaluation.json; `recovery` is None where the student was not recovered, and then nothing is told
+    about a state before it. `stages` (name -> seconds, peak_memory in bytes) and `made_with` (name, recipe, settings,
+    versions ...) are passed on as they are.
+    """
+    models = evaluation["models"]
+    sizes = {
+        key: {who: models[who][key] for who in MODELS}
+        for key in ("parameters", "non_embedding_parameters", "checkpoint_bytes", "kv_bytes_per_token", "shape")
+    }
+    left_out = () if recovery else ("start",)
+    texts = {
+        name: {key: value for key, value in text.items() if key not in left_out}
+        for name, text in evaluation["texts"].items()
+    }
+    return {
+        **made_with,
+        **sizes,
+        "perplexity": texts,
+        "speed": evaluation["speed"],
+        "tasks": evaluation["tasks"],
+        "samples": evaluation["samples"],
+        "device": evaluation["device"],
+        "cut": cut,
+        "recovery": recovery,
+        "stages": dict(stages),
+    }
+
+
+def perplexity_of(report: Report) -> dict[str, dict[str, float]]:
+    """Give the bare perplexities: text -> teacher, start where it was recovered from, student."""
+    return {
+        name: {who: text[who]["perplexity"] for who in ("teacher", "start", "student") if who in text}
+        for name, text in report["perplexity"].items()
+    }
+
+
+def cut_facts(sizes: Sizes, blueprint: Blueprint, scores: Scores) -> dict[str, Any]:
+    """Give what a blueprint took away, in numbers: layers dropped, KV groups donated, shares kept."""
+    found = fate(blueprint)
+    channels = scores.channels.double()
+    shares = [
+        float(scores.neurons[layer][sorted(kept)].double().sum() / scores.neurons[layer].double().sum())
+        for layer, kept in found.neurons.items()
+    ]
+    return {
+        "layers": len(sizes.layers),
+        "dropped_layers": sorted(set(range(len(sizes.layers))) - found.hosts),
+        "donations": [{"from": donor, "to": host, "groups": n} for (donor, host), n in found.donations.items()],
+        "heads": sum(widths.heads for widths in sizes.layers),
+        "heads_kept": len(found.heads),
+        "neurons": sum(widths.neurons for widths in sizes.layers),
+        "neurons_kept": sum(map(len, found.neurons.values())),
+        "neuron_score_kept": sum(shares) / len(shares),  # in the layers that stay
+        "channels": sizes.hidden,
+        "channels_kept": len(blueprint.channels),
+        "channel_score_kept": float(channels[list(blueprint.channels)].sum() / channels.sum()),
+        "calibration_tokens": scores.tokens,
+    }
+
+
+def recovery_facts(curves: Mapping[str, Curve], seen: str) -> dict[str, Any]:
+    """Give the first and last value of every curve of the recovery, and how far it went in `seen` (tokens or steps)."""
+    ends = {name: {"first": points[0][1], "last": points[-1][1]} for name, points in curves.items()}
+    return {seen: max(points[-1][0] for points in curves.values()), "curves": ends}
+
+
+def recovery_curves(rows: Sequence[Mapping[str, Any]], seen: str) -> dict[str, list[tuple[float, float]]]:
+    """Give a curve for every number of metrics.jsonl, over `seen`; a row need not have every number."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name != seen and isinstance(value, int | float):
+                curves.setdefault(name, []).append((float(row[seen]), float(value)))
+    return curves

@@ -1,0 +1,159 @@
+"""The report's figures, each a drawing made from plain values."""
+
+from collections.abc import Mapping
+
+from pipeline.model.anatomy import Sizes
+from pipeline.model.blueprint import Blueprint
+from pipeline.model.scores import Scores
+
+from .anatomy_map import anatomy_map, fate
+from .axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, legend, number, panel, scale
+from .drawing import Area, Box, Dot, Drawing, Line, Mark, Text
+from .facts import Curve
+
+BARS = 120
+
+
+def cut_figures(sizes: Sizes, blueprint: Blueprint, scores: Scores) -> dict[str, Drawing]:
+    """Give what explains the cut: the map, the importance of layers and of hidden channels."""
+    return {
+        "map": anatomy_map(sizes, blueprint, scores),
+        "layers": layer_importance(scores, fate(blueprint).hosts),
+        "channels": channel_importance(scores, frozenset(blueprint.channels)),
+    }
+
+
+def layer_importance(scores: Scores, hosts: frozenset[int]) -> Drawing:
+    """Draw a stem a layer, its block influence on a logarithmic axis; hollow where the layer was dropped."""
+    values = [max(float(value), 1e-6) for value in scores.layers]
+    x = Scale(-0.7, len(values) - 0.3, LEFT, WIDTH - RIGHT)
+    y = scale(values, HEIGHT - BOTTOM, TOP, log=True)
+    marks = panel("Influence of each layer", x, y, "layer", x_ticks=6)
+    for layer, value in enumerate(values):
+        kept = layer in hosts
+        role = "kept" if kept else "muted"
+        tip = f"layer {layer}: {value:.4f}, {'kept' if kept else 'dropped'}"
+        marks.append(Line(((x(layer), y.start), (x(layer), y(value))), role, 1.4, dashed=not kept))
+        marks.append(Dot(x(layer), y(value), min(3.4, 110 / len(values)), role, tip, hollow=not kept))
+    keys = [("kept", lambda a, b: Dot(a + 4, b, 3.4, "kept"))]
+    if len(hosts) < len(values):
+        keys.append(("dropped", lambda a, b: Dot(a + 4, b, 3.4, "muted", hollow=True)))
+    marks += legend(keys, LEFT, 26)
+    dropped = [layer for layer in range(len(values)) if layer not in hosts]
+    told = f"dropped: {', '.join(map(str, dropped))}" if dropped else "none dropped"
+    return Drawing(WIDTH, HEIGHT, f"Influence of each of {len(values)} layers, logarithmic; {told}.", tuple(marks))
+
+
+def channel_importance(scores: Scores, kept: frozenset[int]) -> Drawing:
+    """Draw the hidden channels from the most to the least important, in bins; the removed share of a bin is grey."""
+    order = scores.channels.argsort(descending=True).tolist()
+    mean = float(scores.channels.double().mean())
+    count = len(order)
+    bars = min(count, BARS)
+    bins = [order[i * count // bars : (i + 1) * count // bars] for i in range(bars)]
+    heights = [max(float(scores.channels[bin_].double().mean()) / mean, 1e-6) for bin_ in bins]
+    x = Scale(0, count, LEFT, WIDTH - RIGHT)
+    y = scale(heights, HEIGHT - BOTTOM, TOP, log=True)
+    title = "Importance of hidden channels"
+    marks = panel(title, x, y, f"{count} channels, most important first; mean = 1")
+    start = 0
+    for bin_, height in zip(bins, heights):
+        inside = sum(channel in kept for channel in bin_)
+        left, right = x(start), x(start + len(bin_))
+        tip = f"ranks {start + 1}–{start + len(bin_)}: {height:.2f} of the mean score, {inside} of {len(bin_)} kept"
+        tall = y.start - y(height)
+        share = tall * inside / len(bin_)
+        marks.append(Box(left, y(height), right - left + 0.1, tall, "removed", tip))
+        marks.append(Box(left, y.start - share, right - left + 0.1, share, "kept", tip))
+        start += len(bin_)
+    if len(kept) < count:
+        keys = [(role, lambda a, b, role=role: Box(a, b - 5, 9, 9, role)) for role in ("kept", "removed")]
+        marks += legend(keys, LEFT, 26)
+    return Drawing(WIDTH, HEIGHT, f"{title}, sorted; {len(kept)} of {count} are kept.", tuple(marks))
+
+
+def curve(title: str, points: Curve, x_label: str, told: str, dots: bool = False) -> Drawing:
+    """Draw one curve from zero upwards and `told` above it; with `dots` its points are marked, few as they are."""
+    points = thinned(points, 240)
+    xs, values = [p[0] for p in points], [p[1] for p in points]
+    x = Scale(min(0.0, *xs), max(xs) if max(xs) > 0 else 1.0, LEFT, WIDTH - RIGHT)
+    y = scale(values, HEIGHT - BOTTOM, TOP + 2, zero=True)
+    marks = panel(title, x, y, x_label)
+    places = tuple((x(a), y(b)) for a, b in points)
+    marks.append(Area((*places, (places[-1][0], y.start), (places[0][0], y.start)), "kept", 0.10))
+    marks.append(Line(places, "kept", 1.8))
+    if dots:
+        marks += [Dot(*place, 3.0, "kept", f"{number(a)}: {b:.4g}") for place, (a, b) in zip(places, points)]
+    else:
+        marks.append(Dot(*places[-1], 3.0, "kept", f"{number(xs[-1])}: {values[-1]:.4g}"))
+    marks.append(Text(LEFT, 30, told, size=10.5))
+    alt = f"{title}: from {values[0]:.4g} to {values[-1]:.4g} over {number(xs[-1])} {x_label}."
+    return Drawing(WIDTH, HEIGHT, alt, tuple(marks))
+
+
+def thinned(points: Curve, most: int) -> Curve:
+    """Give at most `most` points: means of stretches of equally many."""
+    if len(points) <= most:
+        return points
+    parts = [points[i * len(points) // most : (i + 1) * len(points) // most] for i in range(most)]
+    return [tuple(sum(column) / len(part) for column in zip(*part)) for part in parts]
+
+
+def perplexities(domains: Mapping[str, Mapping[str, float]]) -> Drawing:
+    """Draw, for each evaluation text, the perplexity of teacher, start and student on one logarithmic axis.
+
+    `domains` maps a text's name to {"teacher", "start", "student"} -> perplexity; `start` may be absent.
+    """
+    step, top = 46.0, 46.0
+    values = [value for row in domains.values() for value in row.values()]
+    x = scale(values, 8, WIDTH - 12, log=True)
+    floor = top + step * len(domains)
+    marks: list[Mark] = [Text(0, 14, "Perplexity, lower is better", "ink", 12.5, bold=True)]
+    for value in x.ticks(5):
+        marks.append(Line(((x(value), top), (x(value), floor)), "grid"))
+        marks.append(Text(x(value), floor + 15, number(value), anchor="middle", size=10.5))
+    for i, (name, row) in enumerate(domains.items()):
+        y = top + step * i + 32
+        marks.append(Text(0, y - 14, name, "ink", 11))
+        marks.append(Line(((x(x.low), y), (x(x.high), y)), "grid"))
+        if "start" in row:
+            marks.append(Line(((x(row["start"]), y), (x(row["student"]), y)), "kept", 2.2))
+            tip = f"{name}, before recovery: {row['start']:.2f}"
+            marks.append(Dot(x(row["start"]), y, 4.2, "kept", tip, hollow=True))
+        marks.append(Dot(x(row["student"]), y, 4.6, "kept", f"{name}, student: {row['student']:.2f}"))
+        marks.append(Dot(x(row["teacher"]), y, 4.6, "ink", f"{name}, teacher: {row['teacher']:.2f}"))
+    keys = [
+        ("teacher", lambda a, b: Dot(a + 5, b, 4.2, "ink")),
+        ("student", lambda a, b: Dot(a + 5, b, 4.2, "kept")),
+    ]
+    if any("start" in row for row in domains.values()):
+        keys.append(("before recovery", lambda a, b: Dot(a + 5, b, 4.0, "kept", hollow=True)))
+    marks += legend(keys, 0, 31)
+    told = "; ".join(
+        f"{name}: " + ", ".join(f"{who} {value:.4g}" for who, value in row.items()) for name, row in domains.items()
+    )
+    return Drawing(WIDTH, floor + 24, f"Perplexity. {told}.", tuple(marks))
+
+
+def stage_costs(stages: Mapping[str, Mapping[str, float]]) -> Drawing:
+    """Draw a bar a stage: its seconds, with its peak_memory in bytes."""
+    row, top, left = 24.0, 30.0, 74.0
+    longest = max(stage["seconds"] for stage in stages.values()) or 1.0
+    room = WIDTH - left - 118
+    marks: list[Mark] = [Text(0, 14, "Time and peak memory of each stage", "ink", 12.5, bold=True)]
+    for i, (name, stage) in enumerate(stages.items()):
+        y = top + i * row
+        told = f"{duration(stage['seconds'])} · {stage['peak_memory'] / 1e9:.2f} GB"
+        wide = max(1.0, room * stage["seconds"] / longest)
+        marks.append(Text(left - 8, y + 13, name, "ink", 11, "end"))
+        marks.append(Box(left, y + 4, wide, 12, "kept", f"{name}: {told}"))
+        marks.append(Text(left + wide + 6, y + 13.5, told, size=10.5))
+    told = "; ".join(f"{name} {duration(stage['seconds'])}" for name, stage in stages.items())
+    return Drawing(WIDTH, top + row * len(stages) + 4, f"Time of each stage: {told}.", tuple(marks))
+
+
+def duration(seconds: float) -> str:
+    """Give a time in the unit one would say it in."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

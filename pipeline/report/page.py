@@ -1,0 +1,235 @@
+"""report.html: one self-contained page that tells what was cut, what it cost and how it was made."""
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from string import Template
+
+from .comparison import MINUS, count, percent, rate, size, whole
+from .drawing import COLOURS, Drawing, svg
+from .facts import Report, perplexity_of
+from .figures import duration
+from .tables import comparison_table, plain_table, quality_table, task_table
+
+TEMPLATE = Path(__file__).with_name("page.html")
+TEXT_WIDTH = 736  # pixels of the page's column
+RECOVERY = ("loss", "kl", "rate")
+
+
+def page(report: Report, drawings: Mapping[str, Drawing]) -> str:
+    """Give the page of a report with its figures; a figure or a number that is absent has no place on it."""
+    parts = (_comparison, _quality, _samples, _cut, _importance, _recovery, _costs, _making)
+    student = count(report["parameters"]["student"])
+    return Template(TEMPLATE.read_text()).substitute(
+        title=escape(f"{report['model']}, pruned to {student} parameters"),
+        kicker=escape(f"Pruning report · {report['recipe']} · run {report['run']} · {report['created'][:10]}"),
+        heading=escape(f"{report['model']}, from {count(report['parameters']['teacher'])} to {student} parameters"),
+        lede=escape(_lede(report)),
+        headline=_headline(report),
+        sections="\n".join(part(report, drawings) for part in parts),
+        footer=escape(f"Written {report['created']} by Pangu Light, revision {report['versions']['revision']}."),
+        colours="\n".join(map(_rule, COLOURS)),
+    )
+
+
+def _rule(role: str) -> str:
+    return f".f-{role} {{ fill: var(--{role}) }} .s-{role} {{ stroke: var(--{role}) }}"
+
+
+def _section(title: str, *body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{''.join(body)}</section>"
+
+
+def _paragraph(text: str) -> str:
+    return f"<p>{escape(text)}</p>"
+
+
+def _panels(drawings: Sequence[Drawing], caption: str = "") -> str:
+    told = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    wide = ' class="wide"' if len(drawings) > 2 else ""
+    return f'<figure{wide}><div class="panels">{"".join(map(svg, drawings))}</div>{told}</figure>'
+
+
+def _beside(drawing: Drawing, caption: str) -> str:
+    return f'<figure class="beside">{svg(drawing)}<figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def _lede(report: Report) -> str:
+    smaller, inner = (_change(report, key) for key in ("parameters", "non_embedding_parameters"))
+    amount = f"{abs(smaller):.0%} {'fewer' if smaller < 0 else 'more'}" if smaller else "as many"
+    told = [f"The student has {amount} parameters {'than' if smaller else 'as'} its teacher"]
+    told[0] += f" ({percent(inner)} outside the embeddings)." if inner else "."
+    name, values = next(iter(perplexity_of(report).items()))
+    cut = f", and right after the cut it was {values['start']:.2f}" if "start" in values else ""
+    told.append(
+        f"Its perplexity on held-out text ({name}) is {values['student']:.2f}; "
+        f"the teacher’s is {values['teacher']:.2f}{cut}."
+    )
+    if report["speed"]:
+        decode, prefill = (_ratio(report, kind) for kind in ("decode", "prefill"))
+        told.append(f"It decodes {decode:.2f} times as fast and reads a prompt {prefill:.2f} times as fast.")
+    return " ".join(told)
+
+
+def _change(report: Report, key: str) -> float:
+    return report[key]["student"] / report[key]["teacher"] - 1
+
+
+def _ratio(report: Report, kind: str) -> float:
+    return report["speed"]["student"][kind] / report["speed"]["teacher"][kind]
+
+
+def _headline(report: Report) -> str:
+    def signed(key: str) -> str:
+        return f"{_change(report, key):+.0%}".replace("-", MINUS) if _change(report, key) else "same"
+
+    def pair(values: Mapping, show) -> str:
+        return f"{show(values['teacher'])} → {show(values['student'])}"
+
+    name, values = next(iter(perplexity_of(report).items()))
+    before = f", {values['start']:.1f} before recovery" if "start" in values else ""
+    entries = [
+        ("Parameters", signed("parameters"), pair(report["parameters"], count)),
+        (f"Perplexity, {name}", f"{values['student']:.1f}", f"teacher {values['teacher']:.1f}{before}"),
+    ]
+    if report["speed"]:
+        decode = {who: report["speed"][who]["decode"] for who in ("teacher", "student")}
+        entries.append(("Decoding", f"×{_ratio(report, 'decode'):.2f}", f"{pair(decode, rate)} tokens/s"))
+    cache = report["kv_bytes_per_token"]
+    entries.append(("KV cache", signed("kv_bytes_per_token"), f"{pair(cache, size)} a token"))
+    cells = (f"<div><dt>{escape(a)}</dt><dd>{escape(b)}</dd><dd>{escape(c)}</dd></div>" for a, b, c in entries)
+    return f'<dl class="headline">{"".join(cells)}</dl>'
+
+
+def _comparison(report: Report, drawings: Mapping[str, Drawing]) -> str:
+    notes = ["Head and neuron counts are those of a layer; sizes are in decimal units."]
+    if report["speed"]:
+        s = report["speed"]
+        turns = "once each" if s["repeats"] == 1 else f"{s['repeats']} times each, medians"
+        notes.append(
+            f"Speed: batch {s['batch']}, a prompt of {s['prefill']} tokens, {s['decode']} decoded; teacher and student "
+            f"in turn, {turns}, on {_machine(report)}."
+        )
+    return _section("The student beside its teacher", comparison_table(report, " ".join(notes)))
+
+
+def _machine(report: Report) -> str:
+    device = report["device"]
+    threads = f", {device['threads']} threads" if "threads" in device else ""
+    ranks = f", {device['ranks']} processes" if device["ranks"] > 1 else ""
+    return f"{device['name']} ({device['kind']}, {device['dtype']}{threads}{ranks})"
+
+
+def _quality(report: Report, drawings: Mapping[str, Drawing]) -> str:
+    told = f"{_won_back(report)} Each row is one held-out text; the axis is logarithmic.".strip()
+    caption = (
+        "Packed sequences that do not overlap. Every token but the first of a sequence is predicted from those before "
+        "it in that sequence; perplexity is exp of the mean loss. A last word is right when the greedy continuation "
+        "gives the whole of it."
+    )
+    tasks = ""
+    if report["tasks"].get("teacher"):
+        harness = "Measured by the LM Evaluation Harness; metrics as it names them, ± standard error."
+        tasks = f"<h3>Benchmark tasks</h3>{task_table(report, harness)}"
+    figure = _beside(drawings["perplexity"], told)
+    return _section("What it costs in quality", figure, quality_table(report, caption), tasks)
+
+
+def _won_back(report: Report) -> str:
+    """Say which share of the loss added by the cut the recovery took away again, where it did."""
+    shares = [
+        f"{math.log(values['start'] / values['student']) / math.log(values['start'] / values['teacher']):.0%} on {name}"
+        for name, values in perplexity_of(report).items()
+        if values.get("start", 0.0) > max(values["student"], values["teacher"])
+    ]
+    return f"Of the loss that the cut added, recovery took back {', '.join(shares)}." if shares else ""
+
+
+def _samples(report: Report, drawings: Mapping[str, Drawing]) -> str:
+    if not report["samples"]:
+        return ""
+    columns = (("teacher", "Teacher", ""), ("student", "Student", "student"), ("reference", "The text itself", ""))
+    articles = []
+    for sample in report["samples"]:
+        told = "".join(
+            f'<section><h4 class="{kind}">{label}</h4><p>{escape(sample[key].strip())}</p></section>'
+            for key, label, kind in columns
+        )
+        prompt = escape(sample["prompt"].strip())
+        articles.append(f'<article class="sample"><blockquote>{prompt} …</blockquote><div>{told}</div></article>')
+    intro = _paragraph("Greedy continuations of held-out text, not selected.")
+    return _section("In their own words", intro, f'<div class="samples wide">{"".join(articles)}</div>')
+
+
+def _cut(report: Report, drawings: Mapping[str, Drawing]) -> str:
+    cut = report["cut"]
+    told = []
+    if cut["dropped_layers"]:
+        dropped = ", ".join(map(str, cut["dropped_layers"]))
+        told.append(f"{len(cut['dropped_layers'])} of {cut['layers']} layers were dropped ({dropped}).")
+    if cut["donations"]:
+        given = sum(donation["groups"] for donation in cut["donations"])
+        told.append(
+            f"Part of their attention lives on: {given} of their KV groups scored higher than groups of the layer that "
+            "hosts them and took their places, with keys, values, queries and outputs (CLAP)."
+        )
+    if cut["heads_kept"] < cut["heads"]:
+        told.append(f"{whole(cut['heads_kept'])} of {whole(cut['heads'])} attention heads stay.")
+    if cut["neurons_kept"] < cut["neurons"]:
+        told.append(
+            f"{whole(cut['neurons_kept'])} of {whole(cut['neurons'])} neurons stay; in the layers that remain they "
+            f"carry {cut['neuron_score_kept']:.0%} of the activation score."
+        )
+    caption = (
+        "One row a layer of the teacher, input at the top. The denser a bin of neurons, the more of them stay; “score "
+        "kept” is their share of the layer’s activation score. Point at a part for its numbers."
+    )
+    drawing = drawings["map"]
+    wide = ' class="wide"' if drawing.width > TEXT_WIDTH else ""
+    figure = f'<div class="scroll map">{svg(drawing)}</div><figcaption>{caption}</figcaption>'
+    text = _paragraph(" ".join(told) or "Every layer, head and neuron stays.")
+    return _section("What was removed, and where", text, f"<figure{wide}>{figure}</figure>")
+
+
+def _importance(report: Report, drawings: Mapping[str, Drawing]) -> str:
+    cut = report["cut"]
+    told = (
+        f"Importance was measured in one forward pass over {whole(cut['calibration_tokens'])} calibration tokens. A "
+        "layer’s influence is one minus the mean cosine between what enters and what leaves it. A hidden channel’s "
+        "importance is its activation behind the norms, summed over them."
+    )
+    if cut["channels_kept"] < cut["channels"]:
+        share = f"{cut['channel_score_kept']:.0%} of the score"
+        told += f" {cut['channels_kept']} of {cut['channels']} channels stay, with {share}."
+    figure = _panels([drawings["layers"], drawings["channels"]], "Both scales of importance are logarithmic.")
+    return _section("What mattered", _paragraph(told), figure)
+
+
+def _recovery(report: Report, drawings: Mapping[str, Drawing]) -> str:
+    shown = [drawings[name] for name in RECOVERY if name in drawings]
+    if not shown:
+        return ""
+    text = _paragraph("After the cut the student was trained on the predictions of its teacher.")
+    return _section("Recovery", text, _panels(shown))
+
+
+def _costs(report: Report, drawings: Mapping[str, Drawing]) -> str:
+    if "stages" not in drawings:
+        return ""
+    total = duration(sum(stage["seconds"] for stage in report["stages"].values()))
+    memory = "resident memory" if report["device"]["kind"] == "cpu" else "device memory"
+    told = f"All stages together took {total} on {_machine(report)}. Peak memory is the {memory} of the first process."
+    return _section("Time and memory", _beside(drawings["stages"], told))
+
+
+def _making(report: Report, drawings: Mapping[str, Drawing]) -> str:
+    folded = (
+        ("Every setting", report["settings"]),
+        ("Code and libraries", report["versions"]),
+        ("Artifacts this report was made from", report["artifacts"]),
+    )
+    details = "".join(
+        f"<details><summary>{title}</summary>{plain_table(values)}</details>" for title, values in folded
+    )
+    return _section("How it was made", f"<pre>{escape(report['command'])}</pre>", details)

@@ -1,0 +1,96 @@
+"""The page's tables."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from .comparison import rows, size, whole
+from .facts import Report
+
+NAMES = {"teacher": "teacher", "start": "before recovery", "student": "student"}
+MEASURES = (
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("bits_per_byte", "bits per byte", "{:.3f}"),
+    ("accuracy", "next token right", "{:.1%}"),
+    ("next_word", "last word of a sentence right", "{:.1%}"),
+)
+
+
+def comparison_table(report: Report, caption: str) -> str:
+    """Give teacher and student row by row, with the change."""
+    body = [
+        f'<tr><th scope="row">{escape(row.label)}</th><td>{escape(row.teacher)}</td>'
+        f'<td class="student">{escape(row.student)}</td><td class="change">{escape(row.change)}</td></tr>'
+        for row in rows(report)
+    ]
+    return _table(("teacher", "student", "change"), body, caption)
+
+
+def quality_table(report: Report, caption: str) -> str:
+    """Give every measure on every text; how it was measured stands beside the text's name."""
+    first = next(iter(report["perplexity"].values()))
+    who = [model for model in NAMES if model in first]
+    body = []
+    for name, text in report["perplexity"].items():
+        told = (
+            f"sequence {text['sequence']}, stride {text['stride']}, {whole(text['tokens'])} predicted tokens, "
+            f"{size(text['bytes'])}"
+        )
+        body.append(_heading(name, told, len(who)))
+        for key, label, show in MEASURES:
+            if all(key in text[model] for model in who):
+                body.append(_line(label, [show.format(text[model][key]) for model in who], who))
+    return _table([NAMES[model] for model in who], body, caption)
+
+
+def task_table(report: Report, caption: str) -> str:
+    """Give every metric of every benchmark task, with its standard error where the harness gives one."""
+    teacher, student = report["tasks"]["teacher"], report["tasks"]["student"]
+    body = []
+    for task, metrics in teacher.items():
+        questions = f"{whole(metrics['questions'])} questions" if "questions" in metrics else ""
+        body.append(_heading(task, questions, 2))
+        for metric in metrics:
+            if metric != "questions" and not metric.endswith("_stderr"):
+                cells = [_with_error(found[task], metric) for found in (teacher, student)]
+                body.append(_line(metric, cells, ("teacher", "student")))
+    return _table(("teacher", "student"), body, caption)
+
+
+def plain_table(values: Mapping[str, Any]) -> str:
+    """Give names and values, nested mappings with dotted names."""
+    body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(text)}</td></tr>" for name, text in _flat("", values))
+    return f"<table><tbody>{body}</tbody></table>"
+
+
+def _table(columns: Iterable[str], body: Sequence[str], caption: str) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    return (
+        f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _heading(name: str, told: str, columns: int) -> str:
+    cell = f'<th scope="rowgroup" colspan="{columns + 1}">{escape(name)} <span>{escape(told)}</span></th>'
+    return f'<tr class="text">{cell}</tr>'
+
+
+def _line(label: str, cells: Sequence[str], who: Sequence[str]) -> str:
+    marks = (' class="student"' if model == "student" else "" for model in who)
+    body = "".join(f"<td{mark}>{escape(cell)}</td>" for mark, cell in zip(marks, cells))
+    return f'<tr><th scope="row">{escape(label)}</th>{body}</tr>'
+
+
+def _with_error(metrics: Mapping[str, float], metric: str) -> str:
+    error = metrics.get(f"{metric}_stderr")
+    return f"{metrics[metric]:.4g}" if error is None else f"{metrics[metric]:.3f} ± {error:.3f}"
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(f"{prefix}{key}.", value)
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

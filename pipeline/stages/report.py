@@ -1,0 +1,124 @@
+"""report: what the run did and what it gave, as report.json, as one page and as pictures."""
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.model.blueprint import Blueprint
+from pipeline.model.scores import Scores
+from pipeline.report.comparison import summary
+from pipeline.report.drawing import Drawing, save_png
+from pipeline.report.facts import Curve, cut_facts, gather, perplexity_of, recovery_curves, recovery_facts
+from pipeline.report.figures import curve, cut_figures, perplexities, stage_costs
+from pipeline.report.page import page
+from pipeline.runtime.artifacts import LIBRARIES, MANIFEST, code_revision, library_versions
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.origin import locate
+
+MAKES = "report"
+NEEDS = ("teacher", "scores", "blueprint", "start", "export", "evaluation")
+OPTIONAL = ("student",)  # absent where the student was not recovered
+EVERY_RANK = False
+SEEN = "tokens"  # what the recovery's curves run over
+
+
+def settings(config: Config) -> dict:
+    """Give every setting the report shows: all but where things are kept and which part of the line runs."""
+    return config.model_dump(mode="json", exclude={"stages", "runs", "artifacts", "track"})
+
+
+def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
+    """Write report.json, report.html and figures/*.png, and print the comparison."""
+    sizes = open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy.sizes
+    blueprint = Blueprint.load(inputs["blueprint"] / "blueprint.json")
+    scores = Scores.load(inputs["scores"] / "scores.safetensors")
+    evaluation = json.loads((inputs["evaluation"] / "evaluation.json").read_text())
+    stages = _stages(inputs)
+    curves = _curves(inputs["student"]) if "student" in inputs else None
+    report = gather(
+        evaluation,
+        cut_facts(sizes, blueprint, scores),
+        recovery_facts(curves, SEEN) if curves else None,
+        stages,
+        _made_with(config, inputs),
+    )
+    drawings = cut_figures(sizes, blueprint, scores)
+    drawings["perplexity"] = perplexities(perplexity_of(report))
+    drawings |= _recovery_figures(curves or {})
+    if stages:
+        drawings["stages"] = stage_costs(stages)
+    (out / "figures").mkdir(exist_ok=True)
+    for name, drawing in drawings.items():
+        save_png(drawing, out / "figures" / f"{name}.png")
+        machine.track.image(out / "figures" / f"{name}.png", f"report/{name}")
+    (out / "report.html").write_text(page(report, drawings))
+    (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    machine.say(summary(report))
+
+
+def _made_with(config: Config, inputs: Mapping[str, Path]) -> dict:
+    versions = {"revision": code_revision(), "python": platform.python_version()}
+    return {
+        "model": _name(config.model.path),
+        "run": config.run,
+        "recipe": config.recipe.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "pipeline", *sys.argv[1:]]),
+        "settings": settings(config),
+        "versions": versions | library_versions(("pangu-light", *LIBRARIES)),
+        "artifacts": {name: folder.name for name, folder in inputs.items()},
+    }
+
+
+def _name(path: str) -> str:
+    """Give the model's name: that of its folder, file or hub entry."""
+    place = locate(path).parts[0] if path.startswith("package:") else Path(path)
+    return place.name.removesuffix(".gguf")
+
+
+def _stages(inputs: Mapping[str, Path]) -> dict[str, dict]:
+    """Give seconds and peak memory in bytes of every stage behind the inputs, by name, inputs first.
+
+    Read from their manifests; an input without one, as when it was made by hand, has no entry.
+    """
+    found: dict[str, dict] = {}
+    seen: set[Path] = set()
+
+    def follow(folder: Path) -> None:
+        path = folder / MANIFEST
+        if folder in seen or not path.is_file():
+            return
+        seen.add(folder)
+        facts = json.loads(path.read_text())
+        for name in facts["inputs"].values():
+            follow(folder.parent / name)
+        found[facts["stage"]] = {key: facts[key] for key in ("seconds", "peak_memory")}
+
+    for folder in inputs.values():
+        follow(folder)
+    return found
+
+
+def _curves(student: Path) -> dict[str, Curve]:
+    lines = (student / "metrics.jsonl").read_text().splitlines()
+    return recovery_curves([json.loads(line) for line in lines], SEEN)
+
+
+def _recovery_figures(curves: Mapping[str, Curve]) -> dict[str, Drawing]:
+    titles = {
+        "loss": ("loss", "Distillation loss"),
+        "kl": ("held_out_kl", "Held-out KL to the teacher, nats per token"),
+        "rate": ("learning_rate", "Learning rate"),
+    }
+    drawings = {}
+    for name, (metric, title) in titles.items():
+        if metric in curves:
+            points = curves[metric]
+            told = f"{points[0][1]:.3g} → {points[-1][1]:.3g}"
+            drawings[name] = curve(title, points, SEEN, told, dots=len(points) <= 24)
+    return drawings

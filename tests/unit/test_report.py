@@ -1,0 +1,313 @@
+"""The report's figures say what the blueprint says, and its page is whole, safe and self-contained."""
+
+import json
+import math
+import re
+import struct
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from pipeline.model.anatomy import LayerSizes, Sizes
+from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
+from pipeline.model.scores import Scores
+from pipeline.report.anatomy_map import anatomy_map, fate
+from pipeline.report.axes import Scale, number, scale
+from pipeline.report.comparison import rows, summary
+from pipeline.report.drawing import Box, Dot, Drawing, save_png, svg
+from pipeline.report.facts import cut_facts, gather, recovery_curves, recovery_facts
+from pipeline.report.figures import curve, cut_figures, duration, perplexities, stage_costs, thinned
+from pipeline.report.page import page
+
+SIZES = Sizes(96, 32, 8, (LayerSizes(4, 2, 24),) * 4)
+
+
+def example_scores(sizes=SIZES):
+    generator = torch.Generator().manual_seed(0)
+    heads = tuple(torch.rand(w.heads, generator=generator) + 0.5 for w in sizes.layers)
+    neurons = tuple(torch.rand(w.neurons, generator=generator) + 0.5 for w in sizes.layers)
+    layers = torch.rand(len(sizes.layers), generator=generator).double() + 0.1
+    return Scores(torch.rand(sizes.hidden, generator=generator) + 0.1, heads, neurons, layers, 1024)
+
+
+def donating():
+    """Layer 2 is dropped and gives KV group 1 to layer 1; layer 1 keeps its group 0; heads are cut in layer 3."""
+    whole = everything(SIZES).layers
+    first, last = whole[0], whole[3]
+    host = LayerPlan(1, (Group(1, 0, (0, 1)), Group(2, 1, (2, 3))), tuple(range(0, 24, 2)))
+    thin = LayerPlan(3, (Group(3, 0, (0,)), Group(3, 1, (3,))), last.neurons)
+    return Blueprint(tuple(range(24)), (first, host, thin))
+
+
+BLUEPRINTS = {
+    "donating": donating(),
+    "everything": everything(SIZES),
+    "depth only": Blueprint(tuple(range(32)), everything(SIZES).layers[:2]),
+    "width only": Blueprint(
+        tuple(range(16)), tuple(LayerPlan(i, everything(SIZES).layers[i].groups, (0, 5, 7)) for i in range(4))
+    ),
+}
+
+
+def example_evaluation(texts=("news",), speed=True):
+    def quality(perplexity):
+        return {
+            "loss": math.log(perplexity),
+            "perplexity": perplexity,
+            "accuracy": 0.4,
+            "bits_per_byte": 1.2,
+            "next_word": 0.3,
+        }
+
+    shape = {"layers": 4, "hidden": 32, "heads": 4, "groups": 2, "neurons": 24, "head_size": 8, "vocabulary": 96}
+    thin = {**shape, "layers": 3, "heads": [4, 4, 2], "neurons": [24, 12, 24]}
+    sizes = {"parameters": 2_000_000, "non_embedding_parameters": 1_000_000, "checkpoint_bytes": 4_000_000}
+    small = {"parameters": 1_500_000, "non_embedding_parameters": 500_000, "checkpoint_bytes": 3_000_000}
+    how = {"sequence": 32, "stride": 32, "sequences": 4, "tokens": 124, "bytes": 500}
+    who = {"teacher": quality(20.0), "start": quality(80.0), "student": quality(25.0)}
+    times = {"teacher": {"prefill": 1000.0, "decode": 40.0}, "student": {"prefill": 1500.0, "decode": 60.0}}
+    return {
+        "device": {"kind": "cpu", "name": "chip", "dtype": "float32", "attention": "sdpa", "ranks": 1, "threads": 2},
+        "models": {
+            "teacher": {**sizes, "kv_bytes_per_token": 1024, "shape": shape},
+            "student": {**small, "kv_bytes_per_token": 768, "shape": thin},
+        },
+        "texts": {name: {**how, **who} for name in texts},
+        "tasks": {"teacher": {}, "student": {}},
+        "speed": {"batch": 1, "prefill": 64, "decode": 8, "repeats": 3, **times} if speed else None,
+        "samples": [{"text": "news", "prompt": "A <b>bold</b>", "reference": " day", "teacher": " a", "student": " b"}],
+    }
+
+
+MADE = {
+    "model": "tiny",
+    "run": "demo",
+    "recipe": "pangu_light",
+    "created": "2025-01-02T03:04:05+00:00",
+    "command": "python -m pipeline run=demo",
+    "settings": {"seed": 0, "score": {"tokens": 1024}},
+    "versions": {"revision": "abc", "torch": "2"},
+    "artifacts": {"teacher": "teacher-0"},
+}
+STAGES = {"score": {"seconds": 3.0, "peak_memory": 2_000_000_000}, "cut": {"seconds": 300.0, "peak_memory": 1}}
+CURVES = {"loss": [(64.0, 3.0), (128.0, 2.0)], "held_out_kl": [(0.0, 2.5), (128.0, 1.0)]}
+
+
+def example_report(blueprint=BLUEPRINTS["donating"], recovered=True, stages=STAGES, **evaluation):
+    recovery = recovery_facts(CURVES, "tokens") if recovered else None
+    cut = cut_facts(SIZES, blueprint, example_scores())
+    return gather(example_evaluation(**evaluation), cut, recovery, stages, MADE)
+
+
+def example_drawings(report, blueprint=BLUEPRINTS["donating"]):
+    drawings = cut_figures(SIZES, blueprint, example_scores())
+    values = {name: {who: text[who]["perplexity"] for who in text if who in ("teacher", "start", "student")}
+              for name, text in report["perplexity"].items()}  # fmt: skip
+    drawings["perplexity"] = perplexities(values)
+    if report["recovery"]:
+        drawings["loss"] = curve("Distillation loss", CURVES["loss"], "tokens", "3 → 2", dots=True)
+    if report["stages"]:
+        drawings["stages"] = stage_costs(report["stages"])
+    return drawings
+
+
+class Balanced(HTMLParser):
+    """Collects the tags that were not closed, the ids, the links, and the visible words of a page."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.faults, self.attributes, self.words = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += attrs
+        if tag not in ("meta", "br", "link", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(tag)
+
+    def handle_data(self, data):
+        if not {"style", "script"} & set(self.open):
+            self.words.append(data)
+
+
+@pytest.mark.parametrize("blueprint", BLUEPRINTS.values(), ids=BLUEPRINTS)
+def test_the_map_shows_every_head_once_in_the_state_the_blueprint_gives_it(blueprint):
+    drawn = anatomy_map(SIZES, blueprint, example_scores())
+    heads = [mark for mark in drawn.marks if isinstance(mark, Box) and mark.tip and ", head " in mark.tip]
+    assert len(heads) == sum(w.heads for w in SIZES.layers)
+    taken = [(g, plan.host) for plan in blueprint.layers for g in plan.groups]
+    own = sum(len(g.heads) for g, host in taken if g.layer == host)
+    given = sum(len(g.heads) for g, host in taken if g.layer != host)
+    assert sum(mark.role == "kept" for mark in heads) == own
+    assert sum(mark.role == "donated" for mark in heads) == given
+    assert sum(mark.role == "removed" for mark in heads) == len(heads) - own - given
+
+
+def test_a_donation_is_told_with_its_donor_host_and_number_of_groups():
+    assert fate(donating()).donations == {(2, 1): 1}
+    drawn = anatomy_map(SIZES, donating(), example_scores())
+    assert "layer 2 gives 1 KV group to layer 1" in drawn.alt
+    assert any(isinstance(mark, Dot) and mark.tip == "layer 2 gives 1 KV group to layer 1" for mark in drawn.marks)
+    tips = [mark.tip for mark in drawn.marks if isinstance(mark, Box) and mark.role == "donated" and mark.tip]
+    assert all(tip.startswith("layer 2, head ") and tip.endswith("donated to layer 1") for tip in tips)
+
+
+def test_the_facts_of_a_cut_count_what_the_blueprint_keeps():
+    scores = example_scores()
+    facts = cut_facts(SIZES, donating(), scores)
+    assert facts["dropped_layers"] == [2]
+    assert facts["donations"] == [{"from": 2, "to": 1, "groups": 1}]
+    assert (facts["heads_kept"], facts["heads"]) == (10, 16)
+    assert (facts["neurons_kept"], facts["neurons"]) == (24 + 12 + 24, 96)
+    half = float(scores.neurons[1][::2].sum() / scores.neurons[1].sum())
+    assert facts["neuron_score_kept"] == pytest.approx((1 + half + 1) / 3)
+    assert facts["channel_score_kept"] == pytest.approx(float(scores.channels[:24].sum() / scores.channels.sum()))
+    assert cut_facts(SIZES, everything(SIZES), scores)["neuron_score_kept"] == pytest.approx(1)
+
+
+def test_layers_of_unequal_width_are_drawn_each_with_its_own_heads_and_neurons():
+    sizes = Sizes(96, 32, 8, (LayerSizes(4, 2, 24), LayerSizes(2, 1, 10), LayerSizes(6, 2, 16)))
+    drawn = anatomy_map(sizes, everything(sizes), example_scores(sizes))
+    heads = [mark.tip for mark in drawn.marks if isinstance(mark, Box) and mark.tip and ", head " in mark.tip]
+    assert [sum(tip.startswith(f"layer {layer},") for tip in heads) for layer in range(3)] == [4, 2, 6]
+
+
+@pytest.mark.parametrize("blueprint", BLUEPRINTS.values(), ids=BLUEPRINTS)
+def test_every_drawing_is_well_formed_inside_its_canvas_and_the_same_size_as_its_picture(blueprint, tmp_path):
+    report = example_report(blueprint)
+    for name, drawing in example_drawings(report, blueprint).items():
+        root = ElementTree.fromstring(svg(drawing))
+        assert root.attrib["aria-label"] == drawing.alt != ""
+        for mark in drawing.marks:
+            if isinstance(mark, Box):
+                assert mark.x >= -1 and mark.x + mark.width <= drawing.width + 1
+                assert mark.y >= -1 and mark.y + mark.height <= drawing.height + 1
+        save_png(drawing, tmp_path / f"{name}.png", scale=1, margin=10.0)
+        picture = (tmp_path / f"{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        wide, high = struct.unpack(">II", picture[16:24])
+        assert abs(wide - drawing.width - 20) <= 1 and abs(high - drawing.height - 20) <= 1
+
+
+def test_a_picture_shows_a_mark_where_and_in_the_colour_the_drawing_has_it(tmp_path):
+    from matplotlib.image import imread
+
+    drawing = Drawing(40, 20, "a box", (Box(10, 5, 20, 10, "kept"),))
+    save_png(drawing, tmp_path / "box.png", scale=1, margin=0.0)
+    pixels = (imread(tmp_path / "box.png")[..., :3] * 255).round()
+    assert pixels[10, 20].tolist() == [0x00, 0x72, 0xB2]
+    assert pixels[2, 20].tolist() == pixels[10, 5].tolist() == [0xFF, 0xFD, 0xF9]
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("values", [(3.0, 3.0), (0.001, 900.0), (20.0, 26.0), (1e-9, 1e-4), (5e5, 5.1e5)])
+def test_ticks_are_a_few_round_values_inside_a_scale_that_keeps_their_order(values, log):
+    found = scale(values, 100.0, 0.0, log=log)
+    ticks = found.ticks(5)
+    assert 1 <= len(ticks) <= 12
+    assert all(found.low <= tick <= found.high * 1.000001 for tick in ticks)
+    places = [found(value) for value in sorted({*values, *ticks})]
+    assert places == sorted(places, reverse=True)
+    assert all(0 <= place <= 100.0001 for place in places)
+    assert len({number(tick) for tick in ticks}) == len(ticks)
+
+
+def test_a_scale_maps_its_ends_to_its_pixels():
+    assert [Scale(1, 100, 0, 10, log=True)(value) for value in (1, 10, 100)] == pytest.approx([0, 5, 10])
+    assert [Scale(0, 4, 10, 0)(value) for value in (0, 1, 4)] == pytest.approx([10, 7.5, 0])
+
+
+def test_thinning_a_curve_keeps_its_mean_and_a_short_one_whole():
+    points = [(float(i), float(i % 7)) for i in range(1000)]
+    short = thinned(points, 100)
+    assert len(short) == 100
+    assert sum(value for _, value in short) / 100 == pytest.approx(sum(value for _, value in points) / 1000)
+    assert thinned(points[:50], 100) == points[:50]
+
+
+@pytest.mark.parametrize("blueprint", BLUEPRINTS.values(), ids=BLUEPRINTS)
+@pytest.mark.parametrize("recovered", [True, False])
+@pytest.mark.parametrize("speed", [True, False])
+def test_a_page_is_balanced_self_contained_and_tells_only_what_was_measured(blueprint, recovered, speed):
+    report = example_report(blueprint, recovered, STAGES if speed else {}, texts=("news", "law"), speed=speed)
+    text = page(report, example_drawings(report, blueprint))
+    seen = Balanced(text)
+    assert not seen.faults and not seen.open
+    for name, value in seen.attributes:
+        assert name not in ("src", "href", "srcset", "data", "action"), (name, value)
+    assert not re.search(r"url\(|@import|https?:", text)
+    words = " ".join(seen.words)
+    assert ("before recovery" in words) == recovered
+    assert ("Distillation loss" in words) == recovered
+    assert ("Decoding" in words) == ("tokens/s" in words) == speed
+    assert ("Time and memory" in words) == bool(report["stages"])
+    assert "$" not in words and "None" not in words and "nan" not in words.lower().split()
+    for expected in ("20.00", "25.00", "sequence 32, stride 32, 124 predicted tokens", "python -m pipeline run=demo"):
+        assert expected in words
+
+
+def test_what_a_model_wrote_is_shown_as_text_and_never_as_markup():
+    report = example_report()
+    report["samples"][0]["student"] = "<script>alert(1)</script>"
+    text = page(report, example_drawings(report))
+    assert text.count("<script>") == 1 and "<b>" not in text
+    assert "<script>alert(1)</script>" in "".join(Balanced(text).words)
+
+
+def test_benchmark_tasks_stand_beside_each_other_with_their_errors():
+    report = example_report()
+    for who, value in (("teacher", 0.5), ("student", 0.45)):
+        report["tasks"][who] = {"arc": {"acc": value, "acc_stderr": 0.01, "questions": 2376}}
+    words = " ".join(Balanced(page(report, example_drawings(report))).words)
+    assert "0.500 ± 0.010" in words and "0.450 ± 0.010" in words
+    assert "Benchmark tasks" in words
+    plain = example_report()
+    assert "Benchmark tasks" not in page(plain, example_drawings(plain))
+
+
+def test_the_comparison_gives_both_sides_and_their_relation():
+    found = {row.label: row for row in rows(example_report())}
+    assert (found["parameters"].teacher, found["parameters"].student) == ("2.00\xa0M", "1.50\xa0M")
+    assert found["parameters"].change == "−25.0%"
+    assert (found["query heads"].student, found["query heads"].change) == ("2–4, mean 3.333", "−16.7%")
+    assert found["hidden channels"].change == "–"
+    assert found["perplexity, news"].change == "×1.25"
+    assert (found["decode, tokens/s"].student, found["decode, tokens/s"].change) == ("60.0", "×1.50")
+    assert not any("tokens/s" in row.label for row in rows(example_report(speed=False)))
+
+
+def test_the_summary_is_a_plain_table_with_the_same_rows():
+    report = example_report()
+    lines = summary(report).splitlines()
+    assert lines[0].split() == ["teacher", "student", "change"]
+    assert [line.split("  ")[0] for line in lines[1 : len(rows(report)) + 1]] == [row.label for row in rows(report)]
+    assert lines[-1] == "before recovery the perplexity on news was 80.00"
+    assert "before recovery" not in summary(example_report(recovered=False))
+
+
+def test_report_json_holds_no_number_that_was_not_measured():
+    report = example_report(recovered=False, speed=False)
+    assert report["recovery"] is None and report["speed"] is None
+    assert set(report["perplexity"]["news"]) >= {"teacher", "student", "sequence", "stride", "tokens"}
+    assert "start" not in report["perplexity"]["news"]
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_recovery_curves_take_what_each_row_has():
+    rows_ = [{"step": 0, "tokens": 0, "held_out_kl": 2.0}, {"step": 1, "tokens": 64, "loss": 3.0, "learning_rate": 0.1}]
+    curves = recovery_curves(rows_, "tokens")
+    assert curves["held_out_kl"] == [(0.0, 2.0)] and curves["loss"] == [(64.0, 3.0)]
+    facts = recovery_facts(curves, "tokens")
+    assert facts["tokens"] == 64 and facts["curves"]["loss"] == {"first": 3.0, "last": 3.0}
+
+
+def test_durations_read_as_one_would_say_them():
+    assert [duration(s) for s in (0.25, 42, 100, 7200)] == ["0.2 s", "42 s", "1.7 min", "2.0 h"]
