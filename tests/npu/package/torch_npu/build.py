@@ -10,15 +10,16 @@ from types import ModuleType
 
 import torch
 
-SOURCE = Path(__file__).with_name("device.cpp")
-CACHE = Path(__file__).resolve().parents[4] / "build" / "simulated-npu"
+HERE = Path(__file__).resolve().parent
+SOURCES = sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp")])
+CACHE = HERE.parents[3] / "build" / "simulated-npu"
 NAME = "simulated_npu"
 
 
 def extension() -> ModuleType:
     """Give the compiled module; processes that come first build it (needs g++ and ninja), the others wait for them."""
-    key = hashlib.sha256(SOURCE.read_bytes() + f"{torch.__version__} {sys.version}".encode()).hexdigest()[:12]
-    folder = CACHE / key
+    content = b"".join(source.read_bytes() for source in SOURCES) + f"{torch.__version__} {sys.version}".encode()
+    folder = CACHE / hashlib.sha256(content).hexdigest()[:12]
     library = folder / f"{NAME}.so"
     if library.exists():
         return _load(library)
@@ -34,7 +35,7 @@ def _compile(folder: Path) -> ModuleType:
     path = os.environ["PATH"]
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path}"  # where pip puts ninja
     try:
-        return cpp_extension.load(NAME, [str(SOURCE)], build_directory=str(folder), extra_cflags=["-O0"])
+        return cpp_extension.load(NAME, [str(HERE / "module.cpp")], build_directory=str(folder), extra_cflags=["-O0"])
     finally:
         os.environ["PATH"] = path
 
