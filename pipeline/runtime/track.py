@@ -20,6 +20,7 @@ from pipeline.runtime.log import say
 START = 60.0    # seconds W&B may take to open a run
 FINISH = 300.0  # seconds it may take to upload the rest at the end; what is left stays on disk for `wandb sync`
 RETRIES = 3     # of one request while the run is opened
+PUBLIC = ("api.wandb.ai", "api.forge.coreweave.com")  # the public server's two names
 MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -132,11 +133,16 @@ def logged_in() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     candidates = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
-    host = urlsplit(wandb.Settings().base_url).hostname
+    settings = wandb.Settings()
+    settings.update_from_system_settings()  # `wandb login --host` notes the server there
+    settings.update_from_env_vars(os.environ)
+    host = urlsplit(settings.base_url).hostname
+    hosts = PUBLIC if host in PUBLIC else (host,)
     for path in (Path(candidate).expanduser() for candidate in candidates):
         if path.is_file():
             try:
-                return netrc.netrc(path).authenticators(host) is not None
+                entries = netrc.netrc(path)
+                return any(entries.authenticators(host) for host in hosts)
             except netrc.NetrcParseError as fault:
                 raise ValueError(f"{path} cannot be read ({fault}); or set track.mode=offline") from None
     return False
