@@ -9,7 +9,7 @@ from pipeline.runtime import artifacts
 from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import join, place
-from pipeline.runtime.track import open_track
+from pipeline.runtime.track import Track, open_track
 from pipeline.stages import absorb, cut, distill, evaluate, export, plan, report, score, shape, teacher, tokens
 
 STAGES: dict[str, ModuleType] = {
@@ -39,6 +39,7 @@ VIEW = {
     "report.html": ("report", "report.html"),
     "figures": ("report", "figures"),
 }  # name in runs/<run>/ -> artifact, file in it
+TRACKED = {"plan": ("blueprint.json", "blueprint"), "report": ("report.html", "report")}
 
 
 def check(config: Config) -> list[str]:
@@ -84,9 +85,12 @@ def run(config: Config, command: str) -> dict[str, Path]:
             record["stages"][name] = {"artifact": folder.name, "made_now": fresh}
             if ranks.rank == 0:
                 artifacts.show(Path(config.runs), config.run, record, _view(made))
+            _tell(track, config.run, name, folder)
         if not worked:
             machine.say(f"nothing to do: every stage of run {config.run} was finished before")
         track.finish()
+        if "report" in made:
+            machine.say(f"report: {view / 'report.html'}")
     return made
 
 
@@ -128,6 +132,15 @@ def _step(
         machine.ranks.wait(f"stage {name}")
         seconds = time.monotonic() - began
         return store.publish(name, key, settings, names, seconds, machine.device.peak_memory()), True
+
+
+def _tell(track: Track, run: str, stage: str, folder: Path) -> None:
+    """Give the tracker what people look at: the blueprint, the report and its pictures."""
+    if stage in TRACKED:
+        file, kind = TRACKED[stage]
+        track.artifact(folder / file, f"{run.replace('/', '-')}-{kind}", kind)
+    for picture in sorted((folder / "figures").glob("*.png")):
+        track.image(picture, f"{stage}/{picture.stem}")
 
 
 def _view(made: dict[str, Path]) -> dict[str, Path]:
