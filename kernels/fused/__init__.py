@@ -1,0 +1,77 @@
+"""The operations a pruned model spends its time in, and which implementation of each runs on which device."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+# What runs where unless the caller chooses. This is the whole choice: nothing is picked by probing, and an
+# implementation that cannot run is an error, never a reason to take another one.
+#   swiglu on an NPU: npu_swiglu reads one packed tensor; packing separate gate and up first moves more bytes than the
+#   plain form does. static_scale and kl_of_logits: torch_npu has no such operation, and triton-ascend is an install of
+#   its own (it takes the place of the CUDA Triton), so there it is a choice, not the rule.
+DEFAULT = {
+    #                  cpu                  cuda                 npu
+    "rms_norm":      {"cpu": "reference", "cuda": "triton",    "npu": "ascend"},
+    "add_rms_norm":  {"cpu": "reference", "cuda": "triton",    "npu": "ascend"},
+    "static_scale":  {"cpu": "reference", "cuda": "triton",    "npu": "reference"},
+    "swiglu":        {"cpu": "reference", "cuda": "triton",    "npu": "reference"},
+    "swiglu_packed": {"cpu": "reference", "cuda": "triton",    "npu": "ascend"},
+    "rotary":        {"cpu": "reference", "cuda": "triton",    "npu": "ascend"},
+    "attention":     {"cpu": "sdpa",      "cuda": "sdpa",      "npu": "ascend"},
+    "kl_of_logits":  {"cpu": "reference", "cuda": "triton",    "npu": "reference"},
+}  # fmt: skip
+
+CHOICES = ("reference", "sdpa", "triton", "ascend")
+
+
+def op(name: str, device_type: str, choice: str | None = None) -> Callable:
+    """The function that computes `name` on tensors of a device type ("cpu", "cuda", "npu").
+
+    `choice` overrides the table: "reference" (plain PyTorch, the meaning of the operation, every device), "sdpa"
+    (attention only, every device), "triton" (cuda; npu with triton-ascend; cpu under TRITON_INTERPRET=1), "ascend"
+    (npu). All implementations of one operation take the same arguments, described in `fused.reference`.
+    ValueError where the choice cannot run: unknown names, a device it does not serve, a package that is missing.
+    """
+    if name not in DEFAULT:
+        raise ValueError(f"kernel {name} is unknown; the operations are {', '.join(DEFAULT)}")
+    if device_type not in DEFAULT[name]:
+        raise ValueError(f"kernel {name} has no implementation for device {device_type}; use cpu, cuda or npu")
+    choice = DEFAULT[name][device_type] if choice is None else choice
+    if choice not in CHOICES:
+        raise ValueError(f"kernel {name}: implementation {choice} is unknown; choose one of {', '.join(CHOICES)}")
+    reason = _obstacle(choice, device_type)
+    if reason:
+        raise ValueError(f"kernel {name}: {choice} cannot run on {device_type}: {reason}; or choose reference")
+    function = getattr(_module(choice), name, None)
+    if function is None:
+        raise ValueError(f"kernel {name} has no {choice} implementation; choose {DEFAULT[name][device_type]}")
+    return function
+
+
+def _obstacle(choice: str, device_type: str) -> str:
+    """Why an implementation cannot run on this device type here, with what would help; empty if it can."""
+    if choice == "ascend":
+        if device_type != "npu":
+            return "it calls torch_npu operations; use device npu"
+        if importlib.util.find_spec("torch_npu") is None:
+            return "torch_npu is not installed; install the npu extra on a machine with CANN"
+    if choice == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; install triton (for an NPU: triton-ascend)"
+        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton compiles for accelerators only; set TRITON_INTERPRET=1 to interpret it (slow, for tests)"
+    return ""
+
+
+def _module(choice: str) -> ModuleType:
+    """The module that holds one implementation of each operation; imported only when asked for."""
+    if choice == "reference":
+        from fused import reference as module
+    elif choice == "sdpa":
+        from fused import sdpa as module
+    elif choice == "triton":
+        from fused import triton_all as module
+    else:
+        from fused import ascend as module
+    return module

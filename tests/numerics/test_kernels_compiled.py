@@ -1,157 +1,68 @@
-"""Every Triton kernel compiles for the accelerators, which no interpreter shows, and fits an Ascend vector core.
-
-Compiling needs no accelerator: PyPI's Triton brings NVIDIA's assembler, triton-ascend its own lowering to structured
-vector code (what follows that needs CANN). It runs in a process of its own, since interpreting is decided at import.
-The compiled form also tells how many tiles are alive at once, which the budget declares.
-"""
+"""Every Triton kernel compiles for an accelerator, which no interpreter shows, and fits the chips' vector cores."""
 
 import json
 import os
-import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from fused.budget import KERNELS, problems
+import yaml
 
-pytest.importorskip("triton")
+from fused.budget import KERNELS, MAX_GRID, problems
 
-FLAGS = {
-    "rms_norm_forward": [{"ADD": True, "TAIL": True}, {"ADD": False, "TAIL": False}],
-    "rms_norm_backward": [{"ADD": True, "TAIL": True}],
-    "gain_gradient": [{"NORMED": True}, {"NORMED": False}],
-    "static_scale_rows": [{"TAIL": True}],
-    "swiglu_forward": [{"TAIL": True}],
-    "swiglu_backward": [{"TAIL": True}],
-    "rotary_tiles": [
-        {"BACKWARD": True, "INTERLEAVE": False, "MASKED": False, "TOKENS": 16, "PAIRS": 64, "SPAN": 64},
-        {"BACKWARD": False, "INTERLEAVE": True, "MASKED": True, "TOKENS": 16, "PAIRS": 40, "SPAN": 64},
-    ],
-    "kl_of_logits_rows": [
-        {"KIND": kind, "WEIGHTED": True, "TAIL": True} for kind in ("forward_kl", "reverse_kl", "jsd")
-    ],
-}
-FLOATS = ("eps", "offset", "cold", "beta", "log_beta", "log_rest")
-POINTERS = (
-    "x residual gain y total dy dtotal dx scale gate up dgate dup cos sin student teacher inverses partial loss weight"
-).split()
-SINGLE = ("inverses", "partial", "loss", "weight")  # always float32
+ROOT = Path(__file__).parents[2]
 
 
-def compile_all(dtype: str) -> list[dict]:
-    """One record per kernel and set of flags: its name, what it was compiled to, its live bytes per element."""
-    from fused import triton_loss, triton_norm, triton_pointwise
-
-    records = []
-    for name, cases in FLAGS.items():
-        module = next(m for m in (triton_loss, triton_norm, triton_pointwise) if hasattr(m, name))
-        kernel = getattr(module, name)
-        for flags in cases:
-            constants = dict(flags) if "TOKENS" in flags else flags | {"BLOCK": KERNELS[name].block}
-            types = {}
-            for argument in kernel.arg_names:
-                if argument in POINTERS:
-                    types[argument] = "*fp32" if argument in SINGLE else f"*{dtype}"
-                elif argument not in constants:
-                    types[argument] = "fp32" if argument in FLOATS else "i32"
-            records.append({"kernel": name, "flags": flags, **compile_one(kernel, types, constants)})
-    return records
+def chip(name: str) -> dict:
+    """A chip's table: the one it starts from, then its own lines."""
+    own = yaml.safe_load((ROOT / "conf/device/chip" / f"{name}.yaml").read_text())
+    bases = [base for base in own.pop("defaults", []) if base != "_self_"]
+    return {key: value for base in bases for key, value in chip(base).items()} | own
 
 
-def compile_one(kernel, types: dict, constants: dict) -> dict:
-    from triton.backends import backends
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    if "ascend" in backends:
-        from triton._C.libtriton import ir
-        from triton.backends.ascend.compiler import AscendBackend, make_ttir, ttir_to_linalg
-
-        backend = AscendBackend(GPUTarget("npu", "Ascend910B", 0))
-        options, context = backend.parse_options({}), ir.context()
-        ir.load_dialects(context)
-        source = ASTSource(kernel, types, constants)
-        module = source.make_ir(options, backend.get_codegen_implementation(), {}, context)
-        metadata = {"hash": kernel.__name__, **options.__dict__}
-        tiles = make_ttir(module, metadata, options)
-        code = ttir_to_linalg(tiles, metadata, options, named_ops=True)
-        return {"target": "linalg", "vector": 'mix_mode = "aiv"' in code, "live": live_bytes(str(tiles))}
-
-    import triton
-
-    source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    return {"target": "cubin", "vector": bool(compiled.asm["cubin"]), "live": live_bytes(compiled.asm["ttir"])}
+CHIPS = [c for c in map(chip, sorted(p.stem for p in (ROOT / "conf/device/chip").glob("*.yaml"))) if c["kind"] == "npu"]
 
 
-def live_bytes(code: str) -> float:
-    """The most bytes per element of floating-point tiles alive at once, in a kernel's intermediate code.
-
-    A tile lives from its definition to its last use, and to the end of every loop that uses it from outside. Pointers
-    and offsets do not count: on the chip they become the addresses of whole-block copies.
-    """
-    elements = max(int(a) * int(b or 1) for a, b in re.findall(r"tensor<(\d+)x(?:(\d+)x)?", code))
-    tiles, regions = [], [Region("", {}, [])]
-    lines = [line.split(" loc(")[0].strip() for line in code.splitlines()]
-    for number, line in enumerate(lines):
-        if line.startswith("}"):
-            closed = regions.pop()
-            for tile in closed.used_from_outside:
-                tile.last = number
-            regions[-1].names.update({n: Tile(number, t.size, number) for n, t in closed.results.items()})
-            tiles += [regions[-1].names[n] for n in closed.results]
-        names = re.match(r"(%\w+)(?::\d+)? = ", line)
-        for used in re.findall(r"%\w+", line.partition(" = ")[2] if names else line):
-            for depth in range(len(regions) - 1, -1, -1):
-                if used in regions[depth].names:
-                    tile = regions[depth].names[used]
-                    tile.last = number
-                    for inner in regions[depth + 1 :]:
-                        inner.used_from_outside.append(tile)
-                    break
-        if line.endswith("{"):
-            types = line.rpartition("-> (")[2].rstrip("){ ").split(", ") if "-> (" in line else []
-            carried = re.findall(r"(%\w+) = %\w+", line.partition("iter_args(")[2].partition(")")[0])
-            held = {n: Tile(number, size_of(t), number) for n, t in zip(carried, types) if size_of(t)}
-            results = {names[1]: Tile(number, sum(map(size_of, types)), number)} if names and any(map(size_of, types)) else {}
-            regions.append(Region(line, held, list(held.values()), results))
-            tiles += held.values()
-        elif names and size_of(result_type(line)):
-            regions[-1].names[names[1]] = Tile(number, size_of(result_type(line)), number)
-            tiles.append(regions[-1].names[names[1]])
-    return max(sum(t.size for t in tiles if t.born <= at <= t.last) for at in range(len(lines))) / elements
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT / "kernels"), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    script = Path(__file__).with_name("kernels_compiled.py")
+    done = subprocess.run(
+        [sys.executable, script, "fp32", "bf16"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
 
 
-@dataclass
-class Tile:
-    born: int
-    size: int
-    last: int
+def test_every_kernel_of_the_budget_compiles(compiled):
+    assert {record["kernel"] for record in compiled} == set(KERNELS)
+    assert all(record["size"] > 1000 for record in compiled)
 
 
-@dataclass
-class Region:
-    header: str
-    names: dict[str, Tile]
-    used_from_outside: list[Tile]
-    results: dict[str, Tile] = field(default_factory=dict)
+def test_the_budget_counts_every_live_tile(compiled):
+    for record in compiled:
+        assert 0 < record["live"] <= KERNELS[record["kernel"]].live, record
 
 
-def result_type(line: str) -> str:
-    """The type of the value a line defines, as written at its end; a load's is what its pointers point to."""
-    written = line.rpartition(" : ")[2].rpartition(" -> ")[2].rpartition(" to ")[2].split(", ")[-1]
-    if "tt.load" in line:
-        written = re.sub(r"!tt.ptr<(\w+)>", r"\1", line.rpartition(" : ")[2])
-    return written.rpartition("x")[0] + "xi1>" if "arith.cmp" in line else written
+def test_loops_over_blocks_compare_no_integers(compiled):
+    """Only the last block of a row is masked; what repeats is plain (an NPU compares integers one at a time)."""
+    assert [record for record in compiled if record["compares"]] == []
 
 
-def size_of(written: str) -> int:
-    """Bytes of a floating-point tile, 0 for anything else."""
-    tile = re.search(r"tensor<(\d+)x(?:(\d+)x)?(f32|f16|bf16)>", written)
-    return int(tile[1]) * int(tile[2] or 1) * (4 if tile[3] == "f32" else 2) if tile else 0
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda c: c["name"])
+def test_every_kernel_fits_every_ascend_chip(chip, kernel, itemsize):
+    assert problems(kernel, 4096, itemsize, chip["vector_cores"], chip["ub_bytes"]) == []
 
 
-if __name__ == "__main__":
-    print(json.dumps(compile_all(sys.argv[1])))
+def test_what_does_not_fit_is_named():
+    kernel, footprint = next(iter(KERNELS.items()))
+    need = footprint.block * footprint.live
+    assert problems(kernel, 4096, 2, 48, 2 * need) == []
+    assert f"keeps {need} bytes alive of {need - 1}" in problems(kernel, 4096, 2, 48, 2 * need - 2)[0]
+    assert "more than 65535" in problems(kernel, 4096, 2, MAX_GRID + 1, 2 * need)[0]
+    assert "rows of 80 bytes" in problems(kernel, 40, 2, 48, 2 * need)[0]

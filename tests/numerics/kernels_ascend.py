@@ -1,0 +1,62 @@
+"""fused.ascend beside the references: every call binds to torch_npu's own schema and means what the reference means.
+
+The schemas are the simulated NPU's, copied from the real torch_npu, computed by plain PyTorch. Registering them lasts
+as long as the process, so test_kernels_processes.py runs this file in one of its own.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused import ascend, reference
+
+OPERATORS = Path(__file__).parents[1] / "npu/package/torch_npu/ops.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def operators():
+    specification = importlib.util.spec_from_file_location("simulated_operators", OPERATORS)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    torch.manual_seed(0)
+    return module
+
+
+def agree(name: str, tensors: list[torch.Tensor], *rest) -> None:
+    results = []
+    for function in (getattr(ascend, name), getattr(reference, name)):
+        inputs = [t.clone().requires_grad_() for t in tensors]
+        outputs = function(*inputs, *rest)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        gradients = torch.autograd.grad(sum((o * o).sum() for o in outputs), inputs)
+        results.append([*outputs, *gradients])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms(offset):
+    x, residual, gain = torch.randn(3, 5, 24), torch.randn(3, 5, 24), torch.randn(24)
+    agree("rms_norm", [x, gain], 1e-5, offset)
+    agree("add_rms_norm", [x, residual, gain], 1e-3, offset)
+
+
+def test_swiglu_packed():
+    agree("swiglu_packed", [torch.randn(4, 48)])
+
+
+@pytest.mark.parametrize("mode", ["half", "interleave"])
+def test_rotary(mode):
+    x, (cos, sin) = torch.randn(2, 3, 5, 16), torch.randn(2, 1, 5, 16)
+    ours, expected = ascend.rotary(x, cos, sin, mode), reference.rotary(x, cos, sin, mode)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("queries,causal", [(6, True), (2, True), (6, False)])
+def test_attention(queries, causal):
+    query, key, value = torch.randn(2, 4, queries, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
+    agree("attention", [query, key, value], 0.3, causal, None)
+    if not causal:
+        agree("attention", [query, key, value], 0.3, False, torch.rand(2, 1, queries, 6) < 0.4)

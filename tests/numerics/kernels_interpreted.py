@@ -1,0 +1,161 @@
+"""The Triton kernels, interpreted on the CPU, beside their references: values and gradients.
+
+Not collected by name: Triton decides at import whether it interprets, so test_kernels_processes.py runs this file in a
+process of its own, with TRITON_INTERPRET=1.
+
+Tolerances, relative to the largest element: float32 1e-5 (another order of additions); float16 1.1e-3 and bfloat16
+8e-3, the size of one last place (the interpreter truncates float32 to bfloat16 where hardware rounds).
+"""
+
+import pytest
+import torch
+
+import fused
+from fused import budget, reference, triton_launch
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1.1e-3, torch.bfloat16: 8e-3}
+DTYPES = list(TOLERANCE)
+# Blocks and a rest, in every dtype; less than a block, and blocks exactly; one row and more rows than programs.
+ROWS = [((3, 3, 150), dtype) for dtype in DTYPES] + [((1, 33), torch.float32), ((2, 2, 64), torch.bfloat16)]
+each_row = pytest.mark.parametrize("shape,dtype", ROWS)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks small enough that small tensors take several and end in a masked one."""
+    torch.manual_seed(0)
+    for name, footprint in budget.KERNELS.items():
+        monkeypatch.setitem(budget.KERNELS, name, budget.Footprint(block=64, live=footprint.live))
+
+
+def triton(name: str):
+    return fused.op(name, "cpu", "triton")
+
+
+def agree(name: str, tensors: list[torch.Tensor], *rest, constants: int = 0) -> None:
+    """Outputs and gradients of the Triton op equal the reference's; the last `constants` tensors have no gradient."""
+    results = []
+    for function in (triton(name), getattr(reference, name)):
+        inputs = [t.clone().requires_grad_(i < len(tensors) - constants) for i, t in enumerate(tensors)]
+        outputs = function(*inputs, *rest)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.manual_seed(1)
+        torch.autograd.backward(outputs, [torch.randn(o.shape).to(o.dtype) for o in outputs])
+        results.append([*outputs, *(t.grad for t in inputs if t.requires_grad)])
+    for ours, expected in zip(*results, strict=True):
+        assert ours.dtype == expected.dtype and ours.shape == expected.shape
+        close(ours, expected, tensors[0].dtype)
+
+
+def close(ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    gap = (ours.double() - expected.double()).abs().max()
+    assert gap <= TOLERANCE[dtype] * expected.double().abs().max(), f"{gap} of {expected.abs().max()}"
+
+
+@each_row
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm(shape, dtype, offset):
+    agree("rms_norm", [torch.randn(shape).to(dtype), torch.randn(shape[-1])], 1e-6, offset)
+
+
+@each_row
+def test_add_rms_norm(shape, dtype):
+    x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    if dtype is torch.bfloat16:  # an inexact sum would be truncated here and rounded there: keep it exact
+        x, residual = (x * 8).round() / 8, (residual * 8).round() / 8
+    agree("add_rms_norm", [x, residual, torch.randn(shape[-1]).to(dtype)], 1e-5, 0.0)
+
+
+@each_row
+def test_static_scale(shape, dtype):
+    agree("static_scale", [torch.randn(shape).to(dtype), torch.randn(shape[-1])])
+
+
+@each_row
+def test_swiglu(shape, dtype):
+    agree("swiglu", [3 * torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)])
+
+
+@each_row
+def test_swiglu_packed(shape, dtype):
+    agree("swiglu_packed", [torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)])
+
+
+def test_swiglu_of_two_halves_of_one_tensor():
+    packed = torch.randn(3, 5, 2 * 70)
+    assert torch.equal(triton("swiglu")(*packed.chunk(2, -1)), triton("swiglu_packed")(packed))
+
+
+@pytest.mark.parametrize("mode", ["half", "interleave"])
+@pytest.mark.parametrize(
+    "tokens,size,batches,dtype",
+    [(1, 16, 1, torch.float32), (5, 24, 2, torch.float32), (5, 24, 2, torch.bfloat16), (4, 32, 1, torch.float16)],
+)
+def test_rotary(tokens, size, batches, mode, dtype):
+    x = torch.randn(2, tokens, 3, size).to(dtype).transpose(1, 2)  # as a projection leaves it: tokens outside heads
+    agree("rotary", [x, *torch.randn(2, batches, tokens, size).to(dtype)], mode, constants=2)
+
+
+def test_a_gradient_without_memory_of_its_own_is_read_rightly():
+    """The gradient of a sum is one number, expanded: no strides to walk."""
+    x, gain = torch.randn(4, 40, requires_grad=True), torch.randn(40)
+    ours = torch.autograd.grad(triton("rms_norm")(x, gain, 1e-6, 0.0).sum(), x)[0]
+    expected = torch.autograd.grad(reference.rms_norm(x, gain, 1e-6, 0.0).sum(), x)[0]
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("kind", reference.KINDS)
+@pytest.mark.parametrize(
+    "vocabulary,temperature,beta,dtype",
+    [
+        (40, 1.0, 0.5, torch.float32), (128, 2.0, 0.1, torch.float32),
+        (201, 0.7, 0.9, torch.float32), (150, 1.5, 0.5, torch.float16), (150, 1.0, 0.5, torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_kl_of_logits(vocabulary, temperature, beta, kind, dtype):
+    student, teacher = (3 * torch.randn(2, 5, vocabulary)).to(dtype)
+    ours, expected = student.clone(), student.clone()
+    loss = triton("kl_of_logits")(ours, teacher, kind, temperature, beta, 0.2)
+    aim = reference.kl_of_logits(expected, teacher, kind, temperature, beta, 0.2)
+    close(loss, aim, torch.float32)
+    close(ours, expected, dtype)
+
+
+@pytest.mark.parametrize("kind", reference.KINDS)
+def test_kl_of_logits_stands_logits_far_apart(kind):
+    """Probabilities that vanish in float32 leave loss and gradient finite; a shift of all logits changes nothing."""
+    student, teacher = torch.randn(2, 4, 100)
+    student[:, 3], teacher[:, 50] = 300.0, 300.0
+    moved = student + 1000.0
+    losses = [triton("kl_of_logits")(s, teacher, kind, 1.0, 0.5, 1.0) for s in (student, moved)]
+    assert torch.isfinite(losses[0]).all() and torch.isfinite(student).all()
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
+
+
+def test_student_logits_may_be_rows_of_a_wider_buffer():
+    buffer, teacher = torch.randn(2, 6, 80)
+    inside = buffer[:, :70].clone()
+    rest = buffer[:, 70:].clone()
+    loss = triton("kl_of_logits")(buffer[:, :70], teacher[:, :70], "forward_kl", 1.0, 0.5, 1.0)
+    torch.testing.assert_close(loss, reference.kl_of_logits(inside, teacher[:, :70], "forward_kl", 1.0, 0.5, 1.0))
+    torch.testing.assert_close(buffer[:, :70], inside)
+    assert torch.equal(buffer[:, 70:], rest)
+
+
+def test_what_the_kernels_cannot_compute_is_refused():
+    x = torch.randn(3, 8)
+    with pytest.raises(ValueError, match=r"float64; choose reference"):
+        triton("static_scale")(x.double(), x[0].double())
+    with pytest.raises(ValueError, match=r"gain is \[3\] for rows of 8"):
+        triton("rms_norm")(x, x[:, 0], 1e-6, 0.0)
+    with pytest.raises(ValueError, match=r"residual is torch.float16 \[3, 8\]"):
+        triton("add_rms_norm")(x, x.half(), x[0], 1e-6, 0.0)
+    with pytest.raises(ValueError, match="last axis has 7 elements"):
+        triton("swiglu_packed")(x[:, :7])
+    with pytest.raises(ValueError, match="strides"):
+        triton("kl_of_logits")(torch.randn(8, 3).T, x, "jsd", 1.0, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("jobs,expected", [(1, 1), (3, 3), (10**6, triton_launch.PER_INTERPRETER)])
+def test_the_grid_is_the_cores_and_never_more_than_the_jobs(jobs, expected):
+    assert triton_launch.programs(torch.device("cpu"), jobs) == expected
