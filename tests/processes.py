@@ -14,12 +14,20 @@ import torch.distributed as dist
 
 from pipeline.runtime.device import open_device
 from pipeline.runtime.ranks import join, place
+from tests.npu import simulated
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.processes"])  # torch is imported once, not once a rank
 
 
-def on_ranks(work: Callable, folder: Path, world: int = 2, timeout: float = 20.0, arguments: tuple = ()) -> list[Any]:
+def on_ranks(
+    work: Callable,
+    folder: Path,
+    world: int = 2,
+    timeout: float = 20.0,
+    arguments: tuple = (),
+    kind: str = "cpu",  # an npu is the simulated one
+) -> list[Any]:
     """What `work(ranks, *arguments)` returned, raised ("ErrorType: text") or, if its process died, None, per rank."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
     common = {
@@ -35,9 +43,9 @@ def on_ranks(work: Callable, folder: Path, world: int = 2, timeout: float = 20.0
     for rank, answer in enumerate(answers):
         answer.unlink(missing_ok=True)
         environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        processes.append(CONTEXT.Process(target=_rank, args=(work, environment, timeout, answer, arguments)))
+        processes.append(CONTEXT.Process(target=_rank, args=(work, environment, timeout, answer, arguments, kind)))
         processes[-1].start()
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240  # also for building the simulated NPU
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
     late = [rank for rank, process in enumerate(processes) if process.is_alive()]
@@ -47,11 +55,13 @@ def on_ranks(work: Callable, folder: Path, world: int = 2, timeout: float = 20.0
     return [json.loads(answer.read_text()) if answer.exists() else None for answer in answers]
 
 
-def _rank(work: Callable, environment: dict[str, str], timeout: float, answer: Path, arguments: tuple) -> None:
+def _rank(work: Callable, environment: dict, timeout: float, answer: Path, arguments: tuple, kind: str) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
+    if kind == "npu":
+        simulated.install()
     try:
-        value = work(join(open_device("cpu", "auto", False, place()[2], 0), timeout), *arguments)
+        value = work(join(open_device(kind, "auto", False, place()[2], 0), timeout), *arguments)
     except Exception as fault:
         value = f"{type(fault).__name__}: {fault}"
     answer.write_text(json.dumps(value))

@@ -45,17 +45,18 @@ class Ranks:
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over ranks; the result is the same on every rank, digit for digit.
 
-        Host tensors under an accelerator's backend travel as bits and are added on the host in their own type, so that
-        float64 stays float64 on chips whose collectives do not know it.
+        Host tensors under an accelerator's backend, and float64 under HCCL, which cannot add it, travel as bits and are
+        added on the host in their own type.
         """
         if self.world == 1:
             return
         for tensor in tensors:
-            with self._peers("a sum over ranks"):
-                if tensor.device.type == self.device.type:
-                    _sum_on_device(tensor)
+            with self._peers("the sum over ranks"):
+                refused = self.device.type == "npu" and tensor.dtype == torch.float64
+                if tensor.device.type != self.device.type or refused:
+                    self._sum_as_bits(tensor)
                 else:
-                    self._sum_host(tensor)
+                    _sum_on_device(tensor)
 
     def share(self, value: Any) -> Any:
         """Give rank 0's value, anything JSON can hold, to every rank."""
@@ -120,8 +121,8 @@ class Ranks:
             time.sleep(pause)
             pause = min(2 * pause, LOOK)
 
-    def _sum_host(self, tensor: Tensor) -> None:
-        flat = tensor.detach().reshape(-1).contiguous()
+    def _sum_as_bits(self, tensor: Tensor) -> None:
+        flat = tensor.detach().cpu().reshape(-1).contiguous()
         total = torch.empty_like(flat)
         for start in range(0, flat.numel(), CHUNK):
             part = flat[start : start + CHUNK]
@@ -139,7 +140,7 @@ class Ranks:
             raise
         except RuntimeError as fault:  # every error of torch's collectives and stores is one
             reason = (str(fault).splitlines() or [type(fault).__name__])[0]
-            raise PeerFailed(f"rank {self.rank}: another rank stopped during {what} ({reason:.200})") from fault
+            raise PeerFailed(f"rank {self.rank}: {what} failed; did another rank stop? ({reason:.200})") from fault
 
 
 _joined: Ranks | None = None

@@ -56,7 +56,7 @@ def die_before_a_sum(ranks: Ranks) -> None:
 def test_a_rank_killed_during_a_sum_gives_a_clear_error(tmp_path):
     first, second = on_ranks(die_before_a_sum, tmp_path, timeout=5.0)
     assert second is None
-    assert first.startswith("PeerFailed: rank 0: another rank stopped during a sum over ranks")
+    assert first.startswith("PeerFailed: rank 0: the sum over ranks failed; did another rank stop? (")
 
 
 def fail_to_open(ranks: Ranks, root: str) -> None:

@@ -1,5 +1,6 @@
 """Ranks: sums, sharing and waiting, in one process and in two."""
 
+import shutil
 import time
 
 import pytest
@@ -24,10 +25,12 @@ def draws(rank: int) -> list[torch.Tensor]:
 
 def sums(ranks: Ranks, world: int) -> dict:
     mine, through_bits = draws(ranks.rank), draws(ranks.rank)
+    on_device = [tensor.to(ranks.device) for tensor in draws(ranks.rank)]
     ranks.sum_(mine)
+    ranks.sum_(on_device)
     runtime_ranks.CHUNK = 4  # tensors of 15 elements travel in four parts
     for tensor in through_bits:
-        ranks._sum_host(tensor)  # the way of host tensors under an accelerator's backend
+        ranks._sum_as_bits(tensor)  # the way of host tensors under an accelerator's backend
     expected = [sum(parts[1:], parts[0]) for parts in zip(*(draws(rank) for rank in range(world)))]
     return {
         "reduced": all(torch.equal(a, b) for a, b in zip(mine, expected)),
@@ -35,17 +38,22 @@ def sums(ranks: Ranks, world: int) -> dict:
         "kinds": [str(tensor.dtype) for tensor in mine] == [str(tensor.dtype) for tensor in expected],
         "shared": [ranks.share({"from": ranks.rank}), ranks.share([ranks.rank, None])],
         "once": join(None, 1.0) is ranks,
+        "on_device": all(torch.equal(a.cpu(), b) for a, b in zip(on_device, expected)),
     }
 
 
-def test_two_ranks_add_and_share_as_one_would(tmp_path):
-    answers = on_ranks(sums, tmp_path, arguments=(2,))
+@pytest.mark.parametrize("kind", ["cpu", "npu"])
+def test_two_ranks_add_and_share_as_one_would(tmp_path, kind):
+    if kind == "npu" and shutil.which("g++") is None:
+        pytest.skip("building the simulated NPU needs g++")
+    answers = on_ranks(sums, tmp_path, timeout=120.0, arguments=(2,), kind=kind)
     expected = {
         "reduced": True,
         "through_bits": True,
         "kinds": True,
         "shared": [{"from": 0}, [0, None]],
         "once": True,
+        "on_device": True,
     }
     assert answers == [expected, expected]
 
