@@ -1,0 +1,87 @@
+"""First-order saliency of coupled structures, Σ |w · ∂L/∂w| (LLM-Pruner 2305.11627, Adapt-Pruner 2502.03460).
+
+A KV group is coupled with its own queries, head h with group h // q; a neuron is its gate and up rows and down column.
+"""
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from pipeline.model.anatomy import Anatomy
+
+from .measure import Batch
+
+AXES = ("n d", "k d", "f")  # of which coupled structures are made
+IGNORED = -100
+
+
+def gradients(model: nn.Module, anatomy: Anatomy, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Give ∂L/∂w, L the next-token loss summed over all tokens, of every layer tensor with heads or neurons, by name.
+
+    `model` maps ids [batch, sequence] to logits. Sums are float32 on the model's device and add over batches and ranks;
+    memory: one float32 copy of the layers, and one gradient in the model's own dtype at a time.
+    """
+    coupled = {
+        pattern.format(layer=layer)
+        for layer in range(len(anatomy.sizes.layers))
+        for pattern, segments in anatomy.layer_tensors.items()
+        if set(segments[0]) & set(AXES)
+    }
+    place = next(model.parameters()).device
+    sums: dict[str, Tensor] = {}
+    with ExitStack() as undo:
+        for name, parameter in model.named_parameters():
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(name in coupled)
+            if name in coupled:
+                sums[name] = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+                undo.callback(parameter.register_post_accumulate_grad_hook(partial(_collect, sums[name])).remove)
+        for batch in batches:
+            ids, mask = batch if isinstance(batch, tuple) else (batch, None)
+            mask = None if mask is None else mask.to(place, torch.bool)
+            with torch.enable_grad():
+                _loss(model, ids.to(place), mask).backward()
+    return sums
+
+
+def saliency(
+    anatomy: Anatomy, source: Mapping[str, Tensor], sums: Mapping[str, Tensor]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Give Σ |w · ∂L/∂w| per layer, of heads [n] and of neurons [f], float64, as `Scores` hold them.
+
+    A head has its query rows and output columns and its share 1 / q of its group's keys and values, so that the heads
+    of a group add up to the group's saliency. `sums` are gradients, added over ranks before, not after.
+    """
+    heads, neurons = [], []
+    for layer, widths in enumerate(anatomy.sizes.layers):
+        totals = {axis: torch.zeros(anatomy.sizes.length(axis, layer), dtype=torch.float64) for axis in AXES}
+        for pattern, segments in anatomy.layer_tensors.items():
+            name = pattern.format(layer=layer)
+            if name not in sums:
+                continue
+            terms = (source[name].to(torch.float64).cpu() * sums[name].to(torch.float64).cpu()).abs()
+            lengths = [anatomy.sizes.length(segment[0], layer) for segment in segments]
+            for segment, part in zip(segments, terms.split(lengths), strict=True):
+                axis = next(axis for axis in segment if axis in AXES)
+                totals[axis] += part if part.ndim == 1 else part.sum(1 - segment.index(axis))
+        queries, keys = (totals[axis].unflatten(0, (-1, anatomy.sizes.head_size)).sum(1) for axis in ("n d", "k d"))
+        each = widths.heads // widths.groups
+        heads.append(queries + keys.repeat_interleave(each) / each)
+        neurons.append(totals["f"])
+    return tuple(heads), tuple(neurons)
+
+
+def _collect(total: Tensor, parameter: Tensor) -> None:
+    total += parameter.grad
+    parameter.grad = None
+
+
+def _loss(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    wanted = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(~mask[:, 1:], IGNORED)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(wide.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
