@@ -19,7 +19,10 @@ class Lock:
         self.file = None
 
     def acquire(self, waiting: Callable[[str], None]) -> None:
-        """Take the lock, having called `waiting` with its owner where it is taken. TimeoutError after `patience` s."""
+        """Take the lock, having called `waiting` with its owner where it is taken. TimeoutError after `patience` s.
+
+        ValueError where the file system has no locks.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + self.patience
         told = False
@@ -46,6 +49,9 @@ class Lock:
             held = os.fstat(file.fileno()).st_ino == self.path.stat().st_ino
         except (BlockingIOError, FileNotFoundError):
             held = False
+        except OSError as fault:
+            file.close()
+            raise ValueError(f"{self.path.parent} has no file locks ({fault.strerror}); use another disk") from None
         if not held:  # taken, or its last owner removed the file between our open and our lock
             file.close()
             return False

@@ -1,0 +1,34 @@
+"""Progress and lines: rank 0 speaks, the others are silent, the items pass through untouched."""
+
+import pytest
+
+from pipeline.runtime import log
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("total", [3, None])
+def test_the_items_pass_through_in_order(rank, total):
+    assert list(log.progress(iter("abc"), total, "score", rank)) == ["a", "b", "c"]
+
+
+def test_only_the_first_rank_speaks(capsys):
+    for rank in (0, 1):
+        log.say(f"from rank {rank}", rank)
+    assert capsys.readouterr().out == "from rank 0\n"
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):
+    assert list(log.progress(range(5), 5, "score", 0)) == list(range(5))
+    assert capsys.readouterr().err == ""  # done within the time of one line
+    monkeypatch.setattr(log, "EVERY", 0.0)
+    list(log.progress(range(3), 3, "score", 0))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["score: 1/3 (33%)", "score: 2/3 (67%)"]
+    assert all(line.endswith(" left") for line in lines)
+    list(log.progress(range(3), 3, "score", 1))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("done, seconds, left", [(1, 60.0, "3:00"), (2, 7200.0, "2:00:00"), (3, 3.0, "0:01")])
+def test_the_time_left_is_that_of_the_items_left(done, seconds, left):
+    assert log._line("score", done, 4, seconds).endswith(f", {left} left")
