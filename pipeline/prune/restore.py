@@ -87,7 +87,7 @@ def restore_outputs(
     for name, tensor in stream:
         if name in places:
             axis, module, plan = places[name]
-            kept, columns = _own_columns(anatomy, axis, plan)
+            kept, columns = own_columns(anatomy, axis, plan)
             host = module.format(layer=plan.host)
             if 0 < len(kept) < anatomy.sizes.length(axis, plan.host):
                 if host not in grams:
@@ -98,7 +98,7 @@ def restore_outputs(
         yield name, tensor
 
 
-def _own_columns(anatomy: Anatomy, axis: str, plan: LayerPlan) -> tuple[list[int], list[int]]:
+def own_columns(anatomy: Anatomy, axis: str, plan: LayerPlan) -> tuple[list[int], list[int]]:
     """Give the host's columns that a layer takes from its own host, and their places in the student's matrix."""
     if axis == "f":
         return list(plan.neurons), list(range(len(plan.neurons)))
