@@ -14,11 +14,12 @@ def learning_rate(kind: str, step: int, steps: int, peak: float, warmup: float, 
     rising = math.ceil(warmup * steps)
     if step < rising:
         return peak * (step + 1) / rising
+    top = max(0, rising - 1)
     if kind == "cosine":
-        progress = _progress(step, rising, steps)
+        progress = _progress(step, top, steps)
         return peak * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
     if kind == "constant_decay":
-        begin = max(rising, steps - math.ceil(DECAYED * steps) - 1)
+        begin = max(top, steps - math.ceil(DECAYED * steps) - 1)
         return peak * (1.0 - (1.0 - floor) * max(0.0, _progress(step, begin, steps)))
     raise ValueError(f"distill.schedule is {kind!r}; choose cosine or constant_decay")
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ FUSED_ADAM = ("cpu", "cuda")  # kinds of device where torch has AdamW in one pas
 class Engine:
     """Trains a module whose forward gives (loss, parts) and whose `parameters_by_name` gives what is trained.
 
-    Every method is called by all ranks in the same order. The module comes whole on every rank and ZeRO-3 partitions it
-    here: until then each process holds teacher and student once, which bounds the size of a teacher by a rank's memory.
-    (Building a Hugging Face model under DeepSpeed's own partitioning mis-initialises it.)
+    Every method is called by all ranks in the same order. The module comes whole on every rank, in the compute type or
+    in float32, and ZeRO-3 partitions it here: until then each process holds teacher and student once, which bounds
+    their size by a rank's memory. (A Hugging Face model built under DeepSpeed's own partitioning is mis-initialised.)
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Engine:
         weight_decay: float,
         extra: Mapping[str, Any],
     ):
-        """Build the engine; weights come as float32, weight decay spares what has one axis (gains, scales, biases).
+        """Build the engine; weight decay spares what has one axis (gains, scales, biases).
 
         `extra`: raw DeepSpeed settings, laid over those written here.
         """
@@ -85,7 +86,7 @@ class Engine:
         self._lent_rank = "LOCAL_RANK" not in os.environ
         if self._lent_rank:  # DeepSpeed asks for it, also where no launcher set it, as long as it trains
             os.environ["LOCAL_RANK"] = str(ranks.local_rank)
-        self._engine = _initialize(module.to(torch.float32), optimizer, settings)
+        self._engine = _initialize(module, optimizer, settings)
         self._optimizer = self._engine.optimizer
         self._masters = self._own_masters() if stage == 0 else {}
         self._open_moments()
@@ -129,6 +130,15 @@ class Engine:
         self._ranks.sum_([packed])
         return dict(zip(values, (packed / self._ranks.world).tolist()))
 
+    def take(self, weights: Mapping[str, Tensor]) -> None:
+        """Start from these weights by name, in float32: building the engine rounded them to the compute type."""
+        missing = [name for name in self._named if name not in weights]
+        if missing:
+            raise ValueError(f"the start has no tensor {missing[0]}, which the student trains; make the start again")
+        with self._rewriting():
+            for name, parameter in self._named.items():
+                self._write(parameter, MASTER, weights[name].to(self._device.torch, torch.float32))
+
     def student_state(self) -> Iterator[tuple[str, Tensor]]:
         """Give the trained weights one by one, whole, float32, on the host."""
         for name, parameter in self._named.items():
@@ -167,15 +177,13 @@ class Engine:
         if wanted != set(saved):
             odd = sorted(wanted ^ set(saved))[0]
             raise ValueError(f"{saved.folder} is a checkpoint of another model ({odd}); delete {folder} to start anew")
-        if self._stage == 3:
-            self._optimizer.checkpoint_event_prologue()
-        for name, parameter in self._named.items():
-            for kind in (MASTER, *MOMENTS):
-                self._write(parameter, kind, saved[f"{kind}/{name}"].to(self._device.torch))
         step = saved.config["step"]
-        for state in self._engine.basic_optimizer.state.values():
-            state["step"].fill_(step)
-        self._cast_masters()
+        with self._rewriting():
+            for name, parameter in self._named.items():
+                for kind in (MASTER, *MOMENTS):
+                    self._write(parameter, kind, saved[f"{kind}/{name}"].to(self._device.torch))
+            for state in self._engine.basic_optimizer.state.values():
+                state["step"].fill_(step)
         return step
 
     def close(self) -> None:
@@ -243,8 +251,12 @@ class Engine:
         part[: mine.numel()] = mine
         return part
 
-    def _cast_masters(self) -> None:
-        """Bring the compute weights in line with the master weights."""
+    @contextmanager
+    def _rewriting(self) -> Iterator[None]:
+        """Bring the compute weights in line with the master weights that the block writes."""
+        if self._stage == 3:
+            self._optimizer.checkpoint_event_prologue()
+        yield
         if self._stage == 3:
             for group in range(len(self._optimizer.fp16_groups)):
                 self._optimizer._reassign_or_swap_out_partitioned_parameters(group)

@@ -1,0 +1,154 @@
+"""Trains tiny students under every ZeRO stage and writes down what happened; tests/ranks/test_engine.py judges it.
+
+Run as: [torchrun] engine_laws.py <folder>; several processes write as one. Facts go to <folder>/facts-<world>.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from pipeline.runtime.device import open_device
+from pipeline.runtime.ranks import join, leave, place
+
+GLOBAL, LENGTH, VOCABULARY, STEPS, BREAK = 4, 12, 97, 5, 2
+ODD = {"num_hidden_layers": 2, "hidden_size": 27, "num_attention_heads": 3, "num_key_value_heads": 1}  # pads partitions
+WIDE = {"hidden_size": 32, "vocab_size": VOCABULARY}
+
+
+def main(folder: Path) -> None:
+    device = open_device("cpu", "auto", False, place()[2], 0)
+    ranks = join(device, 60)
+    laws = Laws(folder, device, ranks)
+    one = [(stage, bf16) for bf16 in (False, True) for stage in (0, 1, 2, 3)]
+    two = [(1, False), (3, False), (3, True)]
+    for stage, bf16 in one if ranks.world == 1 else two:
+        laws.resume(stage, bf16)
+    laws.options()
+    if ranks.world == 2:
+        laws.leave_for_others()
+    else:
+        laws.take_over()
+        laws.starts()
+    if ranks.rank == 0:
+        (folder / f"facts-{ranks.world}.json").write_text(json.dumps(laws.facts))
+    leave()
+
+
+class Laws:
+    def __init__(self, folder, device, ranks):
+        self.folder, self.device, self.ranks, self.facts = folder, device, ranks, {}
+
+    def engine(self, stage, bf16, model="llama-tied", seed=1, checkpointing=False, decay=0.1, extra=None, **asked):
+        from pipeline.distill.distiller import Distiller, Match, Objective
+        from pipeline.runtime.engine import Engine
+        from tests.tiny import tiny_model
+
+        terms = {"kind": "forward_kl", "beta": 0.5, "temperature": 1.0, "cross_entropy": 0.0, "hidden": 0.0}
+        objective = Objective(**{**terms, "embedding": 0.0, "chunk": 16, **asked})
+        teacher = tiny_model(model, 0, torch.float32, **WIDE)
+        student = tiny_model(model, seed, torch.float32, **(WIDE | {"intermediate_size": 21} | ODD))
+        match = Match(((0, 1), (1, 3)), tuple(range(2, 29)))
+        return Engine(
+            Distiller(teacher, student, objective, match, checkpointing),
+            self.device,
+            self.ranks,
+            stage=stage,
+            bf16=bf16,
+            micro_batch=GLOBAL // 2 // self.ranks.world,
+            accumulation=2,
+            clip=0.1,
+            betas=(0.9, 0.95),
+            weight_decay=decay,
+            extra=extra or {},
+        )
+
+    def steps(self, engine, first, last):
+        """Train; give loss, gradient norm and held-out KL of every step."""
+        from tests.tiny import tokens
+
+        told = []
+        for step in range(first, last):
+            batch = tokens(GLOBAL, LENGTH, VOCABULARY, step)
+            loss = 0.0
+            for half in batch.split(GLOBAL // 2):
+                loss += engine.average(engine.backward(half[self.ranks.rank :: self.ranks.world]))["loss"] / 2
+            norm = engine.step(1e-2)
+            told.append([loss, norm, engine.average(engine.measure(tokens(1, LENGTH, VOCABULARY, 1000)))["kl"]])
+        return told
+
+    def resume(self, stage, bf16):
+        """Train straight; train from the checkpoint of the middle in an engine that was built from other weights."""
+        place = self.folder / f"resume-{self.ranks.world}-{stage}-{bf16}"
+        engine = self.engine(stage, bf16)
+        before = self.steps(engine, 0, BREAK)
+        engine.save(place, BREAK, keep=1)
+        after = self.steps(engine, BREAK, STEPS)
+        straight = dict(engine.student_state())
+        engine.close()
+        engine = self.engine(stage, bf16, seed=9)
+        found = engine.load(place)
+        again = self.steps(engine, BREAK, STEPS)
+        resumed = dict(engine.student_state())
+        engine.close()
+        name = f"{'bf16' if bf16 else 'fp32'}-{stage}"
+        self.facts[name] = {
+            "curve": before + after,
+            "found": found,
+            "same_curve": again == after,
+            "same_weights": all(torch.equal(straight[key], resumed[key]) for key in straight),
+            "types": sorted({str(tensor.dtype) for tensor in straight.values()}),
+        }
+        self.write(f"end-{self.ranks.world}-{name}", straight)
+
+    def options(self):
+        """Hidden-state terms, gradient checkpointing and an untied head, without ZeRO and under ZeRO-3."""
+        terms = {"hidden": 0.5, "embedding": 0.2, "cross_entropy": 0.3, "temperature": 2.0, "kind": "jsd"}
+        runs = {"plain": (0, False), "zero3": (3, False), "zero3-checkpointing": (3, True)}
+        for name, (stage, checkpointing) in runs.items():
+            if self.ranks.world == 2 and not checkpointing:
+                continue
+            engine = self.engine(stage, False, "llama", checkpointing=checkpointing, **terms)
+            self.facts[f"options-{name}"] = self.steps(engine, 0, 3)
+            engine.close()
+
+    def leave_for_others(self):
+        """Save on these ranks under ZeRO-3 for another number of ranks and another stage; and train on."""
+        engine = self.engine(3, False)
+        self.steps(engine, 0, BREAK)
+        engine.save(self.folder / "moved", BREAK, keep=1)
+        self.facts["moved"] = self.steps(engine, BREAK, STEPS)
+        engine.close()
+
+    def take_over(self):
+        engine = self.engine(1, False, seed=9)
+        engine.load(self.folder / "moved")
+        self.facts["moved"] = self.steps(engine, BREAK, STEPS)
+        engine.close()
+
+    def starts(self):
+        """`take` gives the float32 weights that bf16 would have rounded; steps without a gradient change nothing."""
+        for stage in (0, 1, 3):
+            engine = self.engine(stage, True)
+            other = dict(self.engine(0, False, seed=4).student_state())
+            engine.take(other)
+            taken = dict(engine.student_state())
+            self.facts[f"taken-{stage}"] = all(torch.equal(taken[name], other[name]) for name in other)
+            self.facts[f"rounded-{stage}"] = any((other[n].bfloat16().float() != other[n]).any() for n in other)
+            engine.close()
+        engine = self.engine(2, False)
+        for step in (2, 4, 6):
+            engine.save(self.folder / "kept", step, keep=2)
+        self.facts["kept"] = sorted(path.name for path in (self.folder / "kept").iterdir())
+        engine.close()
+
+    def write(self, name, tensors):
+        if self.ranks.rank == 0:
+            dense = {key: tensor.contiguous() for key, tensor in tensors.items()}
+            save_file(dense, self.folder / f"{name}.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

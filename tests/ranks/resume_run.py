@@ -1,0 +1,56 @@
+"""Runs the distill stage on a prepared folder: [torchrun] resume_run.py <folder> <out>[:<step to die before>] ..."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from pipeline.runtime.device import open_device
+from pipeline.runtime.machine import Machine
+from pipeline.runtime.ranks import join, leave, place
+
+INPUTS = ("teacher", "start", "tokens", "blueprint")
+OVERRIDES = (
+    "data.sequence=16",
+    "distill.batch=4",
+    "distill.micro_batch=1",
+    "distill.tokens=512",
+    "distill.learning_rate=0.01",
+    "distill.save_every=3",
+    "distill.validate_every=4",
+    "distill.validate_tokens=64",
+    "distill.precision=bf16",
+    "distill.loss.hidden=0.2",
+    "deepspeed=zero2",
+)
+
+
+class Doomed(Machine):
+    """A machine whose last rank is killed before a step."""
+
+    def progress(self, iterable, total, label):
+        for item in iterable:
+            if item == DIES and self.ranks.rank == self.ranks.world - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield item
+
+
+def main(folder: Path, name: str) -> None:
+    from pipeline.runtime.track import Track
+    from pipeline.stages import distill
+    from tests.tiny_text import configured
+
+    device = open_device("cpu", "auto", False, place()[2], 0)
+    machine = Doomed(device, join(device, 60), Track(None))
+    config = configured(*OVERRIDES)
+    distill.check(config)
+    (folder / name).mkdir(exist_ok=True)
+    distill.run(config, {each: folder / each for each in INPUTS}, folder / name, machine)
+
+
+if __name__ == "__main__":
+    for asked in sys.argv[2:]:
+        out, _, step = asked.partition(":")
+        DIES = int(step) if step else None
+        main(Path(sys.argv[1]), out)
+    leave()

@@ -1,0 +1,90 @@
+"""Laws of training under DeepSpeed: in one process without a launcher, and in two under torchrun with gloo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("engine_laws.py")
+STAGES = (0, 1, 2, 3)
+
+
+def launch(world: int, script: Path, *arguments: str) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(script), *arguments],
+        env=clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """The facts of a run of two ranks and then one of one, by world size, with the folder they left."""
+    folder = tmp_path_factory.mktemp("engine")
+    for world in (2, 1):
+        launch(world, SCRIPT, str(folder))
+    return {world: json.loads((folder / f"facts-{world}.json").read_text()) for world in (1, 2)} | {"folder": folder}
+
+
+def runs():
+    one = [(1, kind, stage) for kind in ("fp32", "bf16") for stage in STAGES]
+    return one + [(2, "fp32", 1), (2, "fp32", 3), (2, "bf16", 3)]
+
+
+@pytest.mark.parametrize(("world", "kind", "stage"), runs())
+def test_a_resumed_run_is_the_straight_one_digit_for_digit(told, world, kind, stage):
+    facts = told[world][f"{kind}-{stage}"]
+    assert facts["found"] == 2
+    assert facts["same_curve"] and facts["same_weights"]
+    assert facts["types"] == ["torch.float32"]
+    losses = [loss for loss, _, _ in facts["curve"]]
+    assert losses[-1] < losses[0], "the student must learn for this to mean anything"
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("fp32", 2e-6), ("bf16", 1e-6)])
+def test_all_zero_stages_train_alike(told, kind, tolerance):
+    curves = [told[1][f"{kind}-{stage}"]["curve"] for stage in STAGES]
+    for curve in curves[1:]:
+        for step, wanted in zip(curve, curves[0]):
+            assert step == pytest.approx(wanted, rel=tolerance)
+
+
+def test_two_ranks_under_zero_3_train_as_one_without_zero(told):
+    """float32 within 1e-5 of the values: gradients are the same sums in another order."""
+    for step, wanted in zip(told[2]["fp32-3"]["curve"], told[1]["fp32-0"]["curve"]):
+        assert step == pytest.approx(wanted, rel=1e-5)
+    two, one = (load_file(told["folder"] / f"end-{name}.safetensors") for name in ("2-fp32-3", "1-fp32-0"))
+    assert set(two) == set(one)
+    assert "lm_head.weight" not in one and "model.embed_tokens.weight" in one
+    for name, tensor in one.items():
+        assert (two[name] - tensor).abs().max() < 1e-4 * tensor.abs().max(), name
+
+
+def test_a_checkpoint_goes_on_at_another_number_of_ranks_and_another_stage(told):
+    for step, wanted in zip(told[1]["moved"], told[2]["moved"]):
+        assert step == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(("world", "option"), [(1, "zero3"), (1, "zero3-checkpointing"), (2, "zero3-checkpointing")])
+def test_zero_3_computes_every_term_with_and_without_gradient_checkpointing(told, world, option):
+    for step, wanted in zip(told[world][f"options-{option}"], told[1]["options-plain"]):
+        assert step == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_bf16_training_starts_from_float32_weights_that_bf16_cannot_hold(told, stage):
+    assert told[1][f"taken-{stage}"] and told[1][f"rounded-{stage}"]
+
+
+def test_the_last_checkpoints_are_kept_and_nothing_half_written(told):
+    assert told[1]["kept"] == ["step-00000004", "step-00000006"]

@@ -1,0 +1,278 @@
+"""The distiller against plain transformers models, the schedule, the hold-out and the loop."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from pipeline.distill.distiller import Distiller, Match, Objective
+from pipeline.distill.holdout import hold_out, share_out
+from pipeline.distill.loop import Course, train
+from pipeline.distill.schedule import learning_rate
+from tests.tiny import tiny_model, tokens
+
+PLAIN = {"kind": "forward_kl", "beta": 0.5, "temperature": 1.0, "cross_entropy": 0.0, "hidden": 0.0, "embedding": 0.0}
+NARROW = {"num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1}
+MATCH = Match(((0, 1), (1, 3)), tuple(range(3, 27)))
+
+
+def objective(**changed):
+    return Objective(**{**PLAIN, "chunk": 7, **changed})
+
+
+def pair(kind, **changed):
+    teacher = tiny_model(kind, seed=0)
+    return teacher, tiny_model(kind, seed=1, **({"num_hidden_layers": 2} | changed))
+
+
+def plain_loss(teacher, student, asked, match, batch):
+    """The objective from whole models, their logits and the hidden states they give."""
+    with torch.no_grad():
+        theirs = teacher(batch, output_hidden_states=True)
+    ours = student(batch, output_hidden_states=True)
+    log_q = torch.log_softmax(ours.logits / asked.temperature, -1)
+    log_p = torch.log_softmax(theirs.logits / asked.temperature, -1)
+    first, second = (log_p, log_q) if asked.kind == "forward_kl" else (log_q, log_p)
+    loss = asked.temperature**2 * (first.exp() * (first - second)).sum(-1).mean()
+    loss = loss + asked.cross_entropy * cross_entropy(ours.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+    channels = list(range(teacher.config.hidden_size)) if match is None else list(match.channels)
+
+    def difference(s, t):
+        t = t[..., channels]
+        return ((s - t).square().sum(-1) / t.square().sum(-1)).mean()
+
+    if asked.embedding:
+        loss = loss + asked.embedding * difference(ours.hidden_states[0], theirs.hidden_states[0])
+    if asked.hidden:  # the model's last state is normed: the state before the norm is taken from a hook
+        states = [difference(last_states(student, batch, a), last_states(teacher, batch, b)) for a, b in match.layers]
+        loss = loss + asked.hidden * sum(states) / len(states)
+    return loss
+
+
+def last_states(model, batch, layer):
+    kept = []
+    hook = model.model.layers[layer].register_forward_hook(
+        lambda module, arguments, output: kept.append(output[0] if isinstance(output, tuple) else output)
+    )
+    model.model(batch)
+    hook.remove()
+    return kept[0]
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma2", "qwen2"])
+@pytest.mark.parametrize("asked", [{}, {"kind": "reverse_kl", "temperature": 2.0, "cross_entropy": 0.5}])
+def test_the_loss_and_every_gradient_are_those_of_the_whole_models(kind, asked):
+    teacher, student = pair(kind)
+    batch = tokens()
+    asked = objective(**asked)
+    wanted = plain_loss(teacher, student, asked, None, batch)
+    gradients = dict(zip([n for n, _ in student.named_parameters()], torch.autograd.grad(wanted, student.parameters())))
+    distiller = Distiller(teacher, student, asked, None, False).train()
+    loss, _ = distiller(batch)
+    loss.backward()
+    assert abs(loss - wanted) < 1e-10
+    named = dict(distiller.parameters_by_name())
+    assert set(named) == set(gradients)
+    for name, parameter in named.items():
+        assert (parameter.grad - gradients[name]).abs().max() < 1e-9, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_hidden_state_terms_compare_the_kept_channels_of_the_mapped_layers(checkpointing):
+    teacher, student = pair("llama", **NARROW)
+    asked = objective(hidden=0.6, embedding=0.3)
+    batch = tokens()
+    wanted = plain_loss(teacher, student, asked, MATCH, batch)
+    gradients = torch.autograd.grad(wanted, student.parameters())
+    distiller = Distiller(teacher, student, asked, MATCH, checkpointing).train()
+    loss, parts = distiller(batch)
+    loss.backward()
+    assert abs(loss - wanted) < 1e-10
+    assert abs(parts["divergence"] + 0.6 * parts["hidden"] + 0.3 * parts["embedding"] - loss) < 1e-10
+    for gradient, parameter in zip(gradients, student.parameters()):
+        assert (parameter.grad - gradient).abs().max() < 1e-7  # the models' norms compute in float32
+
+
+def test_evaluation_gives_the_forward_kl_whatever_is_trained():
+    teacher, student = pair("llama")
+    batch = tokens()
+    wanted = plain_loss(teacher, student, objective(), None, batch)
+    asked = objective(kind="jsd", temperature=3.0, cross_entropy=1.0)
+    _, parts = Distiller(teacher, student, asked, None, False).eval()(batch)
+    assert abs(parts["kl"] - wanted) < 1e-10
+
+
+def test_the_teacher_is_frozen_and_stays_in_evaluation_mode():
+    teacher, student = pair("llama")
+    distiller = Distiller(teacher, student, objective(), None, False).train()
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert distiller.student.training and distiller.head.training and not distiller.teacher.training
+
+
+@pytest.mark.parametrize(
+    ("student", "asked", "match", "message"),
+    [
+        ({"vocab_size": 90}, {}, None, "90 entries, the teacher's 96"),
+        ({}, {"hidden": 1.0}, None, "needs the plan's blueprint"),
+        (NARROW, {"embedding": 1.0}, Match(((0, 0),), None), "no list says which are kept"),
+        (NARROW, {"hidden": 1.0}, Match(((0, 0),), (1, 2)), "2 channels are kept"),
+    ],
+)
+def test_models_and_terms_that_do_not_fit_are_refused(student, asked, match, message):
+    teacher, student = pair("llama", **student)
+    with pytest.raises(ValueError, match=message):
+        Distiller(teacher, student, objective(**asked), match, False)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "constant_decay"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 24, 200])
+def test_the_rate_rises_to_its_peak_and_ends_on_its_floor(kind, steps):
+    rates = [learning_rate(kind, step, steps, 3e-4, 0.05, 0.01) for step in range(steps)]
+    rising = -(-steps // 20)
+    assert max(rates) == pytest.approx(3e-4) == rates[rising - 1]
+    assert rates[:rising] == sorted(rates[:rising]) and rates[rising - 1 :] == sorted(rates[rising - 1 :], reverse=True)
+    if steps > 1:
+        assert rates[-1] == pytest.approx(3e-6)
+
+
+def test_constant_decay_is_constant_until_the_last_tenth_and_then_linear():
+    rates = [learning_rate("constant_decay", step, 100, 1.0, 0.0, 0.0) for step in range(100)]
+    assert rates[:90] == [1.0] * 90
+    assert np.diff(rates[89:]) == pytest.approx(np.full(10, -0.1))
+    with pytest.raises(ValueError, match="cosine or constant_decay"):
+        learning_rate("linear", 0, 10, 1.0, 0.0, 0.0)
+
+
+class Text:
+    """A packed text of domains whose row i is all i."""
+
+    def __init__(self, *sizes):
+        self.domains = tuple({"name": str(i), "weight": None, "sequences": size} for i, size in enumerate(sizes))
+        self.sequence = 4
+        self.size = sum(sizes)
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, row):
+        return np.full(self.sequence, row, dtype=np.int32)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "held"), [((10,), 3, [7, 8, 9]), ((6, 12), 3, [5, 16, 17]), ((1, 1, 9), 1, [10])]
+)
+def test_held_out_rows_are_the_tails_and_no_training_row(sizes, rows, held):
+    kept, tails = hold_out(Text(*sizes), rows)
+    assert tails[:, 0].tolist() == held
+    assert sorted(int(kept[row][0]) for row in range(len(kept))) == sorted(set(range(sum(sizes))) - set(held))
+    assert sum(domain["sequences"] for domain in kept.domains) == len(kept)
+
+
+def test_more_than_half_the_text_is_never_held_out():
+    with pytest.raises(ValueError, match="distill.validate_tokens holds out 6 of the 10"):
+        hold_out(Text(10), 6)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_weighted_batches_of_all_ranks_make_the_mean_over_rows(world):
+    rows = torch.arange(7.0)[:, None].expand(7, 4)
+    shares = [share_out(rows, 2, rank, world) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    assert sum(w * b.mean() for share in shares for b, w in share) / world == pytest.approx(3.0)
+
+
+class Recorder:
+    """An engine of one number, moved by the mean of what it sees; it writes down what it is asked."""
+
+    def __init__(self, losses=()):
+        self.weight, self.sum, self.losses, self.saved = 0.0, 0.0, list(losses), []
+
+    def backward(self, batch):
+        self.sum += float(batch.double().mean()) + float(torch.rand(()))
+        return {"loss": torch.tensor(self.losses.pop(0) if self.losses else self.sum)}
+
+    def step(self, rate):
+        self.weight, self.sum = self.weight + rate * self.sum, 0.0
+        return abs(self.weight)
+
+    def measure(self, batch):
+        return {"kl": batch.double().mean() + self.weight}
+
+    def average(self, values):
+        return {name: float(value) for name, value in values.items()}
+
+    def save(self, folder, step, keep):
+        self.saved.append((step, self.weight))
+
+
+def course(**changed):
+    values = {"steps": 6, "accumulation": 2, "tokens": 32, "validate_every": 4, "save_every": 2, "keep": 2, "seed": 3}
+    return Course(**(values | changed))
+
+
+def run(engine, start=0, tmp="/checkpoints", **changed):
+    kept = []
+    batches = (torch.full((2, 8), float(i)) for i in range(2 * start, 100))
+    held = [(torch.ones(2, 8), 1.0)]
+    train(engine, batches, held, course(**changed), lambda step: 0.1, start, tmp, kept.append, lambda steps: steps)
+    return kept
+
+
+def test_the_loop_measures_saves_and_records_when_it_should():
+    engine = Recorder()
+    kept = run(engine)
+    assert [metrics["step"] for metrics in kept] == list(range(7))
+    assert [metrics["step"] for metrics in kept if "held_out_kl" in metrics] == [0, 4, 6]
+    assert [step for step, _ in engine.saved] == [2, 4]
+    assert kept[3]["tokens"] == 96
+    wanted = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second"}
+    assert set(kept[3]) == wanted
+
+
+def test_a_loop_that_goes_on_ends_where_a_straight_one_does_and_measuring_changes_nothing():
+    straight = Recorder()
+    run(straight)
+    measured = Recorder()
+    run(measured, validate_every=1)
+    assert measured.weight == straight.weight
+    resumed = Recorder()
+    resumed.weight = dict(straight.saved)[4]
+    assert run(resumed, start=4)[0]["step"] == 5
+    assert resumed.weight == straight.weight
+
+
+@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_place_of_the_last_checkpoint(fault):
+    engine = Recorder([1.0] * 6 + [fault])
+    with pytest.raises(RuntimeError, match=r"stopped at step 4: loss (nan|inf).*after step 2 is kept in /checkpoints"):
+        run(engine)
+    assert [step for step, _ in engine.saved] == [2]
+
+
+def test_a_gradient_that_is_not_finite_stops_too():
+    engine = Recorder()
+    engine.step = lambda rate: float("inf")
+    with pytest.raises(RuntimeError, match="step 1: .*gradient norm inf.*no checkpoint had been saved"):
+        run(engine)
+
+
+def test_the_stage_refuses_batches_that_do_not_divide_and_runs_below_a_step():
+    from pipeline.stages.distill import _accumulation, _steps
+
+    def config(**distill):
+        return SimpleNamespace(
+            distill=SimpleNamespace(**({"batch": 8, "micro_batch": 4, "tokens": 49152} | distill)),
+            data=SimpleNamespace(sequence=512),
+        )
+
+    assert _accumulation(config(), 2) == 1
+    with pytest.raises(ValueError, match=r"batch is 10, .* \(4\) x ranks \(1\) = 4; nearest: 8 or 12"):
+        _accumulation(config(batch=10), 1)
+    with pytest.raises(ValueError, match=r"= 12; nearest: 12"):
+        _accumulation(config(), 3)
+    with pytest.raises(ValueError, match="distill.tokens is 4095, less than one step"):
+        _steps(config(tokens=4095))
+    assert _steps(config(tokens=9000)) == 2
