@@ -1,0 +1,202 @@
+"""Layer budgets: how wide each layer of a student is, and which layers it has. Pure: scores and losses come in.
+
+Widths: the same share everywhere; Adapt-Pruner's steps (2502.03460); one threshold for the whole model (FLAP,
+2312.11983). Depth by measured loss: greedy, or evolved (EvoPress, 2410.14649).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.model.anatomy import LayerSizes, Sizes
+
+MOST = 0.99  # sparsity of a layer at most (Adapt-Pruner)
+
+Loss = Callable[[tuple[int, ...]], float]  # of the model of these layers, ascending
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Layers that stay, ascending, their loss, and every set that was measured, in order."""
+
+    kept: tuple[int, ...]
+    loss: float
+    tried: tuple[tuple[tuple[int, ...], float], ...]
+
+
+def uniform_widths(layers: Sequence[LayerSizes], sparsity: float, multiple: int) -> list[LayerSizes]:
+    """Give every layer the same share 1 - sparsity of its KV groups (whole, with all their queries) and neurons."""
+    return widths_at(layers, torch.full((len(layers),), sparsity, dtype=torch.float64), multiple)
+
+
+def widths_at(layers: Sequence[LayerSizes], sparsities: Tensor, multiple: int) -> list[LayerSizes]:
+    """Give each layer its share 1 - S of KV groups and neurons, the same S for both [layer].
+
+    Groups are rounded to whole ones, neurons to a multiple, halves up, at least one of each and at most the layer's
+    own: a growing S never widens a layer.
+    """
+    widths = []
+    for layer, sparsity in zip(layers, sparsities.tolist(), strict=True):
+        groups = max(1, int((1.0 - sparsity) * layer.groups + 0.5))
+        neurons = _rounded((1.0 - sparsity) * layer.neurons, layer, multiple)
+        widths.append(LayerSizes(groups * (layer.heads // layer.groups), groups, neurons))
+    return widths
+
+
+def adapted(sparsities: Tensor, influence: Tensor, step: float, amplitude: float) -> Tensor:
+    """Give the sparsities [layer] after one step of Adapt-Pruner: S ← clip(S + ΔS - A · Ĩ, 0, 0.99).
+
+    Ĩ = (I - mean I) / max |I - mean I| with I = -mean cos(in, out) of each layer of the current model; block influence
+    1 - mean cos (`Scores.layers`) gives the same Ĩ. ValueError if A > ΔS: a layer would grow.
+    """
+    if not 0.0 <= amplitude <= step:
+        raise ValueError(f"amplitude is {amplitude}; it must lie between 0 and the step {step}, or a layer would grow")
+    centred = influence.to(torch.float64) - influence.to(torch.float64).mean()
+    largest = float(centred.abs().max())
+    relative = centred / largest if largest > 0.0 else centred
+    return (sparsities.to(torch.float64) + step - amplitude * relative).clamp(0.0, MOST)
+
+
+def threshold_widths(
+    sizes: Sizes,
+    groups: Sequence[Tensor],
+    neurons: Sequence[Tensor],
+    fraction: float,
+    multiple: int,
+    least: tuple[int, int] = (1, 1),
+) -> list[LayerSizes]:
+    """Give the widths that one threshold on the scores of all KV groups [k] and neurons [f] leaves (FLAP).
+
+    Scores must compare across layers and kinds (standardised). A group costs its weights in Q, K, V and O, a neuron its
+    weights in gate, up and down. The lowest go until at most `fraction` of the layers' weights is left, after rounding
+    neurons to the multiple. `least` groups and neurons stay in every layer. ValueError if that is more than `fraction`.
+    """
+    costs, values, owners = [], [], []
+    for layer, widths in enumerate(sizes.layers):
+        for kind, scores, cost, floor in (
+            (0, groups[layer], _group_weights(sizes, widths), least[0]),
+            (1, neurons[layer], 3 * sizes.hidden, min(max(least[1], multiple), widths.neurons)),
+        ):
+            ranked = scores.to(torch.float64).sort().values[: len(scores) - floor]
+            values.append(ranked)
+            costs += [cost] * len(ranked)
+            owners += [(layer, kind)] * len(ranked)
+    order = torch.cat(values).argsort(stable=True).tolist()
+    budget = fraction * layer_weights(sizes, sizes.layers)
+    lowest, highest = 0, len(order)
+    while lowest < highest:  # fewest removals that fit; widths fall with every removal
+        middle = (lowest + highest) // 2
+        if layer_weights(sizes, _without(sizes, [owners[i] for i in order[:middle]], multiple)) <= budget:
+            highest = middle
+        else:
+            lowest = middle + 1
+    result = _without(sizes, [owners[i] for i in order[:lowest]], multiple)
+    if layer_weights(sizes, result) > budget:
+        raise ValueError(f"budget.parameters is {fraction}; {least[0]} groups and {least[1]} neurons a layer need more")
+    return result
+
+
+def layer_weights(sizes: Sizes, layers: Sequence[LayerSizes]) -> int:
+    """Give the weights of Q, K, V, O, gate, up and down of layers of these widths."""
+    return sum(w.groups * _group_weights(sizes, w) + 3 * sizes.hidden * w.neurons for w in layers)
+
+
+def greedy_depth(total: int, count: int, loss: Loss, keep_first: int) -> Depth:
+    """Drop layers one at a time, each time the one whose absence gives the least loss, until `count` stay.
+
+    Measures about total · (total - count) models.
+    """
+    _check_depth(total, count, keep_first)
+    trials = _Trials(loss)
+    kept = tuple(range(total))
+    while len(kept) > count:
+        kept = min((_left(kept, {layer}) for layer in kept[keep_first:]), key=trials)
+    return trials.result(kept)
+
+
+def evolved_depth(
+    total: int,
+    count: int,
+    loss: Loss,
+    keep_first: int,
+    start: Sequence[int],
+    generations: int,
+    offspring: int,
+    seed: int,
+) -> Depth:
+    """Improve the kept layers `start` by (1 + λ) evolution: a child swaps one kept layer, in a quarter of cases two.
+
+    A child replaces its parent only if its loss is lower. No set is measured twice. ValueError if `start` does not fit.
+    """
+    _check_depth(total, count, keep_first)
+    best = tuple(sorted(set(start)))
+    if len(best) != count or best[:keep_first] != tuple(range(keep_first)) or not set(best) <= set(range(total)):
+        raise ValueError(f"start keeps layers {best}; it must be {count} of {total} with the first {keep_first}")
+    trials, draw = _Trials(loss), torch.Generator().manual_seed(seed)
+    if count in (total, keep_first):
+        return trials.result(best)
+    for _ in range(generations):
+        children = [_child(best, total, keep_first, draw) for _ in range(offspring)]
+        best = min((best, *children), key=trials)
+    return trials.result(best)
+
+
+class _Trials:
+    """Losses measured so far, each set once; a loss that is not a number counts as infinite."""
+
+    def __init__(self, loss: Loss):
+        self.loss, self.seen = loss, {}
+
+    def __call__(self, kept: tuple[int, ...]) -> float:
+        if kept not in self.seen:
+            loss = float(self.loss(kept))
+            self.seen[kept] = math.inf if math.isnan(loss) else loss
+        return self.seen[kept]
+
+    def result(self, kept: tuple[int, ...]) -> Depth:
+        return Depth(kept, self(kept), tuple(self.seen.items()))
+
+
+def _child(parent: tuple[int, ...], total: int, keep_first: int, draw: torch.Generator) -> tuple[int, ...]:
+    kept, dropped = list(parent[keep_first:]), sorted(set(range(total)) - set(parent))
+    swaps = min(1 + int(torch.rand(1, generator=draw) < 0.25), len(kept), len(dropped))
+    leaving = torch.randperm(len(kept), generator=draw)[:swaps].tolist()
+    coming = torch.randperm(len(dropped), generator=draw)[:swaps].tolist()
+    return tuple(sorted({*_left(parent, {kept[i] for i in leaving}), *(dropped[i] for i in coming)}))
+
+
+def _left(kept: Sequence[int], gone: set[int]) -> tuple[int, ...]:
+    return tuple(layer for layer in kept if layer not in gone)
+
+
+def _check_depth(total: int, count: int, keep_first: int) -> None:
+    if not max(1, keep_first) <= count <= total:
+        raise ValueError(f"shape.layers is {count}; it must lie between {max(1, keep_first)} and {total}")
+
+
+def _group_weights(sizes: Sizes, widths: LayerSizes) -> int:
+    return 2 * sizes.hidden * sizes.head_size * (widths.heads // widths.groups + 1)
+
+
+def _without(sizes: Sizes, gone: Sequence[tuple[int, int]], multiple: int) -> list[LayerSizes]:
+    """Give the widths after removals named by (layer, 0 for a KV group and 1 for a neuron)."""
+    counts = torch.zeros(len(sizes.layers), 2, dtype=torch.int64)
+    if gone:
+        counts.index_put_(tuple(torch.tensor(gone).T), torch.tensor(1), accumulate=True)
+    return [
+        LayerSizes(
+            (layer.groups - groups) * (layer.heads // layer.groups),
+            layer.groups - groups,
+            _rounded(layer.neurons - neurons, layer, multiple),
+        )
+        for layer, (groups, neurons) in zip(sizes.layers, counts.tolist(), strict=True)
+    ]
+
+
+def _rounded(neurons: float, layer: LayerSizes, multiple: int) -> int:
+    """Round to the nearest multiple, halves up, within one multiple and the layer's own width."""
+    nearest = int(neurons / multiple + 0.5) * multiple
+    return layer.neurons if neurons >= layer.neurons else min(max(nearest, multiple), layer.neurons)
