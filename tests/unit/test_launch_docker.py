@@ -1,0 +1,97 @@
+"""Images are built from what .dockerignore lets through and run as a user; docker/run.sh gives them their devices."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
+
+
+@pytest.fixture
+def docker(tmp_path):
+    """Run docker/run.sh with a docker that prints its arguments, one a line; give them."""
+    (tmp_path / "docker").write_text(f"#!{sys.executable}\nimport sys\nprint(*sys.argv[1:], sep='\\n')\n")
+    (tmp_path / "docker").chmod(0o755)
+
+    def run(*arguments: str, code: int = 0, **environment: str) -> list[str] | str:
+        ran = subprocess.run(
+            [str(ROOT / "docker/run.sh"), *arguments], cwd=tmp_path, capture_output=True, text=True,
+            env={"PATH": f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin", **environment},
+        )  # fmt: skip
+        assert ran.returncode == code, ran.stderr
+        return ran.stderr if code else ran.stdout.splitlines()
+
+    return run
+
+
+def values(arguments: list[str], flag: str) -> list[str]:
+    return [value for name, value in zip(arguments, arguments[1:]) if name == flag]
+
+
+def test_an_ascend_container_gets_its_npus_the_managing_devices_and_the_driver(docker, tmp_path):
+    arguments = docker("npu", "--devices", "0,3", "run=mine", "--max-restarts=2")
+    devices = ["davinci0", "davinci3", "davinci_manager", "devmm_svm", "hisi_hdc"]
+    assert values(arguments, "--device") == [f"/dev/{name}" for name in devices]
+    inside = {volume.split(":")[1] for volume in values(arguments, "--volume")}
+    driver = {f"/usr/local/Ascend/driver/{name}" for name in ("lib64", "version.info")}
+    assert inside == driver | {"/usr/local/dcmi", "/usr/local/bin/npu-smi", "/etc/ascend_install.info", "/work"}
+    assert f"{tmp_path}:/work" in values(arguments, "--volume")
+    assert values(arguments, "--network") == ["host"] and values(arguments, "--shm-size") == ["64g"]
+    assert arguments[-4:] == ["pangu-light:npu", "device=npu", "run=mine", "--max-restarts=2"]
+
+
+def test_gpus_are_given_by_number_or_all(docker):
+    assert values(docker("cuda", "--devices", "0,1"), "--gpus") == ['"device=0,1"']
+    assert values(docker("cuda", "--image", "mine:1"), "--gpus") == ["all"]
+    assert docker("cuda", "--image", "mine:1")[-2:] == ["mine:1", "device=cuda"]
+
+
+def test_a_container_runs_as_the_caller_and_sees_secrets_by_name_only(docker):
+    arguments = docker("cpu", WANDB_API_KEY="0123456789abcdef")
+    assert values(arguments, "--user") == [f"{os.getuid()}:{os.getgid()}"]
+    assert "WANDB_API_KEY" in values(arguments, "--env") and "HF_TOKEN" not in values(arguments, "--env")
+    assert not [argument for argument in arguments if "0123456789abcdef" in argument]
+
+
+def test_what_cannot_run_is_refused(docker):
+    assert "choose npu, cuda or cpu" in docker("tpu", code=2)
+    assert "--devices goes with npu and cuda" in docker("cpu", "--devices", "0", code=2)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_an_image_copies_what_is_let_through_and_ends_as_a_user(file):
+    ignore = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    allowed = {line[1:] for line in ignore if line.startswith("!")}
+    copied = [name for line in re.findall(r"^COPY (.+)$", file.read_text(), re.M) for name in line.split()[:-1]]
+    assert ignore[0] == "*" and set(copied) == allowed
+    assert all((ROOT / name).exists() for name in copied)
+    assert re.findall(r"^USER (.+)$", file.read_text(), re.M)[-1] == "1000:1000"  # by number, as runAsNonRoot asks
+    assert not re.search(r"(?i)(token|key|password|secret)\s*=", file.read_text())
+    base = re.search(r"^(?:ARG CANN=|FROM )(\S+:\S+)$", file.read_text(), re.M).group(1)
+    assert re.search(r":[\w.]*\d+\.\d+[\w.-]*$", base)  # a release, not a moving tag
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_an_image_installs_a_torch_that_the_package_accepts(file):
+    wanted = next(
+        d for d in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"] if "torch" in d
+    )
+    low, high = re.fullmatch(r"torch>=([\d.]+),<([\d.]+)", wanted).groups()
+    number = lambda text: tuple(map(int, text.split(".")[:2]))  # noqa: E731
+    version = re.search(r"\btorch==([\d.]+)", file.read_text()).group(1)
+    assert number(low) <= number(version) < number(high)
+    pair = re.search(r"torch_npu==([\d.]+)", file.read_text())
+    assert pair is None or pair.group(1) == version
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
+def test_hadolint_finds_nothing():
+    ran = subprocess.run(["hadolint", *map(str, FILES)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
