@@ -30,16 +30,17 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _compose(composed: DictConfig) -> None:
+    from pipeline import line  # here, so that --help answers without loading torch
+    from pipeline.runtime.ranks import PeerFailed
+
     try:
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             values["track"]["group"] = values["track"]["group"] or values["run"]
             values["run"] = f"{values['run']}/{_sweep_name()}"
         config = validate(values)
-        from pipeline import line
-
         line.run(config, "python -m pipeline " + " ".join(sys.argv[1:]))
-    except (ValueError, FileNotFoundError, TimeoutError) as fault:
+    except (ValueError, FileNotFoundError, TimeoutError, PeerFailed) as fault:
         if os.environ.get("PIPELINE_TRACEBACK"):
             raise
         print(f"error: {fault}", file=sys.stderr)

@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.runtime import artifacts
@@ -60,37 +61,39 @@ def run(config: Config, command: str) -> dict[str, Path]:
         config.device.kind, config.device.attention, config.device.deterministic, place()[2], config.seed
     )
     ranks = join(device, config.device.timeout)
-    with ranks.guard():
-        record = {"command": command, "config": config.model_dump(mode="json"), "device": device.name, "stages": {}}
-        view = Path(config.runs) / config.run
-        if ranks.rank == 0:
-            artifacts.show(Path(config.runs), config.run, record, {})
-        tracked = config.track
-        about = (tracked.mode, tracked.project, tracked.entity, tracked.group, tracked.tags)
-        track = open_track(*about, config.run, view, record["config"], ranks.rank)
+    view = Path(config.runs) / config.run
+    record = {"command": command, "config": config.model_dump(mode="json"), "device": device.name, "stages": {}}
+    tracked = config.track
+    about = (tracked.mode, tracked.project, tracked.entity, tracked.group, tracked.tags)
+    with ranks.guard(), open_track(*about, config.run, view, record["config"], ranks.rank) as track:
         machine = Machine(device, ranks, track)
         store = artifacts.Store(
             Path(config.artifacts), ranks, artifacts.code_revision(), patience=float(config.device.timeout)
         )
-        made: dict[str, Path] = {}
-        worked = False
-        for name in names:
-            stage = STAGES[name]
-            wanted = config.stages is None or name in (*FIRST, *config.stages)
-            folder, fresh = _step(config, name, stage, made, store, machine, wanted)
-            worked |= fresh
-            if folder is None:
-                continue
-            made[stage.MAKES] = folder
-            record["stages"][name] = {"artifact": folder.name, "made_now": fresh}
-            if ranks.rank == 0:
-                artifacts.show(Path(config.runs), config.run, record, _view(made))
-            _tell(track, config.run, name, folder)
-        if not worked:
+        made = _walk(config, names, store, machine, record)
+        if not any(stage["made_now"] for stage in record["stages"].values()):
             machine.say(f"nothing to do: every stage of run {config.run} was finished before")
-        track.finish()
-        if "report" in made:
-            machine.say(f"report: {view / 'report.html'}")
+    if "report" in made:
+        machine.say(f"report: {view / 'report.html'}")
+    return made
+
+
+def _walk(
+    config: Config, names: list[str], store: artifacts.Store, machine: Machine, record: dict[str, Any]
+) -> dict[str, Path]:
+    """Take the stages in order; show and tell each artifact as soon as it is there."""
+    made: dict[str, Path] = {}
+    for name in names:
+        stage = STAGES[name]
+        wanted = config.stages is None or name in (*FIRST, *config.stages)
+        folder, fresh = _step(config, name, stage, made, store, machine, wanted)
+        if folder is None:
+            continue
+        made[stage.MAKES] = folder
+        record["stages"][name] = {"artifact": folder.name, "made_now": fresh}
+        if machine.ranks.rank == 0:
+            artifacts.show(Path(config.runs), config.run, record, _view(made))
+        _tell(machine.track, config.run, name, folder)
     return made
 
 
@@ -122,7 +125,7 @@ def _step(
         return found, False
     if not wanted:
         return None, False
-    with store.open(name, key) as partial:
+    with store.open(name, key, keep=getattr(stage, "RESUMES", False)) as partial:
         if partial is None:
             return store.path(name, key), False
         began = time.monotonic()

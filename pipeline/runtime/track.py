@@ -31,6 +31,12 @@ class Track:
         self._run = run
         self._stages: set[str] = set()
 
+    def __enter__(self) -> "Track":
+        return self
+
+    def __exit__(self, kind, fault, trace) -> None:
+        self.finish(failed=fault is not None)
+
     def log(self, metrics: Mapping[str, float], step: int | None, stage: str) -> None:
         """Record a stage's numbers: at a step of that stage's own axis, or with no step as results in the summary."""
         if self._run is None:

@@ -27,6 +27,7 @@ MAKES = "student"
 NEEDS = ("teacher", "start", "tokens")
 OPTIONAL = ("blueprint",)  # says which teacher states the hidden-state terms compare with
 EVERY_RANK = True
+RESUMES = True  # goes on from the checkpoints an interrupted attempt left
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 STATE_BYTES = 12  # of a parameter in a resumable checkpoint: a float32 weight and two moments
