@@ -197,6 +197,7 @@ class Chip(Section):
     row_major_factor: Annotated[float, Field(ge=1.0)]
     row_major_ragged_factor: Annotated[float, Field(ge=1.0)]
     launch_seconds: Weight
+    layer_seconds: Weight
     cube_efficiency: Positive
     memory_efficiency: Positive
     overlap: Annotated[float, Field(ge=0.0, le=1.0)]

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.search.chip import ELEMENT_BYTES, Chip
+from pipeline.search.cost import Work, pass_seconds
 from pipeline.search.gemm import gemm_seconds
+from pipeline.search.shapes import ModelShape
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FACTORS = ("cube_efficiency", "macs_fp32", "memory_efficiency", "launch_seconds", "overlap")
@@ -169,6 +171,12 @@ def fit(base: Chip, timings: Sequence[Timing]) -> Chip:
         else:
             damping *= 3.0
     return chip(point)
+
+
+def with_layer_overhead(chip: Chip, shape: ModelShape, work: Work, seconds: float) -> Chip:
+    """Give `chip` with the time a layer takes beyond its operations, from the time of one pass of a whole model."""
+    bare = replace(chip, layer_seconds=0.0)
+    return replace(bare, layer_seconds=max(0.0, seconds - pass_seconds(bare, shape, work)) / shape.layers)
 
 
 def misfit(chip: Chip, timing: Timing) -> float:

@@ -44,6 +44,7 @@ class Chip:
     row_major_factor: float  # weights kept row-major, not in the chip's own tiled format: traffic, aligned rows
     row_major_ragged_factor: float  # and other rows
     launch_seconds: float  # one operation, whatever its size
+    layer_seconds: float  # one layer, beyond its operations: a framework's small steps
     cube_efficiency: float  # share of the peak the matrix unit reaches
     memory_efficiency: float  # share of hbm_bandwidth and l2_bandwidth the matrix operation reaches
     overlap: float  # share of the shorter of arithmetic and traffic hidden behind the longer

@@ -129,7 +129,8 @@ def pass_seconds(chip: Chip, shape: ModelShape, work: Work) -> float:
     """Time of one forward pass of a whole model."""
     attention = attention_seconds(chip, work, shape.hidden, shape.heads, shape.groups, shape.head_size)
     ffn = ffn_seconds(chip, work, shape.hidden, shape.neurons)
-    return shape.layers * (attention + ffn) + ends_seconds(chip, work, shape.hidden, shape.vocabulary)
+    layer = attention + ffn + chip.layer_seconds
+    return shape.layers * layer + ends_seconds(chip, work, shape.hidden, shape.vocabulary)
 
 
 def decode_rate(

@@ -230,6 +230,7 @@ def _grid_seconds(chip: Chip, teacher: ModelShape, work: Work, grid: Grid) -> np
     ffn = [[ffn_seconds(chip, work, h, neurons) for neurons in grid.neurons.tolist()] for h in grid.hidden.tolist()]
     ends = [ends_seconds(chip, work, hidden, teacher.vocabulary) for hidden in grid.hidden.tolist()]
     layer = np.array(attention)[:, :, None] + np.array(ffn)[:, None, :]  # [hidden, (heads, groups), neurons]
+    layer += chip.layer_seconds
     return grid.layers[:, None, None, None] * layer + np.array(ends)[:, None, None]
 
 

@@ -20,8 +20,9 @@ from pipeline.search.shapes import ModelShape
 
 KERNEL_BACKWARD = 2.5  # products of attention's backward pass over those of its forward pass: five over two
 VECTOR_BACKWARD = 2.0  # traffic of the backward element-wise operations over the forward ones
-LOGIT_COPIES = 4  # fp32 copies of a chunk's logits that live at once: student, teacher, their probabilities or gradient
-LOGIT_PASSES = 8  # times such a copy is read or written to get the loss and its gradient
+LOGIT_BUFFERS = 6  # fp32 buffers the loss works in, beside a chunk's products of student and teacher
+LOGIT_WINDOW = 1 << 25  # logits such a buffer holds at most
+LOGIT_PASSES = 16  # times logits are read or written in fp32 to get the loss and its gradient
 MOST_DEVICES = 4096
 
 
@@ -116,8 +117,16 @@ def memory_parts(teacher: ModelShape, student: ModelShape, run: Recovery, device
         "teacher": frozen * size / (devices if stage >= 3 else 1),
         "activations": run.rows * activation_bytes(student, run.precision, run.checkpointing),
         "teacher_activations": run.rows * size * (6 * teacher.hidden + 4 * teacher.neurons),
-        "loss": min(run.chunk, run.rows) * student.vocabulary * 4 * LOGIT_COPIES,
+        "loss": _loss_bytes(student, run),
     }
+
+
+def _loss_bytes(student: ModelShape, run: Recovery) -> int:
+    """Bytes of the chunked loss: both products, the fp32 work space, and the gradients it makes as it goes."""
+    size, logits = ELEMENT_BYTES[run.precision], min(run.chunk, run.rows) * student.vocabulary
+    work_space = LOGIT_BUFFERS * 4 * min(logits, LOGIT_WINDOW)
+    gradients = student.vocabulary * student.hidden * (4 + size) + run.rows * student.hidden * size
+    return 2 * size * logits + work_space + gradients
 
 
 def activation_bytes(shape: ModelShape, precision: str, checkpointing: bool) -> int:
@@ -187,8 +196,9 @@ def _student_seconds(chip: Chip, shape: ModelShape, work: Work, checkpointing: b
     kernel = kernel_seconds(chip, work, shape.heads, shape.groups, shape.head_size)
     backward = sum(_gradient_seconds(chip, work.rows, n, k, work.precision) for n, k in attention + ffn)
     forward = products + vector + kernel
-    layer = forward * (2 if checkpointing else 1) + backward + VECTOR_BACKWARD * vector + KERNEL_BACKWARD * kernel
-    return shape.layers * layer
+    passes = 2 if checkpointing else 1  # forward
+    layer = passes * forward + backward + VECTOR_BACKWARD * vector + KERNEL_BACKWARD * kernel
+    return shape.layers * (layer + (passes + 2) * chip.layer_seconds)
 
 
 def _loss_seconds(chip: Chip, teacher: ModelShape, student: ModelShape, run: Recovery) -> float:

@@ -18,10 +18,13 @@ from pipeline.search.calibrate import (
     misfit,
     stream_bandwidth,
     time_products,
+    with_layer_overhead,
     write_chip,
 )
 from pipeline.search.chip import Chip
+from pipeline.search.cost import Work, pass_seconds
 from pipeline.search.gemm import gemm_seconds
+from pipeline.search.shapes import ModelShape
 from tests.chips import chip
 
 CPU = torch.device("cpu")
@@ -80,6 +83,13 @@ def test_a_calibration_measures_both_parts_and_keeps_what_it_does_not_fit():
     assert set(found.summary()) == {"fitted_median", "fitted_largest", "held_out_median", "held_out_largest"}
     with pytest.raises(ValueError, match="rounds is 0; give at least 1"):
         calibrate(base, "mine", CPU, lambda: None, 0)
+
+
+def test_the_overhead_of_a_layer_makes_a_measured_pass_come_out_and_is_never_negative(true):
+    shape, work = ModelShape(6, 128, 4, 2, 32, 256, 500, True), Work(1, 1, 64, "bf16", row_major=True)
+    slow = with_layer_overhead(true, shape, work, 0.5)
+    assert pass_seconds(slow, shape, work) == pytest.approx(0.5)
+    assert with_layer_overhead(slow, shape, work, 1e-9).layer_seconds == 0.0
 
 
 def test_a_written_chip_is_a_configuration_that_reads_back(tmp_path, true, fitted):

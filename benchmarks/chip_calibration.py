@@ -1,0 +1,112 @@
+"""How well the chip model predicts this processor: matrix products it was not fitted to, and whole models.
+
+    python benchmarks/chip_calibration.py [rounds] [threads] [rounds of models] [chip file]
+
+Products: `pipeline.search.calibrate`. Models: SmolLM2's shape and students of it with random bf16 weights, prefill of
+512 tokens and decoding at a context of 256, batch 1, the models in turn and the shortest time of each kept.
+The time a layer takes beyond its operations is fitted to the teacher's decoding; no student is fitted.
+"""
+
+import datetime
+import json
+import platform
+import sys
+from dataclasses import replace
+from math import exp
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, MistralConfig
+
+from pipeline.search.calibrate import calibrate, clock, misfit, with_layer_overhead, write_chip
+from pipeline.search.chip import Chip
+from pipeline.search.cost import Work, pass_seconds
+from pipeline.search.shapes import ModelShape, shape_for
+
+ROOT = Path(__file__).parents[1]
+TEACHER = ModelShape(30, 576, 9, 3, 64, 1536, 49152, True)
+STUDENTS = {
+    "balanced 0.75": shape_for(TEACHER, 0.75),
+    "balanced 0.5": shape_for(TEACHER, 0.5),
+    "20 layers": ModelShape(20, 576, 9, 3, 64, 1536, 49152, True),
+    "768 neurons": ModelShape(30, 576, 9, 3, 64, 768, 49152, True),
+}
+WORKS = {"prefill": Work(1, 512, 512, "bf16", row_major=True), "decode": Work(1, 1, 256, "bf16", row_major=True)}
+
+
+def build(shape: ModelShape):
+    """The same layers as Llama's, in the class that takes any number of heads for any hidden size."""
+    config = MistralConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.neurons,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.groups,
+        head_dim=shape.head_size,
+        tie_word_embeddings=shape.tied,
+        sliding_window=None,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def processor() -> str:
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+@torch.inference_mode()
+def shortest_passes(models: dict, rounds: int) -> dict[tuple[str, str], float]:
+    """Seconds of both passes of every model, [(model, pass)]."""
+    now, shortest = clock(torch.device("cpu")), {}
+    for _ in range(rounds):
+        for name, model in models.items():
+            prompt = torch.randint(0, TEACHER.vocabulary, (1, WORKS["prefill"].queries))
+            cache = model(prompt[:, : WORKS["decode"].context - 1], use_cache=True).past_key_values
+            for word, tokens, past in (("prefill", prompt, None), ("decode", prompt[:, :1], cache)):
+                begin = now()
+                model(tokens, past_key_values=past, use_cache=True, logits_to_keep=1)
+                shortest[name, word] = min(now() - begin, shortest.get((name, word), float("inf")))
+    return shortest
+
+
+def main(rounds: int = 6, threads: int = 1, model_rounds: int = 18, path: str | None = None) -> None:
+    torch.set_num_threads(threads)
+    base = Chip(**yaml.safe_load((ROOT / "conf/device/chip/CPU.yaml").read_text()))
+    found = calibrate(base, base.name, torch.device("cpu"), lambda: None, rounds)
+    origin = f"{processor()}, {threads} thread(s), torch {torch.__version__}, {datetime.date.today()}"
+    print(origin, {name: round(value, 3) for name, value in found.summary().items()})
+    for timing in found.held_out:
+        error = exp(misfit(found.chip, timing)) - 1
+        size = f"{timing.precision} {timing.m:5d} x {timing.n} x {timing.k}"
+        print(f"{size}: {1e6 * timing.seconds:8.0f} us {error:+.0%}")
+    shapes = {"teacher": TEACHER, **STUDENTS}
+    measured = shortest_passes({name: build(shape) for name, shape in shapes.items()}, model_rounds)
+    decoding = measured["teacher", "decode"]
+    found = replace(found, chip=with_layer_overhead(found.chip, TEACHER, WORKS["decode"], decoding))
+    if path:
+        write_chip(found, Path(path), origin)
+    rows = []
+    for (name, word), seconds in measured.items():
+        predicted = pass_seconds(found.chip, shapes[name], WORKS[word])
+        dense = pass_seconds(found.chip, TEACHER, WORKS[word])
+        row = {
+            "model": name,
+            "pass": word,
+            "milliseconds": 1e3 * seconds,
+            "predicted": 1e3 * predicted,
+            "speedup": measured["teacher", word] / seconds,
+            "predicted_speedup": dense / predicted,
+        }
+        rows.append(row)
+        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+    results = ROOT / "benchmarks" / "results"
+    results.mkdir(exist_ok=True)
+    report = {"origin": origin, "rounds": [rounds, model_rounds], "products": found.summary(), "models": rows}
+    (results / "chip_calibration.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(*(int(word) for word in sys.argv[1:4]), *sys.argv[4:5])
