@@ -42,9 +42,9 @@ def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
 def restore(weight: Tensor, gram: Tensor, kept: Sequence[int], damping: float = DAMPING) -> Tensor:
     """Give the restored columns [out, kept], float64, of weight [out, in] for H [in, in], in the order of `kept`.
 
-    W'_K = W_K + W_D H_DK H_KK⁻¹ for dropped columns D, which is (W H)_K H_KK⁻¹.
+    W'_K = W_K + W_D H_DK H_KK⁻¹ for dropped columns D, which is (W H)_K H_KK⁻¹. It is computed where H is.
     """
-    wide = weight.to(torch.float64)
+    wide = weight.to(gram.device, torch.float64)
     places = torch.as_tensor(kept, device=wide.device)
     dropped = torch.ones(wide.shape[1], dtype=torch.bool, device=wide.device)
     dropped[places] = False
@@ -58,8 +58,8 @@ def restore(weight: Tensor, gram: Tensor, kept: Sequence[int], damping: float = 
 
 def output_error(weight: Tensor, columns: Tensor, gram: Tensor, kept: Sequence[int]) -> float:
     """Give tr((W - W') H (W - W')ᵀ) for W' [out, in] that has these columns [out, kept] and zeros elsewhere."""
-    gap = weight.to(torch.float64).clone()
-    gap[:, torch.as_tensor(kept, device=gap.device)] -= columns.to(torch.float64)
+    gap = weight.to(gram.device, torch.float64, copy=True)
+    gap[:, torch.as_tensor(kept, device=gap.device)] -= columns.to(gap)
     return float(((gap @ gram.to(torch.float64)) * gap).sum())
 
 

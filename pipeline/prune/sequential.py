@@ -1,0 +1,137 @@
+"""Layer by layer: every projection is solved for what its pruned predecessors really give it (SlimGPT, Týr-the-Pruner).
+
+Týr's supernet holds several candidates of every projection; the input of the next one is then their expectation
+(2503.09657, eq. 5), Σ_e (1 - S_e) X_e / Σ_e (1 - S_e). Where a projection adds to the stream this is the output of the
+weighted average weight, which is what `expected_weight` gives, for W_O and for W_down.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.model.anatomy import Anatomy
+from pipeline.model.families import LAYER
+
+from .gram import add_products, projections
+from .measure import Batch
+from .removal import Removal
+from .restore import DAMPING, restore
+
+# (projection module name, weight [out, in], H [in, in] float64) -> weight [out, in] that its successors will live with
+Prune = Callable[[str, Tensor, Tensor], Tensor]
+
+
+@torch.no_grad()
+def prune_in_sequence(
+    model: nn.Module, anatomy: Anatomy, batches: Iterable[Batch], prune: Prune, place: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights that `prune` chose, by name, W_O and then W_down of each layer from the first to the last.
+
+    `model` maps ids [batch, sequence] to hidden states and is left with these weights. H is the Gram matrix of what the
+    projection reads once all before it, W_O of its own layer too, have theirs, on `place` where that has float64; it is
+    one rank's share, which `prune` adds over ranks. Time: three forward passes. Memory: on `place` one layer and one
+    batch, on the model's own device the stream of all batches.
+    """
+    home = next(model.parameters()).device
+    modules = dict(model.named_modules(prefix="model"))
+    layers = [modules[LAYER.format(layer=layer).rstrip(".")] for layer in range(len(anatomy.sizes.layers))]
+    steps = _recorded(model, layers, batches)
+    for index, layer in enumerate(layers):
+        layer.to(place)
+        for axis, module in projections(anatomy).items():
+            name = module.format(layer=index)
+            width = anatomy.sizes.length(axis, index)
+            total = torch.zeros(width, width, dtype=torch.float64, device=_wide_device(place))
+            for step in steps:
+                hook = modules[name].register_forward_pre_hook(partial(_add, total, step.mask))
+                step.through(layer, index, place)
+                hook.remove()
+            weight = prune(name, modules[name].weight, total)
+            modules[name].weight.copy_(weight)
+            yield f"{name}.weight", weight
+        for step in steps:
+            step.hidden = step.through(layer, index, place).to(home)
+        layer.to(home)
+
+
+def expected_weight(weights: Sequence[Tensor], sparsities: Sequence[float]) -> Tensor:
+    """Give Σ (1 - S_e) W_e / Σ (1 - S_e) in float64 of candidate weights [out, in] of sparsities S_e.
+
+    ValueError if all candidates are empty, S_e = 1.
+    """
+    shares = [1.0 - sparsity for sparsity in sparsities]
+    if sum(shares) <= 0.0:
+        raise ValueError(f"candidate sparsities are {list(sparsities)}; at least one must be below 1")
+    terms = (share * weight.to(torch.float64) for share, weight in zip(shares, weights, strict=True))
+    return sum(terms) / sum(shares)
+
+
+def at_width(weight: Tensor, gram: Tensor, removal: Removal, count: int, damping: float = DAMPING) -> Tensor:
+    """Give weight [out, in] with the `count` units that stay longest restored exactly and zeros elsewhere, float64."""
+    size = weight.shape[1] // len(removal.order)
+    kept = [unit * size + i for unit in removal.kept(count) for i in range(size)]
+    whole = torch.zeros(weight.shape, dtype=torch.float64, device=gram.device)
+    if kept:
+        whole[:, kept] = restore(weight, gram, kept, damping)
+    return whole
+
+
+class _Step:
+    """One batch under way: its stream, and the other arguments that the model gives to each layer."""
+
+    def __init__(self, mask: Tensor | None):
+        self.mask = mask
+        self.hidden: Tensor | None = None  # [batch, sequence, h], set by the first layer
+        self.arguments: list[tuple[tuple, dict[str, Any]]] = []  # by layer
+
+    def stand_in(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
+        """Take a layer's place: note its arguments and pass the stream on."""
+        if self.hidden is None:
+            self.hidden = hidden_states
+        self.arguments.append((rest, named))
+        return hidden_states
+
+    def through(self, layer: nn.Module, index: int, place: torch.device) -> Tensor:
+        """Give what a layer makes of the stream."""
+        rest, named = _moved(self.arguments[index], place)
+        output = layer(self.hidden.to(place), *rest, **named)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def _recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Batch]) -> list[_Step]:
+    """Run the model with stand-ins for its layers: embeddings, masks and rotations are its own, whatever the family."""
+    home = next(model.parameters()).device
+    steps = []
+    for batch in batches:
+        ids, mask = batch if isinstance(batch, tuple) else (batch, None)
+        mask = None if mask is None else mask.to(home, torch.bool)
+        step = _Step(mask)
+        with ExitStack() as undo:
+            for layer in layers:
+                layer.forward = step.stand_in
+                undo.callback(delattr, layer, "forward")
+            model(input_ids=ids.to(home), attention_mask=mask, use_cache=False)
+        steps.append(step)
+    return steps
+
+
+def _add(total: Tensor, mask: Tensor | None, module: nn.Module, inputs: tuple) -> None:
+    add_products(total, inputs[0] if mask is None else inputs[0] * mask.to(inputs[0].device).unsqueeze(-1))
+
+
+def _moved(value: Any, place: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(place)
+    if isinstance(value, Mapping):
+        return {key: _moved(entry, place) for key, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(entry, place) for entry in value)
+    return value
+
+
+def _wide_device(place: torch.device) -> torch.device:
+    return torch.device("cpu") if place.type in ("npu", "mps") else place
