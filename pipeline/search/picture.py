@@ -14,16 +14,16 @@ def draw(search: Search, path: Path) -> None:
     speed = {candidate: _speedup(search, candidate) for candidate in search.candidates}
     front = [candidate for candidate in search.candidates if candidate.front]
     behind = [candidate for candidate in search.candidates if not candidate.front]
-    axes.scatter([speed[each] for each in behind], [each.loss for each in behind], color="#9aa0a6", label="measured")
+    if behind:
+        axes.scatter([speed[each] for each in behind], [each.loss for each in behind], color="#9aa0a6", label="behind")
     axes.plot([speed[each] for each in front], [each.loss for each in front], "o-", color="#1f6feb", label="front")
     best = search.picked
     axes.scatter([_speedup(search, best)], [best.loss], s=180, facecolors="none", edgecolors="#d1242f", linewidths=2)
-    axes.annotate(
-        _name(best), (_speedup(search, best), best.loss), xytext=(8, 10), textcoords="offset points", fontsize=8
-    )
     axes.set_xlabel(f"{search.serving.speed} speed over the teacher's, predicted for {search.chip}")
     axes.set_ylabel("loss right after pruning, nats a token")
-    axes.set_title(f"picked: the fastest within {search.tolerance:g} nats of the lowest loss", fontsize=10)
+    rule = f"the fastest within {search.tolerance:g} nats of the lowest loss"
+    axes.set_title(f"picked: {_name(best)}
+({rule})", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
