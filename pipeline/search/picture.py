@@ -22,8 +22,7 @@ def draw(search: Search, path: Path) -> None:
     axes.set_xlabel(f"{search.serving.speed} speed over the teacher's, predicted for {search.chip}")
     axes.set_ylabel("loss right after pruning, nats a token")
     rule = f"the fastest within {search.tolerance:g} nats of the lowest loss"
-    axes.set_title(f"picked: {_name(best)}
-({rule})", fontsize=10)
+    axes.set_title(f"picked: {_name(best)}\n({rule})", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
