@@ -9,6 +9,7 @@ from transformers.models.llama import modeling_llama
 
 import fused
 from fused import ascend, reference, sdpa
+from pipeline.distill.loss import linear_distillation
 
 DOUBLE = torch.float64
 
@@ -74,6 +75,24 @@ def test_the_gradient_in_place_is_autograds(kind):
     loss = reference.kl_of_logits(student, teacher, kind, temperature, beta, scale)
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(student, torch.autograd.grad(scale * expected.sum(), leaf)[0])
+
+
+@pytest.mark.parametrize("kind", reference.KINDS)
+def test_chunks_of_logits_and_the_kernel_are_the_pipelines_loss(kind):
+    """linear_distillation equals: logits, kl_of_logits with scale T²/t, and the products of its gradient."""
+    tokens, temperature = 5, 1.7
+    hidden, weight = random(tokens, 8).requires_grad_(), random(20, 8).requires_grad_()
+    teacher_hidden, teacher_weight = random(tokens, 12), random(20, 12)
+    loss, _ = linear_distillation(
+        hidden, weight, teacher_hidden, teacher_weight, kind=kind, beta=0.3, temperature=temperature,
+        cross_entropy=0.0, labels=None, chunk=2,
+    )  # fmt: skip
+    logits, teacher = (hidden @ weight.T).detach(), teacher_hidden @ teacher_weight.T
+    ours = reference.kl_of_logits(logits, teacher, kind, temperature, 0.3, temperature**2 / tokens)
+    torch.testing.assert_close(ours.mean() * temperature**2, loss.detach())
+    expected = torch.autograd.grad(loss, (hidden, weight))
+    torch.testing.assert_close(logits @ weight.detach(), expected[0])
+    torch.testing.assert_close(logits.T @ hidden.detach(), expected[1])
 
 
 def test_what_the_divergence_is_not_defined_on_is_refused():

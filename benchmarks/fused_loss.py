@@ -1,0 +1,146 @@
+"""Peak memory and time of the distillation loss, forward and backward, beside the naive loss that holds all logits.
+
+    python benchmarks/fused_loss.py [--device cpu] [--tokens 2048] [--vocabulary 49152] [--kernels triton] ...
+
+Every variant runs in a process of its own (peaks do not mix), the variants in turn, `--rounds` times; figures are
+medians. Peak memory is what the variant adds to its inputs: resident memory on a CPU, allocated memory elsewhere.
+Seconds are processor time on a CPU (other work on the machine does not count), elapsed time elsewhere.
+Variants: `naive` (F.kl_div on float32 log-softmaxes, autograd), `linear` (pipeline.distill.loss, the pipeline's own),
+and each of `--kernels`, implementations of fused's kl_of_logits: chunks of logits and that kernel.
+Losses and gradients of all variants must agree, or the run fails. Writes benchmarks/results/fused_loss-<device>.json.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import fused  # noqa: E402
+from pipeline.distill.loss import linear_distillation  # noqa: E402
+from pipeline.runtime.device import open_device  # noqa: E402
+
+AGREE = 0.02  # largest relative difference of losses and gradient norms: products are in bfloat16
+
+
+def naive(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, a) -> Tensor:
+    student = (hidden @ weight.T).float().log_softmax(-1)
+    with torch.no_grad():
+        teacher = (teacher_hidden @ teacher_weight.T).float().log_softmax(-1)
+    return torch.nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def linear(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, a) -> Tensor:
+    return linear_distillation(
+        hidden, weight, teacher_hidden, teacher_weight, kind="forward_kl", beta=0.5, temperature=1.0,
+        cross_entropy=0.0, labels=None, chunk=a.chunk,
+    )[0]  # fmt: skip
+
+
+class Chunked(torch.autograd.Function):
+    """The same with one operation of `fused` on each chunk of logits; gradients are computed on the way."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, kernel, chunk):
+        total, grad_weight = 0.0, torch.zeros_like(weight, dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            student = hidden[part] @ weight.T
+            teacher = teacher_hidden[part] @ teacher_weight.T
+            total += kernel(student, teacher, "forward_kl", 1.0, 0.5, 1.0 / len(hidden)).sum()
+            grad_hidden[part] = student @ weight
+            grad_weight += student.T @ hidden[part]
+        ctx.gradients = grad_hidden, grad_weight.to(weight.dtype)
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(each * grad for each in ctx.gradients), None, None, None, None
+
+
+def measure(a: argparse.Namespace) -> dict:
+    """One forward and backward pass of one variant, after a smaller one that warms up."""
+    device = open_device(a.device, "auto", deterministic=False, local_rank=0, seed=0)
+    make = {"dtype": torch.bfloat16, "device": device.torch}
+    weight = torch.randn(a.vocabulary, a.student, **make).mul_(0.02)
+    teacher_weight = torch.randn(a.vocabulary, a.teacher, **make).mul_(0.02)
+    hidden, teacher_hidden = torch.randn(a.tokens, a.student, **make), torch.randn(a.tokens, a.teacher, **make)
+    hidden.mul_(3), teacher_hidden.mul_(3)
+    if a.variant in fused.CHOICES:
+        kernel = fused.op("kl_of_logits", device.kind, a.variant)
+
+        def loss_of(*tensors):
+            return Chunked.apply(*tensors[:4], kernel, a.chunk)
+    else:
+        loss_of = naive if a.variant == "naive" else linear
+
+    def once(tokens: int) -> tuple[float, float, float]:
+        inputs = hidden[:tokens].clone().requires_grad_(), weight.requires_grad_()
+        weight.grad = None
+        device.synchronise()
+        clock = time.process_time if device.kind == "cpu" else time.perf_counter
+        began = clock()
+        loss = loss_of(*inputs, teacher_hidden[:tokens], teacher_weight, a)
+        loss.backward()
+        device.synchronise()
+        return clock() - began, loss.item(), inputs[0].grad.norm().item() + weight.grad.norm().item()
+
+    once(min(64, a.tokens))
+    device.reset_peak_memory()
+    before = device.peak_memory()
+    seconds, loss, gradient = once(a.tokens)
+    return {
+        "variant": a.variant, "seconds": seconds, "peak_bytes": device.peak_memory() - before, "loss": loss,
+        "gradient": gradient, "device": device.name,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda", "npu"), default="cpu")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--student", type=int, default=448)
+    parser.add_argument("--teacher", type=int, default=576)
+    parser.add_argument("--chunk", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kernels", nargs="*", choices=fused.CHOICES, default=[])
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.variant:
+        print(json.dumps(measure(a)))
+        return
+    variants, runs = ["naive", "linear", *a.kernels], []
+    for _ in range(a.rounds):
+        for variant in variants:
+            command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+            print("{variant:10} {seconds:8.3f} s {0:9.1f} MiB".format(runs[-1]["peak_bytes"] / 2**20, **runs[-1]))
+    for key in ("loss", "gradient"):
+        values = [run[key] for run in runs]
+        if max(values) - min(values) > AGREE * max(values):
+            raise SystemExit(f"the variants disagree on the {key}: {sorted(set(values))}")
+    report = {key: value for key, value in vars(a).items() if key != "variant"}
+    report |= {"device_name": runs[0]["device"], "torch": torch.__version__, "threads": torch.get_num_threads()}
+    for variant in variants:
+        own = [run for run in runs if run["variant"] == variant]
+        seconds, peak = (statistics.median(run[key] for run in own) for key in ("seconds", "peak_bytes"))
+        report[variant] = {"seconds": seconds, "peak_bytes": peak}
+        print(f"{variant:10} median {seconds:.3f} s, {peak / 2**20:.0f} MiB")
+    path = ROOT / "benchmarks/results" / f"fused_loss-{a.device}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
