@@ -1,5 +1,6 @@
 # make demo: the whole line on a real 135M-parameter model.  make test: the whole suite.  Both set everything up first.
 PYTHON ?= python3
+TORCH  ?= torch==2.13.0
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
@@ -9,7 +10,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements/demo.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check 'torch==2.13.0'
+	$(RUN) -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/demo.txt
 	touch $@
