@@ -5,7 +5,7 @@ Adam moments, whole. So they are read without unpickling anything, and training 
 at another number of ranks or ZeRO stage.
 
 Gradients are accumulated over micro-batches in the compute type, DeepSpeed's default, the one choice that all four
-stages know; `extra: {data_types: {grad_accum_dtype: fp32}}` changes it for stages 1 to 3.
+stages know; `extra: {data_types: {grad_accum_dtype: fp32}}` changes it for stages 2 and 3.
 """
 
 import os

@@ -4,6 +4,7 @@ Run as: [torchrun] engine_laws.py <folder>; several processes write as one. Fact
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def main(folder: Path) -> None:
     else:
         laws.take_over()
         laws.starts()
+        laws.poison()
     if ranks.rank == 0:
         (folder / f"facts-{ranks.world}.json").write_text(json.dumps(laws.facts))
     leave()
@@ -143,6 +145,21 @@ class Laws:
             engine.save(self.folder / "kept", step, keep=2)
         self.facts["kept"] = sorted(path.name for path in (self.folder / "kept").iterdir())
         engine.close()
+        engine = self.engine(2, False, "llama")
+        try:
+            engine.load(self.folder / "kept")
+        except ValueError as fault:
+            self.facts["another"] = str(fault)
+        engine.close()
+
+    def poison(self):
+        """One gradient is not finite although the loss is: the norm that `step` gives."""
+        for bf16 in (False, True):
+            for stage in (0, 1, 2, 3):
+                engine = self.engine(stage, bf16)
+                engine._named["model.layers.1.mlp.up_proj.weight"].register_hook(lambda gradient: gradient * math.inf)
+                self.facts[f"poisoned-{stage}-{bf16}"] = repr(self.steps(engine, 0, 1)[0][1])
+                engine.close()
 
     def write(self, name, tensors):
         if self.ranks.rank == 0:

@@ -86,5 +86,15 @@ def test_bf16_training_starts_from_float32_weights_that_bf16_cannot_hold(told, s
     assert told[1][f"taken-{stage}"] and told[1][f"rounded-{stage}"]
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_not_finite_shows_in_the_norm(told, stage, bf16):
+    assert told[1][f"poisoned-{stage}-{bf16}"] in ("nan", "inf")
+
+
+def test_a_checkpoint_of_another_model_is_refused(told):
+    assert "is a checkpoint of another model (exp_avg/lm_head.weight); delete" in told[1]["another"]
+
+
 def test_the_last_checkpoints_are_kept_and_nothing_half_written(told):
     assert told[1]["kept"] == ["step-00000004", "step-00000006"]
