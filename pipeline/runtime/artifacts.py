@@ -139,7 +139,10 @@ class Store:
 
         try:
             mine = self._on_first_rank(begin)
-            yield self._seen(partial) if mine else None
+            if mine:
+                self._seen(partial)
+                self.ranks.wait(f"{stage} opened")  # before rank 0 begins, and maybe makes the folder anew
+            yield partial if mine else None
         finally:
             lock.release()
 

@@ -51,7 +51,8 @@ class Ranks:
         if self.world == 1:
             return
         for tensor in tensors:
-            with self._peers("the sum over ranks"):
+            # What inference mode made may only change in that mode.
+            with self._peers("the sum over ranks"), torch.inference_mode(tensor.is_inference()):
                 refused = self.device.type == "npu" and tensor.dtype == torch.float64
                 if tensor.device.type != self.device.type or refused:
                     self._sum_as_bits(tensor)

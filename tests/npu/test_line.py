@@ -1,0 +1,63 @@
+"""The whole line on the simulated NPU: every stage runs there, and computes what it computes on the CPU."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.world import environment, make_world, pipeline, settings
+
+RUN = Path(__file__).with_name("run.py")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="building the simulated NPU needs g++"),
+]
+
+
+def on_npu(*arguments: str, cwd: Path, ranks: int = 1) -> str:
+    """Run the pipeline as tests/npu/run.py; give all it said."""
+    start = [sys.executable, str(RUN)]
+    if ranks > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        start = [*torchrun, str(RUN)]
+    done = subprocess.run(
+        [*start, *arguments], cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{' '.join(arguments)}\nexit {done.returncode}\n{done.stdout[-6000:]}"
+    return done.stdout
+
+
+def losses(artifacts: Path) -> torch.Tensor:
+    (folder,) = artifacts.glob("distill-*")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return torch.tensor([row["loss"] for row in rows if "loss" in row])
+
+
+def test_the_line_on_two_npus_under_zero_3_computes_what_one_cpu_computes(tmp_path):
+    world = make_world(tmp_path, "glm4")  # sandwich norms, so that every stage has work
+    chosen = dict(artifacts=world / "on-npu", device="npu", distill__micro_batch=4)
+    on_npu("run=npu", *settings(world, **chosen), "deepspeed=zero3", cwd=world, ranks=2)
+    record = json.loads((world / "runs/npu/run.json").read_text())
+    assert record["device"] == "Simulated NPU"
+    assert (world / "runs/npu/report.html").exists()
+
+    chosen = dict(artifacts=world / "on-cpu", distill__micro_batch=8)
+    pipeline("run=cpu", *settings(world, **chosen), "stages=[score]", cwd=world)
+    npu, cpu = (load_file(world / "runs" / run / "scores/scores.safetensors") for run in ("npu", "cpu"))
+    assert npu.keys() == cpu.keys()
+    for name in npu:  # both in their compute type, which may be bfloat16
+        torch.testing.assert_close(npu[name], cpu[name], rtol=5e-2, atol=1e-6, msg=name)
+
+    # From the same start in float32, the recovery on one CPU takes the same steps as under ZeRO-3 on two NPUs.
+    shutil.copytree(world / "on-npu", world / "from-npu", ignore=shutil.ignore_patterns("distill-*"), symlinks=True)
+    chosen = dict(artifacts=world / "from-npu", distill__micro_batch=8)
+    pipeline("run=from-npu", *settings(world, **chosen), "stages=[distill]", cwd=world)
+    assert len(losses(world / "on-npu")) == 8
+    torch.testing.assert_close(losses(world / "on-npu"), losses(world / "from-npu"), rtol=1e-4, atol=1e-6)
