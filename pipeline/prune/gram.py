@@ -23,17 +23,18 @@ CHUNK = 4096  # rows whose products add in float32 before they join the float64 
 class Grams:
     """Partial sums of one pass, float64, on the CPU once collected; they add over batches and ranks.
 
-    Memory: 8 bytes times (n d)² + f² for every layer watched, plus h² for the stream.
+    Memory: 8 bytes times (n d)² + f² for every layer watched, plus 2 h² for the stream.
     """
 
     inputs: dict[str, Tensor]  # H = Σ x xᵀ by projection module, [(n d), (n d)] for W_O and [f, f] for W_down
     stream: Tensor | None  # Σ u uᵀ [h, h], u = x / rms(x) at every pre-norm and the final norm
+    final: Tensor | None  # its share of the final norm [h, h]
     tokens: Tensor  # [1]
     mask: Tensor | None = field(default=None, repr=False)  # of the batch under way, [batch, sequence]
 
     def tensors(self) -> list[Tensor]:
         """Give every sum, to be added over ranks in place."""
-        return [*self.inputs.values(), *([] if self.stream is None else [self.stream]), self.tokens]
+        return [*self.inputs.values(), *(x for x in (self.stream, self.final) if x is not None), self.tokens]
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def gram(
     passes over subsets of `layers`. Products are float32 within a chunk of rows, float64 where the model is.
     """
     place = next(model.parameters()).device
-    home = torch.device("cpu") if place.type in ("npu", "mps") else place
+    home = with_float64(place)
 
     def zeros(*lengths: int) -> Tensor:
         return torch.zeros(lengths, dtype=torch.float64, device=home)
@@ -56,9 +57,9 @@ def gram(
         for layer in layers
         for axis, module in projections(anatomy).items()
     }
-    hidden = anatomy.sizes.hidden
+    stream_sums = [zeros(anatomy.sizes.hidden, anatomy.sizes.hidden) if stream else None for _ in range(2)]
     inputs = {name: zeros(width, width) for name, width in widths.items()}
-    grams = Grams(inputs, zeros(hidden, hidden) if stream else None, zeros(1))
+    grams = Grams(inputs, *stream_sums, zeros(1))
     with ExitStack() as hooks:
         _watch(model, anatomy, grams, hooks)
         for batch in batches:
@@ -67,7 +68,7 @@ def gram(
             grams.tokens += ids.numel() if mask is None else int(mask.sum())
             model(input_ids=ids.to(place), attention_mask=grams.mask, use_cache=False)
     grams.inputs = {name: total.cpu() for name, total in grams.inputs.items()}
-    grams.stream = None if grams.stream is None else grams.stream.cpu()
+    grams.stream, grams.final = (None if total is None else total.cpu() for total in (grams.stream, grams.final))
     grams.tokens = grams.tokens.cpu()
     return grams
 
@@ -75,6 +76,11 @@ def gram(
 def projections(anatomy: Anatomy) -> dict[str, str]:
     """Give the `{layer}` module names of the two projections that write to the stream, by the axis they read."""
     return {axis: anatomy.layer_module(f"h {written}") for axis, written in (("n d", "(n d)"), ("f", "f"))}
+
+
+def with_float64(place: torch.device) -> torch.device:
+    """Give the device where float64 sums for a model on `place` live: its own, or the CPU."""
+    return torch.device("cpu") if place.type in ("npu", "mps") else place
 
 
 def add_products(total: Tensor, rows: Tensor) -> None:
@@ -92,19 +98,21 @@ def _watch(model: nn.Module, anatomy: Anatomy, grams: Grams, hooks: ExitStack) -
         return
     layers = range(len(anatomy.sizes.layers))
     readers = [f"{LAYER}{norm}".format(layer=layer) for layer in layers for norm in anatomy.family.pre_norms]
-    for name in (*readers, FINAL_NORM.removesuffix(".weight")):
-        hooks.callback(modules[name].register_forward_pre_hook(partial(_direction, grams)).remove)
+    last = FINAL_NORM.removesuffix(".weight")
+    for name, totals in (*((name, [grams.stream]) for name in readers), (last, [grams.stream, grams.final])):
+        hooks.callback(modules[name].register_forward_pre_hook(partial(_direction, grams, totals)).remove)
 
 
 def _input(grams: Grams, total: Tensor, module: nn.Module, inputs: tuple) -> None:
     add_products(total, _counted(grams, inputs[0]))
 
 
-def _direction(grams: Grams, module: nn.Module, inputs: tuple) -> None:
+def _direction(grams: Grams, totals: list[Tensor], module: nn.Module, inputs: tuple) -> None:
     wide = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
     epsilon = module.eps if hasattr(module, "eps") else module.variance_epsilon
     unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    add_products(grams.stream, _counted(grams, unit))
+    for total in totals:
+        add_products(total, _counted(grams, unit))
 
 
 def _counted(grams: Grams, values: Tensor) -> Tensor:

@@ -4,6 +4,9 @@ RMSNorm without gains commutes with rotation. Gains are folded into what reads t
 orthogonal Q turns the whole stream (the global case of SliceGPT, 2401.15024, so the class stays the family's own):
 x' = x Q, embeddings E Q, readers W diag(γ) Q, writers Qᵀ W, their biases Qᵀ b, all gains one. Channels 0 ... h'-1 are
 then the principal cut, and SLNP's factor on gains of one is √(h / h'), which undoes the narrower norm.
+
+The final gain does not commute, so folding it unties a tied output matrix. To keep the tie, channels whose final gain
+stands out keep axes of their own (`tied_basis`), and one gain per new channel is fitted to the logits (`tied_gain`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,6 +18,10 @@ from torch import Tensor
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.families import EMBEDDING, FINAL_NORM, HEAD, LAYER
 
+UNSEEN = 0.1  # what a token that calibration never met counts in the fit of a tied gain
+CHUNK = 8192  # rows of the embedding in float64 at once
+RIDGE = 1e-12  # of the mean diagonal of the fit's normal equations
+
 
 def principal_basis(covariance: Tensor) -> Tensor:
     """Give the orthonormal eigenvectors [h, h] of a covariance as columns, largest eigenvalue first, in float64.
@@ -23,9 +30,62 @@ def principal_basis(covariance: Tensor) -> Tensor:
     """
     if not bool(torch.isfinite(covariance).all()):
         raise ValueError("the covariance of the residual stream is not finite; calibrate in a wider dtype")
-    vectors = torch.linalg.eigh(covariance.to(torch.float64)).eigenvectors.flip(1)
+    vectors = torch.linalg.eigh(covariance.to("cpu", torch.float64)).eigenvectors.flip(1)
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * torch.where(largest < 0, -1.0, 1.0)
+
+
+def tied_basis(covariance: Tensor, gain: Tensor, axes: int) -> Tensor:
+    """Give an orthonormal basis [h, h] in which an effective final gain [h] is nearly diagonal, most energy first.
+
+    The `axes` channels whose gain lies farthest from the median keep axes of their own; the principal basis of the
+    others mixes channels of nearly equal gains. `axes` = h is plain selection of channels by energy, `axes` = 0 the
+    principal basis. ValueError if `axes` is out of range.
+    """
+    hidden = len(gain)
+    if not 0 <= axes <= hidden:
+        raise ValueError(f"{axes} axes of their own were asked for; the stream has {hidden} channels")
+    wide = covariance.to("cpu", torch.float64)
+    far = (gain - gain.median()).abs().argsort(descending=True, stable=True)
+    own, bulk = far[:axes].sort().values, far[axes:].sort().values
+    basis = torch.zeros(hidden, hidden, dtype=torch.float64)
+    basis[own, torch.arange(axes)] = 1.0
+    if len(bulk):
+        basis[bulk, axes:] = principal_basis(wide[bulk][:, bulk])
+    energy = ((wide @ basis) * basis).sum(0)
+    return basis[:, energy.argsort(descending=True, stable=True)]
+
+
+def tied_gain(basis: Tensor, kept: int, gain: Tensor, embedding: Tensor, counts: Tensor, covariance: Tensor) -> Tensor:
+    """Give the effective final gain g [h] of a tied model in a new basis [h, h] of which the first `kept` stay.
+
+    Least squares over tokens t and stream directions u at the final norm, E Q_K diag(g) Q_Kᵀ u ≈ E diag(γ) u, for an
+    effective gain γ [h], embedding E [v, h], token `counts` c [v], `covariance` S = Σ u uᵀ [h, h] of the final norm.
+    Logits count up to a shift that all tokens share, so rows of E are centred. With M = Σ_t c_t (e_t - ē)(e_t - ē)ᵀ and
+    the Hadamard product ⊙: (Q_KᵀMQ_K ⊙ Q_KᵀSQ_K) g = diag(Q_Kᵀ M diag(γ) S Q_K). Channels that go get the root mean
+    square of g, so that SLNP's factor is √(h / h').
+    """
+    used = basis[:, :kept].to(torch.float64)
+    spread, wide = covariance.to(used) / covariance.trace(), gain.to(used)
+    tokens = _token_moments(embedding, counts).to(used)
+    matrix = (used.T @ tokens @ used) * (used.T @ spread @ used)
+    wanted = ((used.T @ tokens * wide) @ spread * used.T).sum(1)
+    matrix.diagonal().add_(RIDGE * matrix.diagonal().mean())
+    fitted = torch.linalg.solve(matrix, wanted)
+    rest = fitted.square().mean().sqrt().expand(len(basis) - kept)
+    return torch.cat([fitted, rest])
+
+
+def _token_moments(embedding: Tensor, counts: Tensor) -> Tensor:
+    """Give the covariance [h, h] of embedding rows under token counts [v], in float64."""
+    shares = (counts.to("cpu", torch.float64) + UNSEEN) / (counts.sum() + UNSEEN * len(counts))
+    mean = torch.zeros(embedding.shape[1], dtype=torch.float64)
+    products = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    for rows, share in zip(embedding.split(CHUNK), shares.split(CHUNK), strict=True):
+        wide = rows.to("cpu", torch.float64)
+        mean += share @ wide
+        products += wide.T @ (share[:, None] * wide)
+    return products - torch.outer(mean, mean)
 
 
 def rotated_anatomy(anatomy: Anatomy) -> Anatomy:
@@ -42,13 +102,23 @@ def rotate(anatomy: Anatomy, basis: Tensor, source: Mapping[str, Tensor]) -> Map
     A tensor is computed in float64 when it is read and cast once to its own dtype. A factor √h on embeddings commutes.
     ValueError for a family with post-norms, whose gains do not commute, and for one without pre-norms.
     """
-    return Rotated(anatomy, basis, source)
+    return Rotated(anatomy, basis, source, None)
+
+
+def rotate_tied(anatomy: Anatomy, basis: Tensor, gain: Tensor, source: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Give a lazy view as `rotate` does, but of the same, tied anatomy: the final norm has the effective `gain` [h].
+
+    ValueError as `rotate`, and for a model with an output matrix of its own, which `rotate` turns exactly.
+    """
+    if not anatomy.tied:
+        raise ValueError("the output matrix is not tied to the embedding: rotate it exactly instead of fitting a gain")
+    return Rotated(anatomy, basis, source, gain)
 
 
 class Rotated(Mapping[str, Tensor]):
     """A checkpoint seen in another basis of its residual stream; nothing is kept."""
 
-    def __init__(self, anatomy: Anatomy, basis: Tensor, source: Mapping[str, Tensor]):
+    def __init__(self, anatomy: Anatomy, basis: Tensor, source: Mapping[str, Tensor], final: Tensor | None):
         family = anatomy.family
         if family.post_norms:
             raise ValueError(
@@ -58,8 +128,8 @@ class Rotated(Mapping[str, Tensor]):
         if not family.pre_norms:
             raise ValueError(f"model_type {family.model_type!r} has no pre-norms: its stream cannot be rotated")
         self.anatomy, self.source = anatomy, source
-        self.basis = basis.to(torch.float64)
-        self._names = rotated_anatomy(anatomy).shapes()
+        self.basis, self.final = basis.to(torch.float64), final  # final: effective gain of a tied view
+        self._names = (rotated_anatomy(anatomy) if final is None else anatomy).shapes()
         self._norm_of = {
             f"{LAYER}{reader}": f"{LAYER}{norm}.weight"
             for norm, readers in family.pre_norms.items()
@@ -81,6 +151,8 @@ class Rotated(Mapping[str, Tensor]):
             return tensor @ self.basis
         if name == HEAD:
             return (tensor * self._gain(FINAL_NORM)) @ self.basis
+        if name == FINAL_NORM and self.final is not None:
+            return self.final.to(tensor) - self.anatomy.family.norm_offset
         layer, pattern = _place(name)
         if pattern in self.anatomy.norms:
             return torch.full_like(tensor, 1.0 - self.anatomy.family.norm_offset)

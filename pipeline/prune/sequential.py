@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.families import LAYER
 
-from .gram import add_products, projections
+from .gram import add_products, projections, with_float64
 from .measure import Batch
 from .removal import Removal
 from .restore import DAMPING, restore
@@ -45,7 +45,7 @@ def prune_in_sequence(
         for axis, module in projections(anatomy).items():
             name = module.format(layer=index)
             width = anatomy.sizes.length(axis, index)
-            total = torch.zeros(width, width, dtype=torch.float64, device=_wide_device(place))
+            total = torch.zeros(width, width, dtype=torch.float64, device=with_float64(place))
             for step in steps:
                 hook = modules[name].register_forward_pre_hook(partial(_add, total, step.mask))
                 step.through(layer, index, place)
@@ -131,7 +131,3 @@ def _moved(value: Any, place: torch.device) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_moved(entry, place) for entry in value)
     return value
-
-
-def _wide_device(place: torch.device) -> torch.device:
-    return torch.device("cpu") if place.type in ("npu", "mps") else place

@@ -46,9 +46,10 @@ def test_the_stream_is_summed_over_pre_norms_and_the_final_norm_at_unit_rms(kind
     names = [f"model.layers.{i}.{n}" for i in range(4) for n in anatomy(model).family.pre_norms] + ["model.norm"]
     rows = torch.cat(list(inputs_of(model, ids, names).values()))
     unit = rows / (rows.square().mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
-    stream = grams_of(model, ids).stream
-    torch.testing.assert_close(stream, unit.T @ unit, rtol=1e-6, atol=1e-6)
-    assert stream.trace() == pytest.approx(32 * 20 * 9, rel=1e-3)
+    grams = grams_of(model, ids)
+    torch.testing.assert_close(grams.stream, unit.T @ unit, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grams.final, unit[-20:].T @ unit[-20:], rtol=1e-6, atol=1e-6)
+    assert grams.stream.trace() == pytest.approx(32 * 20 * 9, rel=1e-3)
 
 
 def test_padding_counts_for_nothing():
@@ -72,7 +73,7 @@ def test_passes_over_subsets_of_layers_give_what_one_pass_gives():
     model, ids = tiny_model("llama"), tokens()
     whole = grams_of(model, ids)
     some = [grams_of(model, ids, layers=layers, stream=False) for layers in ((0, 3), (1,), (2,))]
-    assert all(part.stream is None for part in some)
+    assert all(part.stream is None and part.final is None for part in some)
     together = {name: total for part in some for name, total in part.inputs.items()}
     assert together.keys() == whole.inputs.keys()
     assert all(torch.equal(together[name], total) for name, total in whole.inputs.items())

@@ -11,7 +11,7 @@ from pipeline.model.settings import student_config
 from pipeline.prune.gram import gram
 from pipeline.prune.reinit import stabilise_gains
 from pipeline.prune.restore import restore_outputs
-from pipeline.prune.rotate import principal_basis, rotate, rotated_anatomy
+from pipeline.prune.rotate import principal_basis, rotate, rotate_tied, rotated_anatomy, tied_basis, tied_gain
 from pipeline.prune.surgery import cut
 from pipeline.runtime.checkpoint import load_model, write_checkpoint
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
@@ -138,3 +138,93 @@ def test_restoration_and_rotation_commute():
     other = rotate(narrowed.student(anatomy), basis, restored)
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], rtol=1e-9, atol=1e-9)
+
+
+def tied_parts(gain=None):
+    """A tied model, its Gram matrices, and how often its calibration text holds each token."""
+    model, anatomy, source = parts("llama-tied")
+    if gain is not None:
+        with torch.no_grad():
+            source["model.norm.weight"].copy_(gain)
+    grams = gram(model.model, anatomy, [tokens()], (), stream=True)
+    counts = torch.bincount(tokens().flatten(), minlength=96)
+    return model, anatomy, source, grams, counts
+
+
+def fit(source, basis, kept, grams, counts):
+    return tied_gain(
+        basis, kept, source["model.norm.weight"], source["model.embed_tokens.weight"], counts, grams.final
+    )
+
+
+def standing_out():
+    """A final gain that is even but for seven channels, one of them of the other sign."""
+    gain = torch.full((32,), 1.7, dtype=torch.float64)
+    gain[[1, 5, 9, 20, 21, 30, 31]] = torch.tensor([-2.0, 3.1, 0.2, 2.5, 5.0, 1.1, 0.9], dtype=torch.float64)
+    return gain
+
+
+@pytest.mark.parametrize(("gain", "axes"), [(standing_out(), 7), (None, 32)])
+def test_a_head_stays_tied_without_loss_where_the_channels_that_stand_out_keep_their_axes(gain, axes, tmp_path):
+    """Seven axes where seven gains stand out; all axes, a permutation, whatever the gains."""
+    model, anatomy, source, grams, counts = tied_parts(gain)
+    basis = tied_basis(grams.stream, source["model.norm.weight"], axes)
+    turned = rotate_tied(anatomy, basis, fit(source, basis, 32, grams, counts), source)
+    assert turned.keys() == source.keys()
+    student = load_cut(model, anatomy, turned, everything(anatomy.sizes), tmp_path)
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+    assert_close(logits(student), logits(model))
+
+
+@pytest.mark.parametrize("axes", [0, 7, 20, 32])
+def test_a_tied_basis_is_orthonormal_by_energy_and_leaves_its_axes_alone(axes):
+    _, _, source, grams, _ = tied_parts(standing_out())
+    basis = tied_basis(grams.stream, source["model.norm.weight"], axes)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(32).double(), rtol=0, atol=1e-12)
+    assert ((basis.T @ grams.stream @ basis).diagonal().diff() <= 1e-9).all()
+    if axes >= 7:
+        assert (basis[[1, 5, 9, 20, 21, 30, 31]].abs().max(1).values == 1.0).all()
+    if axes == 0:
+        torch.testing.assert_close(basis, principal_basis(grams.stream), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="33 axes"):
+        tied_basis(grams.stream, source["model.norm.weight"], 33)
+
+
+@pytest.mark.parametrize("kept", [32, 20])
+def test_a_tied_gain_is_the_least_squares_fit_of_the_logits(kept):
+    """Against the plain definition: all tokens' centred logits over the text, and any other gain errs more."""
+    model, _, source, grams, counts = tied_parts()
+    basis = principal_basis(grams.stream)
+    gain = fit(source, basis, kept, grams, counts)
+    used, table = basis[:, :kept], source["model.embed_tokens.weight"]
+    factor = torch.linalg.eigh(grams.final)
+    directions = factor.eigenvectors * factor.eigenvalues.clamp(min=0).sqrt()  # columns u with Σ u uᵀ as measured
+    shares = (counts.double() + 0.1) / (counts.double() + 0.1).sum()
+
+    def error(diagonal):
+        gap = table @ (used * diagonal @ used.T - torch.diag(source["model.norm.weight"])) @ directions
+        gap = gap - shares @ gap
+        return float((shares[:, None] * gap.square()).sum())
+
+    least = error(gain[:kept])
+    for seed in range(20):
+        step = torch.randn(kept, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert error(gain[:kept] + 1e-3 * step) > least
+    assert least < error((used * used * source["model.norm.weight"][:, None]).sum(0))
+
+
+def test_slnp_on_a_tied_view_is_root_of_the_widths():
+    _, anatomy, source, grams, counts = tied_parts()
+    basis = tied_basis(grams.stream, source["model.norm.weight"], 8)
+    gain = fit(source, basis, 20, grams, counts)
+    turned = rotate_tied(anatomy, basis, gain, source)
+    blueprint = Blueprint(tuple(range(20)), everything(anatomy.sizes).layers)
+    student = dict(stabilise_gains(anatomy, blueprint, turned, cut(anatomy, blueprint, turned)))
+    torch.testing.assert_close(student["model.norm.weight"], gain[:20] * (32 / 20) ** 0.5, rtol=1e-12, atol=0)
+    assert "lm_head.weight" not in student
+
+
+def test_an_output_matrix_of_its_own_needs_no_fitted_gain():
+    _, anatomy, source = parts("llama")
+    with pytest.raises(ValueError, match="not tied"):
+        rotate_tied(anatomy, orthogonal(), torch.ones(32), source)
