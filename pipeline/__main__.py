@@ -3,6 +3,8 @@
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
@@ -21,30 +23,44 @@ def main() -> None:
     """Run a pipeline, or one of the small commands beside it: doctor, calibrate-chip."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if len(sys.argv) > 1 and sys.argv[1] == "doctor":
+    if sys.argv[1:2] == ["doctor"]:
         from pipeline.runtime.doctor import doctor
 
         sys.exit(doctor(sys.argv[2:]))
+    if sys.argv[1:2] == ["calibrate-chip"]:
+        with _clear_faults(), hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            values = hydra.compose("config", overrides=sys.argv[2:])
+            from pipeline.advice import calibrate_chip
+
+            calibrate_chip(validate(OmegaConf.to_container(values, resolve=True)))
+        return
     _compose()
+
+
+@contextmanager
+def _clear_faults() -> Iterator[None]:
+    """End with one clear line where the input, a peer or the numbers are at fault; PIPELINE_TRACEBACK=1 tells all."""
+    from pipeline.runtime.ranks import PeerFailed
+
+    try:
+        yield
+    except (ValueError, FileNotFoundError, TimeoutError, FloatingPointError, PeerFailed) as fault:
+        if os.environ.get("PIPELINE_TRACEBACK"):
+            raise
+        print(f"error: {fault}", file=sys.stderr)
+        sys.exit(2)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _compose(composed: DictConfig) -> None:
     from pipeline import line  # here, so that --help answers without loading torch
-    from pipeline.runtime.ranks import PeerFailed
 
-    try:
+    with _clear_faults():
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             values["track"]["group"] = values["track"]["group"] or values["run"]
             values["run"] = f"{values['run']}/{_sweep_name()}"
-        config = validate(values)
-        line.run(config, "python -m pipeline " + " ".join(sys.argv[1:]))
-    except (ValueError, FileNotFoundError, TimeoutError, PeerFailed) as fault:
-        if os.environ.get("PIPELINE_TRACEBACK"):
-            raise
-        print(f"error: {fault}", file=sys.stderr)
-        sys.exit(2)
+        line.run(validate(values), "python -m pipeline " + " ".join(sys.argv[1:]))
 
 
 def _sweep_name() -> str:

@@ -208,6 +208,12 @@ class Chip(Section):
     devices_per_node: Count
 
 
+class Calibrate(Section):
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    folder: str
+    rounds: Count
+
+
 class Device(Section):
     kind: Literal["auto", "npu", "cuda", "cpu"]
     chip: Chip
@@ -235,6 +241,7 @@ class Config(Section):
     artifacts: str
     stages: list[str] | None
     seed: int
+    dry_run: bool
     recipe: Recipe
     model: Model
     data: Data
@@ -246,6 +253,7 @@ class Config(Section):
     distill: Distill
     export: Export
     evaluate: Evaluate
+    calibrate: Calibrate
     report: Report
     device: Device
     deepspeed: DeepSpeed
@@ -264,5 +272,8 @@ def validate(values: dict) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as fault:
-        lines = [f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']} (got {e['input']!r:.80})" for e in fault.errors()]
+        lines = [
+            f"{'.'.join(map(str, each['loc'])) or 'config'}: {each['msg']} (got {each['input']!r:.80})"
+            for each in fault.errors()
+        ]
         raise ValueError("; ".join(lines)) from None

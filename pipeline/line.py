@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pipeline import advice
 from pipeline.config import Config
 from pipeline.runtime import artifacts
 from pipeline.runtime.device import open_device
@@ -70,6 +71,10 @@ def run(config: Config, command: str) -> dict[str, Path]:
         store = artifacts.Store(
             Path(config.artifacts), ranks, artifacts.code_revision(), patience=float(config.device.timeout)
         )
+        if config.dry_run:
+            made = _walk(config, ["teacher", "shape"], store, machine, record)
+            machine.say(advice.needs(config, made, ranks.world))
+            return made
         made = _walk(config, names, store, machine, record)
         if not any(stage["made_now"] for stage in record["stages"].values()):
             machine.say(f"nothing to do: every stage of run {config.run} was finished before")

@@ -55,7 +55,7 @@ def train(
     `batches`: this rank's micro-batches [micro_batch, sequence], beginning with those of step `start`; `rate`: the
     learning rate of a step. `record` gets the numbers after every step (and of the start): step, loss and its parts,
     learning_rate, grad_norm, tokens, tokens_per_second (training alone), and held_out_kl where it was measured.
-    RuntimeError where loss or gradient are not finite; the last checkpoint stays.
+    FloatingPointError where loss or gradient are not finite; the last checkpoint stays.
     """
     saved = start
     if start == 0:
@@ -67,7 +67,7 @@ def train(
         metrics["learning_rate"] = rate(step)
         metrics["grad_norm"] = engine.step(rate(step)) if math.isfinite(metrics["loss"]) else math.nan
         if not math.isfinite(metrics["grad_norm"]):
-            raise RuntimeError(_diverged(step + 1, metrics, saved, checkpoints))
+            raise FloatingPointError(_diverged(step + 1, metrics, saved, checkpoints))
         done = step + 1
         metrics |= {"step": done, "tokens": done * course.tokens}
         metrics["tokens_per_second"] = course.tokens / (time.perf_counter() - began)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pipeline.model.anatomy import Sizes
+
 AXES = ("layers", "hidden", "heads", "groups", "neurons")
 WIDTHS = (512, 256, 128, 64, 32, 16)  # 256 bf16 elements are one aligned 512-byte burst; 16 is the cube's edge
 STEPS = 8  # steps a teacher's width must still have for a multiple to be used
@@ -25,6 +27,25 @@ class ModelShape:
     neurons: int
     vocabulary: int
     tied: bool
+
+    @staticmethod
+    def of(sizes: Sizes, tied: bool) -> "ModelShape":
+        """Give the shape of a model; its widest layer stands for layers of unequal width."""
+        widest = max(sizes.layers, key=lambda widths: (widths.heads, widths.groups, widths.neurons))
+        return ModelShape(
+            layers=len(sizes.layers),
+            hidden=sizes.hidden,
+            heads=widest.heads,
+            groups=widest.groups,
+            head_size=sizes.head_size,
+            neurons=widest.neurons,
+            vocabulary=sizes.vocabulary,
+            tied=tied,
+        )
+
+    def changed(self, axes: Mapping[str, int]) -> "ModelShape":
+        """Give the same model with these of its five axes changed."""
+        return replace(self, **{axis: axes[axis] for axis in AXES})
 
     def attention_parameters(self) -> int:
         """Q, K, V and O of one layer."""

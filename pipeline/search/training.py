@@ -75,7 +75,7 @@ class Needs:
         verdict = "" if self.fits else f", MORE than {MEMORY_SHARE:.0%} of a device's {self.device_bytes / 1e9:.0f} GB"
         return (
             f"recovery needs {self.devices} x {self.bytes_per_device / 1e9:.2f} GB on {self.chip}{verdict} and "
-            f"{self.hours:.3g} hours for {self.tokens:,} tokens: {self.steps} steps of {sum(self.step.values()):.3g} s"
+            f"{_figures(self.hours)} hours for {self.tokens:,} tokens: {self.steps} steps of {sum(self.step.values()):.3g} s"
         )
 
 
@@ -230,3 +230,8 @@ def _communication_seconds(chip: Chip, own: int, frozen: int, run: Recovery, dev
     if run.zero_stage == 2:
         return (accumulation + 1) * gather
     return accumulation * (3 * gather + gather_seconds(chip, frozen * size, devices))
+
+
+def _figures(value: float) -> str:
+    """Three figures, and never an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

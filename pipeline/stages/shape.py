@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.model.anatomy import Anatomy
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.search.shapes import ModelShape, given_shape, shape_for
 
@@ -20,7 +19,8 @@ def settings(config: Config) -> dict:
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """Write shape.json; ValueError, naming the nearest possible shapes, for one the teacher cannot give."""
-    teacher = shape_of(open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy)
+    anatomy = open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy
+    teacher = ModelShape.of(anatomy.sizes, anatomy.tied)
     if config.shape.given:
         student = given_shape(teacher, config.shape.model_dump())
     else:
@@ -29,18 +29,3 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     kept = student.non_embedding_parameters() / teacher.non_embedding_parameters()
     machine.say(f"shape: {student.axes()} keeps {kept:.1%} of the parameters outside the embeddings")
 
-
-def shape_of(anatomy: Anatomy) -> ModelShape:
-    """Give a model's widths in plain numbers; the widest layer stands for layers of unequal width."""
-    sizes = anatomy.sizes
-    widest = max(sizes.layers, key=lambda widths: (widths.heads, widths.groups, widths.neurons))
-    return ModelShape(
-        layers=len(sizes.layers),
-        hidden=sizes.hidden,
-        heads=widest.heads,
-        groups=widest.groups,
-        head_size=sizes.head_size,
-        neurons=widest.neurons,
-        vocabulary=sizes.vocabulary,
-        tied=anatomy.tied,
-    )
