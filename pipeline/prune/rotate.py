@@ -20,7 +20,7 @@ from pipeline.model.families import EMBEDDING, FINAL_NORM, HEAD, LAYER
 
 UNSEEN = 0.1  # what a token that calibration never met counts in the fit of a tied gain
 CHUNK = 8192  # rows of the embedding in float64 at once
-RIDGE = 1e-12  # of the mean diagonal of the fit's normal equations
+RIDGE = 1e-9  # of the mean diagonal: draws the gain of a direction without energy to the median gain
 
 
 def principal_basis(covariance: Tensor) -> Tensor:
@@ -65,13 +65,13 @@ def tied_gain(basis: Tensor, kept: int, gain: Tensor, embedding: Tensor, counts:
     the Hadamard product ⊙: (Q_KᵀMQ_K ⊙ Q_KᵀSQ_K) g = diag(Q_Kᵀ M diag(γ) S Q_K). Channels that go get the root mean
     square of g, so that SLNP's factor is √(h / h').
     """
-    used = basis[:, :kept].to(torch.float64)
+    used = basis[:, :kept].to("cpu", torch.float64)
     spread, wide = covariance.to(used) / covariance.trace(), gain.to(used)
     tokens = _token_moments(embedding, counts).to(used)
     matrix = (used.T @ tokens @ used) * (used.T @ spread @ used)
     wanted = ((used.T @ tokens * wide) @ spread * used.T).sum(1)
-    matrix.diagonal().add_(RIDGE * matrix.diagonal().mean())
-    fitted = torch.linalg.solve(matrix, wanted)
+    ridge = RIDGE * matrix.diagonal().mean()
+    fitted = torch.linalg.solve(matrix + ridge * torch.eye(kept, dtype=matrix.dtype), wanted + ridge * wide.median())
     rest = fitted.square().mean().sqrt().expand(len(basis) - kept)
     return torch.cat([fitted, rest])
 

@@ -152,9 +152,7 @@ def tied_parts(gain=None):
 
 
 def fit(source, basis, kept, grams, counts):
-    return tied_gain(
-        basis, kept, source["model.norm.weight"], source["model.embed_tokens.weight"], counts, grams.final
-    )
+    return tied_gain(basis, kept, source["model.norm.weight"], source["model.embed_tokens.weight"], counts, grams.final)
 
 
 def standing_out():
@@ -211,6 +209,15 @@ def test_a_tied_gain_is_the_least_squares_fit_of_the_logits(kept):
         step = torch.randn(kept, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         assert error(gain[:kept] + 1e-3 * step) > least
     assert least < error((used * used * source["model.norm.weight"][:, None]).sum(0))
+
+
+def test_a_direction_without_energy_takes_the_median_gain():
+    _, _, source, grams, counts = tied_parts()
+    grams.final[:, 3] = grams.final[3] = 0.0
+    basis = tied_basis(grams.stream, source["model.norm.weight"], 32)
+    gain = fit(source, basis, 32, grams, counts)
+    place = int(basis[3].argmax())
+    assert gain[place] == pytest.approx(float(source["model.norm.weight"].median()), rel=1e-6)
 
 
 def test_slnp_on_a_tied_view_is_root_of_the_widths():
