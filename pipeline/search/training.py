@@ -75,7 +75,8 @@ class Needs:
         verdict = "" if self.fits else f", MORE than {MEMORY_SHARE:.0%} of a device's {self.device_bytes / 1e9:.0f} GB"
         return (
             f"recovery needs {self.devices} x {self.bytes_per_device / 1e9:.2f} GB on {self.chip}{verdict} and "
-            f"{_figures(self.hours)} hours for {self.tokens:,} tokens: {self.steps} steps of {sum(self.step.values()):.3g} s"
+            f"{_figures(self.hours)} hours for {self.tokens:,} tokens: {self.steps} steps of "
+            f"{sum(self.step.values()):.3g} s"
         )
 
 

@@ -247,7 +247,8 @@ def test_a_loop_that_goes_on_ends_where_a_straight_one_does_and_measuring_change
 @pytest.mark.parametrize("fault", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_place_of_the_last_checkpoint(fault):
     engine = Recorder([1.0] * 6 + [fault])
-    with pytest.raises(FloatingPointError, match=r"stopped at step 4: loss (nan|inf).*after step 2 is kept in /checkpoints"):
+    told = r"stopped at step 4: loss (nan|inf).*after step 2 is kept in /checkpoints"
+    with pytest.raises(FloatingPointError, match=told):
         run(engine)
     assert [step for step, _ in engine.saved] == [2]
 
