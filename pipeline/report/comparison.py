@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .facts import Report, perplexity_of
+from .facts import MODELS, Report, perplexity_of
 
 MINUS = "\N{MINUS SIGN}"
 SPACE = "\N{NO-BREAK SPACE}"
@@ -60,7 +60,15 @@ def summary(report: Report) -> str:
     for name, values in perplexity_of(report).items():
         if "start" in values:
             table.append(f"before recovery the perplexity on {name} was {values['start']:.2f}")
-    return "\n".join(table)
+    return "\n".join([*table, *filter(None, [unsteady(report)])])
+
+
+def unsteady(report: Report) -> str:
+    """Say by how much repeated speed measurements of one model differ, where that is more than a fifth."""
+    speed = report["speed"]
+    runs = [speed[who][f"{kind}_runs"] for who in MODELS for kind in ("prefill", "decode")] if speed else []
+    spread = max((max(some) / min(some) for some in runs), default=1.0)
+    return f"speeds are rough: repeated runs of one model differ by up to ×{spread:.1f}" if spread > 1.2 else ""
 
 
 def count(value: float) -> str:

@@ -154,6 +154,8 @@ def stage_costs(stages: Mapping[str, Mapping[str, float]]) -> Drawing:
 
 def duration(seconds: float) -> str:
     """Give a time in the unit one would say it in."""
+    if seconds < 0.1:
+        return "< 0.1 s"
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

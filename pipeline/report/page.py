@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from .comparison import MINUS, count, percent, rate, size, whole
+from .comparison import MINUS, count, percent, rate, size, unsteady, whole
 from .drawing import COLOURS, Drawing, svg
 from .facts import Report, perplexity_of
 from .figures import duration
@@ -111,6 +111,8 @@ def _comparison(report: Report, drawings: Mapping[str, Drawing]) -> str:
             f"Speed: batch {s['batch']}, a prompt of {s['prefill']} tokens, {s['decode']} decoded; teacher and student "
             f"in turn, {turns}, on {_machine(report)}."
         )
+        rough = unsteady(report)
+        notes += [f"{rough[0].upper()}{rough[1:]}."] if rough else []
     return _section("The student beside its teacher", comparison_table(report, " ".join(notes)))
 
 

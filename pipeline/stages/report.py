@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
+from pipeline.report.axes import number
 from pipeline.report.comparison import summary
 from pipeline.report.drawing import Drawing, save_png
 from pipeline.report.facts import Curve, cut_facts, gather, perplexity_of, recovery_curves, recovery_facts
@@ -119,6 +120,6 @@ def _recovery_figures(curves: Mapping[str, Curve]) -> dict[str, Drawing]:
     for name, (metric, title) in titles.items():
         if metric in curves:
             points = curves[metric]
-            told = f"{points[0][1]:.3g} → {points[-1][1]:.3g}"
+            told = f"{number(points[0][1])} → {number(points[-1][1])}"
             drawings[name] = curve(title, points, SEEN, told, dots=len(points) <= 24)
     return drawings

@@ -67,7 +67,9 @@ def example_evaluation(texts=("news",), speed=True):
     small = {"parameters": 1_500_000, "non_embedding_parameters": 500_000, "checkpoint_bytes": 3_000_000}
     how = {"sequence": 32, "stride": 32, "sequences": 4, "tokens": 124, "bytes": 500}
     who = {"teacher": quality(20.0), "start": quality(80.0), "student": quality(25.0)}
-    times = {"teacher": {"prefill": 1000.0, "decode": 40.0}, "student": {"prefill": 1500.0, "decode": 60.0}}
+    runs = {"prefill_runs": [1000.0, 1100.0], "decode_runs": [40.0, 41.0]}
+    times = {"teacher": {"prefill": 1000.0, "decode": 40.0, **runs}}
+    times["student"] = {"prefill": 1500.0, "decode": 60.0, **runs}
     return {
         "device": {"kind": "cpu", "name": "chip", "dtype": "float32", "attention": "sdpa", "ranks": 1, "threads": 2},
         "models": {
@@ -293,6 +295,14 @@ def test_the_summary_is_a_plain_table_with_the_same_rows():
     assert "before recovery" not in summary(example_report(recovered=False))
 
 
+def test_speeds_that_were_not_steady_are_said_to_be_rough():
+    report = example_report()
+    assert "rough" not in summary(report) and "rough" not in page(report, example_drawings(report))
+    report["speed"]["student"]["decode_runs"] = [20.0, 60.0, 50.0]
+    told = "peeds are rough: repeated runs of one model differ by up to ×3.0"
+    assert told in summary(report) and told in page(report, example_drawings(report))
+
+
 def test_report_json_holds_no_number_that_was_not_measured():
     report = example_report(recovered=False, speed=False)
     assert report["recovery"] is None and report["speed"] is None
@@ -310,4 +320,4 @@ def test_recovery_curves_take_what_each_row_has():
 
 
 def test_durations_read_as_one_would_say_them():
-    assert [duration(s) for s in (0.25, 42, 100, 7200)] == ["0.2 s", "42 s", "1.7 min", "2.0 h"]
+    assert [duration(s) for s in (0.01, 0.25, 42, 100, 7200)] == ["< 0.1 s", "0.2 s", "42 s", "1.7 min", "2.0 h"]
