@@ -11,7 +11,7 @@ usage: launch/kubernetes.sh [options] [pipeline overrides]
 AscendJob:  reads MASTER_ADDR, MASTER_PORT, RANK (the rank of the pod), WORLD_SIZE (all NPUs of the job) and
             LOCAL_WORLD_SIZE (NPUs of the pod) or LOCAL_RANK (their list, {0,1,...}).
 PyTorchJob: reads MASTER_ADDR, MASTER_PORT, PET_NNODES, PET_NODE_RANK and PET_NPROC_PER_NODE.
-JOB_NAME names the rendezvous (default pipeline).
+JOB_NAME names the rendezvous (default pipeline); POD_IP is the pod's own address.
 
 $common_options
 END
@@ -31,4 +31,4 @@ else
     nodes=$((WORLD_SIZE / devices)) node=$RANK
     [[ -n $per_node ]] || per_node=$devices
 fi
-start_node "$node" "$nodes" "$MASTER_ADDR" "$MASTER_PORT" "${JOB_NAME:-pipeline}"
+start_node "$node" "$nodes" "$MASTER_ADDR" "$MASTER_PORT" "${JOB_NAME:-pipeline}" "${POD_IP:-}"

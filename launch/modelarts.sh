@@ -22,6 +22,7 @@ if ((nodes > 1)); then
         [[ -n ${!name:-} ]] || fail "$name is not set, though MA_NUM_HOSTS is $nodes; start it as a ModelArts training job"
     done
 fi
-hosts=${VC_WORKER_HOSTS:-localhost}
+IFS=, read -r -a hosts <<<"${VC_WORKER_HOSTS:-localhost}"
+node=${VC_TASK_INDEX:-0}
 [[ -n $per_node ]] || per_node=${MA_NUM_GPUS:-}
-start_node "${VC_TASK_INDEX:-0}" "$nodes" "${hosts%%,*}" "${PORT:-29500}" "${MA_VJ_NAME:-modelarts}"
+start_node "$node" "$nodes" "${hosts[0]}" "${PORT:-29500}" "${MA_VJ_NAME:-modelarts}" "${hosts[node]:-}"

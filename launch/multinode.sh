@@ -9,7 +9,7 @@ usage() {
 usage: launch/multinode.sh --hosts A,B,... [--node-rank R] [options] [pipeline overrides]
 
 Run it on every host, with the same arguments. All hosts need the same artifacts folder (a shared file system).
-  --hosts A,B,...      names or addresses of all hosts; the first one keeps the rendezvous
+  --hosts A,B,...      names or addresses under which the hosts reach each other; the first keeps the rendezvous
   --node-rank R        this host's place in the list, from 0; default: the entry that names this host
   --port P             a free port of the first host (default 29500)
   --job NAME           a name that only this job uses (default pipeline)
@@ -44,4 +44,4 @@ read_options ${rest[@]+"${rest[@]}"}
 [[ -n $list ]] || fail "--hosts is missing; list every host, the first one first"
 IFS=, read -r -a hosts <<<"$list"
 [[ -n $node ]] || node=$(own_place)
-start_node "$node" "${#hosts[@]}" "${hosts[0]}" "$port" "$job"
+start_node "$node" "${#hosts[@]}" "${hosts[0]}" "$port" "$job" "${hosts[node]:-}"

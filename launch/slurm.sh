@@ -8,7 +8,7 @@ usage() {
     cat <<END
 usage: srun --ntasks-per-node=1 launch/slurm.sh [options] [pipeline overrides]
 
-Reads SLURM_JOB_NODELIST, SLURM_NNODES, SLURM_NODEID and SLURM_JOB_ID. PORT sets the rendezvous port of the first node
+Reads SLURM_JOB_NODELIST, SLURM_NNODES, SLURM_NODEID, SLURM_JOB_ID and SLURMD_NODENAME. PORT sets the rendezvous port of the first node
 (default: 29500 and the last three digits of the job's number, so that two jobs can share a node).
 
 $common_options
@@ -22,4 +22,5 @@ done
 [[ ${SLURM_NTASKS:-$SLURM_NNODES} == "$SLURM_NNODES" ]] ||
     fail "SLURM started $SLURM_NTASKS tasks on $SLURM_NNODES nodes; use srun --ntasks-per-node=1, torchrun starts the rest"
 master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-start_node "$SLURM_NODEID" "$SLURM_NNODES" "$master" "${PORT:-$((29500 + SLURM_JOB_ID % 1000))}" "slurm-$SLURM_JOB_ID"
+port=${PORT:-$((29500 + SLURM_JOB_ID % 1000))}
+start_node "$SLURM_NODEID" "$SLURM_NNODES" "$master" "$port" "slurm-$SLURM_JOB_ID" "${SLURMD_NODENAME:-}"

@@ -111,10 +111,12 @@ start() {
     exec "${command[@]}"
 }
 
-# Run this node's part of a job over several nodes: its rank, their number, the first node's address, port, a job name.
+# Run this node's part of a job over several nodes: its rank, their number, the first node's address, port, a job name,
+# and the address under which the others reach this node: any of them may keep the workers' store, and many machines
+# call themselves localhost.
 # The rendezvous is c10d's: its store lives on node 0, survives the restart of a worker, and notices a lost node.
 start_node() {
-    local node=$1 nodes=$2 master=$3 port=$4 job=$5 host=false
+    local node=$1 nodes=$2 master=$3 port=$4 job=$5 address=$6 host=false
     [[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "the number of nodes is '$nodes'"
     if [[ ! $node =~ ^[0-9]+$ ]] || ((node >= nodes)); then fail "this node's rank is '$node' of $nodes nodes"; fi
     [[ -n $master ]] || fail "the first node's address is empty"
@@ -124,5 +126,5 @@ start_node() {
     fi
     if ((node == 0)); then host=true; fi
     start --nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$master:$port" --rdzv-id "$job" \
-        --rdzv-conf "is_host=$host,join_timeout=${JOIN_TIMEOUT:-1800}"
+        --rdzv-conf "is_host=$host,join_timeout=${JOIN_TIMEOUT:-1800}" ${address:+--local-addr "$address"}
 }

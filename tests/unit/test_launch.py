@@ -62,10 +62,13 @@ def refuse(path):
     return run
 
 
-def node(host: bool, nodes: int, endpoint: str, job: str, per_node: int, restarts: int = 0) -> list[str]:
+def node(
+    host: bool, nodes: int, endpoint: str, job: str, per_node: int, restarts: int = 0, address: str = ""
+) -> list[str]:
+    own = ["--local-addr", address] if address else []
     return [
         "--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", job,
-        "--rdzv-conf", f"is_host={str(host).lower()},join_timeout=1800",
+        "--rdzv-conf", f"is_host={str(host).lower()},join_timeout=1800", *own,
         "--nproc-per-node", str(per_node), "--max-restarts", str(restarts), "-m", "pipeline",
     ]  # fmt: skip
 
@@ -124,27 +127,27 @@ def test_dry_run_prints_the_command_as_a_shell_reads_it(path):
 def test_multinode_takes_its_rank_from_the_list_or_from_the_option(launch):
     own = subprocess.run(["hostname"], capture_output=True, text=True, check=True).stdout.strip()
     arguments, _ = launch("multinode.sh", "--hosts", f"first,{own}", "--nproc-per-node", "2", "device=cpu")
-    assert arguments == [*node(False, 2, "first:29500", "pipeline", 2), "device=cpu"]
+    assert arguments == [*node(False, 2, "first:29500", "pipeline", 2, address=own), "device=cpu"]
     arguments, _ = launch(
         "multinode.sh", "--hosts", "10.0.0.1,10.0.0.2", "--node-rank", "0", "--port", "29777", "--job", "mine",
         "--max-restarts", "3", "device=npu", ASCEND_RT_VISIBLE_DEVICES="0,1,2,3",
     )  # fmt: skip
-    assert arguments == [*node(True, 2, "10.0.0.1:29777", "mine", 4, 3), "device=npu"]
+    assert arguments == [*node(True, 2, "10.0.0.1:29777", "mine", 4, 3, "10.0.0.1"), "device=npu"]
 
 
 @pytest.mark.parametrize("place", [0, 2])
 def test_slurm_maps_nodes_not_tasks(launch, place):
     job = dict(SLURM_JOB_NODELIST="node[07-08,11]", SLURM_NNODES="3", SLURM_NODEID=str(place), SLURM_JOB_ID="41250")
     stale = dict(RANK="9", WORLD_SIZE="3", LOCAL_RANK="0", MASTER_ADDR="elsewhere", MASTER_PORT="1")
-    arguments, _ = launch("slurm.sh", "device=cpu", SLURM_NTASKS="3", **job, **stale)
-    assert arguments == [*node(place == 0, 3, "node07:29750", "slurm-41250", 1), "device=cpu"]
+    arguments, _ = launch("slurm.sh", "device=cpu", SLURM_NTASKS="3", SLURMD_NODENAME="node08", **job, **stale)
+    assert arguments == [*node(place == 0, 3, "node07:29750", "slurm-41250", 1, address="node08"), "device=cpu"]
 
 
 @pytest.mark.parametrize("devices", [dict(LOCAL_WORLD_SIZE="8"), dict(LOCAL_RANK="{0,1,2,3,4,5,6,7}")])
 def test_an_ascendjob_gives_a_node_rank_and_counts_all_npus(launch, devices):
     pod = dict(RANK="1", WORLD_SIZE="16", MASTER_ADDR="10.1.2.3", MASTER_PORT="2222", **devices)
-    arguments, _ = launch("kubernetes.sh", "device=npu", JOB_NAME="j", **pod)
-    assert arguments == [*node(False, 2, "10.1.2.3:2222", "j", 8), "device=npu"]
+    arguments, _ = launch("kubernetes.sh", "device=npu", JOB_NAME="j", POD_IP="10.1.2.4", **pod)
+    assert arguments == [*node(False, 2, "10.1.2.3:2222", "j", 8, address="10.1.2.4"), "device=npu"]
 
 
 def test_a_pytorchjob_speaks_through_torchruns_own_variables(launch):
@@ -159,7 +162,7 @@ def test_a_pytorchjob_speaks_through_torchruns_own_variables(launch):
 def test_modelarts_lists_its_hosts_first_one_first(launch):
     job = dict(MA_NUM_HOSTS="2", VC_TASK_INDEX="1", VC_WORKER_HOSTS="job-0.svc,job-1.svc", MA_NUM_GPUS="8")
     arguments, _ = launch("modelarts.sh", "device=npu", MA_VJ_NAME="v", **job)
-    assert arguments == [*node(False, 2, "job-0.svc:29500", "v", 8), "device=npu"]
+    assert arguments == [*node(False, 2, "job-0.svc:29500", "v", 8, address="job-1.svc"), "device=npu"]
     assert launch("modelarts.sh", "device=npu", MA_NUM_HOSTS="1", MA_NUM_GPUS="8")[0] == [*standalone(8), "device=npu"]
 
 
@@ -200,6 +203,7 @@ def test_kubernetes_jobs_run_the_launcher_on_every_pod(name, kind, container, la
         (pod,) = replica["template"]["spec"]["containers"]
         assert pod["name"] == container
         assert pod["command"][0].startswith("/app/launch/")  # where the images put it
+        assert {"JOB_NAME", "POD_IP"} <= {variable["name"] for variable in pod["env"]}
         devices = next(iter(pod["resources"]["limits"].values()))
         assert pod["resources"]["requests"] == pod["resources"]["limits"]
         where = dict(RANK="0", WORLD_SIZE=str(2 * devices), MASTER_ADDR="m", MASTER_PORT="2222")
