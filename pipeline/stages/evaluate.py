@@ -22,6 +22,7 @@ from pipeline.runtime.checkpoint import load_model, load_tokenizer, open_checkpo
 MAKES = "evaluation"
 NEEDS = ("teacher", "start", "export", "tokens")
 EVERY_RANK = True
+FREE = {"batch", "chunk"}  # change speed and memory, not the numbers
 COMPARED = ("teacher", "student")  # timed, given tasks and asked for continuations; `start` is only measured
 
 
@@ -35,7 +36,8 @@ def settings(config: Config) -> dict:
     samples = config.report.model_dump(include={"samples", "sample_prompt", "sample_tokens"})
     device = config.device.model_dump(include={"kind", "attention"})
     files = {task: fingerprint(Path(task)) for task in config.evaluate.tasks if tasks.is_file(task)}
-    return {"evaluate": config.evaluate.model_dump(), "task_files": files, "samples": samples, "device": device}
+    asked = config.evaluate.model_dump(exclude=FREE)
+    return {"evaluate": asked, "task_files": files, "samples": samples, "device": device}
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:

@@ -56,7 +56,6 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     (out / "figures").mkdir(exist_ok=True)
     for name, drawing in drawings.items():
         save_png(drawing, out / "figures" / f"{name}.png")
-        machine.track.image(out / "figures" / f"{name}.png", f"report/{name}")
     (out / "report.html").write_text(page(report, drawings))
     (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     machine.say(summary(report))

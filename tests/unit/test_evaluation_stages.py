@@ -185,4 +185,5 @@ def test_what_the_report_shows_is_in_its_settings_and_where_it_is_kept_is_not():
     assert report.settings(configured("plan.clap=false")) != plain
     assert report.settings(configured("artifacts=elsewhere", "runs=elsewhere")) == plain
     assert evaluate.settings(configured("evaluate.tokens=64")) != evaluate.settings(configured())
-    assert evaluate.settings(configured("distill.tokens=8192")) == evaluate.settings(configured())
+    unchanged = configured("distill.tokens=8192", "evaluate.batch=1", "evaluate.chunk=64")
+    assert evaluate.settings(unchanged) == evaluate.settings(configured())
