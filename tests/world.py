@@ -10,10 +10,9 @@ import torch
 from tests.tiny import save_tiny, tiny_model, tokenizer_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = (
-    "the quick brown fox jumps over a lazy dog while seven wizards brew dark potions near old stone bridges and "
-    "quiet rivers carry light boats past green hills where farmers sing about rain and bread"
-).split()
+VOICES = """the quick brown fox jumps over a lazy dog while seven wizards brew dark potions near old stone bridges and
+quiet rivers carry light boats past green hills where farmers sing about rain and bread"""
+WORDS = VOICES.split()
 
 
 def text(sentences: int, seed: int) -> str:
@@ -82,7 +81,8 @@ def pipeline(*arguments: str, cwd: Path, ranks: int = 0, check: bool = True, **c
     """Run `python -m pipeline`, under torchrun where ranks is given; the output is one text."""
     start = [sys.executable, "-m", "pipeline"]
     if ranks:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "pipeline"]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        start = [sys.executable, *torchrun, "-m", "pipeline"]
     done = subprocess.run(
         [*start, *arguments],
         cwd=cwd,
