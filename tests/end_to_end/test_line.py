@@ -63,7 +63,8 @@ def test_a_second_run_does_no_work_and_says_so(world, first):
 
 
 def test_a_changed_setting_redoes_only_what_depends_on_it(world, first):
-    said = pipeline("run=other", *settings(world, plan__clap="false"), "stages=[score,shape,plan,cut]", cwd=world).stdout
+    chosen = settings(world, plan__clap="false")
+    said = pipeline("run=other", *chosen, "stages=[score,shape,plan,cut]", cwd=world).stdout
     for stage in ("teacher", "tokens", "score", "shape"):
         assert f"{stage}: finished before" in said
     for stage in ("plan", "cut"):
