@@ -1,0 +1,67 @@
+"""Every YAML in conf/ composes and validates, Python holds no other field, and the README's command lines are real."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from pipeline.config import validate
+from pipeline.line import STAGES
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+CHOICES = sorted(
+    f"{path.parent.relative_to(CONF)}={path.stem}" for path in CONF.rglob("*.yaml") if path.parent != CONF
+)
+
+
+def composed(*overrides: str) -> dict:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_composes_and_validates(choice):
+    config = validate(composed(choice))
+    assert set(config.recipe.line) <= set(STAGES)
+
+
+def test_python_holds_no_default_that_the_yaml_lacks():
+    values = composed()
+    config = validate(values)
+    assert config.model_dump(mode="json").keys() == values.keys()
+    for section, fields in config.model_dump(mode="json").items():
+        if isinstance(fields, dict):
+            assert fields.keys() == values[section].keys(), section
+
+
+def readme_commands() -> list[list[str]]:
+    """The words after `-m pipeline` of every command line in the README's blocks, placeholders filled in."""
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(line) for line in lines]
+    return [each[each.index("pipeline") + 1 :] for each in words if "pipeline" in each and "-m" in each]
+
+
+@pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
+def test_the_readmes_command_lines_compose_and_validate(command):
+    assert command
+    overrides = [word for word in command if "=" in word]
+    for override in OverridesParser.create().parse_overrides(overrides):
+        values = override.sweep_iterator() if override.is_sweep_override() else [override.input_line]
+        for value in values:
+            chosen = value if "=" in str(value) else f"{override.key_or_group}={value}"
+            validate(composed(chosen))
+
+
+def test_an_unknown_key_is_refused_by_its_name():
+    with pytest.raises(Exception, match="epochs"):
+        composed("distill.epochs=3")
+    values = composed()
+    values["distill"]["epochs"] = 3
+    with pytest.raises(ValueError, match="distill.epochs: Extra inputs"):
+        validate(values)
