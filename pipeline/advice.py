@@ -12,18 +12,25 @@ from pipeline.runtime.device import open_device
 from pipeline.runtime.log import progress
 from pipeline.search.calibrate import calibrate, write_chip
 from pipeline.search.chip import Chip
+from pipeline.search.pareto import Limits, Serving, shape_within
 from pipeline.search.shapes import ModelShape
 from pipeline.search.training import Recovery, training_needs
 
 
 def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
-    """Give the answer of a dry run, one sentence: devices, memory and hours of recovery on the configured chip.
+    """Give the answer of a dry run: devices, memory and hours of recovery on the configured chip.
 
-    `made` holds the teacher and the shape. With one rank the fewest devices that hold it are found; with more, theirs.
+    `made` holds the teacher and, unless it is searched, the shape. With one rank the fewest devices that hold it are
+    found; with more, theirs.
     """
     anatomy = open_checkpoint(made["teacher"], config.model.allow_pickle).anatomy
     teacher = ModelShape.of(anatomy.sizes, anatomy.tied)
-    student = teacher.changed(json.loads((made["shape"] / "shape.json").read_text()))
+    chip = Chip(**config.device.chip.model_dump())
+    if "shape" in made:
+        student, told = teacher.changed(json.loads((made["shape"] / "shape.json").read_text())), ""
+    else:
+        student = shape_within(chip, teacher, Serving(**config.search.serving), Limits(**config.budget.limits))
+        told = f"the search will measure which shape; of those within its limits {student.axes()} promises the most: "
     asked = config.distill
     run = Recovery(
         tokens=asked.tokens,
@@ -36,8 +43,7 @@ def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
         chunk=asked.loss.chunk,
         score_tokens=config.score.tokens,
     )
-    chip = Chip(**config.device.chip.model_dump())
-    return training_needs(chip, teacher, student, run, ranks if ranks > 1 else None).sentence()
+    return told + training_needs(chip, teacher, student, run, ranks if ranks > 1 else None).sentence()
 
 
 def calibrate_chip(config: Config) -> Path:

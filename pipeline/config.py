@@ -86,6 +86,22 @@ class Shape(Section):
 class Budget(Section):
     parameters: Fraction | None
     fallback: Fraction
+    speedup: Positive | None
+    memory_gb: Positive | None
+    decode_rate: Positive | None
+    prefill_seconds: Positive | None
+
+    @property
+    def predicted(self) -> dict[str, float]:
+        """The limits that only the chip model can keep to, those that are set."""
+        limits = self.model_dump(include={"speedup", "decode_rate", "prefill_seconds"}, exclude_none=True)
+        return limits | ({"memory_bytes": self.memory_gb * 1e9} if self.memory_gb else {})
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """All limits that are set; where none is, the fallback."""
+        parameters = self.parameters or (None if self.predicted else self.fallback)
+        return self.predicted | ({"parameters": parameters} if parameters else {})
 
 
 class Score(Section):
@@ -93,6 +109,23 @@ class Score(Section):
     batch: Count
     aggregation: Literal["sum", "minitron"]
     norms: Literal["all", "pre"]
+
+
+class Search(Section):
+    candidates: Count
+    tolerance: Weight
+    tokens: Count
+    speed: Literal["decode", "prefill"]
+    batch: Count
+    prompt: Count
+    context: Count
+    precision: Literal["bf16", "fp32", "int8"]
+    tensor_parallel: Count
+
+    @property
+    def serving(self) -> dict[str, int | str]:
+        """How the student will be used, without how it is searched for."""
+        return self.model_dump(exclude={"candidates", "tolerance", "tokens"})
 
 
 class Plan(Section):
@@ -103,6 +136,12 @@ class Plan(Section):
     channels: Literal["activation", "random"]
     heads: Literal["activation", "random"]
     neurons: Literal["activation", "random"]
+
+    @property
+    def policy(self) -> dict[str, Any]:
+        """How layers, heads, neurons and channels are chosen; `drawn` are the kinds chosen at random."""
+        drawn = [kind for kind in ("channels", "heads", "neurons") if getattr(self, kind) == "random"]
+        return self.model_dump(exclude={"channels", "heads", "neurons"}) | {"drawn": drawn}
 
 
 class Reinit(Section):
@@ -248,6 +287,7 @@ class Config(Section):
     shape: Shape
     budget: Budget
     score: Score
+    search: Search
     plan: Plan
     reinit: Reinit
     distill: Distill

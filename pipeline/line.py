@@ -12,13 +12,14 @@ from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import join, place
 from pipeline.runtime.track import Track, open_track
-from pipeline.stages import absorb, cut, distill, evaluate, export, plan, report, score, shape, teacher, tokens
+from pipeline.stages import absorb, cut, distill, evaluate, export, plan, report, score, search, shape, teacher, tokens
 
 STAGES: dict[str, ModuleType] = {
     "teacher": teacher,
     "tokens": tokens,
     "score": score,
     "shape": shape,
+    "search": search,
     "plan": plan,
     "cut": cut,
     "absorb": absorb,
@@ -34,6 +35,8 @@ VIEW = {
     "scores": ("scores", ""),
     "blueprint.json": ("blueprint", "blueprint.json"),
     "shape.json": ("shape", "shape.json"),
+    "search.json": ("shape", "search.json"),
+    "pareto.png": ("shape", "pareto.png"),
     "start": ("start", ""),
     "student": ("export", ""),
     "evaluation.json": ("evaluation", "evaluation.json"),
@@ -116,7 +119,7 @@ def _step(
     if missing:
         if not wanted:
             return None, False
-        maker = next(other for other, module in STAGES.items() if missing[0] == module.MAKES)
+        maker = next(other for other in _makers(config) if missing[0] == STAGES[other].MAKES)
         raise ValueError(f"stages: {name} needs {missing[0]}, which stage {maker} makes; add {maker} to stages")
     inputs = {need: made[need] for need in (*stage.NEEDS, *getattr(stage, "OPTIONAL", ())) if need in made}
     if hasattr(stage, "applies") and not stage.applies(config, inputs):
@@ -140,6 +143,11 @@ def _step(
         machine.ranks.wait(f"stage {name}")
         seconds = time.monotonic() - began
         return store.publish(name, key, settings, names, seconds, machine.device.peak_memory()), True
+
+
+def _makers(config: Config) -> list[str]:
+    """Give all stages but the one of `shape` and `search` that makes no shape in this recipe."""
+    return [name for name in STAGES if name != ("shape" if config.recipe.shape == "search" else "search")]
 
 
 def _tell(track: Track, run: str, stage: str, folder: Path) -> None:

@@ -24,6 +24,16 @@ def stream(packed: Packed, batch: int, rank: int, world: int, start: int, seed: 
     return _batches(packed, batch, rank, world, start, seed)
 
 
+def left_over(packed: Packed, used: int, seed: int) -> list[int]:
+    """Give the rows that no position of the stream before `used` holds, in the order of the text."""
+    sizes = [domain["sequences"] for domain in packed.domains]
+    draws = _draws(sizes, [domain["weight"] for domain in packed.domains])
+    seen: set[int] = set()
+    for epoch, begun in enumerate(range(0, used, sum(draws))):
+        seen.update(_order(sizes, draws, seed, epoch)[: used - begun].tolist())
+    return [row for row in range(len(packed)) if row not in seen]
+
+
 def _batches(packed: Packed, batch: int, rank: int, world: int, start: int, seed: int) -> Iterator[Tensor]:
     sizes = [domain["sequences"] for domain in packed.domains]
     draws = _draws(sizes, [domain["weight"] for domain in packed.domains])

@@ -4,7 +4,7 @@ Depth by block influence, heads inside KV groups, KV groups with cross-layer don
 (Pangu Light 2505.20155, eq. 1-5).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,6 +38,28 @@ def plan(
         groups = _groups(anatomy, scores, donors, width, clap_normalise)
         plans.append(LayerPlan(host, groups, _top(scores.neurons[host], width.neurons)))
     return Blueprint(_top(scores.channels, hidden), tuple(plans))
+
+
+def plan_uniform(
+    anatomy: Anatomy,
+    scores: Scores,
+    shape: Mapping[str, int],
+    *,
+    depth: str,
+    keep_first: int,
+    drawn: Sequence[str],
+    seed: int,
+    clap: bool,
+    clap_normalise: bool = False,
+) -> Blueprint:
+    """Give the blueprint of a student whose layers all have the widths of `shape` (layers hidden heads groups neurons).
+
+    Layers stay as `kept_layers` says; the kinds `drawn` (channels, heads, neurons) stay at random, by `seed`.
+    """
+    hosts = kept_layers(scores.layers, shape["layers"], depth, keep_first)
+    widths = [LayerSizes(shape["heads"], shape["groups"], shape["neurons"])] * len(hosts)
+    scores = shuffled(scores, drawn, seed)
+    return plan(anatomy, scores, hosts, widths, shape["hidden"], clap=clap, clap_normalise=clap_normalise)
 
 
 def kept_layers(influence: Tensor, count: int, policy: str, keep_first: int) -> list[int]:

@@ -1,0 +1,146 @@
+"""search: the student's five widths, the fastest of a few that were really cut and lost little by it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.data.packing import Packed
+from pipeline.data.stream import left_over
+from pipeline.evaluation.perplexity import tally
+from pipeline.model.scores import Scores
+from pipeline.model.settings import student_config
+from pipeline.prune.plan import plan_uniform
+from pipeline.prune.reinit import compensate_gain, stabilise_gains
+from pipeline.prune.surgery import as_it_is, cut
+from pipeline.runtime.artifacts import need_space, write_atomically
+from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint, write_checkpoint
+from pipeline.search import picture
+from pipeline.search.chip import Chip
+from pipeline.search.pareto import Limits, Serving
+from pipeline.search.pareto import search as search_shapes
+from pipeline.search.shapes import ModelShape
+
+MAKES = "shape"
+NEEDS = ("teacher", "tokens", "scores")
+EVERY_RANK = False
+RESUMES = True  # what was measured is kept in losses.json
+SCRATCH = "student"  # the one cut student there is at a time
+
+
+def check(config: Config) -> None:
+    """Refuse a shape that is given and searched, too."""
+    if applies(config, {}) and config.shape.given:
+        raise ValueError("recipe.shape is search, but shape.* gives the shape; limit a search by budget.* instead")
+
+
+def applies(config: Config, inputs: dict[str, Path]) -> bool:
+    """Whether the shape is searched."""
+    return config.recipe.shape == "search"
+
+
+def settings(config: Config) -> dict:
+    """Give the search and its limits, the chip, how a student is planned and cut, and what measures it."""
+    return {
+        "search": config.search.model_dump(),
+        "limits": config.budget.limits,
+        "chip": config.device.chip.model_dump(),
+        "plan": config.plan.model_dump(),
+        "reinit": config.reinit.model_dump(include={"slnp", "gain_compensation"}),
+        "seed": config.seed,
+        "device": config.device.model_dump(include={"kind", "attention"}),
+    }
+
+
+def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
+    """Write shape.json, and how it was found: search.json, pareto.png and losses.json.
+
+    ValueError where no shape keeps to the limits, or scoring left no text to measure losses on.
+    """
+    source = open_checkpoint(inputs["teacher"], config.model.allow_pickle)
+    scores = Scores.load(inputs["scores"] / "scores.safetensors")
+    text = Packed(inputs["tokens"] / "calibration")
+    rows = _rows(text, scores.tokens, config)
+    teacher = ModelShape.of(source.anatomy.sizes, source.anatomy.tied)
+    need_space(out, source.bytes())
+
+    def measure(shape: ModelShape) -> float:
+        batches = (_batch(text, rows[at : at + config.score.batch]) for at in range(0, len(rows), config.score.batch))
+        model = _student(config, shape, source, scores, out / SCRATCH, machine)
+        total = tally(model, batches, config.evaluate.chunk)
+        del model  # it may still read its file
+        shutil.rmtree(out / SCRATCH)
+        return float(total[0] / total[2])
+
+    asked = config.search
+    found = search_shapes(
+        Chip(**config.device.chip.model_dump()),
+        teacher,
+        Serving(**asked.serving),
+        Limits(**config.budget.limits),
+        asked.candidates,
+        asked.tolerance,
+        _remembered(measure, out / "losses.json"),
+        lambda shapes: machine.progress(shapes, len(shapes), "search"),
+    )
+    picture.draw(found, out / "pareto.png")
+    machine.track.image(out / "pareto.png", "search/pareto")
+    (out / "search.json").write_text(json.dumps(found.to_json(), indent=1) + "\n")
+    (out / "shape.json").write_text(json.dumps(found.picked.shape.axes(), indent=2))
+    faster = found.teacher.seconds(found.serving) / found.picked.seconds(found.serving)
+    machine.say(
+        f"search: {found.picked.shape.axes()} keeps {found.picked.kept:.1%} of the parameters outside the embeddings, "
+        f"is predicted {faster:.2f} times as fast on {found.chip}, and has a loss of {found.picked.loss:.3f} right "
+        f"after cutting; the lowest of {len(found.candidates)} is {min(each.loss for each in found.candidates):.3f}"
+    )
+
+
+def _rows(text: Packed, scored: int, config: Config) -> list[int]:
+    """Give the rows to measure on, spread over all that scoring, which read `scored` tokens, left of the text."""
+    wanted = max(1, config.search.tokens // text.sequence)
+    left = left_over(text, -(-scored // text.sequence), config.seed)
+    if len(left) < wanted:
+        raise ValueError(
+            f"search.tokens is {config.search.tokens}, {wanted} sequences, but scoring left {len(left)} of the "
+            f"{len(text)} of the calibration text; lower score.tokens or search.tokens, or give a longer text"
+        )
+    return [left[place * len(left) // wanted] for place in range(wanted)]
+
+
+def _batch(text: Packed, rows: list[int]) -> Tensor:
+    return torch.from_numpy(np.stack([text[row] for row in rows]).astype(np.int64))
+
+
+def _student(
+    config: Config, shape: ModelShape, source: Checkpoint, scores: Scores, scratch: Path, machine
+) -> torch.nn.Module:
+    """Give a student planned from the shared scores, cut and re-initialised, by way of a model folder `scratch`."""
+    anatomy, device = source.anatomy, machine.device
+    blueprint = plan_uniform(anatomy, scores, shape.axes(), **config.plan.policy, seed=config.seed)
+    donate = compensate_gain(anatomy, source) if config.reinit.gain_compensation else as_it_is
+    stream = cut(anatomy, blueprint, source, donate)
+    if config.reinit.slnp:
+        stream = stabilise_gains(anatomy, blueprint, source, stream)
+    shutil.rmtree(scratch, ignore_errors=True)
+    write_checkpoint(scratch, student_config(source.config, anatomy, blueprint), stream, config.export.shard_bytes)
+    model = load_model(scratch, device.compute_dtype, device.attention, config.model.trust_remote_code)
+    return model.to(device.torch)
+
+
+def _remembered(measure: Callable[[ModelShape], float], path: Path) -> Callable[[ModelShape], float]:
+    """Give a measure that writes down each loss in a file, and measures no shape that has one there."""
+    losses: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def remembered(shape: ModelShape) -> float:
+        name = " ".join(f"{axis}={width}" for axis, width in shape.axes().items())
+        if name not in losses:
+            losses[name] = measure(shape)
+            write_atomically(path, json.dumps(losses, indent=1) + "\n")
+        return losses[name]
+
+    return remembered

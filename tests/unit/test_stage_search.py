@@ -1,0 +1,167 @@
+"""The search stage: it measures what plan and cut make, on text nothing else was read from, and resumes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import advice, line
+from pipeline.data.packing import Packed
+from pipeline.data.stream import left_over, stream
+from pipeline.evaluation.perplexity import tally
+from pipeline.model.scores import Scores
+from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.runtime.device import open_device
+from pipeline.runtime.machine import Machine
+from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.track import Track
+from pipeline.search.pareto import Serving, describe
+from pipeline.search.shapes import ModelShape
+from pipeline.stages import cut, plan, score, search, shape, tokens
+from tests.chips import chip
+from tests.tiny_text import configured
+from tests.world import make_world
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
+
+
+def machine() -> Machine:
+    """The real machine, computing in float32 so that two ways to the same number agree."""
+    device = replace(open_device("cpu", "auto", False, 0, 0), compute_dtype=torch.float32)
+    return Machine(device, Ranks(0, 1, 0), Track(None))
+
+
+def configure(folder: Path, *overrides: str):
+    paths = [f"data.{use}.path={folder / use}.txt" for use in ("calibration", "recovery", "evaluation")]
+    small = ("score.tokens=512", "search.tokens=256", "search.candidates=3", "recipe.shape=search", "device=cpu")
+    return configured(*paths, *small, *overrides)
+
+
+def made_by(stage, config, inputs: dict[str, Path], out: Path) -> Path:
+    out.mkdir(exist_ok=True)
+    stage.run(config, inputs, out, machine())
+    return out
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A teacher, its tokens and its scores."""
+    folder = make_world(tmp_path_factory.mktemp("search"), **SMALL)
+    config, made = configure(folder), {"teacher": folder / "model"}
+    made["tokens"] = made_by(tokens, config, made, folder / "tokens")
+    made["scores"] = made_by(score, config, made, folder / "scores")
+    return folder, made
+
+
+@pytest.fixture(scope="module")
+def found(world):
+    folder, made = world
+    return made_by(search, configure(folder), made, folder / "found")
+
+
+def test_a_search_writes_the_shape_it_picked_and_how_it_was_found(found):
+    told = json.loads((found / "search.json").read_text())
+    picked = json.loads((found / "shape.json").read_text())
+    assert picked == told["picked"] and list(picked) == ["layers", "hidden", "heads", "groups", "neurons"]
+    losses = [each["loss"] for each in told["candidates"]]
+    good = [each for each in told["candidates"] if each["loss"] <= min(losses) + 0.05]
+    assert picked == max(good, key=lambda each: each["decode_rate"])["shape"]
+    assert 2 <= len(losses) <= 3 and all(each["kept"] <= 0.75 for each in told["candidates"])
+    assert (found / "pareto.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert sorted(path.name for path in found.iterdir()) == ["losses.json", "pareto.png", "search.json", "shape.json"]
+
+
+def test_the_loss_of_the_picked_shape_is_that_of_what_plan_and_cut_make(world, found, tmp_path):
+    folder, made = world
+    config = configure(folder)
+    made = made | {"shape": found}
+    made["blueprint"] = made_by(plan, config, made, tmp_path / "blueprint")
+    start = made_by(cut, config, made, tmp_path / "start")
+    text = Packed(made["tokens"] / "calibration")
+    rows = search._rows(text, Scores.load(made["scores"] / "scores.safetensors").tokens, config)
+    model = load_model(start, torch.float32, "sdpa")
+    total = tally(model, [search._batch(text, rows)], 1024)
+    told = json.loads((found / "search.json").read_text())
+    loss = next(each["loss"] for each in told["candidates"] if each["shape"] == told["picked"])
+    assert loss == pytest.approx(float(total[0] / total[2]), rel=1e-5)
+    assert len(rows) == 8 and total[2] == 8 * 31
+
+
+def test_no_sequence_that_was_scored_is_measured(world):
+    folder, made = world
+    config = configure(folder)
+    text = Packed(made["tokens"] / "calibration")
+    scored = {tuple(row.tolist()) for row in next(stream(text, 512 // 32, 0, 1, 0, config.seed))}
+    measured = {tuple(text[row].tolist()) for row in search._rows(text, 512, config)}
+    assert len(scored) == 16 and len(measured) == 8 and not scored & measured
+
+
+def test_what_scoring_left_over_is_every_row_no_position_held(world):
+    text = Packed(world[1]["tokens"] / "calibration")
+    for used in (0, 1, 7, len(text) - 1, len(text), 2 * len(text)):
+        held = {tuple(row.tolist()) for row in next(stream(text, used, 0, 1, 0, 5))} if used else set()
+        left = left_over(text, used, 5)
+        assert len(left) == max(0, len(text) - used)
+        assert not held & {tuple(text[row].tolist()) for row in left}
+
+
+def test_too_little_text_left_is_refused_before_anything_is_cut(world, tmp_path):
+    folder, made = world
+    with pytest.raises(ValueError, match=r"search.tokens is 9999999.*scoring left .* lower score.tokens"):
+        made_by(search, configure(folder, "search.tokens=9999999"), made, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_that_was_cut_short_measures_no_shape_twice(world, found, tmp_path):
+    folder, made = world
+    losses = json.loads((found / "losses.json").read_text())
+    first, *rest = losses
+    (tmp_path / "losses.json").write_text(json.dumps({first: 1.25}))
+    (tmp_path / search.SCRATCH).mkdir()
+    (tmp_path / search.SCRATCH / "part-0.safetensors").write_bytes(b"half")
+    made_by(search, configure(folder), made, tmp_path)
+    again = json.loads((tmp_path / "losses.json").read_text())
+    assert again == {first: 1.25} | {name: losses[name] for name in rest}
+    assert not (tmp_path / search.SCRATCH).exists()
+
+
+def test_one_stage_makes_the_shape_and_the_given_one_depends_on_no_scores(world):
+    folder, _ = world
+    searching, given = configure(folder), configure(folder, "recipe.shape=given", "search.batch=3")
+    for config, maker, other in ((searching, search, shape), (given, shape, search)):
+        assert maker.applies(config, {}) and not other.applies(config, {})
+        assert line.check(config)[2:6] == ["score", "shape", "search", "plan"]
+    assert shape.NEEDS == ("teacher",)
+    assert shape.settings(given) == shape.settings(configure(folder, "recipe.shape=given", "device/chip=910B3"))
+
+
+def test_a_shape_that_is_given_and_limited_by_predictions_or_searched_is_refused(world):
+    folder, _ = world
+    with pytest.raises(ValueError, match=r"recipe.shape is search, but shape.\* gives the shape"):
+        line.check(configure(folder, "shape.layers=3"))
+    with pytest.raises(ValueError, match=r"budget.\* limits it by \['speedup'\]"):
+        line.check(configure(folder, "recipe.shape=given", "shape.layers=3", "budget.speedup=1.2"))
+
+
+def test_limits_of_speed_and_memory_hold_with_nothing_measured(world, tmp_path):
+    folder, made = world
+    teacher = open_checkpoint(made["teacher"]).anatomy
+    dense = ModelShape.of(teacher.sizes, teacher.tied)
+    config = configure(folder, "recipe.shape=given", "device/chip=910B1", "budget.speedup=1.3", "search.batch=8")
+    serving = Serving(**config.search.serving)
+    npu = chip("910B1")
+    before = describe(npu, dense, dense, serving)
+    limit = 0.5 * before.memory_bytes
+    config = config.model_copy(update={"budget": config.budget.model_copy(update={"memory_gb": limit / 1e9})})
+    widths = json.loads((made_by(shape, config, made, tmp_path) / "shape.json").read_text())
+    after = describe(npu, dense, dense.changed(widths), serving)
+    assert before.seconds(serving) >= 1.3 * after.seconds(serving) and after.memory_bytes <= limit
+    assert config.budget.limits.keys() == {"speedup", "memory_bytes"}
+
+
+def test_a_dry_run_of_a_search_answers_for_the_shape_that_promises_most(world):
+    folder, made = world
+    told = advice.needs(configure(folder), made, 1)
+    assert told.startswith("the search will measure which shape") and "recovery needs 1 x" in told
