@@ -1,0 +1,145 @@
+"""Where a teacher comes from: folders, openPangu, GGUF files whole and in parts, packages; what is refused."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.runtime.origin import adopt, locate
+from tests.tiny import save_tiny, tensors_of, tiny_model, tokens
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(tokens()).logits
+
+
+def test_openpangu_is_read_as_the_llama_with_biases_that_it_is(tmp_path):
+    model = tiny_model("llama-biases", mlp_bias=False, dtype=torch.float32)
+    folder = save_tiny(model, tmp_path / "pangu")
+    config = json.loads((folder / "config.json").read_text())
+    for field in ("attention_bias", "mlp_bias"):
+        config.pop(field)
+    config |= {"model_type": "PanguEmbedded", "architectures": ["PanguEmbeddedForCausalLM"], "bias": True}
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_openpangu_dense.PanguEmbeddedForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    adopt(locate(str(folder)), tmp_path / "teacher")
+    adopted = load_model(tmp_path / "teacher", torch.float32, "eager")
+    assert type(adopted).__name__ == "LlamaForCausalLM"
+    assert torch.equal(logits(adopted), logits(model))
+    assert "self_attn.o_proj.bias" in open_checkpoint(tmp_path / "teacher").anatomy.optional
+
+
+def test_a_folder_is_adopted_by_links_and_never_changed(tmp_path):
+    folder = save_tiny(tiny_model("qwen3", dtype=torch.float32), tmp_path / "m")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    adopt(locate(str(folder)), tmp_path / "teacher")
+    assert (tmp_path / "teacher" / "model.safetensors").is_symlink()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def write_gguf(path, model):
+    """Write a tiny tied Llama with a byte-level tokenizer as an unquantised GGUF file."""
+    import gguf
+
+    config, state = model.config, tensors_of(model)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    words = ["<unk>", "<s>", "</s>", "!!", *(chr(33 + i) for i in range(92))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(words)
+    writer.add_token_types([3, 3, 3] + [1] * 93)
+    writer.add_token_merges(["! !"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    for name, tensor in state.items():
+        for ours, theirs in names.items():
+            name = name.replace(f".{ours}.", f".{theirs}.")
+        name = name.replace("model.layers.", "blk.").replace("model.embed_tokens", "token_embd")
+        name = name.replace("model.norm", "output_norm")
+        if "attn_q." in name or "attn_k." in name:  # GGUF keeps the two halves of a rotary head interleaved
+            tensor = tensor.view(-1, 2, config.head_dim // 2, config.hidden_size).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(name, tensor.numpy().astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def gguf_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gguf")
+    model = tiny_model("llama-tied", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())  # the teacher is kept in bfloat16
+    write_gguf(folder / "tiny.gguf", model)
+    return folder / "tiny.gguf", model
+
+
+def test_a_gguf_file_gives_the_model_it_was_made_of(gguf_model, tmp_path):
+    path, model = gguf_model
+    adopt(locate(str(path)), tmp_path / "teacher")
+    read = open_checkpoint(tmp_path / "teacher")
+    assert "quantization_config" not in read.config
+    for name, tensor in tensors_of(model).items():
+        assert torch.equal(read[name].float(), tensor), name
+
+
+def test_a_gguf_in_the_parts_of_installed_packages_is_put_together(gguf_model, tmp_path, monkeypatch):
+    path, model = gguf_model
+    whole = path.read_bytes()
+    for number, piece in enumerate((whole[: len(whole) // 2], whole[len(whole) // 2 :])):
+        package = tmp_path / f"tinymodel_part{number + 1}"
+        (package / "data").mkdir(parents=True)
+        (package / "data" / f"tiny.gguf.part0{number}").write_bytes(piece)
+    (tmp_path / "tinymodel").mkdir()
+    (tmp_path / "tinymodel" / "__init__.py").write_text("")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    adopt(locate("package:tinymodel"), tmp_path / "teacher")
+    read = open_checkpoint(tmp_path / "teacher")
+    assert all(torch.equal(read[name].float(), tensor) for name, tensor in tensors_of(model).items())
+    assert not list((tmp_path / "teacher").glob("*.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("package:not_a_package", "package not_a_package is not installed"),
+        ("nowhere/at/all/deep", "does not exist"),
+        ("{tmp}/empty", "has no config.json"),
+        ("{tmp}/notes.txt", "is a file but not a .gguf"),
+        ("{tmp}/broken.gguf", None),
+    ],
+)
+def test_what_is_no_model_is_refused_in_one_line(path, told, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 64)
+    path = path.format(tmp=tmp_path)
+    if told is None:
+        with pytest.raises(ValueError, match="cannot be read as GGUF"):
+            adopt(locate(path), tmp_path / "t")
+    else:
+        with pytest.raises(ValueError, match=told):
+            locate(path)
