@@ -51,6 +51,22 @@ def gather(
     }
 
 
+def faster(search: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], float]]:
+    """Give the candidates of search.json, each with its predicted speed over the teacher's, fastest first."""
+    found = []
+    for each in search["candidates"]:
+        decode = each["decode_rate"] / search["teacher"]["decode_rate"]
+        prefill = search["teacher"]["prefill_seconds"] / each["prefill_seconds"]
+        found.append((each, prefill if search["serving"]["speed"] == "prefill" else decode))
+    return sorted(found, key=lambda pair: -pair[1])
+
+
+def widths(shape: Mapping[str, int]) -> str:
+    """Give the five widths of a shape as a person says them."""
+    heads = f"{shape['heads']}/{shape['groups']} heads"
+    return f"{shape['layers']} layers, {shape['hidden']} hidden, {heads}, {shape['neurons']} neurons"
+
+
 def perplexity_of(report: Report) -> dict[str, dict[str, float]]:
     """Give the bare perplexities: text -> teacher, start where it was recovered from, student."""
     return {

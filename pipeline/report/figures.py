@@ -1,6 +1,7 @@
 """The report's figures, each a drawing made from plain values."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from pipeline.model.anatomy import Sizes
 from pipeline.model.blueprint import Blueprint
@@ -9,7 +10,7 @@ from pipeline.model.scores import Scores
 from .anatomy_map import anatomy_map, fate
 from .axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, legend, number, panel, scale
 from .drawing import Area, Box, Dot, Drawing, Line, Mark, Text
-from .facts import Curve
+from .facts import Curve, faster, widths
 
 BARS = 120
 
@@ -88,6 +89,31 @@ def curve(title: str, points: Curve, x_label: str, told: str, dots: bool = False
         marks.append(Dot(*places[-1], 3.0, "kept", f"{number(xs[-1])}: {values[-1]:.4g}"))
     marks.append(Text(LEFT, 30, told, size=10.5))
     alt = f"{title}: from {values[0]:.4g} to {values[-1]:.4g} over {number(xs[-1])} {x_label}."
+    return Drawing(WIDTH, HEIGHT, alt, tuple(marks))
+
+
+def shapes_searched(search: Mapping[str, Any]) -> Drawing:
+    """Draw the shapes of search.json: predicted speed over the teacher's, and loss over the lowest right after cutting.
+
+    The front is filled and joined, what lies behind it hollow, and the picked shape ringed.
+    """
+    found = faster(search)
+    lowest = min(each["loss"] for each, _ in found)
+    x = scale([speed for _, speed in found], LEFT, WIDTH - RIGHT)
+    y = scale([each["loss"] - lowest for each, _ in found], HEIGHT - BOTTOM, TOP + 2)
+    marks = panel(
+        "Shapes cut and measured", x, y, f"{search['serving']['speed']} speed, times the teacher's (predicted)"
+    )
+    marks.append(Text(LEFT, 30, f"nats over the lowest loss, {lowest:.3f}", size=10.5))
+    places = {id(each): (x(speed), y(each["loss"] - lowest)) for each, speed in found}
+    marks.append(Line(tuple(places[id(each)] for each, _ in found if each["front"]), "kept", 1.4))
+    for each, speed in found:
+        role = "kept" if each["front"] else "muted"
+        tip = f"{widths(each['shape'])}: {speed:.2f} times, loss {each['loss']:.3f}"
+        if each["shape"] == search["picked"]:  # first, as a ring is filled with paper
+            marks.append(Dot(*places[id(each)], 7.0, "donated", f"picked: {tip}", hollow=True))
+        marks.append(Dot(*places[id(each)], 3.4, role, tip, hollow=not each["front"]))
+    alt = f"{len(found)} shapes by predicted speed and loss after cutting; picked: {widths(search['picked'])}."
     return Drawing(WIDTH, HEIGHT, alt, tuple(marks))
 
 

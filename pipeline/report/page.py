@@ -10,7 +10,7 @@ from .comparison import MINUS, count, percent, rate, size, unsteady, whole
 from .drawing import COLOURS, Drawing, svg
 from .facts import Report, perplexity_of
 from .figures import duration
-from .tables import comparison_table, plain_table, quality_table, task_table
+from .tables import comparison_table, plain_table, quality_table, search_table, task_table
 
 TEMPLATE = Path(__file__).with_name("page.html")
 TEXT_WIDTH = 736  # pixels of the page's column
@@ -19,7 +19,7 @@ RECOVERY = ("loss", "kl", "rate")
 
 def page(report: Report, drawings: Mapping[str, Drawing]) -> str:
     """Give the page of a report with its figures; a figure or a number that is absent has no place on it."""
-    parts = (_comparison, _quality, _samples, _cut, _importance, _recovery, _costs, _making)
+    parts = (_comparison, _quality, _samples, _search, _cut, _importance, _recovery, _costs, _making)
     student = count(report["parameters"]["student"])
     return Template(TEMPLATE.read_text()).substitute(
         title=escape(f"{report['model']}, pruned to {student} parameters"),
@@ -162,6 +162,23 @@ def _samples(report: Report, drawings: Mapping[str, Drawing]) -> str:
         articles.append(f'<article class="sample"><blockquote>{prompt} …</blockquote><div>{told}</div></article>')
     intro = _paragraph("Greedy continuations of held-out text, not selected.")
     return _section("In their own words", intro, f'<div class="samples wide">{"".join(articles)}</div>')
+
+
+def _search(report: Report, drawings: Mapping[str, Drawing]) -> str:
+    if "search" not in report:
+        return ""
+    search = report["search"]
+    told = (
+        f"Shapes within the budget were sifted by their predicted speed on {search['chip']}; these were really cut "
+        f"and measured, before any recovery. Picked: {search['rule']}."
+    )
+    serving = search["serving"]
+    caption = (
+        f"All but the loss is predicted, for {serving['batch']} sequences at a time, prompts of {serving['prompt']} "
+        f"tokens, contexts of {serving['context']}, {serving['precision']}. Parameters kept are those outside the "
+        "embeddings. The loss is in nats a token, on calibration text that was not scored."
+    )
+    return _section("How the shape was found", _beside(drawings["shapes"], told), search_table(search, caption))
 
 
 def _cut(report: Report, drawings: Mapping[str, Drawing]) -> str:

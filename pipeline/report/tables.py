@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from .comparison import rows, size, whole
-from .facts import Report
+from .facts import Report, faster, widths
 
 NAMES = {"teacher": "teacher", "start": "before recovery", "student": "student"}
 MEASURES = (
@@ -56,6 +56,24 @@ def task_table(report: Report, caption: str) -> str:
                 cells = [_with_error(found[task], metric) for found in (teacher, student)]
                 body.append(_line(metric, cells, ("teacher", "student")))
     return _table(("teacher", "student"), body, caption)
+
+
+def search_table(search: Mapping[str, Any], caption: str) -> str:
+    """Give every shape of a search, fastest first, with what was predicted and what was measured."""
+    columns = ("parameters kept", "tokens/s", "prompt read", "memory", "speed", "loss")
+    body = []
+    for each, speed in faster(search):
+        label = widths(each["shape"]) + (" (picked)" if each["shape"] == search["picked"] else "")
+        cells = [
+            f"{each['kept']:.1%}",
+            whole(round(each["decode_rate"])),
+            f"{each['prefill_seconds']:.3g} s",
+            size(each["memory_bytes"]),
+            f"×{speed:.2f}",
+            f"{each['loss']:.3f}",
+        ]
+        body.append(_line(label, cells, columns))
+    return _table(columns, body, caption)
 
 
 def plain_table(values: Mapping[str, Any]) -> str:

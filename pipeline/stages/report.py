@@ -15,7 +15,7 @@ from pipeline.report.axes import number
 from pipeline.report.comparison import summary
 from pipeline.report.drawing import Drawing, save_png
 from pipeline.report.facts import Curve, cut_facts, gather, perplexity_of, recovery_curves, recovery_facts
-from pipeline.report.figures import curve, cut_figures, perplexities, stage_costs
+from pipeline.report.figures import curve, cut_figures, perplexities, shapes_searched, stage_costs
 from pipeline.report.page import page
 from pipeline.runtime.artifacts import LIBRARIES, MANIFEST, code_revision, library_versions
 from pipeline.runtime.checkpoint import open_checkpoint
@@ -23,7 +23,7 @@ from pipeline.runtime.origin import locate
 
 MAKES = "report"
 NEEDS = ("teacher", "scores", "blueprint", "start", "export", "evaluation")
-OPTIONAL = ("student",)  # absent where the student was not recovered
+OPTIONAL = ("student", "shape")  # absent where the student was not recovered; where the plan was made by hand
 EVERY_RANK = False
 SEEN = "tokens"  # what the recovery's curves run over
 
@@ -49,6 +49,9 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         _made_with(config, inputs),
     )
     drawings = cut_figures(sizes, blueprint, scores)
+    if "shape" in inputs and (inputs["shape"] / "search.json").is_file():
+        report["search"] = json.loads((inputs["shape"] / "search.json").read_text())
+        drawings["shapes"] = shapes_searched(report["search"])
     drawings["perplexity"] = perplexities(perplexity_of(report))
     drawings |= _recovery_figures(curves or {})
     if stages:

@@ -12,6 +12,9 @@ from pipeline.data.packing import Packed
 from pipeline.data.stream import left_over, stream
 from pipeline.evaluation.perplexity import tally
 from pipeline.model.scores import Scores
+from pipeline.report.drawing import Dot
+from pipeline.report.figures import shapes_searched
+from pipeline.report.tables import search_table
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
 from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
@@ -165,3 +168,16 @@ def test_a_dry_run_of_a_search_answers_for_the_shape_that_promises_most(world):
     folder, made = world
     told = advice.needs(configure(folder), made, 1)
     assert told.startswith("the search will measure which shape") and "recovery needs 1 x" in told
+
+
+def test_the_report_draws_and_lists_every_measured_shape_and_rings_the_picked_one(found):
+    told = json.loads((found / "search.json").read_text())
+    dots = [mark for mark in shapes_searched(told).marks if isinstance(mark, Dot)]
+    (ring,) = [dot for dot in dots if dot.tip.startswith("picked: ")]
+    assert len(dots) == len(told["candidates"]) + 1
+    assert [(dot.x, dot.y) for dot in dots if dot.tip == ring.tip.removeprefix("picked: ")] == [(ring.x, ring.y)]
+    rows = search_table(told, "").split("<tr>")[2:]
+    assert len(rows) == len(told["candidates"])
+    fastest = max(told["candidates"], key=lambda each: each["decode_rate"])
+    assert f"{fastest['loss']:.3f}" in rows[0]
+    assert [f"{told['picked']['neurons']} neurons (picked)" in row for row in rows].count(True) == 1
