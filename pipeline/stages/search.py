@@ -66,6 +66,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     scores = Scores.load(inputs["scores"] / "scores.safetensors")
     text = Packed(inputs["tokens"] / "calibration")
     rows = _rows(text, scores.tokens, config)
+    if len(rows) < config.search.tokens // text.sequence:
+        machine.say(f"search: scoring left {len(rows)} sequences of {text.sequence} of the text; all are measured")
     teacher = ModelShape.of(source.anatomy.sizes, source.anatomy.tied)
     need_space(out, source.bytes())
 
@@ -102,13 +104,13 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
 
 def _rows(text: Packed, scored: int, config: Config) -> list[int]:
     """Give the rows to measure on, spread over all that scoring, which read `scored` tokens, left of the text."""
-    wanted = max(1, config.search.tokens // text.sequence)
     left = left_over(text, -(-scored // text.sequence), config.seed)
-    if len(left) < wanted:
+    if not left:
         raise ValueError(
-            f"search.tokens is {config.search.tokens}, {wanted} sequences, but scoring left {len(left)} of the "
-            f"{len(text)} of the calibration text; lower score.tokens or search.tokens, or give a longer text"
+            f"score.tokens is {config.score.tokens}: scoring read all {len(text)} sequences of the calibration text, "
+            "which leaves a search none to measure on; lower it, or give a longer text"
         )
+    wanted = min(max(1, config.search.tokens // text.sequence), len(left))
     return [left[place * len(left) // wanted] for place in range(wanted)]
 
 

@@ -110,11 +110,23 @@ def test_what_scoring_left_over_is_every_row_no_position_held(world):
         assert not held & {tuple(text[row].tolist()) for row in left}
 
 
-def test_too_little_text_left_is_refused_before_anything_is_cut(world, tmp_path):
+def test_all_that_scoring_left_is_measured_where_it_is_less_than_asked(world):
     folder, made = world
-    with pytest.raises(ValueError, match=r"search.tokens is 9999999.*scoring left .* lower score.tokens"):
-        made_by(search, configure(folder, "search.tokens=9999999"), made, tmp_path)
-    assert not list(tmp_path.iterdir())
+    text = Packed(made["tokens"] / "calibration")
+    rows = search._rows(text, 512, configure(folder, "search.tokens=9999999"))
+    assert rows == left_over(text, 16, 0) and len(rows) == len(text) - 16
+
+
+def test_a_text_that_was_scored_to_its_end_is_refused_before_anything_is_cut(world, tmp_path):
+    folder, made = world
+    scores = Scores.load(made["scores"] / "scores.safetensors")
+    all_of_it = len(Packed(made["tokens"] / "calibration")) * 32
+    (tmp_path / "scores").mkdir()
+    replace(scores, tokens=all_of_it).save(tmp_path / "scores" / "scores.safetensors")
+    made = made | {"scores": tmp_path / "scores"}
+    with pytest.raises(ValueError, match=r"score.tokens is 512: scoring read all .* lower it"):
+        made_by(search, configure(folder), made, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_search_that_was_cut_short_measures_no_shape_twice(world, found, tmp_path):
