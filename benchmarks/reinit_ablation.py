@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pipeline.report.facts import perplexity_of
+
 HERE = Path(__file__).resolve().parent
 ROWS = {
     "none": ("Minitron (no re-initialisation)", ["plan.clap=false", "reinit.slnp=false"]),
@@ -33,7 +35,7 @@ COMMON = [
     "data.split.evaluation=0.1",
     "distill.tokens=120000",
     "distill.learning_rate=3e-4",
-    "evaluate.tokens=16384",
+    "evaluate.tokens=8192",
     "evaluate.speed=false",
 ]
 
@@ -57,12 +59,12 @@ def write(runs: Path, settings: list[str]) -> None:
     found = {}
     for path in sorted(runs.glob("reinit-*-*/report.json")):
         _, row, seed = path.parent.name.split("-")
-        found[row, int(seed)] = json.loads(path.read_text())["perplexity"]
+        found[row, int(seed)] = perplexity_of(json.loads(path.read_text()))
     results = HERE / "results"
     results.mkdir(exist_ok=True)
     domains = sorted({domain for report in found.values() for domain in report})
     figures = [
-        {"row": row, "seed": seed, "domain": domain} | {who: one["perplexity"] for who, one in report[domain].items()}
+        {"row": row, "seed": seed, "domain": domain} | report[domain]
         for (row, seed), report in found.items()
         for domain in domains
     ]
@@ -79,9 +81,7 @@ def write(runs: Path, settings: list[str]) -> None:
     for row, (label, _) in ROWS.items():
         for seed in sorted(s for r, s in found if r == row):
             report = found[row, seed]
-            cells = [
-                f"{report[d][who]['perplexity']:.1f}" for d in domains for who in ("teacher", "start", "student")
-            ]
+            cells = [f"{report[d][who]:.1f}" for d in domains for who in ("teacher", "start", "student")]
             lines.append(f"| {label} | {seed} | " + " | ".join(cells) + " |")
     (results / "reinit_ablation.md").write_text("\n".join(lines) + "\n")
 
