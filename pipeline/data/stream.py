@@ -1,6 +1,8 @@
 """Batches without end: shuffled by a seed, strided over ranks, resumable by a position."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -32,6 +34,35 @@ def left_over(packed: Packed, used: int, seed: int) -> list[int]:
     for epoch, begun in enumerate(range(0, used, sum(draws))):
         seen.update(_order(sizes, draws, seed, epoch)[: used - begun].tolist())
     return [row for row in range(len(packed)) if row not in seen]
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """One rank's share of the first `wanted` sequences of the shuffled text, in batches [b, sequence], the last of them
+    smaller where it must be. Its length counts batches; it can be gone through again."""
+
+    packed: Packed
+    wanted: int  # sequences of all ranks together
+    batch: int
+    rank: int
+    world: int
+    seed: int
+
+    def __len__(self) -> int:
+        return -(-len(range(self.rank, self.wanted, self.world)) // self.batch)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        whole = self.wanted // (self.batch * self.world)
+        yield from islice(stream(self.packed, self.batch, self.rank, self.world, 0, self.seed), whole)
+        begun = whole * self.batch * self.world
+        rest = len(range(self.rank, self.wanted - begun, self.world))
+        if rest:
+            yield next(stream(self.packed, rest, self.rank, self.world, begun, self.seed))
+
+
+def beginning(packed: Packed, tokens: int, batch: int, rank: int, world: int, seed: int) -> Beginning:
+    """Give a rank's share of the first `tokens` tokens: one sequence at least, and no more than the text has."""
+    return Beginning(packed, min(max(1, tokens // packed.sequence), len(packed)), batch, rank, world, seed)
 
 
 def _batches(packed: Packed, batch: int, rank: int, world: int, start: int, seed: int) -> Iterator[Tensor]:

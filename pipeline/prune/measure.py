@@ -1,7 +1,7 @@
 """Importance in one forward-only calibration pass (Pangu Light 2505.20155, eq. 1-4), as sums that add over ranks."""
 
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -161,6 +161,24 @@ def inverse_rms(model: nn.Module, modules: Iterable[str], batches: Iterable[Tens
         for ids in batches:
             model(input_ids=ids.to(place), use_cache=False)
     return sums
+
+
+@contextmanager
+def only_layers(model: nn.Module, total: int, kept: Collection[int]) -> Iterator[None]:
+    """Let a causal model of `total` layers pass the stream by all layers but `kept`, which keep their attention types.
+
+    Inside it is the model that `cut` makes of these hosts without donations.
+    """
+
+    def passing(hidden_states: Tensor, *rest, **named) -> Tensor:
+        return hidden_states
+
+    with ExitStack() as undo:
+        for index in set(range(total)) - set(kept):
+            layer = model.get_submodule(LAYER.format(layer=index).rstrip("."))
+            layer.forward = passing
+            undo.callback(delattr, layer, "forward")
+        yield
 
 
 def _sum_type(values: Tensor) -> torch.dtype:

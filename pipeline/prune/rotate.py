@@ -115,24 +115,29 @@ def rotate_tied(anatomy: Anatomy, basis: Tensor, gain: Tensor, source: Mapping[s
     return Rotated(anatomy, basis, source, gain)
 
 
+def check_rotatable(anatomy: Anatomy) -> None:
+    """Raise ValueError for a family with post-norms, whose gains do not commute, and for one without pre-norms."""
+    family = anatomy.family
+    if family.post_norms:
+        raise ValueError(
+            f"model_type {family.model_type!r} has post-norms ({', '.join(family.post_norms)}), whose gains do not "
+            "commute with a rotation; absorb and fold them first, or keep hidden channels as they are"
+        )
+    if not family.pre_norms:
+        raise ValueError(f"model_type {family.model_type!r} has no pre-norms: its stream cannot be rotated")
+
+
 class Rotated(Mapping[str, Tensor]):
     """A checkpoint seen in another basis of its residual stream; nothing is kept."""
 
     def __init__(self, anatomy: Anatomy, basis: Tensor, source: Mapping[str, Tensor], final: Tensor | None):
-        family = anatomy.family
-        if family.post_norms:
-            raise ValueError(
-                f"model_type {family.model_type!r} has post-norms ({', '.join(family.post_norms)}), whose gains do not "
-                "commute with a rotation; absorb and fold them first, or keep hidden channels as they are"
-            )
-        if not family.pre_norms:
-            raise ValueError(f"model_type {family.model_type!r} has no pre-norms: its stream cannot be rotated")
+        check_rotatable(anatomy)
         self.anatomy, self.source = anatomy, source
         self.basis, self.final = basis.to(torch.float64), final  # final: effective gain of a tied view
         self._names = (rotated_anatomy(anatomy) if final is None else anatomy).shapes()
         self._norm_of = {
             f"{LAYER}{reader}": f"{LAYER}{norm}.weight"
-            for norm, readers in family.pre_norms.items()
+            for norm, readers in anatomy.family.pre_norms.items()
             for reader in readers
         }
 

@@ -28,19 +28,12 @@ CARRIED = (
 logging.disable_progress_bar()  # the pipeline shows its own
 
 
-class Checkpoint(Mapping[str, Tensor]):
-    """A model folder as a lazy mapping from tensor name to tensor; `.config` is its `config.json`."""
+class Tensors(Mapping[str, Tensor]):
+    """The weight files of a folder as a lazy mapping from tensor name to tensor."""
 
     def __init__(self, folder: Path, allow_pickle: bool):
-        self.folder = Path(folder)
-        self.config: dict[str, Any] = read_config(self.folder)
-        self._place = dict(_places(self.folder, allow_pickle))
+        self._place = dict(_places(folder, allow_pickle))
         self._open: dict[Path, Any] = {}
-
-    @property
-    def anatomy(self) -> Anatomy:
-        """Give the anatomy; ValueError for an unknown family or a checkpoint that does not match its table."""
-        return anatomy_of(self.config, self)
 
     def __getitem__(self, name: str) -> Tensor:
         path = self._place[name]
@@ -60,9 +53,46 @@ class Checkpoint(Mapping[str, Tensor]):
         return sum(path.stat().st_size for path in set(self._place.values()))
 
 
+class Checkpoint(Mapping[str, Tensor]):
+    """A model folder as a lazy mapping from tensor name to tensor; `.config` is its `config.json`."""
+
+    def __init__(self, folder: Path, allow_pickle: bool):
+        self.folder = Path(folder)
+        self.config: dict[str, Any] = read_config(self.folder)
+        self._tensors = Tensors(self.folder, allow_pickle)
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Give the anatomy; ValueError for an unknown family or a checkpoint that does not match its table."""
+        return anatomy_of(self.config, self)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def bytes(self) -> int:
+        """Give the size of the weight files on disk."""
+        return self._tensors.bytes()
+
+
 def open_checkpoint(folder: Path, allow_pickle: bool = False) -> Checkpoint:
     """Open a model folder; ValueError names the file that is missing, truncated or refused."""
     return Checkpoint(folder, allow_pickle)
+
+
+def open_tensors(folder: Path) -> Mapping[str, Tensor]:
+    """Open a folder of *.safetensors as one lazy mapping; ValueError if a file is truncated or none is there."""
+    return Tensors(Path(folder), False)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors into one safetensors file."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
