@@ -128,20 +128,42 @@ class Search(Section):
         return self.model_dump(exclude={"candidates", "tolerance", "tokens"})
 
 
+class Basis(Section):
+    kind: Literal["none", "principal"]
+    tie: Literal["untied", "keep"]
+    own_axes: Annotated[int, Field(ge=0)]
+    tokens: Count
+
+
+class Restore(Section):
+    outputs: bool
+    order: Literal["scores", "obs"]
+    damping: Positive
+    at_once: Count
+    tokens: Count
+    memory: Positive
+
+
 class Plan(Section):
-    depth: Literal["influence", "contiguous", "last"]
+    depth: Literal["influence", "contiguous", "last", "loss"]
+    depth_tokens: Count
     keep_first: Annotated[int, Field(ge=1)]
     clap: bool
     clap_normalise: bool
-    channels: Literal["activation", "random"]
+    channels: Literal["activation", "leading", "random"]
     heads: Literal["activation", "random"]
     neurons: Literal["activation", "random"]
 
     @property
     def policy(self) -> dict[str, Any]:
-        """How layers, heads, neurons and channels are chosen; `drawn` are the kinds chosen at random."""
+        """How layers, heads, neurons and channels are chosen by scores; `drawn` are the kinds chosen at random.
+
+        Block influence stands in for a loss until that is measured.
+        """
         drawn = [kind for kind in ("channels", "heads", "neurons") if getattr(self, kind) == "random"]
-        return self.model_dump(exclude={"channels", "heads", "neurons"}) | {"drawn": drawn}
+        depth = "influence" if self.depth == "loss" else self.depth
+        asked = self.model_dump(exclude={"channels", "heads", "neurons", "depth_tokens"})
+        return asked | {"depth": depth, "drawn": drawn}
 
 
 class Reinit(Section):
@@ -288,6 +310,8 @@ class Config(Section):
     budget: Budget
     score: Score
     search: Search
+    basis: Basis
+    restore: Restore
     plan: Plan
     reinit: Reinit
     distill: Distill
@@ -304,6 +328,30 @@ class Config(Section):
         unknown = [stage for stage in self.stages or [] if stage not in self.recipe.line]
         if unknown:
             raise ValueError(f"stages names {unknown}; recipe {self.recipe.name} has {self.recipe.line}")
+        return self
+
+    @model_validator(mode="after")
+    def _methods_go_together(self):
+        turned = self.basis.kind == "principal"
+        if turned and self.plan.channels == "activation":
+            raise ValueError(
+                "plan.channels=activation scores the teacher's own channels, not those of a principal basis; "
+                "set plan.channels=leading"
+            )
+        if not turned and self.plan.channels == "leading":
+            raise ValueError(
+                "plan.channels=leading takes the first channels of a principal basis; set basis.kind=principal"
+            )
+        if turned and (self.distill.loss.hidden or self.distill.loss.embedding):
+            raise ValueError(
+                "distill.loss.hidden and distill.loss.embedding compare channels with the teacher's, which "
+                "basis.kind=principal turns; set both to 0"
+            )
+        if self.restore.order == "obs" and self.plan.clap:
+            raise ValueError(
+                "restore.order=obs ranks KV groups inside a layer and plan.clap compares layers; set plan.clap=false "
+                "or restore.order=scores"
+            )
         return self
 
 

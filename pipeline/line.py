@@ -12,7 +12,24 @@ from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import join, place
 from pipeline.runtime.track import Track, open_track
-from pipeline.stages import absorb, cut, distill, evaluate, export, plan, report, score, search, shape, teacher, tokens
+from pipeline.stages import (
+    absorb,
+    basis,
+    cut,
+    depth,
+    distill,
+    evaluate,
+    export,
+    gram,
+    order,
+    plan,
+    report,
+    score,
+    search,
+    shape,
+    teacher,
+    tokens,
+)
 
 STAGES: dict[str, ModuleType] = {
     "teacher": teacher,
@@ -20,6 +37,10 @@ STAGES: dict[str, ModuleType] = {
     "score": score,
     "shape": shape,
     "search": search,
+    "basis": basis,
+    "gram": gram,
+    "order": order,
+    "depth": depth,
     "plan": plan,
     "cut": cut,
     "absorb": absorb,
@@ -37,6 +58,8 @@ VIEW = {
     "shape.json": ("shape", "shape.json"),
     "search.json": ("shape", "search.json"),
     "pareto.png": ("shape", "pareto.png"),
+    "source": ("source", ""),
+    "depth.json": ("depth", "depth.json"),
     "start": ("start", ""),
     "student": ("export", ""),
     "evaluation.json": ("evaluation", "evaluation.json"),
@@ -52,6 +75,9 @@ def check(config: Config) -> list[str]:
     unknown = [name for name in config.recipe.line if name not in STAGES]
     if unknown:
         raise ValueError(f"recipe.line names {unknown}; stages are {list(STAGES)}")
+    absent = [name for name in STAGES if name not in (*FIRST, *config.recipe.line) and _needed(config, name)]
+    if absent:
+        raise ValueError(f"recipe.line has no {', '.join(absent)}, which this configuration needs; add it before plan")
     for name in (*FIRST, *config.recipe.line):
         if hasattr(STAGES[name], "check"):
             STAGES[name].check(config)
@@ -115,13 +141,15 @@ def _step(
     wanted: bool,
 ) -> tuple[Path | None, bool]:
     """Find or make one stage's artifact; give its folder, or None if it does not apply, and whether it was made now."""
-    missing = [need for need in stage.NEEDS if need not in made]
+    if hasattr(stage, "needed") and not stage.needed(config):
+        return None, False
+    missing = [need for need in _needs(config, stage) if need not in made]
     if missing:
         if not wanted:
             return None, False
         maker = next(other for other in _makers(config) if missing[0] == STAGES[other].MAKES)
         raise ValueError(f"stages: {name} needs {missing[0]}, which stage {maker} makes; add {maker} to stages")
-    inputs = {need: made[need] for need in (*stage.NEEDS, *getattr(stage, "OPTIONAL", ())) if need in made}
+    inputs = {need: made[need] for need in (*_needs(config, stage), *getattr(stage, "OPTIONAL", ())) if need in made}
     if hasattr(stage, "applies") and not stage.applies(config, inputs):
         return None, False
     settings = machine.ranks.share(stage.settings(config) if machine.ranks.rank == 0 else None)
@@ -148,6 +176,18 @@ def _step(
 def _makers(config: Config) -> list[str]:
     """Give all stages but the one of `shape` and `search` that makes no shape in this recipe."""
     return [name for name in STAGES if name != ("shape" if config.recipe.shape == "search" else "search")]
+
+
+def _needs(config: Config, stage: ModuleType) -> tuple[str, ...]:
+    """Give what a stage reads: always, as configured, and of its optional inputs those this configuration asks for."""
+    makers = {module.MAKES: name for name, module in STAGES.items()}
+    asked = (need for need in getattr(stage, "OPTIONAL", ()) if _needed(config, makers[need]))
+    return (*stage.NEEDS, *(stage.needs(config) if hasattr(stage, "needs") else ()), *asked)
+
+
+def _needed(config: Config, name: str) -> bool:
+    """Whether a configuration asks for a stage that not every line needs."""
+    return hasattr(STAGES[name], "needed") and STAGES[name].needed(config)
 
 
 def _tell(track: Track, run: str, stage: str, folder: Path) -> None:

@@ -49,6 +49,8 @@ def settings(world: Path, **changed) -> list[str]:
         "shape.layers": 3,
         "shape.neurons": 16,
         "score.tokens": 1024,
+        "basis.tokens": 1024,
+        "restore.tokens": 1024,
         "distill.tokens": 2048,
         "distill.batch": 8,
         "distill.micro_batch": 4,

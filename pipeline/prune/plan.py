@@ -5,6 +5,7 @@ Depth by block influence, heads inside KV groups, KV groups with cross-layer don
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -51,12 +52,13 @@ def plan_uniform(
     seed: int,
     clap: bool,
     clap_normalise: bool = False,
+    hosts: Sequence[int] | None = None,
 ) -> Blueprint:
     """Give the blueprint of a student whose layers all have the widths of `shape` (layers hidden heads groups neurons).
 
-    Layers stay as `kept_layers` says; the kinds `drawn` (channels, heads, neurons) stay at random, by `seed`.
+    The layers `hosts` stay, or those that `kept_layers` says; the kinds `drawn` (channels, heads, neurons) stay at random, by `seed`.
     """
-    hosts = kept_layers(scores.layers, shape["layers"], depth, keep_first)
+    hosts = hosts or kept_layers(scores.layers, shape["layers"], depth, keep_first)
     widths = [LayerSizes(shape["heads"], shape["groups"], shape["neurons"])] * len(hosts)
     scores = shuffled(scores, drawn, seed)
     return plan(anatomy, scores, hosts, widths, shape["hidden"], clap=clap, clap_normalise=clap_normalise)
@@ -120,6 +122,11 @@ def _top(scores: Tensor, count: int) -> tuple[int, ...]:
     if count > len(scores):
         raise ValueError(f"the student asks for {count} of {len(scores)}; a student is never wider than its teacher")
     return tuple(sorted(scores.topk(count).indices.tolist()))
+
+
+def leading(scores: Scores) -> Scores:
+    """Give scores whose channels are kept in their order, the first before all others."""
+    return replace(scores, channels=-torch.arange(len(scores.channels), dtype=torch.float64))
 
 
 def shuffled(scores: Scores, kinds: Sequence[str], seed: int) -> Scores:

@@ -7,29 +7,35 @@ from pipeline.config import Config
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.settings import student_config
 from pipeline.prune.reinit import compensate_gain, stabilise_gains
+from pipeline.prune.restore import restore_outputs
 from pipeline.prune.surgery import as_it_is, cut
 from pipeline.runtime.artifacts import need_space
-from pipeline.runtime.checkpoint import open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint, open_tensors, write_checkpoint
 
 MAKES = "start"
 NEEDS = ("teacher", "blueprint")
+OPTIONAL = ("source", "grams")  # the teacher in other axes, cut in its place; what restoration solves with
 EVERY_RANK = False
 
 
 def settings(config: Config) -> dict:
-    """Give what changes the cut weights: stabilised gains and gain compensation."""
-    return {"slnp": config.reinit.slnp, "gain_compensation": config.reinit.gain_compensation}
+    """Give what changes the cut weights: stabilised gains, gain compensation and restored outputs."""
+    restored = {"damping": config.restore.damping} if config.restore.outputs else {}
+    return {"slnp": config.reinit.slnp, "gain_compensation": config.reinit.gain_compensation} | restored
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """Write the student before recovery as a model folder, one shard in memory at a time."""
-    source = open_checkpoint(inputs["teacher"], config.model.allow_pickle)
+    source = open_checkpoint(inputs.get("source", inputs["teacher"]), config.model.allow_pickle)
     need_space(out, source.bytes())
     shutil.rmtree(out, ignore_errors=True)
     anatomy = source.anatomy
     blueprint = Blueprint.load(inputs["blueprint"] / "blueprint.json")
     donate = compensate_gain(anatomy, source) if config.reinit.gain_compensation else as_it_is
     stream = cut(anatomy, blueprint, source, donate)
+    if config.restore.outputs:
+        grams = open_tensors(inputs["grams"])
+        stream = restore_outputs(anatomy, blueprint, source, grams, stream, config.restore.damping)
     if config.reinit.slnp:
         stream = stabilise_gains(anatomy, blueprint, source, stream)
     student = blueprint.student(anatomy)

@@ -5,8 +5,11 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+
+import torch
 
 from pipeline.config import Config
 from pipeline.model.blueprint import Blueprint
@@ -23,7 +26,8 @@ from pipeline.runtime.origin import locate
 
 MAKES = "report"
 NEEDS = ("teacher", "scores", "blueprint", "start", "export", "evaluation")
-OPTIONAL = ("student", "shape")  # absent where the student was not recovered; where the plan was made by hand
+# Absent where the student was not recovered, the plan was made by hand, and no channel was turned.
+OPTIONAL = ("student", "shape", "source")
 EVERY_RANK = False
 SEEN = "tokens"  # what the recovery's curves run over
 
@@ -37,7 +41,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """Write report.json, report.html and figures/*.png, and print the comparison."""
     sizes = open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy.sizes
     blueprint = Blueprint.load(inputs["blueprint"] / "blueprint.json")
-    scores = Scores.load(inputs["scores"] / "scores.safetensors")
+    scores = _scores(inputs)
     evaluation = json.loads((inputs["evaluation"] / "evaluation.json").read_text())
     stages = _stages(inputs)
     curves = _curves(inputs["student"]) if "student" in inputs else None
@@ -62,6 +66,15 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     (out / "report.html").write_text(page(report, drawings))
     (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     machine.say(summary(report))
+
+
+def _scores(inputs: Mapping[str, Path]) -> Scores:
+    """Give the scores, of hidden channels as they were cut: by their energy where the stream was turned."""
+    scores = Scores.load(inputs["scores"] / "scores.safetensors")
+    if "source" not in inputs:
+        return scores
+    energy = json.loads((inputs["source"] / "basis.json").read_text())["energy"]
+    return replace(scores, channels=torch.tensor(energy, dtype=torch.float64))
 
 
 def _made_with(config: Config, inputs: Mapping[str, Path]) -> dict:

@@ -1,0 +1,228 @@
+"""The stages beside the paper on tiny models: principal basis, restoration, removal order, depth by measured loss."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipeline import line
+from pipeline.config import Config
+from pipeline.data.packing import Packed
+from pipeline.data.stream import beginning
+from pipeline.evaluation.perplexity import tally
+from pipeline.model.anatomy import anatomy_of
+from pipeline.model.blueprint import Blueprint, everything
+from pipeline.model.settings import student_config
+from pipeline.prune.measure import measure, only_layers
+from pipeline.prune.restore import output_error
+from pipeline.prune.surgery import cut
+from pipeline.runtime.checkpoint import load_model, open_checkpoint, open_tensors, write_checkpoint
+from tests.tiny import config_of, tensors_of, tiny_model, tokens
+from tests.tiny_text import configured
+from tests.world import make_world, pipeline, settings
+
+PRINCIPAL = {"basis.kind": "principal", "plan.channels": "leading", "basis.own_axes": 8}
+CUT = ["score", "shape", "basis", "gram", "order", "depth", "plan", "cut"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("best"), "llama-tied")
+
+
+def made(world, stages, *overrides, **values):
+    """Run stages in this process; give their artifacts by name."""
+    chosen = settings(world, **values, run="unit", stages="[" + ",".join(stages) + "]")
+    return line.run(configured(*chosen, *overrides), "a test")
+
+
+def whole(**changed):
+    """Overrides that keep the teacher's widths but for `changed`."""
+    return {f"shape__{axis}": changed.get(axis, "null") for axis in ("layers", "hidden", "heads", "groups")} | {
+        "shape__neurons": changed.get("neurons", 24)
+    }
+
+
+def dotted(values):
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def logits(folder):
+    with torch.no_grad():
+        return load_model(folder, torch.float64, "eager")(tokens()).logits
+
+
+@pytest.mark.parametrize(("tie", "axes"), [("untied", 8), ("keep", 32)])
+def test_a_full_width_basis_leaves_the_teachers_logits_through_the_stages(world, tie, axes):
+    """Untied exactly; tied where every channel keeps an axis of its own. Weights are float32 on disk."""
+    chosen = dotted(PRINCIPAL | {"basis.tie": tie, "basis.own_axes": axes})
+    folders = made(world, CUT, *chosen, "plan.clap=false", **whole())
+    kinds = {name: open_checkpoint(folders[name]) for name in ("teacher", "source", "start")}
+    own = tie == "untied"
+    assert ("lm_head.weight" in kinds["start"]) == own and kinds["start"].config["tie_word_embeddings"] != own
+    dense = logits(folders["teacher"])
+    for name in ("source", "start"):
+        embeddings = [kinds[key]["model.embed_tokens.weight"] for key in ("teacher", name)]
+        assert not torch.allclose(*embeddings, atol=1e-3)
+        assert (logits(folders[name]) - dense).norm() / dense.norm() < 1e-4
+
+
+def test_slnp_after_a_principal_cut_is_the_root_of_the_widths(world):
+    folders = made(world, CUT, *dotted(PRINCIPAL | {"basis.tie": "untied"}), **whole(hidden=20))
+    start = open_checkpoint(folders["start"])
+    assert Blueprint.load(folders["blueprint"] / "blueprint.json").channels == tuple(range(20))
+    for pattern in start.anatomy.norms:
+        gain = start[pattern.format(layer=1)]
+        torch.testing.assert_close(gain, torch.full((20,), math.sqrt(32 / 20)), rtol=1e-6, atol=0)
+
+
+def test_a_turned_stream_changes_no_score_of_heads_neurons_and_layers(world):
+    """Why scores, Gram matrices and depth are measured on the teacher, whatever the basis."""
+    folders = made(world, CUT, *dotted(PRINCIPAL), **whole(hidden=20))
+    one, other = (
+        measure(load_model(folder, torch.float64, "eager").model, open_checkpoint(folder).anatomy, [tokens()]).scores()
+        for folder in (folders["teacher"], folders["source"])
+    )
+    assert not torch.allclose(one.channels, other.channels, rtol=1e-2)
+    for kind in ("heads", "neurons"):
+        for here, there in zip(getattr(one, kind), getattr(other, kind), strict=True):
+            torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(one.layers, other.layers, rtol=1e-5, atol=1e-6)
+
+
+def errors(folders):
+    """Give the output error of W_O and W_down of every student layer against its host, on the calibration text."""
+    teacher, start = (open_checkpoint(folders[name]) for name in ("teacher", "start"))
+    grams = open_tensors(folders["grams"])
+    blueprint = Blueprint.load(folders["blueprint"] / "blueprint.json")
+    found = {}
+    for place, plan in enumerate(blueprint.layers):
+        heads = [head * 8 + i for group in plan.groups for head in group.heads for i in range(8)]
+        for module, kept in (("self_attn.o_proj", heads), ("mlp.down_proj", plan.neurons)):
+            name, host = f"model.layers.{place}.{module}", f"model.layers.{plan.host}.{module}"
+            columns = start[f"{name}.weight"].double()
+            found[name] = output_error(teacher[f"{host}.weight"], columns, grams[host], list(kept))
+    return found
+
+
+NARROW = whole(layers=3, heads=2, groups=1, neurons=12)
+
+
+def test_restoration_never_raises_the_error_and_its_order_lowers_it_further(world):
+    """The same text, all widths cut at once: plain, restored, and restored in the order of least restored error."""
+    runs = {
+        "plain": ["restore.order=obs", "restore.outputs=false", "plan.clap=false"],
+        "restored": ["restore.outputs=true", "plan.clap=false"],
+        "obs": ["restore.outputs=true", "restore.order=obs", "plan.clap=false", "restore.at_once=1"],
+    }
+    found = {name: made(world, CUT, *chosen, **NARROW) for name, chosen in runs.items()}
+    unrestored = made(world, CUT, "plan.clap=false", **NARROW) | {"grams": found["restored"]["grams"]}
+    assert found["plain"]["grams"] == found["obs"]["grams"], "what is measured once serves every choice"
+    restored, ordered, plain = (errors(found[name]) for name in ("restored", "obs", "plain"))
+    scored = errors(unrestored)
+    for name in scored:
+        assert restored[name] < scored[name] * (1 + 1e-6), name
+        assert ordered[name] < plain[name] * (1 + 1e-6), name
+    assert sum(ordered.values()) < sum(restored.values()) < 0.9 * sum(scored.values())
+
+
+def test_gram_matrices_do_not_depend_on_how_many_fit_in_memory(world):
+    chosen = ("restore.outputs=true", "plan.clap=false")
+    together = open_tensors(made(world, CUT, *chosen, **whole())["grams"])
+    apart = made(world, CUT, *chosen, "restore.memory=1", f"artifacts={world / 'apart'}", **whole())["grams"]
+    assert len(list(apart.glob("layer-*.safetensors"))) == 4 and len(together) == 8
+    for name, matrix in open_tensors(apart).items():
+        torch.testing.assert_close(matrix, together[name], rtol=1e-9, atol=1e-9)
+
+
+def test_depth_by_loss_keeps_the_layers_of_least_measured_loss(world):
+    """One layer goes: of all layers, the one whose absence, in a checkpoint really cut, costs least."""
+    chosen = ["plan.depth=loss", "plan.depth_tokens=256", "plan.clap=false", "score.batch=4"]
+    folders = made(world, CUT, *chosen, **whole(layers=3))
+    found = json.loads((folders["depth"] / "depth.json").read_text())
+    blueprint = Blueprint.load(folders["blueprint"] / "blueprint.json")
+    assert [plan.host for plan in blueprint.layers] == found["kept"] and len(found["tried"]) == 3
+    assert found["loss"] == min(each["loss"] for each in found["tried"])
+    batches = beginning(Packed(folders["tokens"] / "calibration"), 256, 4, 0, 1, 0)
+    sums = tally(load_model(folders["start"], torch.float32, "eager"), batches, 64)
+    assert float(sums[0] / sums[2]) == pytest.approx(found["loss"], rel=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3"])
+def test_passing_layers_by_equals_cutting_them_away(kind, tmp_path):
+    model = tiny_model(kind)
+    config, source = config_of(model), tensors_of(model)
+    anatomy = anatomy_of(config, source)
+    plan = everything(anatomy.sizes)
+    plan = replace(plan, layers=(plan.layers[0], plan.layers[3]))
+    write_checkpoint(tmp_path, student_config(config, anatomy, plan), cut(anatomy, plan, source), 1e9)
+    with torch.no_grad():
+        dense = model(tokens()).logits
+        with only_layers(model, 4, (0, 3)):
+            skipped = model(tokens()).logits
+        assert torch.equal(model(tokens()).logits, dense)
+        wanted = load_model(tmp_path, torch.float64, "eager")(tokens()).logits
+    assert (skipped - wanted).norm() / wanted.norm() < 1e-5  # the classes compute some parts in float32
+    assert (skipped - dense).norm() / dense.norm() > 1e-2
+
+
+@pytest.mark.parametrize("recipe", ["pangu_light", "minitron", "best"])
+def test_every_recipe_composes_and_validates(recipe):
+    config = configured(f"recipe={recipe}")
+    assert isinstance(config, Config) and config.recipe.name == recipe
+    line.check(config)
+
+
+@pytest.mark.parametrize("recipe", ["pangu_light", "minitron"])
+def test_recipes_of_papers_need_none_of_the_stages_beside_them(recipe):
+    config = configured(f"recipe={recipe}")
+    assert not any(line.STAGES[name].needed(config) for name in ("basis", "gram", "order", "depth"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["basis.kind=principal"], "set plan.channels=leading"),
+        (["plan.channels=leading"], "set basis.kind=principal"),
+        (["restore.order=obs"], "plan.clap=false or restore.order=scores"),
+        (["recipe=best", "distill.loss.hidden=1.0"], "set both to 0"),
+        (["recipe=best", "recipe.line=[score,shape,gram,order,plan,cut]"], "has no basis, depth"),
+    ],
+)
+def test_choices_that_do_not_go_together_are_refused_before_any_work(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        line.check(configured(*overrides))
+
+
+def test_a_part_without_a_stage_its_settings_ask_for_says_which(world):
+    with pytest.raises(ValueError, match="cut needs source, which stage basis makes; add basis to stages"):
+        made(world, ["score", "shape", "plan", "cut"], *dotted(PRINCIPAL), "seed=5", **whole(hidden=24))
+
+
+def test_a_model_with_post_norms_is_refused_before_its_stream_is_measured(tmp_path):
+    world = make_world(tmp_path, "glm4")
+    with pytest.raises(ValueError, match="post-norms .* do not commute"):
+        made(world, CUT, *dotted(PRINCIPAL), **whole())
+
+
+def test_too_many_axes_of_their_own_are_refused(world):
+    with pytest.raises(ValueError, match="basis.own_axes is 40; the model has 32"):
+        made(world, CUT, *dotted(PRINCIPAL | {"basis.tie": "keep", "basis.own_axes": 40}), **whole())
+
+
+def test_the_best_recipe_runs_to_its_report_and_a_second_run_does_no_work(world):
+    """Every width at once, by the real command, from a tied teacher to a tied student that stock transformers loads."""
+    chosen = settings(world, shape__hidden=24, shape__heads=2, shape__groups=1, shape__neurons=12)
+    command = ("recipe=best", "run=best", *chosen, "basis.own_axes=4", "plan.depth_tokens=256")
+    said = pipeline(*command, cwd=world).stdout
+    view = world / "runs" / "best"
+    report = json.loads((view / "report.json").read_text())
+    assert {"basis", "gram", "order", "depth", "cut", "distill"} <= set(report["stages"])
+    energy = json.loads((view / "source" / "basis.json").read_text())["energy"]
+    assert report["cut"]["channel_score_kept"] == pytest.approx(sum(energy[:24]) / sum(energy)) and "basis:" in said
+    student = open_checkpoint(view / "student")
+    assert student.anatomy.tied and student.config["hidden_size"] == 24 and student.config["num_hidden_layers"] == 3
+    assert json.loads((view / "blueprint.json").read_text())["channels"] == list(range(24))
+    assert "nothing to do" in pipeline(*command, cwd=world).stdout
