@@ -56,7 +56,8 @@ def plan_uniform(
 ) -> Blueprint:
     """Give the blueprint of a student whose layers all have the widths of `shape` (layers hidden heads groups neurons).
 
-    The layers `hosts` stay, or those that `kept_layers` says; the kinds `drawn` (channels, heads, neurons) stay at random, by `seed`.
+    The layers `hosts` stay, or those that `kept_layers` says; the kinds `drawn` (channels, heads, neurons) stay at
+    random, by `seed`.
     """
     hosts = hosts or kept_layers(scores.layers, shape["layers"], depth, keep_first)
     widths = [LayerSizes(shape["heads"], shape["groups"], shape["neurons"])] * len(hosts)

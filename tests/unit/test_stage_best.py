@@ -150,6 +150,28 @@ def test_depth_by_loss_keeps_the_layers_of_least_measured_loss(world):
     assert float(sums[0] / sums[2]) == pytest.approx(found["loss"], rel=2e-2)
 
 
+def test_two_ranks_measure_what_one_measures(world):
+    """Gram matrices, energies and losses add over ranks; layers are ordered in turns. Layers compute in bf16 here."""
+    chosen = ["recipe=best", "basis.own_axes=4", "plan.depth_tokens=256"]
+    one = made(world, CUT, *chosen, "score.batch=8", "shape.hidden=24", "shape.heads=2", "shape.groups=1")
+    widths = {"shape__hidden": 24, "shape__heads": 2, "shape__groups": 1, "artifacts": world / "two"}
+    stages = f"stages=[{','.join(CUT)}]"
+    pipeline("run=two", *chosen, "score.batch=4", stages, *settings(world, **widths), cwd=world, ranks=2)
+    view = world / "runs" / "two"
+    sources = (one["source"], view / "source")
+    energies = [json.loads((folder / "basis.json").read_text())["energy"] for folder in sources]
+    torch.testing.assert_close(torch.tensor(energies[0]), torch.tensor(energies[1]), rtol=2e-2, atol=2e-2)
+    (grams,) = (world / "two").glob("gram-*")
+    for name, matrix in open_tensors(one["grams"]).items():
+        assert (open_tensors(grams)[name] - matrix).norm() / matrix.norm() < 1e-2, name
+    (orders,) = (world / "two").glob("order-*")
+    for each in Scores.load(orders / "scores.safetensors").neurons:
+        assert sorted(each.tolist()) == list(range(1, 25))
+    depths = (one["depth"], *(world / "two").glob("depth-*"))
+    losses = [json.loads((folder / "depth.json").read_text())["loss"] for folder in depths]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3"])
 def test_passing_layers_by_equals_cutting_them_away(kind, tmp_path):
     model = tiny_model(kind)
