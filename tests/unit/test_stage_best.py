@@ -14,6 +14,7 @@ from pipeline.data.stream import beginning
 from pipeline.evaluation.perplexity import tally
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, everything
+from pipeline.model.scores import Scores
 from pipeline.model.settings import student_config
 from pipeline.prune.measure import measure, only_layers
 from pipeline.prune.restore import output_error
