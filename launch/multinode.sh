@@ -13,7 +13,7 @@ Run it on every host, with the same arguments. All hosts need the same artifacts
   --node-rank R        this host's place in the list, from 0; default: the entry that names this host
   --port P             a free port of the first host (default 29500)
   --job NAME           a name that only this job uses (default pipeline)
-Environment: JOIN_TIMEOUT, seconds to wait for all hosts (default 1800).
+Environment: JOIN_TIMEOUT, seconds to wait for all hosts (default 1800); RDZV_CONF, more of torchrun's --rdzv-conf.
 
 $common_options
 END

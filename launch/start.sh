@@ -126,5 +126,6 @@ start_node() {
     fi
     if ((node == 0)); then host=true; fi
     start --nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$master:$port" --rdzv-id "$job" \
-        --rdzv-conf "is_host=$host,join_timeout=${JOIN_TIMEOUT:-1800}" ${address:+--local-addr "$address"}
+        --rdzv-conf "is_host=$host,join_timeout=${JOIN_TIMEOUT:-1800}${RDZV_CONF:+,$RDZV_CONF}" \
+        ${address:+--local-addr "$address"}
 }

@@ -7,7 +7,6 @@ name who is missing, and does not hold a device queue that a watchdog would shoo
 import atexit
 import json
 import os
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.runtime.pulse import FAILED, Pulse, alive
+
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LOOK = 0.5       # most seconds between two looks of a waiting rank at the others
-PULSE = 5.0      # seconds between two signs of life
 CHUNK = 1 << 24  # elements of a host tensor that travel through an accelerator at once
 
 
@@ -94,7 +94,7 @@ class Ranks:
         except Exception as fault:
             if self.world > 1:
                 with _store_may_be_gone():
-                    self.store.set("failed", f"rank {self.rank} failed: {type(fault).__name__}: {fault}")
+                    self.store.set(FAILED, f"rank {self.rank} failed: {type(fault).__name__}: {fault}")
             raise
 
     def _await(self, keys: dict[int, str], what: str) -> None:
@@ -107,10 +107,10 @@ class Ranks:
                 missing = [rank for rank, key in keys.items() if not self.store.check([key])]
                 if not missing:
                     return
-                if self.store.check(["failed"]):
-                    raise PeerFailed(self.store.get("failed").decode())
+                if self.store.check([FAILED]):
+                    raise PeerFailed(self.store.get(FAILED).decode())
                 for rank in missing:
-                    pulse = self.store.get(_alive(rank)) if self.store.check([_alive(rank)]) else b""
+                    pulse = self.store.get(alive(rank)) if self.store.check([alive(rank)]) else b""
                     if pulses.get(rank) != pulse:
                         pulses[rank], heard[rank] = pulse, time.monotonic()
             silent = [rank for rank in missing if time.monotonic() - heard[rank] > self.timeout]
@@ -145,8 +145,7 @@ class Ranks:
 
 
 _joined: Ranks | None = None
-_stop_pulse = threading.Event()
-_pulse: threading.Thread | None = None
+_pulse: Pulse | None = None
 
 
 def place() -> tuple[int, int, int]:
@@ -169,7 +168,7 @@ def join(device, timeout: float) -> Ranks:
     `device`: this rank's Device; `timeout`: seconds of silence after which another rank counts as dead, also the limit
     of one collective. Without torchrun the group has one member and opens no port.
     """
-    global _joined
+    global _joined, _pulse
     if _joined is not None and dist.is_initialized():
         return _joined
     rank, world, local_rank = place()
@@ -182,45 +181,20 @@ def join(device, timeout: float) -> Ranks:
     ours = dist.PrefixStore("pipeline", store)
     _joined = Ranks(rank, world, local_rank, timeout, device.torch, ours)
     if world > 1:
-        _start_pulse(ours.clone(), rank, min(PULSE, timeout / 4))
+        _pulse = Pulse(ours.clone(), rank, world, timeout)
+        atexit.register(_pulse.end)
     return _joined
 
 
 def leave() -> None:
     """Close the process group that `join` opened."""
-    global _joined
-    _end_pulse()
+    global _joined, _pulse
+    if _pulse is not None:
+        _pulse.end()
+        _pulse = None
     if _joined is not None and dist.is_initialized():
         dist.destroy_process_group()
     _joined = None
-
-
-def _start_pulse(store: dist.Store, rank: int, every: float) -> None:
-    """Count `alive/<rank>` up from a thread with its own connection, so that a busy rank is known to be alive."""
-    global _pulse
-
-    def beat() -> None:
-        with _store_may_be_gone():
-            store.add(_alive(rank), 1)
-            while not _stop_pulse.wait(every):
-                store.add(_alive(rank), 1)
-
-    _stop_pulse.clear()
-    _pulse = threading.Thread(target=beat, name="pulse", daemon=True)
-    _pulse.start()
-    atexit.register(_end_pulse)
-
-
-def _end_pulse() -> None:
-    global _pulse
-    _stop_pulse.set()
-    if _pulse is not None:
-        _pulse.join(timeout=PULSE)
-        _pulse = None
-
-
-def _alive(rank: int) -> str:
-    return f"alive/{rank}"
 
 
 def _sum_on_device(tensor: Tensor) -> None:
