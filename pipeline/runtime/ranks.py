@@ -8,6 +8,7 @@ import atexit
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -175,6 +176,7 @@ def join(device, timeout: float) -> Ranks:
     limit = timedelta(seconds=timeout)
     if "RANK" in os.environ:
         store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        store = _of_this_attempt(store, rank, world, timeout)
     else:
         store = dist.HashStore()
     dist.init_process_group(device.backend, store=store, rank=rank, world_size=world, timeout=limit)
@@ -184,6 +186,30 @@ def join(device, timeout: float) -> Ranks:
         _pulse = Pulse(ours.clone(), rank, world, timeout)
         atexit.register(_pulse.end)
     return _joined
+
+
+def _of_this_attempt(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
+    """Give a view of the store that no earlier attempt wrote to, the same one on every rank.
+
+    torchrun keeps one store over its restarts, and counts them per node: no number that it gives names the attempt. So
+    every process leaves a name of its own, rank 0 calls the roll under its name until all have answered, and a process
+    answers a roll that it stands in: those of earlier attempts hold other names.
+    """
+    name, deadline = uuid.uuid4().hex, time.monotonic() + timeout
+    store.set(f"name/{rank}", name)
+    while time.monotonic() < deadline:
+        if rank == 0 and store.check([f"name/{other}" for other in range(world)]):
+            roll = [store.get(f"name/{other}").decode() for other in range(world)]
+            store.set(f"roll/{name}", json.dumps(roll))
+            if world == 1 or store.check([f"answer/{name}/{other}" for other in roll[1:]]):
+                return dist.PrefixStore(name, store)
+        elif rank and store.check(["name/0"]):
+            caller = store.get("name/0").decode()
+            if store.check([f"roll/{caller}"]) and name in json.loads(store.get(f"roll/{caller}")):
+                store.set(f"answer/{caller}/{name}", "")
+                return dist.PrefixStore(caller, store)
+        time.sleep(0.01)
+    raise PeerFailed(f"rank {rank}: not all {world} ranks started within {timeout:g} s; see their outputs")
 
 
 def leave() -> None:
