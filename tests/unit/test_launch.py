@@ -211,8 +211,11 @@ def test_kubernetes_jobs_run_the_launcher_on_every_pod(name, kind, container, la
         assert arguments[: -len(pod["args"]) + 1] == node(True, 2, "m:2222", "pipeline", devices, 3)
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing():
     scripts = [str(path) for path in (*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch"), ROOT / "docker/run.sh")]
-    ran = subprocess.run(["shellcheck", "-x", *scripts], cwd=LAUNCH, capture_output=True, text=True)
+    ran = subprocess.run([SHELLCHECK, "-x", *scripts], cwd=LAUNCH, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout

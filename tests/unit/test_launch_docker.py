@@ -91,7 +91,10 @@ def test_an_image_installs_a_torch_that_the_package_accepts(file):
     assert pair is None or pair.group(1) == version
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
+HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed")
 def test_hadolint_finds_nothing():
-    ran = subprocess.run(["hadolint", *map(str, FILES)], capture_output=True, text=True)
+    ran = subprocess.run([HADOLINT, *map(str, FILES)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout
