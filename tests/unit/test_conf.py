@@ -41,7 +41,7 @@ def test_python_holds_no_default_that_the_yaml_lacks():
 
 def readme_commands() -> list[list[str]]:
     """The words after `-m pipeline` of every command line in the README's blocks, placeholders filled in."""
-    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.split(r"^```.*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)[1::2]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     words = [shlex.split(line) for line in lines]
     return [each[each.index("pipeline") + 1 :] for each in words if "pipeline" in each and "-m" in each]
