@@ -20,10 +20,10 @@ COPY launch launch
 COPY pipeline pipeline
 RUN pip install --no-deps .
 
-# A user of one's own; data, runs and artifacts are mounted at /work.
-RUN useradd --create-home --uid 1000 pangu && mkdir /work && chown 1000:1000 /work
+# A user of one's own; data, runs and artifacts are mounted at /workspace.
+RUN useradd --create-home --uid 1000 pangu && mkdir /workspace && chown 1000:1000 /workspace
 USER 1000:1000
 ENV HOME=/home/pangu
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["/app/launch/local.sh"]
 CMD ["--help"]

@@ -26,12 +26,12 @@ COPY pipeline pipeline
 RUN pip install --no-deps .
 
 # A user of one's own, in the group that owns the devices on an Ascend host (HwHiAiUser, 1000); data, runs and
-# artifacts are mounted at /work.
+# artifacts are mounted at /workspace.
 RUN groupadd --gid 1000 --non-unique pangu \
     && useradd --create-home --uid 1000 --gid 1000 --non-unique pangu \
-    && mkdir /work && chown 1000:1000 /work
+    && mkdir /workspace && chown 1000:1000 /workspace
 USER 1000:1000
 ENV HOME=/home/pangu
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["/app/launch/local.sh"]
 CMD ["--help"]

@@ -6,7 +6,7 @@ usage() {
     cat <<END
 usage: docker/run.sh npu|cuda|cpu [--devices 0,1,...] [--image NAME] [launch options] [pipeline overrides]
 
-The current folder is mounted at /work: models and texts are read from it, runs/ and artifacts/ are written to it.
+The current folder is mounted at /workspace: models and texts are read from it, runs/ and artifacts/ are written to it.
   --devices 0,1,...   default: all of this host
   --image NAME        default: pangu-light:npu, pangu-light:cuda, pangu-light:cpu
 DRY_RUN=1 prints the docker command instead of running it. Launch options: launch/local.sh --help
@@ -37,7 +37,7 @@ done
 
 # As the calling user, so that what is written belongs to them; that user has no home inside.
 flags=(--rm --init --network host --shm-size 64g --user "$(id -u):$(id -g)" --env HOME=/tmp)
-flags+=(--volume "$PWD:/work")
+flags+=(--volume "$PWD:/workspace")
 # By name alone: values stay out of the command line and of the image.
 for name in HF_HOME HF_ENDPOINT HF_TOKEN WANDB_API_KEY WANDB_MODE; do
     if [[ -n ${!name:-} ]]; then flags+=(--env "$name"); fi

@@ -41,8 +41,8 @@ def test_an_ascend_container_gets_its_npus_the_managing_devices_and_the_driver(d
     assert values(arguments, "--device") == [f"/dev/{name}" for name in devices]
     inside = {volume.split(":")[1] for volume in values(arguments, "--volume")}
     driver = {f"/usr/local/Ascend/driver/{name}" for name in ("lib64", "version.info")}
-    assert inside == driver | {"/usr/local/dcmi", "/usr/local/bin/npu-smi", "/etc/ascend_install.info", "/work"}
-    assert f"{tmp_path}:/work" in values(arguments, "--volume")
+    assert inside == driver | {"/usr/local/dcmi", "/usr/local/bin/npu-smi", "/etc/ascend_install.info", "/workspace"}
+    assert f"{tmp_path}:/workspace" in values(arguments, "--volume")
     assert values(arguments, "--network") == ["host"] and values(arguments, "--shm-size") == ["64g"]
     assert arguments[-4:] == ["pangu-light:npu", "device=npu", "run=mine", "--max-restarts=2"]
 
