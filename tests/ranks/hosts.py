@@ -52,8 +52,6 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             _ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", CARD)
             _ip("-n", host.name, "link", "set", "lo", "up")
             host.set_cable("up")
-            # TCP gives up after seconds, not after a quarter of an hour: torchrun's own agents wait as long as it does
-            subprocess.run(host.command("sysctl", "-qw", "net.ipv4.tcp_retries2=6"), check=True, capture_output=True)
         yield hosts[0], hosts[1]
     finally:
         for host in hosts:

@@ -16,8 +16,7 @@ from tests.world import ROOT, environment, make_world, settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=missing() or "")]
 PORT = "29517"
-STEPS = 64
-NOTICED = ("no sign of life", "gave no answer", "another rank stop")
+STEPS = 32
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,6 @@ def start(host, *command: str, cwd: Path, log: Path) -> subprocess.Popen:
     told = environment() | {
         "GLOO_SOCKET_IFNAME": CARD,
         "HOST": host.address,
-        "RDZV_CONF": "read_timeout=10",  # seconds that torchrun's agents wait for their store; 60 by default
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     with log.open("w") as out:
@@ -59,10 +57,15 @@ def finish(processes, seconds: float) -> list[int]:
     try:
         return [process.wait(max(1.0, end - time.monotonic())) for process in processes]
     finally:
-        for process in processes:
-            with suppress(ProcessLookupError):  # torchrun's processes outlive it when it is killed
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        stop(processes)
+
+
+def stop(processes) -> None:
+    """Kill what still runs, with the processes that torchrun started."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_ranks_on_two_hosts_add_share_and_wait(hosts, tmp_path):
@@ -88,7 +91,7 @@ def test_ranks_on_two_hosts_add_share_and_wait(hosts, tmp_path):
 
 def test_a_cut_cable_is_noticed_in_bounded_time_and_the_same_command_goes_on(hosts, tmp_path):
     world = make_world(tmp_path)
-    chosen = settings(world, distill__micro_batch=4, distill__tokens=STEPS * 8 * 32, device__timeout=8)
+    chosen = settings(world, distill__micro_batch=4, distill__tokens=STEPS * 8 * 32, device__timeout=6)
     chosen += ["run=two", "stages=[score,shape,plan,cut,distill]"]
     running = launch(hosts, *chosen, cwd=world)
     checkpoints = world / "artifacts/.partial"
@@ -98,17 +101,24 @@ def test_a_cut_cable_is_noticed_in_bounded_time_and_the_same_command_goes_on(hos
         assert [process.poll() for process in running] == [None, None], (world / "host0.log").read_text()
         time.sleep(0.1)
     hosts[1].set_cable("down")
-    codes = finish(running, 120)  # device.timeout is 8 s; torchrun's own agents end when TCP does
-    assert 0 not in codes
-    for place in range(2):
-        said = (world / f"host{place}.log").read_text()
-        assert any(reason in said for reason in NOTICED), said
+    logs = [world / f"host{place}.log" for place in range(2)]
+    try:
+        assert running[0].wait(60) != 0
+        for _ in range(600):  # torchrun itself stays on the host without a network until TCP gives up
+            if "error: rank 1 stops: the store that all ranks share gave no answer" in logs[1].read_text():
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError(logs[1].read_text())
+    finally:
+        stop(running)
+    assert "rank 1 gave no sign of life" in logs[0].read_text() or "another rank stop" in logs[0].read_text()
 
     left = max(int(path.name.removeprefix("step-")) for path in checkpoints.glob("distill-*/checkpoints/step-*"))
     hosts[1].set_cable("up")
     again = launch(hosts, *chosen, cwd=world)
-    assert finish(again, 300) == [0, 0], (world / "host0.log").read_text() + (world / "host1.log").read_text()
-    said = (world / "host0.log").read_text()
+    assert finish(again, 300) == [0, 0], logs[0].read_text() + logs[1].read_text()
+    said = logs[0].read_text()
     assert "score: finished before" in said and "cut: finished before" in said
     (folder,) = (world / "artifacts").glob("distill-*")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -13,7 +13,7 @@ import pytest
 
 from tests.world import ROOT, environment, make_world, settings
 
-STEPS = 48
+STEPS = 24
 
 
 @pytest.mark.slow
