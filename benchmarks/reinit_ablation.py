@@ -31,12 +31,14 @@ COMMON = [
     "shape.groups=3",
     "data.calibration.path=[builtin:topics,builtin:docstrings]",
     "data.recovery.path=[builtin:topics,builtin:docstrings]",
-    "data.evaluation.path=[builtin:topics,builtin:readmes]",
+    "data.evaluation.path=[builtin:topics,builtin:docstrings,builtin:readmes]",
     "data.split.evaluation=0.1",
     "distill.tokens=120000",
     "distill.learning_rate=3e-4",
     "evaluate.tokens=8192",
+    "evaluate.words=0",
     "evaluate.speed=false",
+    "report.samples=0",
 ]
 
 
