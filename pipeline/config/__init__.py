@@ -1,0 +1,97 @@
+"""The configuration as frozen values, mirroring conf/ field by field; an unknown or ill-typed field is refused."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from .fields import Count, Section
+from .inputs import Data, Model
+from .methods import Basis, Plan, Reinit, Restore, Score
+from .results import Evaluate, Export, Report, Track
+from .shapes import Budget, Calibrate, Chip, Search, Shape
+from .training import DeepSpeed, Distill
+
+
+class Recipe(Section):
+    name: str
+    shape: Literal["given", "search"]
+    line: list[str]
+
+
+class Device(Section):
+    kind: Literal["auto", "npu", "cuda", "cpu"]
+    chip: Chip
+    attention: Literal["auto", "sdpa", "eager"]
+    deterministic: bool
+    timeout: Count
+
+
+class Config(Section):
+    run: Annotated[str, Field(pattern=r"^[\w.+=,-]+(/[\w.+=,-]+)*$")]
+    runs: str
+    artifacts: str
+    stages: list[str] | None
+    seed: int
+    dry_run: bool
+    recipe: Recipe
+    model: Model
+    data: Data
+    shape: Shape
+    budget: Budget
+    score: Score
+    search: Search
+    basis: Basis
+    restore: Restore
+    plan: Plan
+    reinit: Reinit
+    distill: Distill
+    export: Export
+    evaluate: Evaluate
+    calibrate: Calibrate
+    report: Report
+    device: Device
+    deepspeed: DeepSpeed
+    track: Track
+
+    @model_validator(mode="after")
+    def _stages_belong_to_the_recipe(self):
+        unknown = [stage for stage in self.stages or [] if stage not in self.recipe.line]
+        if unknown:
+            raise ValueError(f"stages names {unknown}; recipe {self.recipe.name} has {self.recipe.line}")
+        return self
+
+    @model_validator(mode="after")
+    def _methods_go_together(self):
+        turned = self.basis.kind == "principal"
+        if turned and self.plan.channels == "activation":
+            raise ValueError(
+                "plan.channels=activation scores the teacher's own channels, not those of a principal basis; "
+                "set plan.channels=leading"
+            )
+        if not turned and self.plan.channels == "leading":
+            raise ValueError(
+                "plan.channels=leading takes the first channels of a principal basis; set basis.kind=principal"
+            )
+        if turned and (self.distill.loss.hidden or self.distill.loss.embedding):
+            raise ValueError(
+                "distill.loss.hidden and distill.loss.embedding compare channels with the teacher's, which "
+                "basis.kind=principal turns; set both to 0"
+            )
+        if self.restore.order == "obs" and self.plan.clap:
+            raise ValueError(
+                "restore.order=obs ranks KV groups inside a layer and plan.clap compares layers; set plan.clap=false "
+                "or restore.order=scores"
+            )
+        return self
+
+
+def validate(values: dict) -> Config:
+    """Give the validated configuration of a composed mapping; ValueError with one line a fault, named by its field."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as fault:
+        lines = [
+            f"{'.'.join(map(str, each['loc'])) or 'config'}: {each['msg']} (got {each['input']!r:.80})"
+            for each in fault.errors()
+        ]
+        raise ValueError("; ".join(lines)) from None

@@ -1,0 +1,57 @@
+"""What is measured, chosen and done to weights before recovery."""
+
+from typing import Any, Literal
+
+from .fields import Count, Positive, Section, Size
+
+
+class Score(Section):
+    tokens: Count
+    batch: Count
+    aggregation: Literal["sum", "minitron"]
+    norms: Literal["all", "pre"]
+
+
+class Basis(Section):
+    kind: Literal["none", "principal"]
+    tie: Literal["untied", "keep"]
+    own_axes: Size
+    tokens: Count
+
+
+class Restore(Section):
+    outputs: bool
+    order: Literal["scores", "obs"]
+    damping: Positive
+    at_once: Count
+    tokens: Count
+    memory: Positive
+
+
+class Plan(Section):
+    depth: Literal["influence", "contiguous", "last", "loss"]
+    depth_tokens: Count
+    keep_first: Count
+    clap: bool
+    clap_normalise: bool
+    channels: Literal["activation", "leading", "random"]
+    heads: Literal["activation", "random"]
+    neurons: Literal["activation", "random"]
+
+    @property
+    def policy(self) -> dict[str, Any]:
+        """How layers, heads, neurons and channels are chosen by scores; `drawn` are the kinds chosen at random.
+
+        Block influence stands in for a loss until that is measured.
+        """
+        drawn = [kind for kind in ("channels", "heads", "neurons") if getattr(self, kind) == "random"]
+        depth = "influence" if self.depth == "loss" else self.depth
+        asked = self.model_dump(exclude={"channels", "heads", "neurons", "depth_tokens"})
+        return asked | {"depth": depth, "drawn": drawn}
+
+
+class Reinit(Section):
+    slnp: bool
+    gain_compensation: bool
+    absorb: Literal["auto", False]
+    absorb_tokens: Count

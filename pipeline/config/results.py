@@ -1,0 +1,38 @@
+"""What is written and told: export, evaluation, report, tracking."""
+
+from typing import Literal
+
+from .fields import Count, Positive, Section, Size
+
+
+class Export(Section):
+    dtype: Literal["bfloat16", "float16", "float32"]
+    shard_bytes: Positive
+    tolerance: Positive
+
+
+class Evaluate(Section):
+    tokens: Count
+    batch: Count
+    chunk: Count
+    words: Size
+    words_context: Count
+    tasks: list[str]
+    speed: bool
+    speed_prefill: Count
+    speed_decode: Count
+    speed_repeats: Count
+
+
+class Report(Section):
+    samples: Size
+    sample_prompt: Count
+    sample_tokens: Count
+
+
+class Track(Section):
+    mode: Literal["auto", "online", "offline", "disabled"]
+    project: str
+    entity: str | None
+    group: str | None
+    tags: list[str]

@@ -1,0 +1,104 @@
+"""How wide and deep the student is, how its shape is searched, and the chip it is for."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .fields import Count, Fraction, Portion, Positive, Section, Weight
+
+
+class Shape(Section):
+    layers: Count | None
+    hidden: Count | None
+    heads: Count | None
+    groups: Count | None
+    neurons: Count | None
+
+    @property
+    def given(self) -> bool:
+        return any(value is not None for value in self.model_dump().values())
+
+
+class Budget(Section):
+    parameters: Fraction | None
+    fallback: Fraction
+    speedup: Positive | None
+    memory_gb: Positive | None
+    decode_rate: Positive | None
+    prefill_seconds: Positive | None
+
+    @property
+    def predicted(self) -> dict[str, float]:
+        """The limits that only the chip model can keep to, those that are set."""
+        limits = self.model_dump(include={"speedup", "decode_rate", "prefill_seconds"}, exclude_none=True)
+        return limits | ({"memory_bytes": self.memory_gb * 1e9} if self.memory_gb else {})
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """All limits that are set; where none is, the fallback."""
+        parameters = self.parameters or (None if self.predicted else self.fallback)
+        return self.predicted | ({"parameters": parameters} if parameters else {})
+
+
+class Search(Section):
+    candidates: Count
+    tolerance: Weight
+    tokens: Count
+    speed: Literal["decode", "prefill"]
+    batch: Count
+    prompt: Count
+    context: Count
+    precision: Literal["bf16", "fp32", "int8"]
+    tensor_parallel: Count
+
+    @property
+    def serving(self) -> dict[str, int | str]:
+        """How the student will be used, without how it is searched for."""
+        return self.model_dump(exclude={"candidates", "tolerance", "tokens"})
+
+
+class Chip(Section):
+    name: str
+    kind: Literal["npu", "cuda", "cpu"]
+    cube_cores: Count
+    vector_cores: Count
+    megahertz: Positive
+    macs_bf16: Positive
+    macs_fp32: Positive
+    macs_int8: Positive
+    cube_edge: Count
+    tiles: list[tuple[Count, Count]]
+    l0a_bytes: Count
+    l0b_bytes: Count
+    l0c_bytes: Count
+    l1_bytes: Count
+    ub_bytes: Count
+    hbm_bytes: Positive
+    hbm_bandwidth: Positive
+    l2_bandwidth: Positive
+    vector_bandwidth: Positive
+    core_bandwidth: Positive
+    core_l2_bytes: Positive
+    align_bytes: Count
+    block_bytes: Count
+    block_share: Fraction
+    ragged_share: Fraction
+    vector_ragged_share: Fraction
+    row_major_factor: Annotated[float, Field(ge=1.0)]
+    row_major_ragged_factor: Annotated[float, Field(ge=1.0)]
+    launch_seconds: Weight
+    layer_seconds: Weight
+    cube_efficiency: Positive
+    memory_efficiency: Positive
+    overlap: Portion
+    attention_efficiency: Positive
+    link_bandwidth: Positive
+    network_bandwidth: Positive
+    link_seconds: Weight
+    devices_per_node: Count
+
+
+class Calibrate(Section):
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    folder: str
+    rounds: Count

@@ -1,0 +1,42 @@
+"""How the student recovers."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from .fields import Count, Portion, Positive, Section, Share, Weight
+
+
+class Loss(Section):
+    kind: Literal["forward_kl", "reverse_kl", "jsd"]
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)]
+    temperature: Positive
+    cross_entropy: Weight
+    hidden: Weight
+    embedding: Weight
+    chunk: Count
+
+
+class Distill(Section):
+    tokens: Count
+    batch: Count
+    micro_batch: Count
+    learning_rate: Positive
+    schedule: Literal["cosine", "constant_decay"]
+    warmup: Share
+    floor: Portion
+    betas: tuple[float, float]
+    weight_decay: Weight
+    clip: Positive
+    precision: Literal["auto", "bf16", "fp32"]
+    gradient_checkpointing: bool
+    save_every: Count
+    keep: Count
+    validate_every: Count
+    validate_tokens: Count
+    loss: Loss
+
+
+class DeepSpeed(Section):
+    stage: Literal[0, 1, 2, 3]
+    extra: dict[str, Any]
