@@ -147,7 +147,7 @@ def _step(
     if missing:
         if not wanted:
             return None, False
-        maker = next(other for other in _makers(config) if missing[0] == STAGES[other].MAKES)
+        maker = _makers(config)[missing[0]]
         raise ValueError(f"stages: {name} needs {missing[0]}, which stage {maker} makes; add {maker} to stages")
     inputs = {need: made[need] for need in (*_needs(config, stage), *getattr(stage, "OPTIONAL", ())) if need in made}
     if hasattr(stage, "applies") and not stage.applies(config, inputs):
@@ -173,15 +173,19 @@ def _step(
         return store.publish(name, key, settings, names, seconds, machine.device.peak_memory()), True
 
 
-def _makers(config: Config) -> list[str]:
-    """Give all stages but the one of `shape` and `search` that makes no shape in this recipe."""
-    return [name for name in STAGES if name != ("shape" if config.recipe.shape == "search" else "search")]
+def _makers(config: Config) -> dict[str, str]:
+    """Give the first stage that makes each artifact in this configuration, by artifact."""
+    makers: dict[str, str] = {}
+    for name, stage in STAGES.items():
+        if not hasattr(stage, "needed") or stage.needed(config):
+            makers.setdefault(stage.MAKES, name)
+    return makers
 
 
 def _needs(config: Config, stage: ModuleType) -> tuple[str, ...]:
     """Give what a stage reads: always, as configured, and of its optional inputs those this configuration asks for."""
-    makers = {module.MAKES: name for name, module in STAGES.items()}
-    asked = (need for need in getattr(stage, "OPTIONAL", ()) if _needed(config, makers[need]))
+    makers = _makers(config)
+    asked = (need for need in getattr(stage, "OPTIONAL", ()) if need in makers and _needed(config, makers[need]))
     return (*stage.NEEDS, *(stage.needs(config) if hasattr(stage, "needs") else ()), *asked)
 
 

@@ -2,6 +2,8 @@
 
 Forward computes the gradients too (they are cheap while the logits are there), so that nothing of size tokens x
 vocabulary is kept for backward. Products run in the type of their operands, softmax arithmetic in float32 or better.
+Between the products stands `kl_of_logits` of the table in kernels/fused: its "reference" is the arithmetic below, in
+few buffers; its Triton kernel, on the devices where the table or the caller says so, reads and writes the products.
 
 With z student and y teacher logits over the temperature T, q = softmax(z), p = softmax(y), loss T^2 D:
   forward KL  D = sum p (log p - log q)                       dD/dz = q - p
@@ -14,6 +16,7 @@ With z student and y teacher logits over the temperature T, q = softmax(z), p = 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import fused
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -37,14 +40,32 @@ PLAIN = Logits()
 
 @dataclass(frozen=True)
 class _Terms:
-    """What is added up: a divergence at a temperature and, with a weight, the next-token cross entropy."""
+    """What is added up: a divergence at a temperature and, with a weight, the next-token cross entropy.
+
+    `kernel` computes the divergence of rows of logits in place of `divergence`; None: nothing does.
+    """
 
     divergence: Callable[..., tuple[Tensor, Tensor]]
+    kernel: Callable[..., Tensor] | None
+    kind: str
+    beta: float
     temperature: float
     cross_entropy: float
     chunk: int
     student: Logits
     teacher: Logits
+
+    @property
+    def buffers(self) -> int:
+        """How many buffers of logits in the exact type a block of rows takes."""
+        if self.kernel is None:
+            return 6
+        return (self.exact_student + bool(self.cross_entropy)) + (self.teacher != PLAIN)
+
+    @property
+    def exact_student(self) -> bool:
+        """Whether a kernel gets the student's logits as a copy in the exact type, since more is done to them."""
+        return bool(self.cross_entropy) or self.student != PLAIN
 
 
 def linear_distillation(
@@ -64,13 +85,15 @@ def linear_distillation(
     teacher_bias: Tensor | None = None,
     student_logits: Logits = PLAIN,
     teacher_logits: Logits = PLAIN,
+    kernel: str = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Give the loss, a mean over tokens, differentiable by the student's tensors, and its parts, detached.
 
     Hidden states [t, h_student] and [t, h_teacher], output matrices [v, h], biases [v]. `kind` is forward_kl,
     reverse_kl or jsd; `labels` [t] hold the next token of each position or IGNORED, needed where `cross_entropy` (a
-    weight) is positive; `mask` [t] is true where a token counts. Parts: `divergence` (with its T^2) and, where
-    weighted, `cross_entropy`. ValueError where shapes or needs do not fit.
+    weight) is positive; `mask` [t] is true where a token counts. `kernel`: auto (as kernels/fused says for the device),
+    reference or triton. Parts: `divergence` (with its T^2) and, where weighted, `cross_entropy`. ValueError where
+    shapes or needs do not fit, or the kernel cannot run on the tensors.
     """
     if kind not in DIVERGENCES:
         raise ValueError(f"distill.loss.kind is {kind!r}; choose one of {', '.join(DIVERGENCES)}")
@@ -83,12 +106,26 @@ def linear_distillation(
     if not len(student_hidden):
         raise ValueError("the mask leaves no token for the distillation loss; drop the batch")
     terms = _Terms(
-        DIVERGENCES[kind](beta), temperature, cross_entropy, chunk, student_logits, teacher_logits
-    )
+        DIVERGENCES[kind](beta), _kernel(kernel, student_hidden.device.type), kind, beta,
+        temperature, cross_entropy, chunk, student_logits, teacher_logits,
+    )  # fmt: skip
     loss, divergence, entropy = _LinearDistillation.apply(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, labels, terms
     )
     return loss, {"divergence": divergence} | ({"cross_entropy": entropy} if cross_entropy else {})
+
+
+def kernel_choice(kernel: str, device_type: str) -> str:
+    """Give the implementation of the divergence, by its name in kernels/fused; ValueError where it cannot run."""
+    try:
+        return fused.chosen("kl_of_logits", device_type, None if kernel == "auto" else kernel)
+    except ValueError as fault:
+        raise ValueError(f"distill.loss.kernel is {kernel}: {fault}") from None
+
+
+def _kernel(kernel: str, device_type: str) -> Callable[..., Tensor] | None:
+    name = kernel_choice(kernel, device_type)
+    return None if name == "reference" else fused.op("kl_of_logits", device_type, name)
 
 
 class _LinearDistillation(torch.autograd.Function):
@@ -100,7 +137,8 @@ class _LinearDistillation(torch.autograd.Function):
         size = min(terms.chunk, tokens)
         student, teacher = hidden.new_empty(size, vocabulary), teacher_hidden.new_empty(size, vocabulary)
         rows = max(1, (CACHED if hidden.device.type == "cpu" else RESIDENT) // vocabulary)
-        buffers = hidden.new_empty(6, min(rows, size), vocabulary, dtype=exact)
+        buffers = hidden.new_empty(terms.buffers, min(rows, size), vocabulary, dtype=exact)
+        of_rows = _rows if terms.kernel is None else _rows_by_kernel
         divergence, entropy = hidden.new_zeros(2, dtype=exact)
         shares = _entropy_shares(labels, terms.cross_entropy, exact) if terms.cross_entropy else None
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -116,7 +154,7 @@ class _LinearDistillation(torch.autograd.Function):
                 some = slice(first, first + rows)
                 above = slice(start + first, min(start + first + rows, part.stop))
                 aims = (labels[above], shares[above]) if shares is not None else None
-                d, e = _rows(z[some], y[some], aims, terms, tokens, [b[: above.stop - above.start] for b in buffers])
+                d, e = of_rows(z[some], y[some], aims, terms, tokens, [b[: above.stop - above.start] for b in buffers])
                 divergence += d
                 entropy += e
             if grad_hidden is not None:
@@ -160,13 +198,7 @@ def _rows(
     z, y, q, p, spare, own = buffers
     _bounded(student, terms.student, z)
     _bounded(teacher, terms.teacher, y)
-    entropy: Tensor | float = 0.0
-    if aims is not None:
-        labels, shares = aims  # shares [rows] add up to 1 over the batch, times the weight
-        torch.softmax(z, -1, out=own)
-        index = labels.clamp_min(0)[:, None]
-        entropy = ((_log_sum(z, own) - z.gather(1, index)[:, 0]) * shares).sum() / terms.cross_entropy
-        own.mul_(shares[:, None]).scatter_add_(1, index, -shares[:, None])
+    entropy = 0.0 if aims is None else _entropy(z, *aims, terms, own)
     if terms.temperature != 1.0:
         z.div_(terms.temperature)
         y.div_(terms.temperature)
@@ -176,13 +208,64 @@ def _rows(
     gradient.mul_(terms.temperature / tokens)
     if aims is not None:
         gradient.add_(own)
-    if terms.student.softcap is not None:
-        torch.mul(student, terms.student.scale / terms.student.softcap, out=own).tanh_().square_()
-        gradient.addcmul_(gradient, own, value=-1.0)
-    if terms.student.scale != 1.0:
-        gradient.mul_(terms.student.scale)
+    _unbounded(gradient, student, terms.student, own)
     student.copy_(gradient)
     return divergence.sum(), entropy
+
+
+def _rows_by_kernel(
+    student: Tensor,
+    teacher: Tensor,
+    aims: tuple[Tensor, Tensor] | None,
+    terms: _Terms,
+    tokens: int,
+    buffers: list[Tensor],
+) -> tuple[Tensor, Tensor | float]:
+    """As `_rows`, by a kernel that leaves the gradient where it read the logits: the products, if they are the logits.
+
+    `buffers`: as many as `terms.buffers` says; there a soft cap, a scale or the cross entropy is worked in.
+    """
+    free = iter(buffers)
+    z, y, own = student, teacher, None
+    entropy: Tensor | float = 0.0
+    if terms.teacher != PLAIN:
+        y = next(free)
+        _bounded(teacher, terms.teacher, y)
+    if terms.exact_student:
+        z = next(free)
+        _bounded(student, terms.student, z)
+    if aims is not None:
+        own = next(free)
+        entropy = _entropy(z, *aims, terms, own)
+    divergence = terms.kernel(z, y, terms.kind, terms.temperature, terms.beta, terms.temperature**2 / tokens)
+    if own is not None:
+        z.add_(own)
+    if z is not student:
+        spare = own if own is not None or terms.student.softcap is None else torch.empty_like(z)
+        _unbounded(z, student, terms.student, spare)
+        student.copy_(z)
+    return divergence.sum(), entropy
+
+
+def _entropy(z: Tensor, labels: Tensor, shares: Tensor, terms: _Terms, out: Tensor) -> Tensor:
+    """Give the cross entropy of rows of logits, without its weight; leave the weighted gradient in `out`.
+
+    `shares` [rows] add up to the weight over the batch.
+    """
+    torch.softmax(z, -1, out=out)
+    index = labels.clamp_min(0)[:, None]
+    entropy = ((_log_sum(z, out) - z.gather(1, index)[:, 0]) * shares).sum() / terms.cross_entropy
+    out.mul_(shares[:, None]).scatter_add_(1, index, -shares[:, None])
+    return entropy
+
+
+def _unbounded(gradient: Tensor, product: Tensor, form: Logits, spare: Tensor | None) -> None:
+    """Turn the gradient by the logits into the one by the products they were made of, in place."""
+    if form.softcap is not None:
+        torch.mul(product, form.scale / form.softcap, out=spare).tanh_().square_()
+        gradient.addcmul_(gradient, spare, value=-1.0)
+    if form.scale != 1.0:
+        gradient.mul_(form.scale)
 
 
 def _forward_kl(beta: float):

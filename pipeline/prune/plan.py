@@ -4,7 +4,7 @@ Depth by block influence, heads inside KV groups, KV groups with cross-layer don
 (Pangu Light 2505.20155, eq. 1-5).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -41,10 +41,12 @@ def plan(
     return Blueprint(_top(scores.channels, hidden), tuple(plans))
 
 
-def plan_uniform(
+def plan_by(
     anatomy: Anatomy,
     scores: Scores,
-    shape: Mapping[str, int],
+    widths: Sequence[LayerSizes],
+    hidden: int,
+    layers: int,
     *,
     depth: str,
     keep_first: int,
@@ -54,15 +56,15 @@ def plan_uniform(
     clap_normalise: bool = False,
     hosts: Sequence[int] | None = None,
 ) -> Blueprint:
-    """Give the blueprint of a student whose layers all have the widths of `shape` (layers hidden heads groups neurons).
+    """Give the blueprint of a student of `layers` layers whose source layers would have these widths.
 
     The layers `hosts` stay, or those that `kept_layers` says; the kinds `drawn` (channels, heads, neurons) stay at
     random, by `seed`.
     """
-    hosts = hosts or kept_layers(scores.layers, shape["layers"], depth, keep_first)
-    widths = [LayerSizes(shape["heads"], shape["groups"], shape["neurons"])] * len(hosts)
+    hosts = hosts or kept_layers(scores.layers, layers, depth, keep_first)
     scores = shuffled(scores, drawn, seed)
-    return plan(anatomy, scores, hosts, widths, shape["hidden"], clap=clap, clap_normalise=clap_normalise)
+    own = [widths[host] for host in hosts]
+    return plan(anatomy, scores, hosts, own, hidden, clap=clap, clap_normalise=clap_normalise)
 
 
 def kept_layers(influence: Tensor, count: int, policy: str, keep_first: int) -> list[int]:

@@ -23,6 +23,7 @@ from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_check
 
 MAKES = "source"
 NEEDS = ("teacher", "tokens")
+OPTIONAL = ("restored",)  # turned in the teacher's place
 EVERY_RANK = True
 
 
@@ -48,14 +49,15 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     ValueError before any pass for a family whose stream cannot be turned.
     """
     device, ranks, asked = machine.device, machine.ranks, config.basis
-    source = open_checkpoint(inputs["teacher"], config.model.allow_pickle)
+    origin = inputs.get("restored", inputs["teacher"])
+    source = open_checkpoint(origin, config.model.allow_pickle)
     anatomy = source.anatomy
     check_rotatable(anatomy)
     keeps = asked.tie == "keep" and anatomy.tied
     if keeps and asked.own_axes > anatomy.sizes.hidden:
         raise ValueError(f"basis.own_axes is {asked.own_axes}; the model has {anatomy.sizes.hidden} hidden channels")
     need_space(out, source.bytes())
-    model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
+    model = load_model(origin, device.compute_dtype, device.attention, config.model.trust_remote_code)
     text = Packed(inputs["tokens"] / "calibration")
     batches = beginning(text, asked.tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
     counts = torch.zeros(anatomy.sizes.vocabulary, dtype=torch.float64)

@@ -14,7 +14,7 @@ from pipeline.runtime.checkpoint import open_checkpoint, open_tensors, write_che
 
 MAKES = "start"
 NEEDS = ("teacher", "blueprint")
-OPTIONAL = ("source", "grams")  # the teacher in other axes, cut in its place; what restoration solves with
+OPTIONAL = ("source", "restored", "grams")  # cut in the teacher's place: it in other axes, or with other weights
 EVERY_RANK = False
 
 
@@ -26,7 +26,7 @@ def settings(config: Config) -> dict:
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """Write the student before recovery as a model folder, one shard in memory at a time."""
-    source = open_checkpoint(inputs.get("source", inputs["teacher"]), config.model.allow_pickle)
+    source = open_checkpoint(inputs.get("source", inputs.get("restored", inputs["teacher"])), config.model.allow_pickle)
     need_space(out, source.bytes())
     shutil.rmtree(out, ignore_errors=True)
     anatomy = source.anatomy

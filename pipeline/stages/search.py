@@ -13,9 +13,10 @@ from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.data.stream import left_over
 from pipeline.evaluation.perplexity import tally
+from pipeline.model.anatomy import LayerSizes
 from pipeline.model.scores import Scores
 from pipeline.model.settings import student_config
-from pipeline.prune.plan import plan_uniform
+from pipeline.prune.plan import plan_by
 from pipeline.prune.reinit import compensate_gain, stabilise_gains
 from pipeline.prune.surgery import as_it_is, cut
 from pipeline.runtime.artifacts import need_space, write_atomically
@@ -39,7 +40,7 @@ def check(config: Config) -> None:
         raise ValueError("recipe.shape is search, but shape.* gives the shape; limit a search by budget.* instead")
 
 
-def applies(config: Config, inputs: dict[str, Path]) -> bool:
+def needed(config: Config) -> bool:
     """Whether the shape is searched."""
     return config.recipe.shape == "search"
 
@@ -123,7 +124,8 @@ def _student(
 ) -> torch.nn.Module:
     """Give a student planned from the shared scores, cut and re-initialised, by way of a model folder `scratch`."""
     anatomy, device = source.anatomy, machine.device
-    blueprint = plan_uniform(anatomy, scores, shape.axes(), **config.plan.policy, seed=config.seed)
+    widths = [LayerSizes(shape.heads, shape.groups, shape.neurons)] * len(anatomy.sizes.layers)
+    blueprint = plan_by(anatomy, scores, widths, shape.hidden, shape.layers, **config.plan.policy, seed=config.seed)
     donate = compensate_gain(anatomy, source) if config.reinit.gain_compensation else as_it_is
     stream = cut(anatomy, blueprint, source, donate)
     if config.reinit.slnp:

@@ -20,7 +20,7 @@ def check(config: Config) -> None:
         raise ValueError(f"shape.* gives the shape and budget.* limits it by {list(config.budget.predicted)}; give one")
 
 
-def applies(config: Config, inputs: dict[str, Path]) -> bool:
+def needed(config: Config) -> bool:
     """Whether the shape is not searched."""
     return config.recipe.shape == "given"
 

@@ -146,7 +146,7 @@ def test_one_stage_makes_the_shape_and_the_given_one_depends_on_no_scores(world)
     folder, _ = world
     searching, given = configure(folder), configure(folder, "recipe.shape=given", "search.batch=3")
     for config, maker, other in ((searching, search, shape), (given, shape, search)):
-        assert maker.applies(config, {}) and not other.applies(config, {})
+        assert maker.needed(config) and not other.needed(config)
         assert line.check(config)[2:5] == ["score", "shape", "search"]
     assert shape.NEEDS == ("teacher",)
     assert shape.settings(given) == shape.settings(configure(folder, "recipe.shape=given", "device/chip=910B3"))
