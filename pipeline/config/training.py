@@ -1,4 +1,4 @@
-"""How the student recovers."""
+"""How the student recovers, and how whole models are trained."""
 
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ class Loss(Section):
     chunk: Count
 
 
-class Distill(Section):
+class Training(Section):
     tokens: Count
     batch: Count
     micro_batch: Count
@@ -34,6 +34,9 @@ class Distill(Section):
     keep: Count
     validate_every: Count
     validate_tokens: Count
+
+
+class Distill(Training):
     loss: Loss
 
 

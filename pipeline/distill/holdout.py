@@ -1,4 +1,4 @@
-"""Text kept out of training, to see on the way whether the student comes nearer to its teacher."""
+"""Text kept out of training, to see on the way whether the model gets better."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,16 +28,16 @@ class Heads:
         return self.packed[int(self.rows[row])]
 
 
-def hold_out(packed: Any, rows: int) -> tuple[Heads, Tensor]:
+def hold_out(packed: Any, rows: int, section: str) -> tuple[Heads, Tensor]:
     """Give a packed text without the tails of its domains, and the tails [n, sequence].
 
     `packed` has `domains`, `sequence`, a length, and rows by index. Each domain gives its last rows, as many of `rows`
-    as its size is of the whole. ValueError where that would be more than half the text.
+    as its size is of the whole. ValueError, naming the `section` of the settings, where that is over half the text.
     """
     sizes = [domain["sequences"] for domain in packed.domains]
     if 2 * rows > sum(sizes):
         raise ValueError(
-            f"distill.validate_tokens holds out {rows} of the {sum(sizes)} sequences of the recovery text, more than "
+            f"{section}.validate_tokens holds out {rows} of the {sum(sizes)} sequences of the recovery text, more than "
             "half; lower it or give more text"
         )
     tails = [max(0, min(size - 1, round(rows * size / sum(sizes)))) for size in sizes]

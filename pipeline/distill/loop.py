@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+HELD_OUT = "held_out_"  # before the name of a number measured on held-out text
+
 
 class Engine(Protocol):
     """What the loop needs. All ranks call the same methods in the same order."""
@@ -27,6 +29,7 @@ class Engine(Protocol):
 class Course:
     """A training run: its length, what happens on the way, and the seed of what is drawn at random (dropout)."""
 
+    section: str         # of the settings, for messages
     steps: int
     accumulation: int    # micro-batches per step and rank
     tokens: int          # per step, all ranks together
@@ -54,12 +57,12 @@ def train(
 
     `batches`: this rank's micro-batches [micro_batch, sequence], beginning with those of step `start`; `rate`: the
     learning rate of a step. `record` gets the numbers after every step (and of the start): step, loss and its parts,
-    learning_rate, grad_norm, tokens, tokens_per_second (training alone), and held_out_kl where it was measured.
+    learning_rate, grad_norm, tokens, tokens_per_second (training alone), and what `measured` gives where it was.
     FloatingPointError where loss or gradient are not finite; the last checkpoint stays.
     """
     saved = start
     if start == 0:
-        record({"step": 0, "tokens": 0, "held_out_kl": held_out_kl(engine, held_out)})
+        record({"step": 0, "tokens": 0} | measured(engine, held_out))
     for step in progress(range(start, course.steps)):
         began = time.perf_counter()
         torch.manual_seed(course.seed + step)  # what is drawn depends on the step alone: a resumed run draws the same
@@ -67,22 +70,28 @@ def train(
         metrics["learning_rate"] = rate(step)
         metrics["grad_norm"] = engine.step(rate(step)) if math.isfinite(metrics["loss"]) else math.nan
         if not math.isfinite(metrics["grad_norm"]):
-            raise FloatingPointError(_diverged(step + 1, metrics, saved, checkpoints))
+            raise FloatingPointError(_diverged(course.section, step + 1, metrics, saved, checkpoints))
         done = step + 1
         metrics |= {"step": done, "tokens": done * course.tokens}
         metrics["tokens_per_second"] = course.tokens / (time.perf_counter() - began)
         if done % course.validate_every == 0 or done == course.steps:
-            metrics["held_out_kl"] = held_out_kl(engine, held_out)
+            metrics |= measured(engine, held_out)
         record(metrics)
         if done % course.save_every == 0 and done < course.steps:
             engine.save(checkpoints, done, course.keep)
             saved = done
 
 
-def held_out_kl(engine: Engine, batches: Sequence[Weighted]) -> float:
-    """Give the mean KL of teacher to student over the tokens of all ranks' held-out batches, in nats."""
-    total = sum(weight * engine.measure(batch)["kl"] for batch, weight in batches)
-    return engine.average({"kl": total})["kl"]
+def measured(engine: Engine, batches: Sequence[Weighted]) -> dict[str, float]:
+    """Give the means over all ranks' held-out batches of what the engine measures: held_out_<part> -> value.
+
+    Of a distiller that is the KL of teacher to student, in nats per token.
+    """
+    totals: dict[str, Tensor] = {}
+    for batch, weight in batches:
+        for name, value in engine.measure(batch).items():
+            totals[name] = totals.get(name, 0.0) + weight * value
+    return {f"{HELD_OUT}{name}": value for name, value in engine.average(totals).items()}
 
 
 def _accumulate(engine: Engine, batches: Iterator[Tensor], accumulation: int) -> dict[str, float]:
@@ -94,9 +103,9 @@ def _accumulate(engine: Engine, batches: Iterator[Tensor], accumulation: int) ->
     return engine.average(sums)
 
 
-def _diverged(step: int, metrics: Mapping[str, float], saved: int, checkpoints: Path) -> str:
+def _diverged(section: str, step: int, metrics: Mapping[str, float], saved: int, checkpoints: Path) -> str:
     kept = f"the state after step {saved} is kept in {checkpoints}" if saved else "no checkpoint had been saved yet"
     return (
-        f"recovery stopped at step {step}: loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g} at "
-        f"learning rate {metrics['learning_rate']:.3g}; {kept}; lower distill.learning_rate or distill.clip"
+        f"{section} stopped at step {step}: loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g} at "
+        f"learning rate {metrics['learning_rate']:.3g}; {kept}; lower {section}.learning_rate or {section}.clip"
     )

@@ -19,7 +19,7 @@ MATCH = Match(((0, 1), (1, 3)), tuple(range(3, 27)))
 
 
 def objective(**changed):
-    return Objective(**{**PLAIN, "chunk": 7, **changed})
+    return Objective(**{**PLAIN, "chunk": 7, "kernel": "auto", **changed})
 
 
 def pair(kind, **changed):
@@ -165,7 +165,7 @@ class Text:
     ("sizes", "rows", "held"), [((10,), 3, [7, 8, 9]), ((6, 12), 3, [5, 16, 17]), ((1, 1, 9), 1, [10])]
 )
 def test_held_out_rows_are_the_tails_and_no_training_row(sizes, rows, held):
-    kept, tails = hold_out(Text(*sizes), rows)
+    kept, tails = hold_out(Text(*sizes), rows, "distill")
     assert tails[:, 0].tolist() == held
     assert sorted(int(kept[row][0]) for row in range(len(kept))) == sorted(set(range(sum(sizes))) - set(held))
     assert sum(domain["sequences"] for domain in kept.domains) == len(kept)
@@ -173,7 +173,7 @@ def test_held_out_rows_are_the_tails_and_no_training_row(sizes, rows, held):
 
 def test_more_than_half_the_text_is_never_held_out():
     with pytest.raises(ValueError, match="distill.validate_tokens holds out 6 of the 10"):
-        hold_out(Text(10), 6)
+        hold_out(Text(10), 6, "distill")
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -210,7 +210,7 @@ class Recorder:
 
 def course(**changed):
     values = {"steps": 6, "accumulation": 2, "tokens": 32, "validate_every": 4, "save_every": 2, "keep": 2, "seed": 3}
-    return Course(**(values | changed))
+    return Course("distill", **(values | changed))
 
 
 def run(engine, start=0, tmp="/checkpoints", **changed):
@@ -247,7 +247,7 @@ def test_a_loop_that_goes_on_ends_where_a_straight_one_does_and_measuring_change
 @pytest.mark.parametrize("fault", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_place_of_the_last_checkpoint(fault):
     engine = Recorder([1.0] * 6 + [fault])
-    told = r"stopped at step 4: loss (nan|inf).*after step 2 is kept in /checkpoints"
+    told = r"distill stopped at step 4: loss (nan|inf).*after step 2 is kept in /checkpoints"
     with pytest.raises(FloatingPointError, match=told):
         run(engine)
     assert [step for step, _ in engine.saved] == [2]
@@ -260,20 +260,17 @@ def test_a_gradient_that_is_not_finite_stops_too():
         run(engine)
 
 
-def test_the_stage_refuses_batches_that_do_not_divide_and_runs_below_a_step():
-    from pipeline.stages.distill import _accumulation, _steps
+def test_batches_that_do_not_divide_and_runs_below_a_step_are_refused():
+    from pipeline.training import accumulation, steps_of
 
-    def config(**distill):
-        return SimpleNamespace(
-            distill=SimpleNamespace(**({"batch": 8, "micro_batch": 4, "tokens": 49152} | distill)),
-            data=SimpleNamespace(sequence=512),
-        )
+    def asked(**changed):
+        return SimpleNamespace(**({"batch": 8, "micro_batch": 4, "tokens": 49152} | changed))
 
-    assert _accumulation(config(), 2) == 1
-    with pytest.raises(ValueError, match=r"batch is 10, .* \(4\) x ranks \(1\) = 4; nearest: 8 or 12"):
-        _accumulation(config(batch=10), 1)
+    assert accumulation("distill", asked(), 2) == 1
+    with pytest.raises(ValueError, match=r"distill.batch is 10, .* \(4\) x ranks \(1\) = 4; nearest: 8 or 12"):
+        accumulation("distill", asked(batch=10), 1)
     with pytest.raises(ValueError, match=r"= 12; nearest: 12"):
-        _accumulation(config(), 3)
-    with pytest.raises(ValueError, match="distill.tokens is 4095, less than one step"):
-        _steps(config(tokens=4095))
-    assert _steps(config(tokens=9000)) == 2
+        accumulation("distill", asked(), 3)
+    with pytest.raises(ValueError, match="settle.tokens is 4095, less than one step"):
+        steps_of("settle", asked(tokens=4095), 512)
+    assert steps_of("distill", asked(tokens=9000), 512) == 2

@@ -1,0 +1,187 @@
+"""Training all weights of a model folder under DeepSpeed, to a model folder: what recovery and settling share."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Config
+from pipeline.config.training import Training
+from pipeline.data.packing import Packed
+from pipeline.data.stream import stream
+from pipeline.distill.holdout import hold_out, share_out
+from pipeline.distill.loop import HELD_OUT, Course, train
+from pipeline.distill.schedule import learning_rate
+from pipeline.model.families import HEAD
+from pipeline.runtime.artifacts import need_space, write_atomically
+from pipeline.runtime.checkpoint import Checkpoint, load_model, write_checkpoint
+from pipeline.runtime.engine import Engine
+
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+STATE_BYTES = 12  # of a parameter in a resumable checkpoint: a float32 weight and two moments
+WEIGHT_BYTES = 4
+FREE = {"micro_batch", "save_every", "keep", "gradient_checkpointing"}  # change speed and memory, not the weights
+
+
+def train_model(
+    section: str,
+    config: Config,
+    origin: Checkpoint,
+    module: Callable[[Callable[[Path], nn.Module]], nn.Module],
+    text: Packed,
+    out: Path,
+    machine,
+) -> None:
+    """Write the model trained from `origin` as a model folder in float32, and metrics.jsonl; every rank takes part.
+
+    `section` names the settings; `module` makes what the engine trains, given a function that loads a model folder in
+    the type that is computed in. An earlier attempt's checkpoints in `out` are gone on from, digit for digit.
+    """
+    asked, ranks = getattr(config, section), machine.ranks
+    count, steps = accumulation(section, asked, ranks.world), steps_of(section, asked, config.data.sequence)
+    parameters = sum(math.prod(shape) for shape in origin.anatomy.shapes().values())
+    need_space(out, parameters * (STATE_BYTES * (asked.keep + 1) + WEIGHT_BYTES))
+    text, held = hold_out(text, max(1, asked.validate_tokens // config.data.sequence), section)
+    engine = _engine(config, asked, module, machine, count)
+    try:
+        done = engine.load(out / CHECKPOINTS)
+        if done is None:
+            engine.take(origin)
+        elif done:
+            machine.say(f"{section}: goes on after step {done} of {steps}")
+        if ranks.rank == 0:
+            _truncate(out / METRICS, done)
+        ranks.wait(f"{section} begins")
+        done = done or 0
+        course = Course(
+            section,
+            steps,
+            count,
+            asked.batch * text.sequence,
+            asked.validate_every,
+            asked.save_every,
+            asked.keep,
+            config.seed,
+        )
+        train(
+            engine,
+            stream(text, asked.micro_batch, ranks.rank, ranks.world, done * asked.batch, config.seed),
+            share_out(held, asked.micro_batch, ranks.rank, ranks.world),
+            course,
+            lambda step: learning_rate(asked.schedule, step, steps, asked.learning_rate, asked.warmup, asked.floor),
+            done,
+            out / CHECKPOINTS,
+            partial(_record, out / METRICS, section, steps, machine),
+            lambda steps_left: machine.progress(steps_left, steps - done, section),
+        )
+        _write(config, engine, origin, out, ranks.rank)
+    finally:
+        engine.close()
+    ranks.wait(f"{section} written")
+    if ranks.rank == 0:
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+
+
+def settings_of(config: Config, asked: Training, apart: set[str]) -> dict[str, Any]:
+    """Give what determines the trained weights, without the fields `apart`; how they are spread over ranks does not."""
+    return asked.model_dump(exclude=FREE | apart) | {"seed": config.seed, "deepspeed": config.deepspeed.extra}
+
+
+def accumulation(section: str, asked: Training, world: int) -> int:
+    """Give the micro-batches per step and rank; ValueError where the batch is not a whole number of them."""
+    batch, micro = asked.batch, asked.micro_batch
+    together = micro * world
+    if batch % together:
+        below, above = batch // together * together, -(-batch // together) * together
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"{section}.batch is {batch}, not a multiple of {section}.micro_batch ({micro}) x ranks ({world}) ="
+            f" {together}; nearest: {near}"
+        )
+    return batch // together
+
+
+def steps_of(section: str, asked: Training, sequence: int) -> int:
+    """Give the optimizer steps; ValueError where the tokens are too few for one."""
+    per_step = asked.batch * sequence
+    if asked.tokens < per_step:
+        raise ValueError(
+            f"{section}.tokens is {asked.tokens}, less than one step of {section}.batch ({asked.batch}) x"
+            f" data.sequence ({sequence}) = {per_step} tokens; raise it or lower the batch"
+        )
+    return asked.tokens // per_step
+
+
+def _engine(config: Config, asked: Training, module: Callable, machine, count: int) -> Engine:
+    device = machine.device
+    bf16 = asked.precision == "bf16" or (asked.precision == "auto" and device.compute_dtype == torch.bfloat16)
+    load = partial(
+        load_model,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        attention=device.attention,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    return Engine(
+        module(load),
+        device,
+        machine.ranks,
+        stage=config.deepspeed.stage,
+        bf16=bf16,
+        micro_batch=asked.micro_batch,
+        accumulation=count,
+        clip=asked.clip,
+        betas=asked.betas,
+        weight_decay=asked.weight_decay,
+        extra=config.deepspeed.extra,
+    )
+
+
+def _record(path: Path, section: str, steps: int, machine, metrics: dict[str, float]) -> None:
+    """Append a step's numbers to the metrics and the tracker; tell those of the held-out text."""
+    if machine.ranks.rank == 0:
+        with path.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+    machine.track.log({name: value for name, value in metrics.items() if name != "step"}, metrics["step"], section)
+    held = [(name.removeprefix(HELD_OUT), value) for name, value in metrics.items() if name.startswith(HELD_OUT)]
+    if held:
+        told = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+        told += [f"held-out {name.replace('_', ' ')} {value:.4f}" for name, value in held]
+        machine.say(f"{section}: step {metrics['step']}/{steps}, {', '.join(told)}")
+
+
+def _truncate(path: Path, done: int | None) -> None:
+    """Forget metrics of steps that will be taken again; all of them where nothing was saved."""
+    if not path.exists():
+        return
+    lines = [] if done is None else path.read_text().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
+    write_atomically(path, "".join(line for line in whole if json.loads(line)["step"] <= done))
+
+
+def _write(config: Config, engine: Engine, origin: Checkpoint, out: Path, rank: int) -> None:
+    """Write the model under the names of the origin's tensors; every rank takes part, rank 0 writes."""
+    tensors = _tensors(engine, origin)
+    if rank == 0:
+        write_checkpoint(out, origin.config | {"dtype": "float32"}, tensors, config.export.shard_bytes, origin.folder)
+    else:
+        for _ in tensors:
+            pass
+
+
+def _tensors(engine: Engine, origin: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Give the trained weights, then what the model has beside them, as it is in the origin.
+
+    A stored copy of a tied output matrix is left out: it would be the old one.
+    """
+    trained = {HEAD} if origin.config.get("tie_word_embeddings") else set()
+    for name, tensor in engine.student_state():
+        trained.add(name)
+        yield name, tensor
+    yield from ((name, origin[name]) for name in origin.anatomy.shapes() if name not in trained)
