@@ -33,6 +33,15 @@ def op(name: str, device_type: str, choice: str | None = None) -> Callable:
     (npu). All implementations of one operation take the same arguments, described in `fused.reference`.
     ValueError where the choice cannot run: unknown names, a device it does not serve, a package that is missing.
     """
+    choice = chosen(name, device_type, choice)
+    function = getattr(_module(choice), name, None)
+    if function is None:
+        raise ValueError(f"kernel {name} has no {choice} implementation; choose {DEFAULT[name][device_type]}")
+    return function
+
+
+def chosen(name: str, device_type: str, choice: str | None = None) -> str:
+    """The implementation that `op` takes, by its name; ValueError where it cannot run. Nothing is imported."""
     if name not in DEFAULT:
         raise ValueError(f"kernel {name} is unknown; the operations are {', '.join(DEFAULT)}")
     if device_type not in DEFAULT[name]:
@@ -43,10 +52,7 @@ def op(name: str, device_type: str, choice: str | None = None) -> Callable:
     reason = _obstacle(choice, device_type)
     if reason:
         raise ValueError(f"kernel {name}: {choice} cannot run on {device_type}: {reason}; or choose reference")
-    function = getattr(_module(choice), name, None)
-    if function is None:
-        raise ValueError(f"kernel {name} has no {choice} implementation; choose {DEFAULT[name][device_type]}")
-    return function
+    return choice
 
 
 def _obstacle(choice: str, device_type: str) -> str:
@@ -59,6 +65,8 @@ def _obstacle(choice: str, device_type: str) -> str:
     if choice == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed; install triton (for an NPU: triton-ascend)"
+        if device_type == "npu" and importlib.util.find_spec("triton.backends.ascend") is None:
+            return "the installed triton has no Ascend backend; install triton-ascend in its place"
         if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "Triton compiles for accelerators only; set TRITON_INTERPRET=1 to interpret it (slow, for tests)"
     return ""

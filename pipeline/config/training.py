@@ -15,6 +15,7 @@ class Loss(Section):
     hidden: Weight
     embedding: Weight
     chunk: Count
+    kernel: Literal["auto", "reference", "triton"]
 
 
 class Training(Section):

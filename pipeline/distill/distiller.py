@@ -27,6 +27,7 @@ class Objective:
     hidden: float
     embedding: float
     chunk: int
+    kernel: str
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ class Head(nn.Module):
             beta=asked.beta,
             labels=labels.flatten(),
             chunk=asked.chunk,
+            kernel=asked.kernel,
             student_bias=self.student_bias,
             teacher_bias=self.teacher_bias,
             **(training if self.training else held_out),

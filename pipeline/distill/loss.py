@@ -2,70 +2,24 @@
 
 Forward computes the gradients too (they are cheap while the logits are there), so that nothing of size tokens x
 vocabulary is kept for backward. Products run in the type of their operands, softmax arithmetic in float32 or better.
-Between the products stands `kl_of_logits` of the table in kernels/fused: its "reference" is the arithmetic below, in
-few buffers; its Triton kernel, on the devices where the table or the caller says so, reads and writes the products.
-
-With z student and y teacher logits over the temperature T, q = softmax(z), p = softmax(y), loss T^2 D:
-  forward KL  D = sum p (log p - log q)                       dD/dz = q - p
-  reverse KL  D = sum q (log q - log p)                       dD/dz = q (log q - log p - D)
-  JSD(b)      D = b KL(p|m) + (1 - b) KL(q|m), m = b p + (1 - b) q
-                                                              dD/dz = (1 - b) q (log(q/m) - KL(q|m))
-(Hinton et al. 2015 for T^2; Agarwal et al. 2023, generalised JSD.)
+Between the products stands `kl_of_logits` of the table in kernels/fused: its "reference" is written out in rows.py, in
+few buffers; its Triton kernel, where the table or the caller says so, reads and overwrites the products.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import fused
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+import fused
+
+from .rows import DIVERGENCES, PLAIN, Logits, Terms, compare
 
 IGNORED = -100             # a label that takes no part in the cross entropy
 CACHED = 1 << 20           # logits worked on at once on a CPU: few enough to stay in its caches between passes
 RESIDENT = 1 << 25         # the same on an accelerator: enough to fill it, few enough that six buffers are small
 ADDED_LOW = 4              # chunks whose weight gradients are added in a low precision before float32 takes over
-
-
-@dataclass(frozen=True)
-class Logits:
-    """How a model's logits come from `hidden @ weight.T + bias`: times `scale`, then bounded by `softcap` (Gemma 2)."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-
-PLAIN = Logits()
-
-
-@dataclass(frozen=True)
-class _Terms:
-    """What is added up: a divergence at a temperature and, with a weight, the next-token cross entropy.
-
-    `kernel` computes the divergence of rows of logits in place of `divergence`; None: nothing does.
-    """
-
-    divergence: Callable[..., tuple[Tensor, Tensor]]
-    kernel: Callable[..., Tensor] | None
-    kind: str
-    beta: float
-    temperature: float
-    cross_entropy: float
-    chunk: int
-    student: Logits
-    teacher: Logits
-
-    @property
-    def buffers(self) -> int:
-        """How many buffers of logits in the exact type a block of rows takes."""
-        if self.kernel is None:
-            return 6
-        return (self.exact_student + bool(self.cross_entropy)) + (self.teacher != PLAIN)
-
-    @property
-    def exact_student(self) -> bool:
-        """Whether a kernel gets the student's logits as a copy in the exact type, since more is done to them."""
-        return bool(self.cross_entropy) or self.student != PLAIN
 
 
 def linear_distillation(
@@ -105,12 +59,10 @@ def linear_distillation(
         labels = None if labels is None else labels[mask]
     if not len(student_hidden):
         raise ValueError("the mask leaves no token for the distillation loss; drop the batch")
-    terms = _Terms(
-        DIVERGENCES[kind](beta), _kernel(kernel, student_hidden.device.type), kind, beta,
-        temperature, cross_entropy, chunk, student_logits, teacher_logits,
-    )  # fmt: skip
+    by = _kernel(kernel, student_hidden.device.type)
+    terms = Terms(kind, beta, temperature, cross_entropy, student_logits, teacher_logits, by)
     loss, divergence, entropy = _LinearDistillation.apply(
-        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, labels, terms
+        student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, labels, terms, chunk
     )
     return loss, {"divergence": divergence} | ({"cross_entropy": entropy} if cross_entropy else {})
 
@@ -130,15 +82,14 @@ def _kernel(kernel: str, device_type: str) -> Callable[..., Tensor] | None:
 
 class _LinearDistillation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, labels, terms):
+    def forward(ctx, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, labels, terms, chunk):
         wanted = ctx.needs_input_grad[:3]
         tokens, vocabulary = len(hidden), len(weight)
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        size = min(terms.chunk, tokens)
+        size = min(chunk, tokens)
         student, teacher = hidden.new_empty(size, vocabulary), teacher_hidden.new_empty(size, vocabulary)
         rows = max(1, (CACHED if hidden.device.type == "cpu" else RESIDENT) // vocabulary)
         buffers = hidden.new_empty(terms.buffers, min(rows, size), vocabulary, dtype=exact)
-        of_rows = _rows if terms.kernel is None else _rows_by_kernel
         divergence, entropy = hidden.new_zeros(2, dtype=exact)
         shares = _entropy_shares(labels, terms.cross_entropy, exact) if terms.cross_entropy else None
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -154,7 +105,7 @@ class _LinearDistillation(torch.autograd.Function):
                 some = slice(first, first + rows)
                 above = slice(start + first, min(start + first + rows, part.stop))
                 aims = (labels[above], shares[above]) if shares is not None else None
-                d, e = of_rows(z[some], y[some], aims, terms, tokens, [b[: above.stop - above.start] for b in buffers])
+                d, e = compare(z[some], y[some], aims, terms, tokens, [b[: above.stop - above.start] for b in buffers])
                 divergence += d
                 entropy += e
             if grad_hidden is not None:
@@ -180,140 +131,7 @@ class _LinearDistillation(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the distillation loss keeps its gradients for one backward pass; compute it again")
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if each is None else each.mul_(grad_loss) for each in gradients), *[None] * 5
-
-
-def _rows(
-    student: Tensor,
-    teacher: Tensor,
-    aims: tuple[Tensor, Tensor] | None,
-    terms: _Terms,
-    tokens: int,
-    buffers: list[Tensor],
-) -> tuple[Tensor, Tensor | float]:
-    """Give the sums of divergence and cross entropy over some rows; leave dloss/dproduct where `student` was.
-
-    `student`, `teacher`: products hidden @ weight.T [rows, v]; `buffers`: six of the same shape in the exact type.
-    """
-    z, y, q, p, spare, own = buffers
-    _bounded(student, terms.student, z)
-    _bounded(teacher, terms.teacher, y)
-    entropy = 0.0 if aims is None else _entropy(z, *aims, terms, own)
-    if terms.temperature != 1.0:
-        z.div_(terms.temperature)
-        y.div_(terms.temperature)
-    torch.softmax(z, -1, out=q)
-    torch.softmax(y, -1, out=p)
-    divergence, gradient = terms.divergence(z, y, q, p, spare)
-    gradient.mul_(terms.temperature / tokens)
-    if aims is not None:
-        gradient.add_(own)
-    _unbounded(gradient, student, terms.student, own)
-    student.copy_(gradient)
-    return divergence.sum(), entropy
-
-
-def _rows_by_kernel(
-    student: Tensor,
-    teacher: Tensor,
-    aims: tuple[Tensor, Tensor] | None,
-    terms: _Terms,
-    tokens: int,
-    buffers: list[Tensor],
-) -> tuple[Tensor, Tensor | float]:
-    """As `_rows`, by a kernel that leaves the gradient where it read the logits: the products, if they are the logits.
-
-    `buffers`: as many as `terms.buffers` says; there a soft cap, a scale or the cross entropy is worked in.
-    """
-    free = iter(buffers)
-    z, y, own = student, teacher, None
-    entropy: Tensor | float = 0.0
-    if terms.teacher != PLAIN:
-        y = next(free)
-        _bounded(teacher, terms.teacher, y)
-    if terms.exact_student:
-        z = next(free)
-        _bounded(student, terms.student, z)
-    if aims is not None:
-        own = next(free)
-        entropy = _entropy(z, *aims, terms, own)
-    divergence = terms.kernel(z, y, terms.kind, terms.temperature, terms.beta, terms.temperature**2 / tokens)
-    if own is not None:
-        z.add_(own)
-    if z is not student:
-        spare = own if own is not None or terms.student.softcap is None else torch.empty_like(z)
-        _unbounded(z, student, terms.student, spare)
-        student.copy_(z)
-    return divergence.sum(), entropy
-
-
-def _entropy(z: Tensor, labels: Tensor, shares: Tensor, terms: _Terms, out: Tensor) -> Tensor:
-    """Give the cross entropy of rows of logits, without its weight; leave the weighted gradient in `out`.
-
-    `shares` [rows] add up to the weight over the batch.
-    """
-    torch.softmax(z, -1, out=out)
-    index = labels.clamp_min(0)[:, None]
-    entropy = ((_log_sum(z, out) - z.gather(1, index)[:, 0]) * shares).sum() / terms.cross_entropy
-    out.mul_(shares[:, None]).scatter_add_(1, index, -shares[:, None])
-    return entropy
-
-
-def _unbounded(gradient: Tensor, product: Tensor, form: Logits, spare: Tensor | None) -> None:
-    """Turn the gradient by the logits into the one by the products they were made of, in place."""
-    if form.softcap is not None:
-        torch.mul(product, form.scale / form.softcap, out=spare).tanh_().square_()
-        gradient.addcmul_(gradient, spare, value=-1.0)
-    if form.scale != 1.0:
-        gradient.mul_(form.scale)
-
-
-def _forward_kl(beta: float):
-    def divergence(z: Tensor, y: Tensor, q: Tensor, p: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
-        gap = _log_sum(z, q) - _log_sum(y, p)
-        return y.sub_(z).mul_(p).sum(-1) + gap, q.sub_(p)
-
-    return divergence
-
-
-def _reverse_kl(beta: float):
-    def divergence(z: Tensor, y: Tensor, q: Tensor, p: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
-        gap = _log_sum(y, p) - _log_sum(z, q)
-        z.sub_(y).add_(gap[:, None]).mul_(q)  # q (log q - log p)
-        total = z.sum(-1)
-        return total, z.addcmul_(q, total[:, None], value=-1.0)
-
-    return divergence
-
-
-def _jsd(beta: float):
-    def divergence(z: Tensor, y: Tensor, q: Tensor, p: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
-        z.sub_(_log_sum(z, q)[:, None])
-        y.sub_(_log_sum(y, p)[:, None])
-        torch.mul(q, 1.0 - beta, out=spare).add_(p, alpha=beta).clamp_min_(torch.finfo(q.dtype).tiny).log_()  # log m
-        from_teacher = y.sub_(spare).mul_(p).sum(-1)
-        z.sub_(spare).mul_(q)  # q log(q/m)
-        from_student = z.sum(-1)
-        gradient = z.addcmul_(q, from_student[:, None], value=-1.0).mul_(1.0 - beta)
-        return beta * from_teacher + (1.0 - beta) * from_student, gradient
-
-    return divergence
-
-
-DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
-
-
-def _log_sum(logits: Tensor, probabilities: Tensor) -> Tensor:
-    """Give log sum exp of each row from its softmax: the largest logit less the log of its probability."""
-    return logits.amax(-1) - probabilities.amax(-1).log_()
-
-
-def _bounded(product: Tensor, form: Logits, out: Tensor) -> None:
-    out.copy_(product)
-    if form.softcap is not None:
-        out.mul_(form.scale / form.softcap).tanh_().mul_(form.softcap)
-    elif form.scale != 1.0:
-        out.mul_(form.scale)
+        return *(None if each is None else each.mul_(grad_loss) for each in gradients), *[None] * 6
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def open_device(kind: str, attention: str, deterministic: bool, local_rank: int,
     Call it before DeepSpeed is imported: it sets DS_ACCELERATOR.
     ValueError where the asked kind cannot run here or has fewer devices than local ranks.
     """
-    kind = _choose(kind)
+    kind = choose(kind)
     os.environ["DS_ACCELERATOR"] = kind
     _determinism(kind, deterministic)
     if kind == "cpu":
@@ -87,6 +87,16 @@ def open_device(kind: str, attention: str, deterministic: bool, local_rank: int,
         attention="sdpa" if attention == "auto" else attention,
         name=chip_name(kind, local_rank),
     )
+
+
+def choose(kind: str) -> str:
+    """The kind of device a run takes: the one asked for, or for auto the first this machine has; ValueError if none."""
+    if kind == "auto":
+        return next(candidate for candidate in BACKENDS if missing(candidate) is None)
+    fault = missing(kind)
+    if fault:
+        raise ValueError(f"device.kind is {kind}, but {fault}; or set device=auto to use what this machine has")
+    return kind
 
 
 def seed_all(seed: int) -> None:
@@ -127,15 +137,6 @@ def chip_name(kind: str, index: int) -> str:
     if kind == "cpu":
         return _processor_field("model name") or platform.processor() or platform.machine()
     return _module(kind).get_device_name(index)
-
-
-def _choose(kind: str) -> str:
-    if kind == "auto":
-        return next(candidate for candidate in BACKENDS if missing(candidate) is None)
-    fault = missing(kind)
-    if fault:
-        raise ValueError(f"device.kind is {kind}, but {fault}; or set device=auto to use what this machine has")
-    return kind
 
 
 def _missing_npu() -> str | None:

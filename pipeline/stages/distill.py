@@ -5,8 +5,10 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.distill.distiller import Distiller, Match, Objective
+from pipeline.distill.loss import kernel_choice
 from pipeline.model.blueprint import Blueprint
 from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.device import choose
 from pipeline.runtime.ranks import place
 from pipeline.training import accumulation, settings_of, steps_of, train_model
 
@@ -18,14 +20,16 @@ RESUMES = True  # goes on from the checkpoints an interrupted attempt left
 
 
 def check(config: Config) -> None:
-    """Refuse batches that cannot be divided and runs shorter than a step, before any work."""
+    """Refuse batches that cannot be divided, runs shorter than a step and a kernel that cannot run, before any work."""
+    kernel_choice(config.distill.loss.kernel, choose(config.device.kind))
     accumulation("distill", config.distill, place()[1])
     steps_of("distill", config.distill, config.data.sequence)
 
 
 def settings(config: Config) -> dict:
     """Give what determines the student; how it is spread over ranks and memory does not."""
-    return settings_of(config, config.distill, {"loss"}) | {"loss": config.distill.loss.model_dump(exclude={"chunk"})}
+    loss = config.distill.loss.model_dump(exclude={"chunk", "kernel"})
+    return settings_of(config, config.distill, {"loss"}) | {"loss": loss}
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:

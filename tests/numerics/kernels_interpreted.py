@@ -12,6 +12,8 @@ import torch
 
 import fused
 from fused import budget, reference, triton_launch
+from pipeline.distill.loss import PLAIN, Logits, linear_distillation
+from pipeline.distill.rows import Terms, compare
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1.1e-3, torch.bfloat16: 8e-3}
 DTYPES = list(TOLERANCE)
@@ -47,9 +49,9 @@ def agree(name: str, tensors: list[torch.Tensor], *rest, constants: int = 0) -> 
         close(ours, expected, tensors[0].dtype)
 
 
-def close(ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+def close(ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, places: int = 1) -> None:
     gap = (ours.double() - expected.double()).abs().max()
-    assert gap <= TOLERANCE[dtype] * expected.double().abs().max(), f"{gap} of {expected.abs().max()}"
+    assert gap <= places * TOLERANCE[dtype] * expected.double().abs().max(), f"{gap} of {expected.abs().max()}"
 
 
 @each_row
@@ -154,6 +156,86 @@ def test_what_the_kernels_cannot_compute_is_refused():
         triton("swiglu_packed")(x[:, :7])
     with pytest.raises(ValueError, match="strides"):
         triton("kl_of_logits")(torch.randn(8, 3).T, x, "jsd", 1.0, 0.5, 1.0)
+
+
+def both(kind, dtype, forms, temperature, weight, bias, kernel):
+    """Loss, parts and gradients of one batch, its tokens in two chunks."""
+    torch.manual_seed(2)
+    draw = lambda *shape: torch.randn(shape).to(dtype)  # noqa: E731
+    student = [draw(7, 6), draw(150, 6), draw(150) if bias else None]
+    teacher = [draw(7, 9), draw(150, 9), draw(150) if bias else None]
+    labels = torch.tensor([3, -100, 149, 0, 7, 8, -100])
+    leaves = [None if each is None else each.requires_grad_() for each in student]
+    loss, parts = linear_distillation(
+        leaves[0], leaves[1], teacher[0], teacher[1], kind=kind, beta=0.3, temperature=temperature,
+        cross_entropy=weight, labels=labels, chunk=4, student_bias=leaves[2], teacher_bias=teacher[2],
+        student_logits=forms[0], teacher_logits=forms[1], kernel=kernel,
+    )  # fmt: skip
+    (1.7 * loss).backward()
+    return [loss, *parts.values(), *(each.grad for each in leaves if each is not None)], (student, teacher, labels)
+
+
+FORMS = [(PLAIN, PLAIN), (Logits(1.3, None), PLAIN), (PLAIN, Logits(0.8, 5.0)), (Logits(1.3, 3.0), Logits(0.8, 5.0))]
+
+
+@pytest.mark.parametrize("kind", reference.KINDS)
+@pytest.mark.parametrize("weight", [0.0, 0.7])
+@pytest.mark.parametrize("forms", FORMS)
+def test_the_loss_by_the_kernel_is_the_loss_by_pytorch(kind, weight, forms):
+    """Values and every gradient; both are themselves compared with autograd (test_loss.py, and below)."""
+    cases = [(torch.float32, 2.0, True, 1), (torch.float32, 1.0, False, 1), (torch.bfloat16, 1.5, True, 3)]
+    for dtype, temperature, bias, places in cases:  # bfloat16: logits truncated or rounded, then the products rounded
+        ours, _ = both(kind, dtype, forms, temperature, weight, bias, "triton")
+        expected, _ = both(kind, dtype, forms, temperature, weight, bias, "reference")
+        for one, other in zip(ours, expected, strict=True):
+            assert one.dtype == other.dtype and other.abs().max() > 1e-4
+            close(one, other, dtype, places)
+
+
+@pytest.mark.parametrize("kind", reference.KINDS)
+@pytest.mark.parametrize("weight", [0.0, 0.7])
+def test_the_gradients_by_the_kernel_are_autograds_in_float64(kind, weight):
+    forms, temperature = (Logits(1.3, 3.0), Logits(0.8, 5.0)) if weight else (PLAIN, PLAIN), 1.7
+    ours, (student, teacher, labels) = both(kind, torch.float32, forms, temperature, weight, True, "triton")
+    hidden, matrix, bias = (each.detach().double().requires_grad_() for each in student)
+
+    def logits(hidden, matrix, bias, form):
+        product = (hidden @ matrix.T + bias) * form.scale
+        return product if form.softcap is None else form.softcap * torch.tanh(product / form.softcap)
+
+    z, y = logits(hidden, matrix, bias, forms[0]), logits(*(each.double() for each in teacher), forms[1])
+    log_q, log_p = (each / temperature for each in (z, y))
+    log_q, log_p = log_q.log_softmax(-1), log_p.log_softmax(-1)
+    q, p = log_q.exp(), log_p.exp()
+    log_m = (0.3 * p + 0.7 * q).log()
+    divergence = {
+        "forward_kl": p * (log_p - log_q),
+        "reverse_kl": q * (log_q - log_p),
+        "jsd": 0.3 * p * (log_p - log_m) + 0.7 * q * (log_q - log_m),
+    }[kind].sum(-1).mean()
+    loss = temperature**2 * divergence + weight * torch.nn.functional.cross_entropy(z, labels, ignore_index=-100)
+    (1.7 * loss).backward()
+    for one, other in zip((ours[0], *ours[-3:]), (loss, hidden.grad, matrix.grad, bias.grad), strict=True):
+        close(one, other, torch.float32)
+
+
+def test_plain_logits_are_worked_on_where_the_products_lie():
+    """With nothing done to the logits beside the divergence, the kernel gets the products: no copy in float32."""
+    plain = Terms("jsd", 0.5, 1.0, 0.0, PLAIN, PLAIN, triton("kl_of_logits"))
+    assert plain.buffers == 0
+    products, aim = torch.randn(3, 40).bfloat16(), torch.randn(3, 40).bfloat16()
+    expected = products.clone()
+    loss, entropy = compare(products, aim, None, plain, 3, [])
+    assert entropy == 0.0
+    close(loss, reference.kl_of_logits(expected, aim, "jsd", 1.0, 0.5, 1 / 3).sum(), torch.float32)
+    close(products, expected, torch.bfloat16)
+
+
+def test_the_triton_loss_refuses_float64():
+    hidden, matrix = torch.randn(3, 4).double(), torch.randn(9, 4).double()
+    asked = {"kind": "jsd", "beta": 0.5, "temperature": 1.0, "cross_entropy": 0.0, "labels": None, "chunk": 2}
+    with pytest.raises(ValueError, match="float64; choose reference"):
+        linear_distillation(hidden, matrix, hidden, matrix, kernel="triton", **asked)
 
 
 @pytest.mark.parametrize("jobs,expected", [(1, 1), (3, 3), (10**6, triton_launch.PER_INTERPRETER)])

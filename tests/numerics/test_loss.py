@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy as entropy
 
-from pipeline.distill.loss import ADDED_LOW, IGNORED, PLAIN, Logits, linear_distillation
+import fused as table
+from pipeline.distill.loss import ADDED_LOW, IGNORED, PLAIN, Logits, kernel_choice, linear_distillation
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 TOKENS, STUDENT, TEACHER, VOCABULARY = 13, 6, 9, 31
@@ -195,3 +196,29 @@ def test_what_cannot_be_computed_is_refused_in_one_line(change, message):
         teacher = leaves(teacher)
     with pytest.raises(ValueError, match=message):
         fused(leaves(student), teacher, **({"labels": labels} | change))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_on_a_cpu_the_loss_is_pytorchs_to_the_bit(kernel, monkeypatch):
+    """Whatever Triton would do here: neither choice asks for another implementation."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    student, teacher, labels = case()
+    wanted, ours = leaves(student), leaves(student)
+    expected = fused(wanted, teacher, labels, cross_entropy=0.4)[0]
+    loss = fused(ours, teacher, labels, cross_entropy=0.4, kernel=kernel)[0]
+    expected.backward()
+    loss.backward()
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(one.grad, other.grad) for one, other in zip(ours, wanted))
+
+
+@pytest.mark.parametrize("device,kernel", [("cpu", "triton"), ("npu", "triton"), ("cpu", "ascend"), ("cpu", "other")])
+def test_a_kernel_that_cannot_run_is_refused_and_nothing_takes_its_place(device, kernel, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=f"distill.loss.kernel is {kernel}: kernel kl_of_logits"):
+        kernel_choice(kernel, device)
+
+
+def test_the_table_says_which_kernel_runs_where():
+    assert [kernel_choice("auto", device) for device in ("cpu", "npu")] == ["reference", "reference"]
+    assert table.DEFAULT["kl_of_logits"]["cuda"] == "triton"

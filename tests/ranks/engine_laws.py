@@ -49,7 +49,7 @@ class Laws:
         from tests.tiny import tiny_model
 
         terms = {"kind": "forward_kl", "beta": 0.5, "temperature": 1.0, "cross_entropy": 0.0, "hidden": 0.0}
-        objective = Objective(**{**terms, "embedding": 0.0, "chunk": 16, **asked})
+        objective = Objective(**{**terms, "embedding": 0.0, "chunk": 16, "kernel": "auto", **asked})
         teacher = tiny_model(model, 0, torch.float32, **WIDE)
         student = tiny_model(model, seed, torch.float32, **(WIDE | {"intermediate_size": 21} | ODD))
         match = Match(((0, 1), (1, 3)), tuple(range(2, 29)))
