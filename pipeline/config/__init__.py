@@ -63,9 +63,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _methods_go_together(self):
         turned = self.basis.kind == "principal"
-        if turned and self.plan.channels == "activation":
+        if turned and self.plan.channels == "scores":
             raise ValueError(
-                "plan.channels=activation scores the teacher's own channels, not those of a principal basis; "
+                "plan.channels=scores takes the teacher's own channels, not those of a principal basis; "
                 "set plan.channels=leading"
             )
         if not turned and self.plan.channels == "leading":

@@ -2,10 +2,11 @@
 
 from typing import Any, Literal
 
-from .fields import Count, Positive, Section, Size
+from .fields import Count, Portion, Positive, Section, Size
 
 
 class Score(Section):
+    kind: Literal["activation", "taylor", "fluctuation", "magnitude"]
     tokens: Count
     batch: Count
     aggregation: Literal["sum", "minitron"]
@@ -34,9 +35,12 @@ class Plan(Section):
     keep_first: Count
     clap: bool
     clap_normalise: bool
-    channels: Literal["activation", "leading", "random"]
-    heads: Literal["activation", "random"]
-    neurons: Literal["activation", "random"]
+    channels: Literal["scores", "leading", "random"]
+    heads: Literal["scores", "random"]
+    neurons: Literal["scores", "random"]
+    widths: Literal["uniform", "adaptive", "threshold"]
+    amplitude: Portion
+    steps: Count
 
     @property
     def policy(self) -> dict[str, Any]:
@@ -46,7 +50,7 @@ class Plan(Section):
         """
         drawn = [kind for kind in ("channels", "heads", "neurons") if getattr(self, kind) == "random"]
         depth = "influence" if self.depth == "loss" else self.depth
-        asked = self.model_dump(exclude={"channels", "heads", "neurons", "depth_tokens"})
+        asked = self.model_dump(include={"keep_first", "clap", "clap_normalise"})
         return asked | {"depth": depth, "drawn": drawn}
 
 
@@ -55,3 +59,4 @@ class Reinit(Section):
     gain_compensation: bool
     absorb: Literal["auto", False]
     absorb_tokens: Count
+    bias_compensation: bool

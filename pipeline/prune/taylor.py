@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy
 
 from pipeline.model.anatomy import Anatomy
 
+from .coupled import AXES, coupled
 from .measure import Batch
 
-AXES = ("n d", "k d", "f")  # of which coupled structures are made
 IGNORED = -100
 
 
@@ -25,7 +25,7 @@ def gradients(model: nn.Module, anatomy: Anatomy, batches: Iterable[Batch]) -> d
     `model` maps ids [batch, sequence] to logits. Sums are float32 on the model's device and add over batches and ranks;
     memory: one float32 copy of the layers, and one gradient in the model's own dtype at a time.
     """
-    coupled = {
+    wanted = {
         pattern.format(layer=layer)
         for layer in range(len(anatomy.sizes.layers))
         for pattern, segments in anatomy.layer_tensors.items()
@@ -36,8 +36,8 @@ def gradients(model: nn.Module, anatomy: Anatomy, batches: Iterable[Batch]) -> d
     with ExitStack() as undo:
         for name, parameter in model.named_parameters():
             undo.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(name in coupled)
-            if name in coupled:
+            parameter.requires_grad_(name in wanted)
+            if name in wanted:
                 sums[name] = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
                 undo.callback(parameter.register_post_accumulate_grad_hook(partial(_collect, sums[name])).remove)
         for batch in batches:
@@ -53,26 +53,13 @@ def saliency(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Give Σ |w · ∂L/∂w| per layer, of heads [n] and of neurons [f], float64, as `Scores` hold them.
 
-    A head has its query rows and output columns and its share 1 / q of its group's keys and values, so that the heads
-    of a group add up to the group's saliency. `sums` are gradients, added over ranks before, not after.
+    Structures are those of `coupled`. `sums` are gradients, added over ranks before, not after.
     """
-    heads, neurons = [], []
-    for layer, widths in enumerate(anatomy.sizes.layers):
-        totals = {axis: torch.zeros(anatomy.sizes.length(axis, layer), dtype=torch.float64) for axis in AXES}
-        for pattern, segments in anatomy.layer_tensors.items():
-            name = pattern.format(layer=layer)
-            if name not in sums:
-                continue
-            terms = (source[name].to(torch.float64).cpu() * sums[name].to(torch.float64).cpu()).abs()
-            lengths = [anatomy.sizes.length(segment[0], layer) for segment in segments]
-            for segment, part in zip(segments, terms.split(lengths), strict=True):
-                axis = next(axis for axis in segment if axis in AXES)
-                totals[axis] += part if part.ndim == 1 else part.sum(1 - segment.index(axis))
-        queries, keys = (totals[axis].unflatten(0, (-1, anatomy.sizes.head_size)).sum(1) for axis in ("n d", "k d"))
-        each = widths.heads // widths.groups
-        heads.append(queries + keys.repeat_interleave(each) / each)
-        neurons.append(totals["f"])
-    return tuple(heads), tuple(neurons)
+
+    def terms(name: str) -> Tensor:
+        return (source[name].to(torch.float64).cpu() * sums[name].to(torch.float64).cpu()).abs()
+
+    return coupled(anatomy, terms)
 
 
 def _collect(total: Tensor, parameter: Tensor) -> None:

@@ -53,7 +53,9 @@ def adapted(sparsities: Tensor, influence: Tensor, step: float, amplitude: float
     1 - mean cos (`Scores.layers`) gives the same Ĩ. ValueError if A > ΔS: a layer would grow.
     """
     if not 0.0 <= amplitude <= step:
-        raise ValueError(f"amplitude is {amplitude}; it must lie between 0 and the step {step}, or a layer would grow")
+        raise ValueError(
+            f"plan.amplitude is {amplitude}; it must lie between 0 and the step {step:.4g}, or a layer would grow"
+        )
     centred = influence.to(torch.float64) - influence.to(torch.float64).mean()
     largest = float(centred.abs().max())
     relative = centred / largest if largest > 0.0 else centred

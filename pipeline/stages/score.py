@@ -1,39 +1,81 @@
-"""score: how much every channel, head, neuron and layer of a model matters, in one forward-only pass."""
+"""score: how much every channel, head, neuron and layer of a model matters, in a pass or two over the same text."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
+from pipeline.prune.coupled import magnitude
+from pipeline.prune.fluctuation import biased_anatomy, fluctuation, moments
 from pipeline.prune.measure import measure
-from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.prune.taylor import gradients, saliency
+from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint, write_tensors
 
 MAKES = "scores"
 NEEDS = ("teacher", "tokens")
 EVERY_RANK = True
+MEANS = "means/means.safetensors"
 
 
 def settings(config: Config) -> dict:
-    """Give the score section and the seed that orders the calibration text."""
-    return config.score.model_dump() | {"seed": config.seed}
+    """Give the score section, the seed that orders the calibration text, and whether means are kept for biases."""
+    return config.score.model_dump() | {"seed": config.seed, "means": config.reinit.bias_compensation}
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
-    """Write scores.safetensors: eq. 1-4 over `score.tokens` calibration tokens, added over ranks."""
+    """Write scores.safetensors over `score.tokens` calibration tokens, added over ranks: eq. 1-4, or others in place of
+    2 and 3; and, where biases will compensate, means/: the mean inputs of W_O and W_down by module name.
+
+    ValueError before any pass for a family that has no biases to compensate with.
+    """
     device, ranks = machine.device, machine.ranks
-    anatomy = open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy
+    source = open_checkpoint(inputs["teacher"], config.model.allow_pickle)
+    if config.reinit.bias_compensation:
+        biased_anatomy(source.anatomy)
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
+    model = model.to(device.torch)
     text = Packed(inputs["tokens"] / "calibration")
     batches = beginning(text, config.score.tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
     if batches.wanted * config.data.sequence < config.score.tokens - config.data.sequence:
         machine.say(f"score: the calibration text has {len(text)} sequences of {config.data.sequence}; all are used")
     sums = measure(
-        model.get_decoder().to(device.torch),
-        anatomy,
+        model.get_decoder(),
+        source.anatomy,
         machine.progress(batches, len(batches), "score"),
         config.score.aggregation,
         config.score.norms,
     )
     ranks.sum_(sums.tensors())
+    scores = sums.scores()
+    found = _by_kind(config, source, model, batches, out, machine)
+    if found is not None:
+        scores = replace(scores, heads=found[0], neurons=found[1])
     if ranks.rank == 0:
-        sums.scores().save(out / "scores.safetensors")
+        scores.save(out / "scores.safetensors")
+
+
+def _by_kind(
+    config: Config, source: Checkpoint, model, batches: Iterable[Tensor], out: Path, machine
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+    """Give the scores of heads [n] and neurons [f] per layer, None where those of the forward pass stay.
+
+    Writes the means on the way. What adds over ranks is added before it is made absolute or multiplied.
+    """
+    ranks, kind, anatomy, means = machine.ranks, config.score.kind, source.anatomy, config.reinit.bias_compensation
+    if means or kind == "fluctuation":
+        seen = moments(model.get_decoder(), anatomy, machine.progress(batches, len(batches), "fluctuation"))
+        ranks.sum_(seen.tensors())
+        if means and ranks.rank == 0:
+            (out / MEANS).parent.mkdir(exist_ok=True)
+            write_tensors(out / MEANS, seen.means())
+        if kind == "fluctuation":
+            return fluctuation(anatomy, source, seen)
+    if kind == "taylor":
+        slopes = gradients(model, anatomy, machine.progress(batches, len(batches), "taylor"))
+        ranks.sum_(slopes.values())
+        return saliency(anatomy, source, slopes)
+    return magnitude(anatomy, source) if kind == "magnitude" else None
