@@ -36,7 +36,7 @@ SCRATCH = "student"  # the one cut student there is at a time
 
 def check(config: Config) -> None:
     """Refuse a shape that is given and searched, too."""
-    if applies(config, {}) and config.shape.given:
+    if needed(config) and config.shape.given:
         raise ValueError("recipe.shape is search, but shape.* gives the shape; limit a search by budget.* instead")
 
 
