@@ -27,11 +27,17 @@ Prune = Callable[[str, Tensor, Tensor], Tensor]
 
 @torch.no_grad()
 def prune_in_sequence(
-    model: nn.Module, anatomy: Anatomy, batches: Iterable[Batch], prune: Prune, place: torch.device
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: Iterable[Batch],
+    prune: Prune,
+    place: torch.device,
+    kept: Sequence[int] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights that `prune` chose, by name, W_O and then W_down of each layer from the first to the last.
 
-    `model` maps ids [batch, sequence] to hidden states and is left with these weights. H is the Gram matrix of what the
+    `model` maps ids [batch, sequence] to hidden states and is left with these weights. Of the layers `kept`, if given,
+    the stream passes by all others. H is the Gram matrix of what the
     projection reads once all before it, W_O of its own layer too, have theirs, on `place` where that has float64; it is
     one rank's share, which `prune` adds over ranks. Time: three forward passes. Memory: on `place` one layer and one
     batch, on the model's own device the stream of all batches.
@@ -40,7 +46,8 @@ def prune_in_sequence(
     modules = dict(model.named_modules(prefix="model"))
     layers = [modules[LAYER.format(layer=layer).rstrip(".")] for layer in range(len(anatomy.sizes.layers))]
     steps = _recorded(model, layers, batches)
-    for index, layer in enumerate(layers):
+    for index in range(len(layers)) if kept is None else kept:
+        layer = layers[index]
         layer.to(place)
         for axis, module in projections(anatomy).items():
             name = module.format(layer=index)
@@ -58,7 +65,7 @@ def prune_in_sequence(
         layer.to(home)
 
 
-def expected_weight(weights: Sequence[Tensor], sparsities: Sequence[float]) -> Tensor:
+def expected_weight(weights: Iterable[Tensor], sparsities: Sequence[float]) -> Tensor:
     """Give Σ (1 - S_e) W_e / Σ (1 - S_e) in float64 of candidate weights [out, in] of sparsities S_e.
 
     ValueError if all candidates are empty, S_e = 1.
@@ -72,12 +79,17 @@ def expected_weight(weights: Sequence[Tensor], sparsities: Sequence[float]) -> T
 
 def at_width(weight: Tensor, gram: Tensor, removal: Removal, count: int, damping: float = DAMPING) -> Tensor:
     """Give weight [out, in] with the `count` units that stay longest restored exactly and zeros elsewhere, float64."""
-    size = weight.shape[1] // len(removal.order)
-    kept = [unit * size + i for unit in removal.kept(count) for i in range(size)]
+    kept = torch.tensor(removal.kept(count), dtype=torch.int64)
+    columns = columns_of(kept, weight.shape[1] // len(removal.order)).to(gram.device)
     whole = torch.zeros(weight.shape, dtype=torch.float64, device=gram.device)
-    if kept:
-        whole[:, kept] = restore(weight, gram, kept, damping)
+    if len(columns):
+        whole[:, columns] = restore(weight, gram, columns, damping)
     return whole
+
+
+def columns_of(units: Tensor, size: int) -> Tensor:
+    """Give the columns [units · size] of units of `size` consecutive ones, in the order of the units."""
+    return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
 
 
 class _Step:
