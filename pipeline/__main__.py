@@ -3,9 +3,10 @@
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -13,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.config import validate
+from pipeline.config import Config, validate
 
 HERE = Path(__file__).resolve().parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
@@ -29,10 +30,11 @@ def main() -> None:
         sys.exit(doctor(sys.argv[2:]))
     if sys.argv[1:2] == ["calibrate-chip"]:
         with _clear_faults(), hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            values = hydra.compose("config", overrides=sys.argv[2:])
             from pipeline.advice import calibrate_chip
 
-            calibrate_chip(validate(OmegaConf.to_container(values, resolve=True)))
+            values = OmegaConf.to_container(hydra.compose("config", overrides=sys.argv[2:]), resolve=True)
+            chosen = values["device"]["chip"] is not None
+            calibrate_chip(validate(values) if chosen else for_the_chip_found(values, sys.argv[2:]))
         return
     _compose()
 
@@ -60,7 +62,24 @@ def _compose(composed: DictConfig) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             values["track"]["group"] = values["track"]["group"] or values["run"]
             values["run"] = f"{values['run']}/{_sweep_name()}"
-        line.run(validate(values), "python -m pipeline " + " ".join(sys.argv[1:]))
+        config = validate(values)
+        if config.device.chip is None and config.predicts:
+            config = for_the_chip_found(values, HydraConfig.get().overrides.task)
+        line.run(config, "python -m pipeline " + " ".join(sys.argv[1:]))
+
+
+def for_the_chip_found(values: dict[str, Any], overrides: Sequence[str]) -> Config:
+    """Give the composed configuration with the chip model of the device that this rank found, and say which it is."""
+    from pipeline.runtime.device import chip_model, open_device
+    from pipeline.runtime.ranks import place
+
+    asked, (rank, _, local_rank) = values["device"], place()
+    device = open_device(asked["kind"], asked["attention"], asked["deterministic"], local_rank, values["seed"])
+    file, told = chip_model(device.kind, device.name)
+    chip = hydra.compose("config", overrides=[*overrides, f"device/chip={file}"]).device.chip
+    if rank == 0:
+        print(told, flush=True)
+    return validate(values | {"device": asked | {"chip": OmegaConf.to_container(chip, resolve=True)}})
 
 
 def _sweep_name() -> str:

@@ -25,7 +25,7 @@ def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
     """
     anatomy = open_checkpoint(made["teacher"], config.model.allow_pickle).anatomy
     teacher = ModelShape.of(anatomy.sizes, anatomy.tied)
-    chip = Chip(**config.device.chip.model_dump())
+    chip = Chip(**config.device.chip_facts)
     if "shape" in made:
         student, told = teacher.changed(json.loads((made["shape"] / "shape.json").read_text())), ""
     else:
@@ -54,7 +54,7 @@ def calibrate_chip(config: Config) -> Path:
     if not path.parent.is_dir():
         raise ValueError(f"calibrate.folder is {asked.folder}, which does not exist; make it or give another")
     made = calibrate(
-        Chip(**config.device.chip.model_dump()),
+        Chip(**config.device.chip_facts),
         asked.name,
         device.torch,
         device.synchronise,

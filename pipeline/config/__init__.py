@@ -1,6 +1,6 @@
 """The configuration as frozen values, mirroring conf/ field by field; an unknown or ill-typed field is refused."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -20,10 +20,17 @@ class Recipe(Section):
 
 class Device(Section):
     kind: Literal["auto", "npu", "cuda", "cpu"]
-    chip: Chip
+    chip: Chip | None
     attention: Literal["auto", "sdpa", "eager"]
     deterministic: bool
     timeout: Count
+
+    @property
+    def chip_facts(self) -> dict[str, Any]:
+        """The values of the chip that students are made for; ValueError where none was chosen or found."""
+        if self.chip is None:
+            raise ValueError("device.chip is null: which chip is the student for? choose one with device/chip=910B3")
+        return self.chip.model_dump()
 
 
 class Config(Section):
@@ -52,6 +59,11 @@ class Config(Section):
     device: Device
     deepspeed: DeepSpeed
     track: Track
+
+    @property
+    def predicts(self) -> bool:
+        """Whether anything depends on what the chip model says of the student."""
+        return self.dry_run or self.recipe.shape == "search" or bool(self.budget.predicted)
 
     @model_validator(mode="after")
     def _stages_belong_to_the_recipe(self):

@@ -18,6 +18,12 @@ import torch
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+# What stands in a device's own name -> its file in conf/device/chip; a kind's first stands in for chips without one.
+CHIPS = {
+    "npu": {"910B3": "910B3", "910B1": "910B1", "910B2": "910B2", "910B4": "910B4", "910_93": "A3"},
+    "cuda": {"H100": "H100"},
+    "cpu": {"EPYC": "CPU"},
+}
 _hidden: dict[str, str] = {}  # module that cannot be imported -> why
 NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # /proc/cpuinfo flags of x86 and (the last) of Arm
 
@@ -137,6 +143,15 @@ def chip_name(kind: str, index: int) -> str:
     if kind == "cpu":
         return _processor_field("model name") or platform.processor() or platform.machine()
     return _module(kind).get_device_name(index)
+
+
+def chip_model(kind: str, name: str) -> tuple[str, str]:
+    """The file of conf/device/chip that describes a device best, and a sentence that says so."""
+    own = next((file for word, file in CHIPS[kind].items() if word in name), None)
+    if own:
+        return own, f"chip model: {own}, for {name}"
+    other = next(iter(CHIPS[kind].values()))
+    return other, f"chip model: {other} stands in for {name}; choose device/chip=NAME, or make one: calibrate-chip"
 
 
 def _missing_npu() -> str | None:

@@ -50,7 +50,7 @@ def settings(config: Config) -> dict:
     return {
         "search": config.search.model_dump(),
         "limits": config.budget.limits,
-        "chip": config.device.chip.model_dump(),
+        "chip": config.device.chip_facts,
         "plan": config.plan.model_dump(),
         "reinit": config.reinit.model_dump(include={"slnp", "gain_compensation"}),
         "seed": config.seed,
@@ -82,7 +82,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
 
     asked = config.search
     found = search_shapes(
-        Chip(**config.device.chip.model_dump()),
+        Chip(**config.device.chip_facts),
         teacher,
         Serving(**asked.serving),
         Limits(**config.budget.limits),

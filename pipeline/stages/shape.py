@@ -30,7 +30,7 @@ def settings(config: Config) -> dict:
     budget = config.budget.model_dump(include={"parameters", "fallback"})
     asked = {"shape": config.shape.model_dump(), "budget": budget, "way": config.recipe.shape}
     if config.budget.predicted:
-        serving, chip = config.search.serving, config.device.chip.model_dump()
+        serving, chip = config.search.serving, config.device.chip_facts
         asked |= {"limits": config.budget.limits, "serving": serving, "chip": chip}
     return asked
 
@@ -42,7 +42,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     if config.shape.given:
         student = given_shape(teacher, config.shape.model_dump())
     elif config.budget.predicted:
-        chip = Chip(**config.device.chip.model_dump())
+        chip = Chip(**config.device.chip_facts)
         student = shape_within(chip, teacher, Serving(**config.search.serving), Limits(**config.budget.limits))
     else:
         student = shape_for(teacher, config.budget.parameters or config.budget.fallback)

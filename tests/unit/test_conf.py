@@ -9,8 +9,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from pipeline.__main__ import for_the_chip_found
 from pipeline.config import validate
 from pipeline.line import STAGES
+from pipeline.runtime.device import chip_model, open_device
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -65,3 +67,27 @@ def test_an_unknown_key_is_refused_by_its_name():
     values["distill"]["epochs"] = 3
     with pytest.raises(ValueError, match="distill.epochs: Extra inputs"):
         validate(values)
+
+
+@pytest.mark.parametrize("chosen", [[], ["dry_run=true", "seed=3"]])
+def test_where_no_chip_is_chosen_a_run_takes_the_model_of_the_device_it_found(chosen, capsys):
+    device = open_device("auto", "auto", False, 0, 0)
+    file, told = chip_model(device.kind, device.name)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        values = OmegaConf.to_container(compose("config", overrides=chosen), resolve=True)
+        config = for_the_chip_found(values, chosen)
+    assert capsys.readouterr().out == f"{told}\n"
+    assert config.model_dump(mode="json") == validate(composed(*chosen, f"device/chip={file}")).model_dump(mode="json")
+
+
+def test_the_student_of_no_chip_is_refused_where_a_chip_decides():
+    with pytest.raises(ValueError, match="device.chip is null.*device/chip=910B3"):
+        validate(composed()).device.chip_facts  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("override", "predicts"),
+    [("shape.layers=9", False), ("dry_run=true", True), ("recipe.shape=search", True), ("budget.speedup=2", True)],
+)
+def test_the_chip_matters_where_its_model_is_asked(override, predicts):
+    assert validate(composed(override)).predicts == predicts

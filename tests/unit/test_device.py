@@ -2,13 +2,14 @@
 
 import gc
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from pipeline.runtime import device as devices
-from pipeline.runtime.device import missing, open_device
+from pipeline.runtime.device import CHIPS, chip_model, missing, open_device
 
 
 def opened(**changes):
@@ -86,3 +87,29 @@ def test_a_device_has_memory_and_can_be_waited_for():
     device = opened()
     device.synchronise()
     assert device.peak_memory() < device.total_memory()
+
+
+@pytest.mark.parametrize(
+    "kind, name, file",
+    [
+        ("npu", "Ascend910B3", "910B3"), ("npu", "Ascend910B1", "910B1"), ("npu", "Ascend910B2C", "910B2"),
+        ("npu", "Ascend910B4-1", "910B4"), ("npu", "Ascend910_9392", "A3"), ("cuda", "NVIDIA H100 80GB HBM3", "H100"),
+        ("cpu", "AMD EPYC 7B13", "CPU"),
+    ],
+)  # fmt: skip
+def test_a_chip_with_a_model_is_described_by_it(kind, name, file):
+    assert chip_model(kind, name) == (file, f"chip model: {file}, for {name}")
+
+
+@pytest.mark.parametrize(
+    "kind, name, file",
+    [("npu", "Ascend310P3", "910B3"), ("cuda", "NVIDIA A30", "H100"), ("cpu", "Intel(R) Xeon(R) CPU", "CPU")],
+)
+def test_a_chip_without_a_model_is_said_to_have_a_stand_in(kind, name, file):
+    taken, told = chip_model(kind, name)
+    assert taken == file and told.startswith(f"chip model: {file} stands in for {name}; choose device/chip=NAME")
+
+
+def test_every_chip_model_is_a_file_of_the_configuration():
+    there = {path.stem for path in (Path(__file__).parents[2] / "conf/device/chip").glob("*.yaml")}
+    assert {file for files in CHIPS.values() for file in files.values()} <= there
