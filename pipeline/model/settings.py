@@ -31,42 +31,54 @@ def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
         if isinstance(config.get(field), list):
             edited[field] = [config[field][host] for host in hosts]
     edited.pop("pruned", None)
-    edited |= _class(edited, student)
-    pruned = _pruned(config, edited, student, hosts)
+    edited |= class_fields(edited, student)
+    pruned = _pruned(config, edited, student)
     return edited | ({"pruned": pruned} if pruned else {})
 
 
-def _class(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any]:
+def accepts_heads(student: Anatomy, hidden: int, heads: int) -> bool:
+    """Whether the family's config class, or that of the same network under another name, takes this many heads."""
+    family = student.family
+    return not family.even_heads or hidden % heads == 0 or (family.uneven is not None and not _biased(student))
+
+
+def _biased(student: Anatomy) -> bool:
+    return any(name.endswith("bias") for name in student.optional)
+
+
+def class_fields(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any]:
     """Give the class fields: the family's own, or the same network under a name that accepts the widths."""
     family = student.family
     if family.even_heads and config["hidden_size"] % config["num_attention_heads"]:
-        biased = any(name.endswith("bias") for name in student.optional)
-        if family.uneven is None or biased:
+        if not accepts_heads(student, config["hidden_size"], config["num_attention_heads"]):
             raise ValueError(
                 f"shape.hidden is {config['hidden_size']}, not a multiple of shape.heads "
                 f"({config['num_attention_heads']}): "
-                f"{family.architecture}{' with biases' if biased else ''} refuses it; choose a multiple"
+                f"{family.architecture}{' with biases' if _biased(student) else ''} refuses it; choose a multiple"
             )
         family = FAMILIES[family.uneven]
         return {"model_type": family.model_type, "architectures": [family.architecture], "sliding_window": None}
     return {"architectures": [family.architecture]}
 
 
-def _pruned(
-    config: Mapping[str, Any], edited: Mapping[str, Any], student: Anatomy, hosts: list[int]
-) -> dict[str, Any] | None:
+def _pruned(config: Mapping[str, Any], edited: Mapping[str, Any], student: Anatomy) -> dict[str, Any] | None:
     """Give what a stock class cannot say: layers of their own widths, and post-norms frozen to scales."""
-    pruned: dict[str, Any] = {}
-    if not student.sizes.uniform:
-        pruned["layers"] = [vars(widths) for widths in student.sizes.layers]
-        pruned["shapes"] = own_shapes(edited, student)
-        pruned["attention"] = {
-            f"model.layers.{i}.self_attn": {"num_attention_heads": w.heads, "num_key_value_heads": w.groups}
-            for i, w in enumerate(student.sizes.layers)
-        }
+    pruned = {} if student.sizes.uniform else per_layer(edited, student)
     if config.get("pruned", {}).get("scales"):
         pruned["scales"] = frozen_modules(student)
     return {"base": edited["architectures"][0], **pruned} if pruned else None
+
+
+def per_layer(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any]:
+    """Give the entries of a `pruned` section that tell each layer's widths, where `config` says one for all."""
+    return {
+        "layers": [vars(widths) for widths in student.sizes.layers],
+        "shapes": own_shapes(config, student),
+        "attention": {
+            f"model.layers.{i}.self_attn": {"num_attention_heads": w.heads, "num_key_value_heads": w.groups}
+            for i, w in enumerate(student.sizes.layers)
+        },
+    }
 
 
 def own_shapes(config: Mapping[str, Any], student: Anatomy) -> dict[str, list[int]]:

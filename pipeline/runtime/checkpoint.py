@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from pipeline.model import decilm
 from pipeline.model.anatomy import Anatomy, anatomy_of
 
 from .modelling import pruned_class
@@ -54,12 +55,17 @@ class Tensors(Mapping[str, Tensor]):
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """A model folder as a lazy mapping from tensor name to tensor; `.config` is its `config.json`."""
+    """A model folder as a lazy mapping from tensor name to tensor; `.config` is its `config.json`.
+
+    A folder in the DeciLM form is read as what it is to our own modelling code: a stock class with widths per layer.
+    """
 
     def __init__(self, folder: Path, allow_pickle: bool):
         self.folder = Path(folder)
         self.config: dict[str, Any] = read_config(self.folder)
         self._tensors = Tensors(self.folder, allow_pickle)
+        if self.config["model_type"] == decilm.MODEL_TYPE:
+            self.config = decilm.plain(self.config, self._tensors)
 
     @property
     def anatomy(self) -> Anatomy:
@@ -204,9 +210,11 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str, trust_remote_co
     ValueError if tensors are missing, unexpected or of another shape than the class needs.
     """
     config = read_config(folder)
+    if config["model_type"] == decilm.MODEL_TYPE:
+        config = open_checkpoint(folder).config
     own = "pruned" in config
     loader = pruned_class(config["pruned"]["base"]) if own else AutoModelForCausalLM
-    extra = {} if own else {"trust_remote_code": trust_remote_code}
+    extra = {"config": loader.config_class(**config)} if own else {"trust_remote_code": trust_remote_code}
     model, told = loader.from_pretrained(
         folder, dtype=dtype, attn_implementation=attention, output_loading_info=True, local_files_only=True, **extra
     )
