@@ -6,10 +6,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from .fields import Count, Section
 from .inputs import Data, Model
-from .methods import Basis, Plan, Reinit, Restore, Score
+from .methods import Basis, Gates, Plan, Reinit, Restore, Score
 from .results import Evaluate, Export, Report, Track
 from .shapes import Budget, Calibrate, Chip, Search, Shape
-from .training import DeepSpeed, Distill
+from .training import DeepSpeed, Distill, Settle
 
 
 class Recipe(Section):
@@ -49,6 +49,8 @@ class Config(Section):
     search: Search
     basis: Basis
     restore: Restore
+    gates: Gates
+    settle: Settle
     plan: Plan
     reinit: Reinit
     distill: Distill
@@ -93,6 +95,16 @@ class Config(Section):
             raise ValueError(
                 "restore.order=obs ranks KV groups inside a layer and plan.clap compares layers; set plan.clap=false "
                 "or restore.order=scores"
+            )
+        if self.settle.norm != "none" and not self.plan.measures_depth:
+            raise ValueError(
+                f"settle.norm={self.settle.norm} empties the layers that go, which plan.depth={self.plan.depth} "
+                "names only in the plan; set plan.depth=gates or loss"
+            )
+        if self.settle.norm != "none" and (self.restore.outputs or self.restore.order == "obs"):
+            raise ValueError(
+                "restore.outputs and restore.order=obs solve with the inputs of the teacher's layers, which "
+                f"settle.norm={self.settle.norm} changes; set settle.norm=none, or restore.outputs=false and restore.order=scores"
             )
         return self
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from .fields import Count, Portion, Positive, Section, Size
+from .fields import Count, Portion, Positive, Section, Size, Weight
 
 
 class Score(Section):
@@ -29,8 +29,17 @@ class Restore(Section):
     memory: Positive
 
 
+class Gates(Section):
+    form: Literal["residual", "stream"]
+    penalty: Weight
+    learning_rate: Positive
+    tokens: Count
+    batch: Count
+    chunk: Count
+
+
 class Plan(Section):
-    depth: Literal["influence", "contiguous", "last", "loss"]
+    depth: Literal["influence", "contiguous", "last", "loss", "gates"]
     depth_tokens: Count
     keep_first: Count
     clap: bool
@@ -43,13 +52,18 @@ class Plan(Section):
     steps: Count
 
     @property
+    def measures_depth(self) -> bool:
+        """Whether a stage before the plan finds the layers that stay."""
+        return self.depth in ("loss", "gates")
+
+    @property
     def policy(self) -> dict[str, Any]:
         """How layers, heads, neurons and channels are chosen by scores; `drawn` are the kinds chosen at random.
 
-        Block influence stands in for a loss until that is measured.
+        Block influence stands in for a loss or gates until these are measured or learnt.
         """
         drawn = [kind for kind in ("channels", "heads", "neurons") if getattr(self, kind) == "random"]
-        depth = "influence" if self.depth == "loss" else self.depth
+        depth = "influence" if self.measures_depth else self.depth
         asked = self.model_dump(include={"keep_first", "clap", "clap_normalise"})
         return asked | {"depth": depth, "drawn": drawn}
 

@@ -21,6 +21,7 @@ class Shape(Section):
 
 class Budget(Section):
     parameters: Fraction | None
+    axes: Literal["all", "layers"]
     fallback: Fraction
     speedup: Positive | None
     memory_gb: Positive | None

@@ -37,6 +37,12 @@ class Training(Section):
     validate_tokens: Count
 
 
+class Settle(Training):
+    norm: Literal["none", "l1", "l2"]
+    weight: Weight
+    chunk: Count
+
+
 class Distill(Training):
     loss: Loss
 

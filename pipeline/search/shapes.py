@@ -156,6 +156,19 @@ def shape_for(teacher: ModelShape, fraction: float, multiples: Multiples | None 
     return replace(teacher, **dict(zip(AXES, rows[best].tolist(), strict=True)))
 
 
+def depth_for(teacher: ModelShape, fraction: float) -> ModelShape:
+    """Give the deepest shape of the teacher's widths that keeps at most `fraction` of its non-embedding parameters.
+
+    ValueError where even one layer is too much.
+    """
+    budget = fraction * teacher.non_embedding_parameters()
+    for layers in range(teacher.layers, 0, -1):
+        shape = replace(teacher, layers=layers)
+        if shape.non_embedding_parameters() <= budget:
+            return shape
+    raise ValueError(f"budget.parameters is {fraction}; with budget.axes=layers one layer is already more")
+
+
 def imbalance(teacher: ModelShape, rows: np.ndarray, fraction: float | np.ndarray) -> np.ndarray:
     """Σ_axes ln²(kept share of the axis / fraction^lean) of shapes, [shapes, 5] in the order of AXES to [shapes]."""
     kept = np.log(rows / np.array([getattr(teacher, axis) for axis in AXES]))
