@@ -59,3 +59,10 @@ def test_the_line_on_two_npus_under_zero_3_computes_what_one_cpu_computes(tmp_pa
         torch.testing.assert_close(npu[name], cpu[name], rtol=5e-2, atol=1e-6, msg=name)
     assert len(losses(world / "on-npu")) == 8
     torch.testing.assert_close(losses(world / "on-npu"), losses(world / "on-cpu"), rtol=1e-4, atol=1e-6)
+
+
+def test_where_no_chip_is_chosen_the_student_is_made_for_the_npu_found(tmp_path):
+    world = make_world(tmp_path, "llama")
+    said = on_npu("run=dry", *settings(world, device="auto"), "dry_run=true", cwd=world)
+    assert "chip model: 910B3 stands in for Simulated NPU" in said
+    assert "910B3" in said.partition("stands in")[2]
