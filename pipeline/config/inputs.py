@@ -11,6 +11,7 @@ Paths = str | list[str]
 
 class Model(Section):
     path: str
+    start: str | None
     trust_remote_code: bool
     allow_pickle: bool
 

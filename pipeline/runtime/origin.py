@@ -1,4 +1,4 @@
-"""Where a teacher comes from: a folder, a GGUF file (also in parts, also inside an installed package), a hub id."""
+"""Where a model comes from: a folder, a GGUF file (also in parts, also inside an installed package), a hub id."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ PANGU = "PanguEmbedded"  # openPangu-Embedded 1B and 7B: a Llama with biases und
 
 @dataclass(frozen=True)
 class Origin:
-    """A located teacher: a model folder, or the parts of one GGUF file in order."""
+    """A located model: a model folder, or the parts of one GGUF file in order."""
 
     folder: Path | None
     parts: tuple[Path, ...]
@@ -35,39 +35,39 @@ class Origin:
         return sum(path.stat().st_size for path in files)
 
 
-def locate(path: str) -> Origin:
-    """Find the teacher that `model.path` names; ValueError if there is none."""
+def locate(path: str, field: str = "model.path") -> Origin:
+    """Find the model that a setting names; ValueError, naming the setting, if there is none."""
     if path.startswith("package:"):
-        return Origin(None, _packaged(path.removeprefix("package:")))
+        return Origin(None, _packaged(path.removeprefix("package:"), field))
     place = Path(path).expanduser()
     if place.is_dir():
         if not (place / "config.json").is_file():
-            raise ValueError(f"model.path: {place} has no config.json; give a model folder, a .gguf file or a hub id")
+            raise ValueError(f"{field}: {place} has no config.json; give a model folder, a .gguf file or a hub id")
         return Origin(place, ())
     if place.is_file():
         if ".gguf" not in place.name:
-            raise ValueError(f"model.path: {place} is a file but not a .gguf; give a model folder or a .gguf file")
+            raise ValueError(f"{field}: {place} is a file but not a .gguf; give a model folder or a .gguf file")
         return Origin(None, (place,))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
-        return Origin(_fetched(path), ())
-    raise ValueError(f"model.path: {path} does not exist; give a model folder, a .gguf file, a hub id or package:NAME")
+        return Origin(_fetched(path, field), ())
+    raise ValueError(f"{field}: {path} does not exist; give a model folder, a .gguf file, a hub id or package:NAME")
 
 
-def _packaged(name: str) -> tuple[Path, ...]:
+def _packaged(name: str, field: str) -> tuple[Path, ...]:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"model.path: package {name} is not installed; `make setup` installs the demo's model")
+        raise ValueError(f"{field}: package {name} is not installed; `make setup` installs the demo's model")
     home = Path(spec.submodule_search_locations[0])
     siblings = [home, *sorted(home.parent.glob(f"{name}_part*"))]
     files = (path for folder in siblings for path in folder.rglob("*.gguf*") if path.is_file())
     found = tuple(sorted(files, key=lambda path: path.name))
     whole = tuple(path for path in found if path.suffix == ".gguf")
     if len(whole) > 1 or not found:
-        raise ValueError(f"model.path: package {name} holds {len(whole)} GGUF files; give the path of one of them")
+        raise ValueError(f"{field}: package {name} holds {len(whole)} GGUF files; give the path of one of them")
     return whole or found
 
 
-def _fetched(name: str) -> Path:
+def _fetched(name: str, field: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -76,11 +76,11 @@ def _fetched(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:
         reason = str(fault).splitlines()[0]
-        raise ValueError(f"model.path: {name} is no folder here and no reachable hub id ({reason:.160})") from None
+        raise ValueError(f"{field}: {name} is no folder here and no reachable hub id ({reason:.160})") from None
 
 
 def adopt(origin: Origin, folder: Path) -> None:
-    """Make `folder` a model folder of the teacher: links to its own files, or the weights of its GGUF, unpacked."""
+    """Make `folder` a model folder of a located model: links to its own files, or the weights of its GGUF, unpacked."""
     folder.mkdir(parents=True, exist_ok=True)
     if origin.folder is not None:
         _link(origin.folder, folder)
@@ -123,7 +123,7 @@ def _unpack(parts: tuple[Path, ...], folder: Path) -> None:
             file.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **asked
         )
     except (OSError, ValueError, KeyError) as fault:
-        raise ValueError(f"model.path: {file} cannot be read as GGUF ({str(fault).splitlines()[0]:.160})") from fault
+        raise ValueError(f"{file} cannot be read as GGUF ({str(fault).splitlines()[0]:.160})") from fault
     config = model.config.to_dict()
     for field in ("quantization_config", "_name_or_path"):
         config.pop(field, None)

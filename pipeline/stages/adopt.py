@@ -1,0 +1,44 @@
+"""adopt: a student that was cut elsewhere, to be recovered, exported and measured like one that was cut here."""
+
+import shutil
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.runtime import origin
+from pipeline.runtime.checkpoint import open_checkpoint
+
+MAKES = "start"
+NEEDS = ("teacher",)
+EVERY_RANK = False
+FIELD = "model.start"
+
+
+def needed(config: Config) -> bool:
+    """Whether the student was cut elsewhere."""
+    return config.model.start is not None
+
+
+def check(config: Config) -> None:
+    """Refuse a line that adopts a student and is given none, or one that is not there."""
+    if config.model.start is None:
+        raise ValueError(f"{FIELD} is not set; give the model folder that recipe {config.recipe.name} shall recover")
+    origin.locate(config.model.start, FIELD)
+
+
+def settings(config: Config) -> dict:
+    """Give what determines the start: the digest of its files."""
+    return {"files": origin.locate(config.model.start, FIELD).digest(), "allow_pickle": config.model.allow_pickle}
+
+
+def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
+    """Fill `out` with the model folder; ValueError if its family has no table or its vocabulary is not the teacher's."""
+    shutil.rmtree(out, ignore_errors=True)
+    origin.adopt(origin.locate(config.model.start, FIELD), out)
+    teacher, student = (open_checkpoint(path, config.model.allow_pickle).anatomy for path in (inputs["teacher"], out))
+    if teacher.sizes.vocabulary != student.sizes.vocabulary:
+        raise ValueError(
+            f"{FIELD}: {config.model.start} has a vocabulary of {student.sizes.vocabulary}, the teacher one of "
+            f"{teacher.sizes.vocabulary}; recovery compares their distributions and needs one vocabulary"
+        )
+    total, inner = student.parameters()
+    machine.say(f"adopt: {total / 1e6:.1f}M parameters, {inner / 1e6:.1f}M without embeddings")
