@@ -1,6 +1,7 @@
 """The line: a recipe's stages in order, each done once, each leaving one artifact."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ from pipeline.runtime.ranks import join, place
 from pipeline.runtime.track import Track, open_track
 from pipeline.stages import (
     absorb,
+    adopt,
     basis,
     cut,
     depth,
@@ -27,8 +29,10 @@ from pipeline.stages import (
     report,
     score,
     search,
+    sequence,
     settle,
     shape,
+    supernet,
     teacher,
     tokens,
 )
@@ -42,11 +46,14 @@ STAGES: dict[str, ModuleType] = {
     "depth": depth,
     "gates": gates,
     "settle": settle,
+    "sequence": sequence,
+    "supernet": supernet,
     "basis": basis,
     "gram": gram,
     "order": order,
     "plan": plan,
     "cut": cut,
+    "adopt": adopt,
     "absorb": absorb,
     "distill": distill,
     "export": export,
@@ -83,10 +90,28 @@ def check(config: Config) -> list[str]:
     absent = [name for name in STAGES if name not in (*FIRST, *config.recipe.line) and _needed(config, name)]
     if absent:
         raise ValueError(f"recipe.line has no {', '.join(absent)}, which this configuration needs; add it before plan")
+    if config.recipe.rounds > 1:
+        _check_rounds(config)
     for name in (*FIRST, *config.recipe.line):
         if hasattr(STAGES[name], "check"):
             STAGES[name].check(config)
     return [*FIRST, *config.recipe.line]
+
+
+def _check_rounds(config: Config) -> None:
+    """Refuse rounds in which a stage would read what an earlier round, or the time before all, measured."""
+    repeat, line, makers = config.recipe.repeat, config.recipe.line, _makers(config)
+    for name in repeat:
+        if _idle(config, name):
+            continue
+        stale = [makers[need] for need in _needs(config, STAGES[name]) if makers[need] not in (*FIRST, *repeat)]
+        if stale:
+            raise ValueError(f"recipe.repeat has no {', '.join(stale)}, which {name} needs anew in every round; add it")
+    absent = [name for name in ("plan", "cut") if name not in repeat]
+    places = [line.index(name) for name in repeat]
+    absent += [name for name in line[min(places) : max(places)] if name not in repeat and not _idle(config, name)]
+    if absent:
+        raise ValueError(f"recipe.repeat has no {', '.join(absent)}, which belongs to every round; add it")
 
 
 def run(config: Config, command: str) -> dict[str, Path]:
@@ -106,7 +131,7 @@ def run(config: Config, command: str) -> dict[str, Path]:
             Path(config.artifacts), ranks, artifacts.code_revision(), patience=float(config.device.timeout)
         )
         if config.dry_run:
-            made = _walk(config, ["teacher", "shape"], store, machine, record)
+            made = _take(config, ["teacher", "shape"], {}, store, machine, record)
             machine.say(advice.needs(config, made, ranks.world))
             return made
         made = _walk(config, names, store, machine, record)
@@ -120,8 +145,42 @@ def run(config: Config, command: str) -> dict[str, Path]:
 def _walk(
     config: Config, names: list[str], store: artifacts.Store, machine: Machine, record: dict[str, Any]
 ) -> dict[str, Path]:
-    """Take the stages in order; show and tell each artifact as soon as it is there."""
-    made: dict[str, Path] = {}
+    """Take the stages in order, those of recipe.repeat round after round.
+
+    In a later round `teacher` is the student of the round before, `original` the model the line began with and `before`
+    the blueprint of all rounds so far. What comes after the rounds sees the original as `teacher`, and its scores.
+    """
+    rounds, repeat = config.recipe.rounds, config.recipe.repeat
+    if rounds == 1:
+        return _take(config, names, {}, store, machine, record)
+    places = [place for place, name in enumerate(names) if name in repeat]
+    base = _take(config, names[: places[0]], {}, store, machine, record)
+    first = made = _take(config.at_round(1), [names[place] for place in places], base, store, machine, record)
+    recovers = any(STAGES[name].MAKES == "student" for name in repeat)
+    for number in range(2, rounds + 1):
+        student = made.get("student" if recovers else "start")
+        if student is None:
+            machine.say(f"stages leaves out what round {number} of {rounds} begins with; the rounds end here")
+            return made
+        known = base | {"teacher": student, "original": base["teacher"], "before": made["blueprint"]}
+        made = _take(config.at_round(number), [names[place] for place in places], known, store, machine, record)
+    left = {name: folder for name, folder in made.items() if name not in ("original", "before")}
+    left |= {"teacher": base["teacher"], "scores": first["scores"]}
+    return _take(config, names[places[-1] + 1 :], left, store, machine, record)
+
+
+def _take(
+    config: Config,
+    names: list[str],
+    known: Mapping[str, Path],
+    store: artifacts.Store,
+    machine: Machine,
+    record: dict[str, Any],
+) -> dict[str, Path]:
+    """Take stages in order, beginning with known artifacts; show and tell each artifact as soon as it is there."""
+    made = dict(known)
+    number, rounds = config.recipe.part
+    inner, told = ("", "") if number == rounds else (f"/rounds/{number}", f", round {number}")
     for name in names:
         stage = STAGES[name]
         wanted = config.stages is None or name in (*FIRST, *config.stages)
@@ -129,9 +188,11 @@ def _walk(
         if folder is None:
             continue
         made[stage.MAKES] = folder
-        record["stages"][name] = {"artifact": folder.name, "made_now": fresh}
+        record["stages"][name + told] = {"artifact": folder.name, "made_now": fresh}
         if machine.ranks.rank == 0:
-            artifacts.show(Path(config.runs), config.run, record, _view(made))
+            artifacts.show(Path(config.runs), config.run, record, {} if inner else _view(made))
+            if inner:
+                artifacts.show(Path(config.runs), config.run + inner, record, _view(made))
         _tell(machine.track, config.run, name, folder)
     return made
 
@@ -146,7 +207,7 @@ def _step(
     wanted: bool,
 ) -> tuple[Path | None, bool]:
     """Find or make one stage's artifact; give its folder, or None if it does not apply, and whether it was made now."""
-    if hasattr(stage, "needed") and not stage.needed(config):
+    if _idle(config, name):
         return None, False
     missing = [need for need in _needs(config, stage) if need not in made]
     if missing:
@@ -199,6 +260,11 @@ def _needed(config: Config, name: str) -> bool:
     return hasattr(STAGES[name], "needed") and STAGES[name].needed(config)
 
 
+def _idle(config: Config, name: str) -> bool:
+    """Whether a configuration does not ask for a stage."""
+    return hasattr(STAGES[name], "needed") and not STAGES[name].needed(config)
+
+
 def _tell(track: Track, run: str, stage: str, folder: Path) -> None:
     """Give the tracker what people look at: the blueprint, the report and its pictures."""
     if stage in TRACKED:
@@ -209,5 +275,6 @@ def _tell(track: Track, run: str, stage: str, folder: Path) -> None:
 
 
 def _view(made: dict[str, Path]) -> dict[str, Path]:
+    made = {**made, "teacher": made.get("original", made["teacher"])}
     named = {label: made[artifact] / inside for label, (artifact, inside) in VIEW.items() if artifact in made}
     return {label: target for label, target in named.items() if target.exists()}

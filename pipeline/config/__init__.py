@@ -2,11 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from .fields import Count, Section
 from .inputs import Data, Model
-from .methods import Basis, Gates, Plan, Reinit, Restore, Score
+from .methods import Basis, Gates, Plan, Reinit, Restore, Score, Supernet
 from .results import Evaluate, Export, Report, Track
 from .shapes import Budget, Calibrate, Chip, Search, Shape
 from .training import DeepSpeed, Distill, Settle
@@ -16,6 +16,19 @@ class Recipe(Section):
     name: str
     shape: Literal["given", "search"]
     line: list[str]
+    rounds: Count
+    repeat: list[str]
+    _round: int | None = PrivateAttr(default=None)  # no setting: where the line is
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Which round of how many the line is in; (1, 1) outside the rounds: the whole way."""
+        return (self._round, self.rounds) if self._round else (1, 1)
+
+    @property
+    def progress(self) -> dict[str, int]:
+        """The part, for the settings of stages that go a part of the way; empty where it is all of it."""
+        return {} if self.part == (1, 1) else dict(zip(("round", "rounds"), self.part, strict=True))
 
 
 class Device(Section):
@@ -49,6 +62,7 @@ class Config(Section):
     search: Search
     basis: Basis
     restore: Restore
+    supernet: Supernet
     gates: Gates
     settle: Settle
     plan: Plan
@@ -66,6 +80,28 @@ class Config(Section):
     def predicts(self) -> bool:
         """Whether anything depends on what the chip model says of the student."""
         return self.dry_run or self.recipe.shape == "search" or bool(self.budget.predicted)
+
+    def at_round(self, number: int) -> "Config":
+        """Give the same configuration in a round of the line."""
+        recipe = self.recipe.model_copy()
+        recipe._round = number
+        return self.model_copy(update={"recipe": recipe})
+
+    @model_validator(mode="after")
+    def _rounds_repeat_what_can_be_repeated(self):
+        if self.recipe.rounds == 1:
+            return self
+        strange = [name for name in self.recipe.repeat if name not in self.recipe.line]
+        if strange or not self.recipe.repeat:
+            raise ValueError(f"recipe.repeat names {strange or 'nothing'}; choose from recipe.line {self.recipe.line}")
+        if self.recipe.shape == "search":
+            raise ValueError("recipe.rounds goes to a known shape in equal parts; set recipe.shape=given")
+        if self.basis.kind != "none":
+            raise ValueError(
+                f"recipe.rounds={self.recipe.rounds} tells what was cut in the teacher's own channels, which "
+                f"basis.kind={self.basis.kind} turns; set basis.kind=none, or recipe.rounds=1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stages_belong_to_the_recipe(self):
@@ -106,6 +142,19 @@ class Config(Section):
                 "restore.outputs and restore.order=obs solve with the inputs of the teacher's layers, which "
                 f"settle.norm={self.settle.norm} changes; set settle.norm=none, or restore.outputs=false and restore.order=scores"
             )
+        layerwise = "restore.sequence=true" if self.restore.sequence else "plan.widths=evolved"
+        if self.restore.sequence or self.plan.widths == "evolved":
+            clashes = {
+                "plan.clap=false": self.plan.clap,
+                "plan.heads=scores": self.plan.heads != "scores",
+                "plan.neurons=scores": self.plan.neurons != "scores",
+                "restore.outputs=false": self.restore.outputs,
+                "restore.order=scores": self.restore.order != "scores",
+                "settle.norm=none": self.settle.norm != "none",
+            }
+            if any(clashes.values()):
+                wanted = ", ".join(change for change, clash in clashes.items() if clash)
+                raise ValueError(f"{layerwise} chooses heads and neurons and solves what stays by itself; set {wanted}")
         return self
 
 

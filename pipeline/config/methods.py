@@ -1,8 +1,10 @@
 """What is measured, chosen and done to weights before recovery."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from .fields import Count, Portion, Positive, Section, Size, Weight
+from pydantic import Field
+
+from .fields import Count, Fraction, Portion, Positive, Section, Size, Weight
 
 
 class Score(Section):
@@ -27,6 +29,22 @@ class Restore(Section):
     at_once: Count
     tokens: Count
     memory: Positive
+    sequence: bool
+    local: Literal["obs", "tyr", "tyr_curvature"]
+
+
+class Supernet(Section):
+    rounds: Count
+    granularity: Fraction
+    steps: Count
+    multiple: Count
+    accumulation: bool
+    generations: Size
+    offspring: Count
+    swaps: Count
+    tokens: Annotated[list[Count], Field(min_length=1)]
+    survivors: Annotated[list[Count], Field(min_length=1)]
+    weights: Literal["composed", "solved_again", "better"]
 
 
 class Gates(Section):
@@ -47,7 +65,7 @@ class Plan(Section):
     channels: Literal["scores", "leading", "random"]
     heads: Literal["scores", "random"]
     neurons: Literal["scores", "random"]
-    widths: Literal["uniform", "adaptive", "threshold"]
+    widths: Literal["uniform", "adaptive", "threshold", "evolved"]
     amplitude: Portion
     steps: Count
 

@@ -6,6 +6,7 @@ from .fields import Count, Positive, Section, Size
 
 
 class Export(Section):
+    form: Literal["auto", "own", "padded", "decilm"]
     dtype: Literal["bfloat16", "float16", "float32"]
     shard_bytes: Positive
     tolerance: Positive

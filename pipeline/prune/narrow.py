@@ -20,7 +20,7 @@ ORDERS = ("obs", "tyr", "tyr_curvature")  # exact rise of the error; Týr's scor
 @dataclass(frozen=True)
 class Narrowed:
     """A whole weight [out, in] in float64 with zero columns where units went, and scores that rank those that stay
-    above those that went: of heads [n] for W_O, of neurons [f] for W_down."""
+    above those that went."""
 
     weight: Tensor
     scores: Tensor
@@ -37,11 +37,11 @@ def local_order(
     return tyr_order(gram, weight, size, drop, by == "tyr", at_once, damping)
 
 
-def narrow_neurons(
-    weight: Tensor, gram: Tensor, count: int, by: str, at_once: int = 1, damping: float = DAMPING
+def narrow_units(
+    weight: Tensor, gram: Tensor, size: int, count: int, by: str, at_once: int = 1, damping: float = DAMPING
 ) -> Narrowed:
-    """Give W_down [h, f] with `count` neurons, restored exactly for H [f, f]."""
-    removal = local_order(by, gram, weight, 1, weight.shape[1] - count, at_once, damping)
+    """Give a weight [out, in] with `count` units of `size` columns, restored exactly for H; scores are of units."""
+    removal = local_order(by, gram, weight, size, weight.shape[1] // size - count, at_once, damping)
     return Narrowed(at_width(weight, gram, removal, count, damping), removal.scores())
 
 

@@ -112,7 +112,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _places(folder: Path, allow_pickle: bool) -> Iterator[tuple[str, Path]]:
     """Give every tensor name with the shard that holds it, shards checked for truncation by their headers."""
-    shards = sorted(folder.glob("*.safetensors"))
+    single = folder / SINGLE  # beside it there may be others, of no weights
+    shards = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if (folder / INDEX).is_file():
         listed = json.loads((folder / INDEX).read_text())["weight_map"]
         shards = sorted({folder / file for file in listed.values()})

@@ -7,9 +7,9 @@ import torch
 
 from pipeline.evaluation.divergence import divergence, final_states
 from pipeline.model.anatomy import LayerSizes
-from pipeline.prune.narrow import ORDERS, local_order, narrow_heads, narrow_neurons
+from pipeline.prune.narrow import ORDERS, local_order, narrow_heads, narrow_units
 from pipeline.prune.restore import output_error
-from pipeline.prune.sequential import at_width, expected_weight, prune_in_sequence
+from pipeline.prune.sequential import at_width, columns_of, expected_weight, prune_in_sequence
 from pipeline.prune.supernet import candidate, candidates, compose, expectation, removal_of, widened
 from tests.numerics.test_restore import problem
 from tests.numerics.test_sequential import HERE, anatomy, batches
@@ -42,10 +42,12 @@ def test_the_expectation_is_that_of_the_candidates():
 
 
 @pytest.mark.parametrize("by", ORDERS)
-def test_narrowed_projections_err_no_more_than_without_update_and_scores_say_what_stays(by):
+@pytest.mark.parametrize("size", [1, 3])
+def test_narrowed_projections_err_no_more_than_without_update_and_scores_say_what_stays(by, size):
     weight, moments = problem(24)
-    narrowed = narrow_neurons(weight, moments, 9, by)
-    kept = narrowed.scores.topk(9).indices.sort().values
+    narrowed = narrow_units(weight, moments, size, 5, by)
+    units = narrowed.scores.topk(5).indices.sort().values
+    kept = columns_of(units, size)
     assert narrowed.weight.abs().sum(0).nonzero().flatten().tolist() == kept.tolist()
     restored = output_error(weight, narrowed.weight[:, kept], moments, kept)
     assert restored <= output_error(weight, weight[:, kept], moments, kept) * (1 + 1e-9)

@@ -1,0 +1,62 @@
+"""Where widths are searched: W_O by whole KV groups and W_down by neurons, and the even widths a search begins with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+
+from pipeline.model.anatomy import Sizes
+
+from .evolution import Widths, spread
+
+
+@dataclass(frozen=True)
+class Site:
+    """A projection whose width is searched, in units of `size` columns."""
+
+    name: str
+    layer: int
+    kind: str  # attention | ffn
+    size: int
+    most: int  # units
+    least: int  # units that must stay, and the step between widths
+    weights: int  # of a unit: in Q, K, V and O of a KV group, in gate, up and down of a neuron
+
+
+def sites_of(sizes: Sizes, kept: Sequence[int], modules: Mapping[str, str], multiple: int) -> list[Site]:
+    """Give the sites of the layers that stay, in the order of the stream.
+
+    `modules` names W_O and W_down, with a place for the layer, by the axis they read (`n d`, `f`). Neurons go in
+    multiples, or in what those have in common with a width that is none.
+    """
+    sites = []
+    for layer in kept:
+        widths = sizes.layers[layer]
+        each = widths.heads // widths.groups
+        group = 2 * sizes.hidden * sizes.head_size * (each + 1)
+        attention, ffn = (modules[axis].format(layer=layer) for axis in ("n d", "f"))
+        sites.append(Site(attention, layer, "attention", each * sizes.head_size, widths.groups, 1, group))
+        least = gcd(widths.neurons, multiple)
+        sites.append(Site(ffn, layer, "ffn", 1, widths.neurons, least, 3 * sizes.hidden))
+    return sites
+
+
+def even_start(sites: Sequence[Site], weights: int) -> Widths:
+    """Give widths that hold at most `weights`, and as nearly so many as the step of neurons lets them.
+
+    Both kinds keep the same share, as nearly as whole KV groups can, spread evenly over the layers; neurons take up
+    what groups leave. ValueError if the least widths hold more.
+    """
+    share = weights / sum(site.most * site.weights for site in sites)
+    widths: dict[str, int] = {}
+    left = weights
+    for kind in ("attention", "ffn"):
+        some = [site for site in sites if site.kind == kind]
+        low, most, step = sum(site.least for site in some), sum(site.most for site in some), some[0].least
+        wanted = round(share * most) if kind == "attention" else left // some[0].weights
+        total = low + max(0, min(wanted, most) - low) // step * step
+        chosen = spread(total, [site.most for site in some], step, step)
+        widths |= {site.name: width for site, width in zip(some, chosen, strict=True)}
+        left -= sum(site.weights * widths[site.name] for site in some)
+    if left < 0:
+        raise ValueError(f"budget.parameters leaves the layers {weights} weights, {-left} too few; raise it")
+    return tuple(widths[site.name] for site in sites)
