@@ -5,7 +5,7 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements/demo.txt

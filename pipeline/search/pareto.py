@@ -72,12 +72,23 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Costed:
+    """What the chip model made of all aligned shapes: how many there are, and of those within the limits [shapes]
+    their seconds and their share of the teacher's non-embedding parameters."""
+
+    aligned: int
+    seconds: tuple[float, ...]
+    kept: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Search:
     """A finished search: the teacher beside all measured candidates, fastest first, and the one picked."""
 
     chip: str
     serving: Serving
     tolerance: float
+    costed: Costed
     teacher: Candidate
     candidates: tuple[Candidate, ...]
     picked: Candidate
@@ -87,6 +98,8 @@ class Search:
             "chip": self.chip,
             "serving": asdict(self.serving),
             "rule": f"the fastest shape whose loss is within {self.tolerance} nats of the lowest",
+            "aligned": self.costed.aligned,
+            "within": len(self.costed.seconds),
             "teacher": self.teacher.to_json(),
             "candidates": [candidate.to_json() for candidate in self.candidates],
             "picked": self.picked.shape.axes(),
@@ -127,7 +140,10 @@ def candidates(
     and as many further fronts behind as `count` asks for; of these, `count` spread evenly over the range of speed, its
     ends included. ValueError when no shape keeps to the limits.
     """
-    sieve = _sift(chip, teacher, serving, limits, multiples)
+    return _worth(chip, teacher, serving, count, _sift(chip, teacher, serving, limits, multiples))
+
+
+def _worth(chip: Chip, teacher: ModelShape, serving: Serving, count: int, sieve: "_Sieve") -> list[Candidate]:
     kept = sieve.counts >= ROOM * sieve.counts.max()
     level = sieve.imbalance <= max(SKEW, sieve.imbalance[kept].min())
     left = np.flatnonzero(kept & level)
@@ -153,9 +169,10 @@ def search(
     multiples: Multiples | None = None,
 ) -> Search:
     """Measure the loss of every candidate and pick: the fastest whose loss is within `tolerance` nats of the lowest."""
+    sieve = _sift(chip, teacher, serving, limits, multiples)
     measured = [
         replace(candidate, loss=float(measure(candidate.shape)))
-        for candidate in progress(candidates(chip, teacher, serving, limits, count, multiples))
+        for candidate in progress(_worth(chip, teacher, serving, count, sieve))
     ]
     broken = [candidate.shape.axes() for candidate in measured if not np.isfinite(candidate.loss)]
     if broken:
@@ -167,6 +184,7 @@ def search(
         chip=chip.name,
         serving=serving,
         tolerance=tolerance,
+        costed=Costed(sieve.aligned, tuple(sieve.seconds.tolist()), tuple(sieve.kept.tolist())),
         teacher=describe(chip, teacher, teacher, serving),
         candidates=tuple(marked),
         picked=pick(marked, serving, tolerance),
@@ -182,10 +200,12 @@ def pick(measured: Sequence[Candidate], serving: Serving, tolerance: float) -> C
 
 @dataclass(frozen=True)
 class _Sieve:
-    """The shapes that keep to the limits: rows [shapes, 5] in the order of AXES, the rest [shapes]."""
+    """The shapes within the limits, of all `aligned`: rows [shapes, 5] in the order of AXES, the rest [shapes]."""
 
+    aligned: int
     rows: np.ndarray
     counts: np.ndarray
+    kept: np.ndarray
     seconds: np.ndarray
     imbalance: np.ndarray
     prior: np.ndarray
@@ -215,7 +235,7 @@ def _sift(chip: Chip, teacher: ModelShape, serving: Serving, limits: Limits, mul
     rows, counts = grid.rows(mask)
     kept = counts / teacher.non_embedding_parameters()
     lopsided = imbalance(teacher, rows, kept)
-    return _Sieve(rows, counts, seconds[mask], lopsided, lopsided - np.log(kept))
+    return _Sieve(mask.size, rows, counts, kept, seconds[mask], lopsided, lopsided - np.log(kept))
 
 
 def _grid_seconds(chip: Chip, teacher: ModelShape, work: Work, grid: Grid) -> np.ndarray:

@@ -31,7 +31,7 @@ def settings(config: Config) -> dict:
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
-    """Fill `out` with the model folder; ValueError if its family has no table or its vocabulary is not the teacher's."""
+    """Fill `out` with the model folder; ValueError if it has no family table or another vocabulary than the teacher."""
     shutil.rmtree(out, ignore_errors=True)
     origin.adopt(origin.locate(config.model.start, FIELD), out)
     teacher, student = (open_checkpoint(path, config.model.allow_pickle).anatomy for path in (inputs["teacher"], out))

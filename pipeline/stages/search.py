@@ -99,7 +99,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     machine.say(
         f"search: {found.picked.shape.axes()} keeps {found.picked.kept:.1%} of the parameters outside the embeddings, "
         f"is predicted {faster:.2f} times as fast on {found.chip}, and has a loss of {found.picked.loss:.3f} right "
-        f"after cutting; the lowest of {len(found.candidates)} is {min(each.loss for each in found.candidates):.3f}"
+        f"after cutting; the lowest of {len(found.candidates)} measured is "
+        f"{min(each.loss for each in found.candidates):.3f}, and {found.costed.aligned} aligned shapes were costed"
     )
 
 

@@ -1,0 +1,45 @@
+"""A student cut elsewhere: recovered as if it had been cut here, or refused in one line."""
+
+import pytest
+import torch
+
+from pipeline import line
+from pipeline.runtime.checkpoint import open_checkpoint
+from tests.tiny import save_tiny, tiny_model
+from tests.tiny_text import configured
+from tests.world import make_world, settings
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("adopt"), "llama-tied")
+
+
+def made(world, *overrides):
+    return line.run(configured(*settings(world, run="unit"), *overrides), "a test")
+
+
+def test_recovery_does_not_ask_who_cut(world, tmp_path):
+    ours = made(world, "stages=[score,shape,plan,cut,distill]")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for file in ours["start"].iterdir():
+        if file.name != "manifest.json":
+            (elsewhere / file.name).write_bytes(file.read_bytes())
+    theirs = made(world, "recipe=recover", f"model.start={elsewhere}")
+    first, second = (open_checkpoint(each["student"]) for each in (ours, theirs))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (theirs["evaluation"] / "evaluation.json").is_file()
+
+
+def test_what_cannot_be_adopted_is_refused(world, tmp_path):
+    with pytest.raises(ValueError, match="model.start is not set"):
+        made(world, "recipe=recover")
+    with pytest.raises(ValueError, match="model.start: .* does not exist"):
+        made(world, "recipe=recover", f"model.start={tmp_path / 'nowhere'}")
+    with pytest.raises(ValueError, match="recipe.line has no adopt"):
+        made(world, f"model.start={world / 'model'}")
+    save_tiny(tiny_model("llama-tied", dtype=torch.float32, vocab_size=40), tmp_path / "other")
+    with pytest.raises(ValueError, match="needs one vocabulary"):
+        made(world, "recipe=recover", f"model.start={tmp_path / 'other'}")
