@@ -1,0 +1,57 @@
+"""Import the real torch_npu over stub CANN libraries and call our Ascend implementations on tensors without memory.
+
+Run by test_wheel.py with the wheel on PYTHONPATH and the stubs on LD_LIBRARY_PATH. Prints one line of JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[0] = str(ROOT)
+sys.path.append(str(ROOT / "kernels"))
+
+from pipeline.runtime.device import missing  # noqa: E402  (first: it imports torch_npu guarded, as a run does)
+
+
+def shapes() -> dict[str, list]:
+    """Shape and type of what each operation gives, by the wheel's own rules for tensors without memory."""
+    import torch
+
+    from fused import ascend
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    x, gain = empty(2, 5, 32), empty(32)
+    query, angles = empty(2, 4, 5, 16), empty(2, 5, 16)
+    made = {
+        "rms_norm": ascend.rms_norm(x, gain, 1e-6, 1.0),
+        "add_rms_norm": ascend.add_rms_norm(x, x, gain, 1e-6, 0.0),
+        "swiglu_packed": ascend.swiglu_packed(x),
+        "rotary half": ascend.rotary(query, angles, angles, "half"),
+        "rotary interleave": ascend.rotary(query, angles, angles, "interleave"),
+    }
+    outputs = {name: value if isinstance(value, tuple) else (value,) for name, value in made.items()}
+    return {name: [[list(t.shape), str(t.dtype)] for t in value] for name, value in outputs.items()}
+
+
+def attention_arguments() -> dict[str, list[str]]:
+    """The arguments that attention gives, and those the wheel's operation has: running it would start the device."""
+    import torch
+
+    from fused import ascend
+
+    query, key = torch.empty(2, 4, 5, 16), torch.empty(2, 2, 5, 16)
+    masked = torch.zeros(2, 1, 5, 5, dtype=torch.bool)
+    given = [ascend.fusion_arguments(query, key, key, 0.3, *how) for how in ((True, None), (False, masked))]
+    schema = torch.ops.npu.npu_fusion_attention.default._schema
+    return {"given": sorted({name for each in given for name in each}), "known": [a.name for a in schema.arguments]}
+
+
+if __name__ == "__main__":
+    import torch
+
+    reason = missing("npu")
+    count = sum(schema.name.startswith("npu::") for schema in torch._C._jit_get_all_schemas())
+    print(json.dumps({"missing": reason, "schemas": count, "shapes": shapes(), "attention": attention_arguments()}))
