@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,18 @@ WEIGHT_BYTES = 4
 FREE = {"micro_batch", "save_every", "keep", "gradient_checkpointing"}  # change speed and memory, not the weights
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Which of equal parts of a training this is, and the folder with the metrics of those before (None: the first)."""
+
+    number: int
+    count: int
+    before: Path | None
+
+
+ALL = Stretch(1, 1, None)
+
+
 def train_model(
     section: str,
     config: Config,
@@ -38,48 +51,62 @@ def train_model(
     text: Packed,
     out: Path,
     machine,
+    stretch: Stretch = ALL,
 ) -> None:
     """Write the model trained from `origin` as a model folder in float32, and metrics.jsonl; every rank takes part.
+
+    Parts of a training share one schedule, one count of steps and one reading of the text; each begins with an
+    optimizer that has seen nothing, and its metrics with those of the parts before.
 
     `section` names the settings; `module` makes what the engine trains, given a function that loads a model folder in
     the type that is computed in. An earlier attempt's checkpoints in `out` are gone on from, digit for digit.
     """
     asked, ranks = getattr(config, section), machine.ranks
     count, steps = accumulation(section, asked, ranks.world), steps_of(section, asked, config.data.sequence)
+    first, last = (steps * part // stretch.count for part in (stretch.number - 1, stretch.number))
     parameters = sum(math.prod(shape) for shape in origin.anatomy.shapes().values())
     need_space(out, parameters * (STATE_BYTES * (asked.keep + 1) + WEIGHT_BYTES))
     text, held = hold_out(text, max(1, asked.validate_tokens // config.data.sequence), section)
     engine = _engine(config, asked, module, machine, count)
     try:
-        done = engine.load(out / CHECKPOINTS)
+        done = engine.load(out / CHECKPOINTS)  # of this part
         if done is None:
             engine.take(origin)
         elif done:
-            machine.say(f"{section}: goes on after step {done} of {steps}")
+            machine.say(f"{section}: goes on after step {first + done} of {steps}")
         if ranks.rank == 0:
-            _truncate(out / METRICS, done)
+            _begin(out / METRICS, done, first, stretch.before)
         ranks.wait(f"{section} begins")
         done = done or 0
+        tokens = asked.batch * text.sequence
         course = Course(
             section,
-            steps,
+            last - first,
             count,
-            asked.batch * text.sequence,
+            tokens,
             asked.validate_every,
             asked.save_every,
             asked.keep,
-            config.seed,
+            config.seed + first,
         )
+
+        def rate(step: int) -> float:
+            return learning_rate(asked.schedule, first + step, steps, asked.learning_rate, asked.warmup, asked.floor)
+
+        def record(metrics: dict[str, float]) -> None:
+            so_far = {"step": first + metrics["step"], "tokens": first * tokens + metrics["tokens"]}
+            _record(out / METRICS, section, steps, machine, metrics | so_far)
+
         train(
             engine,
-            stream(text, asked.micro_batch, ranks.rank, ranks.world, done * asked.batch, config.seed),
+            stream(text, asked.micro_batch, ranks.rank, ranks.world, (first + done) * asked.batch, config.seed),
             share_out(held, asked.micro_batch, ranks.rank, ranks.world),
             course,
-            lambda step: learning_rate(asked.schedule, step, steps, asked.learning_rate, asked.warmup, asked.floor),
+            rate,
             done,
             out / CHECKPOINTS,
-            partial(_record, out / METRICS, section, steps, machine),
-            lambda steps_left: machine.progress(steps_left, steps - done, section),
+            record,
+            lambda steps_left: machine.progress(steps_left, last - first - done, section),
         )
         _write(config, engine, origin, out, ranks.rank)
     finally:
@@ -156,13 +183,13 @@ def _record(path: Path, section: str, steps: int, machine, metrics: dict[str, fl
         machine.say(f"{section}: step {metrics['step']}/{steps}, {', '.join(told)}")
 
 
-def _truncate(path: Path, done: int | None) -> None:
-    """Forget metrics of steps that will be taken again; all of them where nothing was saved."""
-    if not path.exists():
+def _begin(path: Path, done: int | None, first: int, before: Path | None) -> None:
+    """Forget metrics of steps that will be taken again; where nothing was saved, take those of the part before."""
+    if done is None:
+        write_atomically(path, (before / METRICS).read_text() if before else "")
         return
-    lines = [] if done is None else path.read_text().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]  # the last one may have been cut off
-    write_atomically(path, "".join(line for line in whole if json.loads(line)["step"] <= done))
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]  # or cut off
+    write_atomically(path, "".join(line for line in whole if json.loads(line)["step"] <= first + done))
 
 
 def _write(config: Config, engine: Engine, origin: Checkpoint, out: Path, rank: int) -> None:

@@ -17,14 +17,14 @@ def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
     """
     student = blueprint.student(source)
     hosts = [plan.host for plan in blueprint.layers]
-    widest = max(student.sizes.layers, key=lambda widths: (widths.heads, widths.groups, widths.neurons))
+    said = _said(source, student)
     edited = dict(config)
     edited |= {
         "num_hidden_layers": len(hosts),
         "hidden_size": student.sizes.hidden,
-        "num_attention_heads": widest.heads,
-        "num_key_value_heads": widest.groups,
-        "intermediate_size": widest.neurons,
+        "num_attention_heads": said.heads,
+        "num_key_value_heads": said.groups,
+        "intermediate_size": said.neurons,
         "head_dim": student.sizes.head_size,
     }
     for field in PER_LAYER_LISTS:
@@ -34,6 +34,16 @@ def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
     edited |= class_fields(edited, student)
     pruned = _pruned(config, edited, student)
     return edited | ({"pruned": pruned} if pruned else {})
+
+
+def _said(source: Anatomy, student: Anatomy) -> LayerSizes:
+    """Give the widths for the fields that say one for all layers: the widest layer's.
+
+    Where layers differ each has its own, and these need only be what the class accepts: other layers' or the source's.
+    """
+    ranked = sorted(student.sizes.layers, key=lambda widths: (widths.heads, widths.groups, widths.neurons))[::-1]
+    choices = ranked if student.sizes.uniform else (*ranked, *source.sizes.layers)
+    return next((w for w in choices if accepts_heads(student, student.sizes.hidden, w.heads)), ranked[0])
 
 
 def accepts_heads(student: Anatomy, hidden: int, heads: int) -> bool:

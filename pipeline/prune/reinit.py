@@ -1,6 +1,6 @@
 """Re-initialisation: what is kept is rescaled so that training starts from a calm network (Pangu Light, 2505.20155)."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -23,13 +23,19 @@ def stabilising_factor(kept: Tensor, original: Tensor) -> Tensor:
 
 
 def stabilise_gains(
-    anatomy: Anatomy, blueprint: Blueprint, source: Mapping[str, Tensor], stream: Stream
+    anatomy: Anatomy,
+    blueprint: Blueprint,
+    source: Mapping[str, Tensor],
+    stream: Stream,
+    scales: Collection[str] = (),
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield a cut stream with every gain over hidden channels stabilised (SLNP), also where 1+w is stored.
 
-    The factor is the source's: norm of the whole gain over norm of its kept channels.
+    The factor is the source's: norm of the whole gain over norm of its kept channels. The modules `scales` of the
+    source are static scales by now (absorption), no norms: what is narrow does not change them.
     """
-    factors = dict(_gain_factors(anatomy, blueprint, source))
+    gains = _gain_factors(anatomy, blueprint, source)
+    factors = {name: factor for name, origin, factor in gains if origin.removesuffix(".weight") not in scales}
     for name, tensor in stream:
         if name in factors:
             gain = _wide(tensor) + anatomy.family.norm_offset
@@ -37,7 +43,9 @@ def stabilise_gains(
         yield name, tensor
 
 
-def _gain_factors(anatomy: Anatomy, blueprint: Blueprint, source: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _gain_factors(
+    anatomy: Anatomy, blueprint: Blueprint, source: Mapping[str, Tensor]
+) -> Iterator[tuple[str, str, Tensor]]:
     channels = torch.tensor(blueprint.channels)
     for pattern in anatomy.norms:
         places = (
@@ -50,7 +58,7 @@ def _gain_factors(anatomy: Anatomy, blueprint: Blueprint, source: Mapping[str, T
         )
         for student, origin in places:
             gain = _wide(source[origin]) + anatomy.family.norm_offset
-            yield student, stabilising_factor(gain[channels], gain)
+            yield student, origin, stabilising_factor(gain[channels], gain)
 
 
 def compensate_gain(anatomy: Anatomy, source: Mapping[str, Tensor]):

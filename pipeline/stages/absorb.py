@@ -18,8 +18,11 @@ EVERY_RANK = True
 
 
 def applies(config: Config, inputs: dict[str, Path]) -> bool:
-    """Whether the model has post-norms beside pre-norms, and absorption is wanted."""
-    return config.reinit.absorb == "auto" and open_checkpoint(inputs["start"]).anatomy.family.sandwich
+    """Whether the model has post-norms beside pre-norms, none of them a scale by now, and absorption is wanted."""
+    if config.reinit.absorb != "auto":
+        return False
+    start = open_checkpoint(inputs["start"])
+    return start.anatomy.family.sandwich and not start.config.get("pruned", {}).get("scales")
 
 
 def settings(config: Config) -> dict:

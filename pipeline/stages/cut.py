@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.settings import student_config
+from pipeline.prune.fluctuation import biased_anatomy, biased_config, compensate_biases
 from pipeline.prune.reinit import compensate_gain, stabilise_gains
 from pipeline.prune.restore import restore_outputs
 from pipeline.prune.surgery import as_it_is, cut
@@ -18,10 +19,21 @@ OPTIONAL = ("source", "restored", "grams")  # cut in the teacher's place: it in 
 EVERY_RANK = False
 
 
+def needed(config: Config) -> bool:
+    """Whether the student was not cut elsewhere."""
+    return config.model.start is None
+
+
 def settings(config: Config) -> dict:
     """Give what changes the cut weights: stabilised gains, gain compensation and restored outputs."""
     restored = {"damping": config.restore.damping} if config.restore.outputs else {}
-    return {"slnp": config.reinit.slnp, "gain_compensation": config.reinit.gain_compensation} | restored
+    biased = {"bias_compensation": True} if config.reinit.bias_compensation else {}
+    return {"slnp": config.reinit.slnp, "gain_compensation": config.reinit.gain_compensation} | restored | biased
+
+
+def needs(config: Config) -> tuple[str, ...]:
+    """Give the scores, beside which the means stand that biases compensate with."""
+    return ("scores",) if config.reinit.bias_compensation else ()
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
@@ -29,18 +41,23 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     source = open_checkpoint(inputs.get("source", inputs.get("restored", inputs["teacher"])), config.model.allow_pickle)
     need_space(out, source.bytes())
     shutil.rmtree(out, ignore_errors=True)
-    anatomy = source.anatomy
-    blueprint = Blueprint.load(inputs["blueprint"] / "blueprint.json")
+    anatomy, kind = source.anatomy, source.config
+    step = inputs["blueprint"] / "step.json"  # in later rounds: of the model that is cut here
+    blueprint = Blueprint.load(step if step.exists() else inputs["blueprint"] / "blueprint.json")
     donate = compensate_gain(anatomy, source) if config.reinit.gain_compensation else as_it_is
     stream = cut(anatomy, blueprint, source, donate)
     if config.restore.outputs:
         grams = open_tensors(inputs["grams"])
         stream = restore_outputs(anatomy, blueprint, source, grams, stream, config.restore.damping)
     if config.reinit.slnp:
-        stream = stabilise_gains(anatomy, blueprint, source, stream)
+        scales = source.config.get("pruned", {}).get("scales", ())
+        stream = stabilise_gains(anatomy, blueprint, source, stream, scales)
+    if config.reinit.bias_compensation:
+        stream = compensate_biases(anatomy, blueprint, source, open_tensors(inputs["scores"] / "means"), stream)
+        anatomy, kind = biased_anatomy(anatomy), biased_config(kind)
     student = blueprint.student(anatomy)
     watched = machine.progress(stream, len(student.shapes()), "cut")
-    config_json = student_config(source.config, anatomy, blueprint)
+    config_json = student_config(kind, anatomy, blueprint)
     write_checkpoint(out, config_json, watched, config.export.shard_bytes, inputs["teacher"])
     total, inner = student.parameters()
     machine.say(f"cut: {total / 1e6:.1f}M parameters, {inner / 1e6:.1f}M without embeddings")

@@ -10,11 +10,13 @@ from pipeline.model.blueprint import Blueprint
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.device import choose
 from pipeline.runtime.ranks import place
-from pipeline.training import accumulation, settings_of, steps_of, train_model
+from pipeline.training import Stretch, accumulation, settings_of, steps_of, train_model
 
 MAKES = "student"
 NEEDS = ("teacher", "start", "tokens")
-OPTIONAL = ("blueprint",)  # says which teacher states the hidden-state terms compare with
+# The blueprint says which teacher states the hidden-state terms compare with; in later rounds `original` teaches, and
+# `teacher` is the student of the round before.
+OPTIONAL = ("blueprint", "original")
 EVERY_RANK = True
 RESUMES = True  # goes on from the checkpoints an interrupted attempt left
 
@@ -23,29 +25,41 @@ def check(config: Config) -> None:
     """Refuse batches that cannot be divided, runs shorter than a step and a kernel that cannot run, before any work."""
     kernel_choice(config.distill.loss.kernel, choose(config.device.kind))
     accumulation("distill", config.distill, place()[1])
-    steps_of("distill", config.distill, config.data.sequence)
+    steps, rounds = steps_of("distill", config.distill, config.data.sequence), config.recipe.rounds
+    if rounds > steps and "distill" in config.recipe.repeat:
+        raise ValueError(
+            f"distill.tokens is {config.distill.tokens}, enough for {steps} steps and so for no more rounds; "
+            f"recipe.rounds is {rounds}: raise the tokens or lower the rounds"
+        )
 
 
 def settings(config: Config) -> dict:
     """Give what determines the student; how it is spread over ranks and memory does not."""
     loss = config.distill.loss.model_dump(exclude={"chunk", "kernel"})
-    return settings_of(config, config.distill, {"loss"}) | {"loss": loss}
+    return settings_of(config, config.distill, {"loss"}) | {"loss": loss} | config.recipe.progress
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
-    """Write the recovered student as a model folder in float32, and metrics.jsonl."""
+    """Write the recovered student as a model folder in float32, and metrics.jsonl, of all rounds so far."""
     asked, match = config.distill, _match(inputs)
+    number, rounds = config.recipe.part
+    earlier = inputs["teacher"] if "original" in inputs else None
     objective = Objective(**asked.loss.model_dump())
     train_model(
         "distill",
         config,
         open_checkpoint(inputs["start"]),
         lambda load: Distiller(
-            load(inputs["teacher"]), load(inputs["start"]), objective, match, asked.gradient_checkpointing
+            load(inputs.get("original", inputs["teacher"])),
+            load(inputs["start"]),
+            objective,
+            match,
+            asked.gradient_checkpointing,
         ),
         Packed(inputs["tokens"] / "recovery"),
         out,
         machine,
+        Stretch(number, rounds, earlier),
     )
 
 

@@ -98,7 +98,7 @@ def _name(path: str) -> str:
 
 
 def _stages(inputs: Mapping[str, Path]) -> dict[str, dict]:
-    """Give seconds and peak memory in bytes of every stage behind the inputs, by name, inputs first.
+    """Give seconds and peak memory in bytes of every stage behind the inputs, by name, inputs first; rounds add up.
 
     Read from their manifests; an input without one, as when it was made by hand, has no entry.
     """
@@ -113,7 +113,9 @@ def _stages(inputs: Mapping[str, Path]) -> dict[str, dict]:
         facts = json.loads(path.read_text())
         for name in facts["inputs"].values():
             follow(folder.parent / name)
-        found[facts["stage"]] = {key: facts[key] for key in ("seconds", "peak_memory")}
+        told = found.setdefault(facts["stage"], {"seconds": 0.0, "peak_memory": 0})
+        told["seconds"] += facts["seconds"]
+        told["peak_memory"] = max(told["peak_memory"], facts["peak_memory"])
 
     for folder in inputs.values():
         follow(folder)

@@ -1,16 +1,19 @@
 """shape: the student's five widths, as given or as a budget chooses them with nothing measured."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.search.chip import Chip
 from pipeline.search.pareto import Limits, Serving, shape_within
-from pipeline.search.shapes import ModelShape, depth_for, given_shape, shape_for
+from pipeline.search.shapes import ModelShape, depth_for, given_shape, multiples_for, shape_for
+from pipeline.search.widths import even_widths, partway, weights_within
 
 MAKES = "shape"
 NEEDS = ("teacher",)
+OPTIONAL = ("original",)  # in later rounds, the model the line began with: shapes are parts of its own
 EVERY_RANK = False
 
 
@@ -22,11 +25,18 @@ def check(config: Config) -> None:
         raise ValueError(
             f"budget.axes=layers goes by budget.parameters alone; leave {list(config.budget.predicted)} out"
         )
+    if config.plan.widths != "uniform" and config.budget.axes == "layers":
+        raise ValueError(f"budget.axes=layers leaves plan.widths={config.plan.widths} nothing to choose; set axes=all")
+    if config.plan.widths != "uniform" and config.budget.predicted:
+        raise ValueError(
+            f"plan.widths={config.plan.widths} gives each layer its own widths and budget.* limits the shape by "
+            f"{list(config.budget.predicted)}, predicted of equal ones; set budget.parameters alone"
+        )
 
 
 def needed(config: Config) -> bool:
-    """Whether the shape is not searched."""
-    return config.recipe.shape == "given"
+    """Whether the shape is not searched, and the student not cut elsewhere."""
+    return config.recipe.shape == "given" and config.model.start is None
 
 
 def settings(config: Config) -> dict:
@@ -36,21 +46,33 @@ def settings(config: Config) -> dict:
     if config.budget.predicted:
         serving, chip = config.search.serving, config.device.chip_facts
         asked |= {"limits": config.budget.limits, "serving": serving, "chip": chip}
-    return asked
+    return asked | ({"layers": "own"} if config.plan.widths != "uniform" else {}) | config.recipe.progress
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
-    """Write shape.json; ValueError, naming the nearest possible shapes, for one the teacher cannot give."""
-    anatomy = open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy
+    """Write shape.json: this round's share of the way to the student's shape.
+
+    Where layers will have widths of their own within a budget, it says the `weights` they may hold together, and the
+    shape of equal layers that hold them. ValueError, naming the nearest possible shapes, for one that cannot be cut.
+    """
+    anatomy = open_checkpoint(inputs.get("original", inputs["teacher"]), config.model.allow_pickle).anatomy
+    done, rounds = config.recipe.part
+    budget = config.budget.parameters or config.budget.fallback
+    own = {}
     teacher = ModelShape.of(anatomy.sizes, anatomy.tied)
     if config.shape.given:
         student = given_shape(teacher, config.shape.model_dump())
     elif config.budget.predicted:
         chip = Chip(**config.device.chip_facts)
         student = shape_within(chip, teacher, Serving(**config.search.serving), Limits(**config.budget.limits))
+    elif config.plan.widths != "uniform":
+        own = {"weights": weights_within(anatomy, 1.0 - (1.0 - budget) * done / rounds)}
+        even = even_widths(anatomy.sizes, own["weights"], multiples_for(teacher).neurons)
+        student = ModelShape.of(replace(anatomy.sizes, layers=tuple(even)), anatomy.tied)
     else:
-        narrow = depth_for if config.budget.axes == "layers" else shape_for
-        student = narrow(teacher, config.budget.parameters or config.budget.fallback)
-    (out / "shape.json").write_text(json.dumps(student.axes(), indent=2))
+        student = (depth_for if config.budget.axes == "layers" else shape_for)(teacher, budget)
+    if not own:
+        student = partway(teacher, student, done, rounds)
+    (out / "shape.json").write_text(json.dumps(student.axes() | own, indent=2))
     kept = student.non_embedding_parameters() / teacher.non_embedding_parameters()
     machine.say(f"shape: {student.axes()} keeps {kept:.1%} of the parameters outside the embeddings")
