@@ -1,8 +1,8 @@
 """The DeciLM form (Nemotron-NAS): a config.json with a block per layer, for engines that serve DeciLMForCausalLM.
 
 The rules are those of vLLM's class (vllm/model_executor/models/nemotron_nas.py): Llama layers, all with the same number
-H of query heads; a layer's KV heads are H // n_heads_in_group; its neurons int(2 * ffn_mult * hidden / 3), rounded up to
-a multiple of 256; biases stand on all four attention projections (attention_bias) or on Q, K and V (qkv_bias); no
+H of query heads; a layer's KV heads are H // n_heads_in_group; its neurons int(2 * ffn_mult * hidden / 3), rounded up
+to a multiple of 256; biases stand on all four attention projections (attention_bias) or on Q, K and V (qkv_bias); no
 sliding window; SiLU. A student is padded with zeros to the nearest widths these rules can say.
 """
 

@@ -28,7 +28,7 @@ def padded(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any],
 
     ValueError if the student has static scales, or if no number of heads suits its class.
     """
-    refuse_scales(config, "padded")
+    check_padded(config)
     widths = _common_widths(student)
     layers = (widths,) * len(student.sizes.layers)
     edited = {key: value for key, value in config.items() if key != "pruned"} | {
@@ -38,6 +38,11 @@ def padded(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any],
         "head_dim": student.sizes.head_size,
     }
     return edited | class_fields(edited, student), replace(student.sizes, layers=layers)
+
+
+def check_padded(config: Mapping[str, Any]) -> None:
+    """Raise ValueError, one line, where no stock class computes this config's network."""
+    refuse_scales(config, "padded")
 
 
 def refuse_scales(config: Mapping[str, Any], form: str) -> None:

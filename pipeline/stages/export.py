@@ -1,4 +1,4 @@
-"""export: the student as an ordinary Hugging Face folder, proven by reloading it in a fresh process."""
+"""export: the student as a Hugging Face folder in the form asked for, proven by reading it in a fresh process."""
 
 import json
 import os
@@ -6,23 +6,27 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.config import Config
+from pipeline.model import decilm, forms
+from pipeline.model.anatomy import anatomy_of
+from pipeline.model.families import FAMILIES
 from pipeline.model.settings import folded_config
-from pipeline.prune.reinit import fold_scales
-from pipeline.runtime import modelling
-from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
+from pipeline.prune.pad import pad
+from pipeline.prune.reinit import Stream, fold_scales, post_norm_modules
+from pipeline.runtime import configuration_decilm, decilm_reader, modelling
+from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint, read_config, write_checkpoint
 
 MAKES = "export"
 NEEDS = ("start",)
 OPTIONAL = ("student",)
 EVERY_RANK = False
-CODE = "modeling_pruned.py"
+FORMS = {"stock": forms.stock, "own": forms.own, "padded": forms.padded, "decilm": decilm.decilm}
+CHECKS = {"padded": forms.check_padded, "decilm": decilm.check}
 PROBE = 24  # tokens of the reload check
 
 RELOAD = """
@@ -42,49 +46,85 @@ print(json.dumps({"class": type(model).__name__, "generated": new.shape[1] - len
 """
 
 
+def check(config: Config) -> None:
+    """Refuse a form that the teacher's family cannot take, where its config.json is at hand, before any work."""
+    folder, form = Path(config.model.path).expanduser(), config.export.form
+    if form not in CHECKS or not (folder / "config.json").is_file():
+        return
+    kind = read_config(folder)
+    family = FAMILIES.get(kind["model_type"])
+    if family is None:  # the teacher stage says what it needs
+        return
+    absorbs = config.reinit.absorb == "auto" and "absorb" in config.recipe.line
+    if absorbs and family.sandwich and family.folded is None:
+        kind["pruned"] = {"scales": list(family.post_norms)}
+    CHECKS[form](kind)
+
+
 def settings(config: Config) -> dict:
     """Give the export section."""
     return config.export.model_dump()
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
-    """Write the final folder, static scales folded where a class without post-norms exists, and export.json.
+    """Write the final folder in the form asked for, static scales folded where a class without post-norms exists.
 
-    RuntimeError if the folder, reloaded by stock transformers in a process of its own, gives other logits.
+    export.json says the form, what was padded, the bytes and the proof. ValueError if the form cannot hold the
+    student; RuntimeError if the folder, read in a process of its own, gives other logits.
     """
     shutil.rmtree(out, ignore_errors=True)
     origin = inputs.get("student", inputs["start"])
     source = open_checkpoint(origin)
-    anatomy, kind = source.anatomy, source.config
-    scales = bool(kind.get("pruned", {}).get("scales"))
-    folds = scales and anatomy.family.folded is not None
+    stream, names, kind, folds = _folded(source)
+    student = anatomy_of(kind, names)
+    form = config.export.form
+    if form == "auto":
+        form = "own" if "pruned" in kind else "stock"
+    written, wide = FORMS[form](kind | {"dtype": config.export.dtype}, student)
     dtype = getattr(torch, config.export.dtype)
-    tensors = fold_scales(anatomy, source) if folds else _all(source)
-    kind = (folded_config(kind, anatomy) if folds else dict(kind)) | {"dtype": config.export.dtype}
-    own = "pruned" in kind
-    if own:
-        name = "PrunedForCausalLM"
-        kind |= {"architectures": [name], "auto_map": {"AutoModelForCausalLM": f"{CODE[:-3]}.{name}"}}
-    cast = ((name, tensor.to(dtype)) for name, tensor in tensors)
-    write_checkpoint(out, kind, cast, config.export.shard_bytes, origin)
-    if own:
-        text = Path(modelling.__file__).read_text()
-        (out / CODE).write_text(f'{text}\n\nPrunedForCausalLM = pruned_class("{kind["pruned"]["base"]}")\n')
-    told = prove(origin, out, dtype, config.export.tolerance, own)
-    form = "own modelling code" if own else "stock class"
-    (out / "export.json").write_text(json.dumps(told | {"form": form, "folded": folds}, indent=1))
+    cast = ((name, tensor.to(dtype)) for name, tensor in pad(student, wide, stream))
+    write_checkpoint(out, written, cast, config.export.shard_bytes, origin)
+    _add_code(form, kind, out)
+    told = prove(origin, out, dtype, config.export.tolerance, form)
+    told |= {"form": form, "folded": folds, "padded": forms.padding(student, wide)}
+    told |= {"bytes": open_checkpoint(out).bytes()}
+    (out / "export.json").write_text(json.dumps(told, indent=1))
+    cost = f", {_cost(told['padded'])}" if told["padded"] else ""
     machine.say(
-        f"export: {told['class']} ({form}), reloaded in a fresh process: logits differ by {told['difference']:.1e}"
+        f"export: {told['class']} ({form}{cost}), read in a fresh process: logits differ by {told['difference']:.1e}"
     )
 
 
-def _all(source: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    yield from source.items()
+def _folded(source: Checkpoint) -> tuple[Stream, list[str], dict[str, Any], bool]:
+    """Give the student's tensors, their names and its config, static scales folded where a class without post-norms
+    exists; and whether they were."""
+    anatomy, kind = source.anatomy, source.config
+    if not kind.get("pruned", {}).get("scales") or anatomy.family.folded is None:
+        return iter(source.items()), list(source), dict(kind), False
+    gone = post_norm_modules(anatomy)
+    names = [name for name in source if name.removesuffix(".weight") not in gone]
+    return fold_scales(anatomy, source), names, folded_config(kind, anatomy), True
 
 
-def prove(origin: Path, folder: Path, dtype: torch.dtype, tolerance: float, own: bool) -> dict:
-    """Reload `folder` in a fresh process that has transformers and not this project; compare logits with `origin`'s.
+def _cost(padded: dict[str, Any]) -> str:
+    (small, large), (few, many) = padded["parameters"], padded["kv_values_per_token"]
+    return f"zeros in {len(padded['layers'])} layers: {large / small - 1:+.1%} parameters, {many / few - 1:+.1%} KV"
 
+
+def _add_code(form: str, kind: dict[str, Any], out: Path) -> None:
+    """Put into the folder the code that its form needs: modelling code for `own`, configuration code for `decilm`."""
+    if form == "own":
+        text = Path(modelling.__file__).read_text()
+        base = kind.get("pruned", {}).get("base", kind["architectures"][0])
+        (out / forms.OWN_FILE).write_text(f'{text}\n\n{forms.OWN_CLASS} = pruned_class("{base}")\n')
+    if form == "decilm":
+        shutil.copyfile(configuration_decilm.__file__, out / decilm.CONFIGURATION_FILE)
+
+
+def prove(origin: Path, folder: Path, dtype: torch.dtype, tolerance: float, form: str) -> dict:
+    """Read `folder` in a fresh process that has transformers and not this project; compare logits with `origin`'s.
+
+    The stock classes and our modelling file load as anyone loads them; the DeciLM form is read by `decilm_reader`.
     Gives class, generated tokens, and the largest logit difference relative to the largest logit. RuntimeError above
     `tolerance` or if the process fails.
     """
@@ -96,16 +136,17 @@ def prove(origin: Path, folder: Path, dtype: torch.dtype, tolerance: float, own:
     with tempfile.TemporaryDirectory() as scratch:
         saved = Path(scratch) / "logits.pt"
         kind = str(dtype).removeprefix("torch.")
-        arguments = [str(folder.resolve()), kind, json.dumps(ids), str(saved), "code" if own else ""]
+        arguments = [str(folder.resolve()), kind, json.dumps(ids), str(saved), "code" if form == "own" else ""]
+        program = Path(decilm_reader.__file__).read_text() if form == "decilm" else RELOAD
         done = subprocess.run(
-            [sys.executable, "-I", "-c", RELOAD, *arguments],
+            [sys.executable, "-I", "-c", program, *arguments],
             env=_quiet_environment(scratch),
             cwd=scratch,
             capture_output=True,
             text=True,
         )
         if done.returncode:
-            raise RuntimeError(f"export: {folder} does not reload with stock transformers:\n{done.stderr[-2000:]}")
+            raise RuntimeError(f"export: {folder} ({form}) does not load in a fresh process:\n{done.stderr[-2000:]}")
         got = torch.load(saved, weights_only=True)
     difference = float((got - wanted).abs().max() / wanted.abs().max())
     if not difference <= tolerance:
