@@ -1,7 +1,9 @@
 """Images are built from what .dockerignore lets through and run as a user; docker/run.sh gives them their devices."""
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+from tests.image_steps import BASE_PATH, Image, apply, instructions
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
@@ -98,3 +102,32 @@ HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.path
 def test_hadolint_finds_nothing():
     ran = subprocess.run([HADOLINT, *map(str, FILES)], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout
+
+
+def test_continued_lines_are_one_instruction_and_comments_none():
+    text = "# about\nFROM a:1\n\nRUN one \\\n    && two \\\n# why\n    && three\nenv A=1\n"
+    assert instructions(text) == [("FROM", "a:1"), ("RUN", "one  && two  && three"), ("ENV", "A=1")]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_an_image_holds_what_its_instructions_set_and_copy(file, tmp_path):
+    """All but what RUN does, carried out in an empty root."""
+    image = Image(tmp_path, {"TORCH_INDEX": "https://mine"}, {"PATH": BASE_PATH})
+    for name, rest in instructions(file.read_text()):
+        if name != "RUN":
+            apply(image, name, rest)
+    assert (image.user, image.folder) == ("1000:1000", "/workspace")
+    assert (image.entry, image.command) == (["/app/launch/local.sh"], ["--help"])
+    assert image.environment["HOME"] == "/home/pangu" and image.locals["TORCH_INDEX"] == "https://mine"
+    assert os.access(tmp_path / "app/launch/local.sh", os.X_OK)
+    assert (tmp_path / "app/pyproject.toml").is_file() and (tmp_path / "app/kernels/fused/__init__.py").is_file()
+
+
+@pytest.mark.skipif("IMAGE_ROOT" not in os.environ, reason="IMAGE_ROOT names no clean root folder (see image_steps.py)")
+def test_the_steps_of_the_cpu_image_can_be_carried_out():
+    """As root, with the network, for minutes; IMAGE_STEPS: further options, such as --bind and --env."""
+    script, options = ROOT / "tests/image_steps.py", shlex.split(os.environ.get("IMAGE_STEPS", ""))
+    command = [sys.executable, str(script), str(ROOT / "docker/cpu.Dockerfile"), os.environ["IMAGE_ROOT"], *options]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    assert json.loads(ran.stdout.splitlines()[-1])[-1]["step"].startswith("/app/launch/local.sh")
