@@ -198,11 +198,11 @@ def _cut(report: Report, drawings: Mapping[str, Drawing]) -> str:
     if cut["neurons_kept"] < cut["neurons"]:
         told.append(
             f"{whole(cut['neurons_kept'])} of {whole(cut['neurons'])} neurons stay; in the layers that remain they "
-            f"carry {cut['neuron_score_kept']:.0%} of the activation score."
+            f"carry {cut['neuron_score_kept']:.0%} of the score."
         )
     caption = (
         "One row a layer of the teacher, input at the top. The denser a bin of neurons, the more of them stay; “score "
-        "kept” is their share of the layer’s activation score. Point at a part for its numbers."
+        "kept” is their share of the layer’s score. Point at a part for its numbers."
     )
     drawing = drawings["map"]
     wide = ' class="wide"' if drawing.width > TEXT_WIDTH else ""
