@@ -5,8 +5,8 @@
 Every variant runs in a process of its own (peaks do not mix), the variants in turn, `--rounds` times; figures are
 medians. Peak memory is what the variant adds to its inputs: resident memory on a CPU, allocated memory elsewhere.
 Seconds are processor time on a CPU (other work on the machine does not count), elapsed time elsewhere.
-Variants: `naive` (F.kl_div on float32 log-softmaxes, autograd), `linear` (pipeline.distill.loss, the pipeline's own),
-and each of `--kernels`, implementations of fused's kl_of_logits: chunks of logits and that kernel.
+Variants: `naive` (F.kl_div on float32 log-softmaxes, autograd), `linear` (pipeline.distill.loss, the pipeline's own, by
+the kernel that the table of kernels/fused names for the device), and each of `--kernels`: the same by that kernel.
 Losses and gradients of all variants must agree, or the run fails. Writes benchmarks/results/fused_loss-<device>.json.
 """
 
@@ -24,7 +24,6 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-import fused  # noqa: E402
 from pipeline.distill.loss import linear_distillation  # noqa: E402
 from pipeline.runtime.device import open_device  # noqa: E402
 
@@ -39,32 +38,11 @@ def naive(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight
 
 
 def linear(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, a) -> Tensor:
+    kernel = "auto" if a.variant == "linear" else a.variant
     return linear_distillation(
         hidden, weight, teacher_hidden, teacher_weight, kind="forward_kl", beta=0.5, temperature=1.0,
-        cross_entropy=0.0, labels=None, chunk=a.chunk,
+        cross_entropy=0.0, labels=None, chunk=a.chunk, kernel=kernel,
     )[0]  # fmt: skip
-
-
-class Chunked(torch.autograd.Function):
-    """The same with one operation of `fused` on each chunk of logits; gradients are computed on the way."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, kernel, chunk):
-        total, grad_weight = 0.0, torch.zeros_like(weight, dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden)
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            student = hidden[part] @ weight.T
-            teacher = teacher_hidden[part] @ teacher_weight.T
-            total += kernel(student, teacher, "forward_kl", 1.0, 0.5, 1.0 / len(hidden)).sum()
-            grad_hidden[part] = student @ weight
-            grad_weight += student.T @ hidden[part]
-        ctx.gradients = grad_hidden, grad_weight.to(weight.dtype)
-        return total / len(hidden)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return *(each * grad for each in ctx.gradients), None, None, None, None
 
 
 def measure(a: argparse.Namespace) -> dict:
@@ -75,13 +53,7 @@ def measure(a: argparse.Namespace) -> dict:
     teacher_weight = torch.randn(a.vocabulary, a.teacher, **make).mul_(0.02)
     hidden, teacher_hidden = torch.randn(a.tokens, a.student, **make), torch.randn(a.tokens, a.teacher, **make)
     hidden.mul_(3), teacher_hidden.mul_(3)
-    if a.variant in fused.CHOICES:
-        kernel = fused.op("kl_of_logits", device.kind, a.variant)
-
-        def loss_of(*tensors):
-            return Chunked.apply(*tensors[:4], kernel, a.chunk)
-    else:
-        loss_of = naive if a.variant == "naive" else linear
+    loss_of = naive if a.variant == "naive" else linear
 
     def once(tokens: int) -> tuple[float, float, float]:
         inputs = hidden[:tokens].clone().requires_grad_(), weight.requires_grad_()
@@ -113,7 +85,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=int, default=576)
     parser.add_argument("--chunk", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--kernels", nargs="*", choices=fused.CHOICES, default=[])
+    parser.add_argument("--kernels", nargs="*", choices=("reference", "triton"), default=[])
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.variant:
