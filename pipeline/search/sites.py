@@ -16,6 +16,7 @@ class Site:
     name: str
     layer: int
     kind: str  # attention | ffn
+    heads: int  # of a KV group; 0 for ffn
     size: int
     most: int  # units
     least: int  # units that must stay, and the step between widths
@@ -34,9 +35,9 @@ def sites_of(sizes: Sizes, kept: Sequence[int], modules: Mapping[str, str], mult
         each = widths.heads // widths.groups
         group = 2 * sizes.hidden * sizes.head_size * (each + 1)
         attention, ffn = (modules[axis].format(layer=layer) for axis in ("n d", "f"))
-        sites.append(Site(attention, layer, "attention", each * sizes.head_size, widths.groups, 1, group))
+        sites.append(Site(attention, layer, "attention", each, each * sizes.head_size, widths.groups, 1, group))
         least = gcd(widths.neurons, multiple)
-        sites.append(Site(ffn, layer, "ffn", 1, widths.neurons, least, 3 * sizes.hidden))
+        sites.append(Site(ffn, layer, "ffn", 0, 1, widths.neurons, least, 3 * sizes.hidden))
     return sites
 
 
@@ -60,3 +61,14 @@ def even_start(sites: Sequence[Site], weights: int) -> Widths:
     if left < 0:
         raise ValueError(f"budget.parameters leaves the layers {weights} weights, {-left} too few; raise it")
     return tuple(widths[site.name] for site in sites)
+
+
+def given_start(sites: Sequence[Site], shape: Mapping[str, int]) -> Widths:
+    """Give the widths of a shape for every site; ValueError where it keeps a part of a KV group's heads."""
+    each = {site.heads for site in sites if site.kind == "attention"}
+    if each != {shape["heads"] // shape["groups"]}:
+        raise ValueError(
+            f"shape.heads is {shape['heads']} for {shape['groups']} groups; plan.widths=evolved keeps KV groups whole, "
+            f"with {sorted(each)} heads: set shape.heads to that many times shape.groups, or use restore.sequence"
+        )
+    return tuple(shape["groups" if site.kind == "attention" else "neurons"] for site in sites)

@@ -37,7 +37,7 @@ from pipeline.runtime.checkpoint import (
 )
 from pipeline.runtime.machine import Machine
 from pipeline.search.evolution import Generation, Place, Widths, candidate_widths, evolve
-from pipeline.search.sites import Site, even_start, sites_of
+from pipeline.search.sites import Site, even_start, given_start, sites_of
 
 MAKES = "restored"
 NEEDS = ("teacher", "tokens", "scores", "shape")
@@ -103,8 +103,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine: Machine) ->
     if "depth" in inputs:
         kept = json.loads((inputs["depth"] / "depth.json").read_text())["kept"]
     sites = sites_of(source.anatomy.sizes, kept, projections(source.anatomy), asked.multiple)
-    given = tuple(shape["groups" if site.kind == "attention" else "neurons"] for site in sites)
-    start = even_start(sites, shape["weights"]) if "weights" in shape else given
+    start = even_start(sites, shape["weights"]) if "weights" in shape else given_start(sites, shape)
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
     text = Packed(inputs["tokens"] / "calibration")
     calibration = beginning(text, config.restore.tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
@@ -209,16 +208,17 @@ def _supernet(bench: Bench, number: int, places: list[Place]) -> Path:
         return folder
     fresh = folder.with_suffix(".part")
     shutil.rmtree(fresh, ignore_errors=True)
-    counts = {name: place.widths for name, place in zip(bench.sites, places, strict=True)}
+    counts, restore = dict(zip(bench.sites, (place.widths for place in places), strict=True)), bench.config.restore
 
     def solve(site: Site, weight: Tensor, gram: Tensor) -> Tensor:
-        removal = _order(bench, site, weight, gram, site.most - counts[site.name][0])
+        at_once, drop = restore.at_once if site.kind == "ffn" else 1, site.most - counts[site.name][0]
+        removal = local_order(restore.local, gram, weight, site.size, drop, at_once, restore.damping)
         tensors = {removal_of(site.name): removal.order}
 
         def keep(count: int, columns: Tensor) -> None:
             tensors[candidate(site.name, count)] = columns.to("cpu", weight.dtype)
 
-        passed = expectation(weight, gram, removal, counts[site.name], keep, bench.config.restore.damping)
+        passed = expectation(weight, gram, removal, counts[site.name], keep, restore.damping)
         fresh.mkdir(parents=True, exist_ok=True)
         write_tensors(fresh / f"{site.name}.safetensors", tensors)
         return passed if asked.accumulation else weight.to(torch.float64)
@@ -278,12 +278,6 @@ def _pass(bench: Bench, solve: Solve, label: str) -> None:
     passes = prune_in_sequence(decoder, anatomy, list(bench.calibration), prune, device, bench.kept)
     for _ in bench.machine.progress(passes, len(bench.sites), label):
         pass
-
-
-def _order(bench: Bench, site: Site, weight: Tensor, gram: Tensor, drop: int) -> Removal:
-    restore = bench.config.restore
-    at_once = restore.at_once if site.kind == "ffn" else 1
-    return local_order(restore.local, gram, weight, site.size, drop, at_once, restore.damping)
 
 
 def _write(
