@@ -87,14 +87,14 @@ def check(config: Config) -> list[str]:
     unknown = [name for name in config.recipe.line if name not in STAGES]
     if unknown:
         raise ValueError(f"recipe.line names {unknown}; stages are {list(STAGES)}")
+    for name in (*FIRST, *config.recipe.line):
+        if hasattr(STAGES[name], "check"):
+            STAGES[name].check(config)
     absent = [name for name in STAGES if name not in (*FIRST, *config.recipe.line) and _needed(config, name)]
     if absent:
         raise ValueError(f"recipe.line has no {', '.join(absent)}, which this configuration needs; add it before plan")
     if config.recipe.rounds > 1:
         _check_rounds(config)
-    for name in (*FIRST, *config.recipe.line):
-        if hasattr(STAGES[name], "check"):
-            STAGES[name].check(config)
     return [*FIRST, *config.recipe.line]
 
 
