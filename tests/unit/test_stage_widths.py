@@ -1,0 +1,158 @@
+"""Kinds of scores, widths by layer and compensating biases through the stages, on tiny models."""
+
+import json
+
+import pytest
+import torch
+
+from pipeline import line
+from pipeline.data.packing import Packed
+from pipeline.data.stream import beginning
+from pipeline.model.blueprint import Blueprint
+from pipeline.model.scores import Scores
+from pipeline.prune.coupled import magnitude
+from pipeline.prune.fluctuation import fluctuation, moments
+from pipeline.prune.taylor import gradients, saliency
+from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from tests.tiny_text import configured
+from tests.world import make_world, pipeline, settings
+
+WIDE = {"num_key_value_heads": 4, "intermediate_size": 128}  # eight multiples of neurons, four groups
+NO_SHAPE = {"shape__layers": None, "shape__neurons": None}
+CUT = "stages=[score,shape,plan,cut]"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("widths"), **WIDE)
+
+
+def made(world, *overrides, **values):
+    return line.run(configured(*settings(world, run="unit", **(NO_SHAPE | values)), *overrides), "a test")
+
+
+def scored(folders):
+    return Scores.load(folders["scores"] / "scores.safetensors")
+
+
+def near(found, wanted):
+    """Within the rounding of bf16, in which the stage computes where the processor does."""
+    for one, other in zip(found, wanted, strict=True):
+        assert (one - other).norm() / other.norm() < 2e-2
+
+
+@pytest.mark.parametrize("kind", ["taylor", "fluctuation", "magnitude"])
+def test_a_kind_replaces_the_scores_of_heads_and_neurons_alone(world, kind):
+    folders = made(world, f"score.kind={kind}", "stages=[score]")
+    plain, found = scored(made(world, "stages=[score]")), scored(folders)
+    assert torch.equal(plain.channels, found.channels) and torch.equal(plain.layers, found.layers)
+    source = open_checkpoint(folders["teacher"])
+    model, anatomy = load_model(folders["teacher"], torch.float64, "eager"), source.anatomy
+    batches = beginning(Packed(folders["tokens"] / "calibration"), 1024, 8, 0, 1, 0)
+    heads, neurons = {
+        "taylor": lambda: saliency(anatomy, source, gradients(model, anatomy, batches)),
+        "fluctuation": lambda: fluctuation(anatomy, source, moments(model.model, anatomy, batches)),
+        "magnitude": lambda: magnitude(anatomy, source),
+    }[kind]()
+    near(found.heads, heads)
+    near(found.neurons, neurons)
+
+
+@pytest.mark.parametrize("kind", ["taylor", "fluctuation"])
+def test_two_ranks_score_what_one_scores(world, kind):
+    """Gradients add before they are made absolute: with as many tokens as here, the other order is far off."""
+    one = scored(made(world, f"score.kind={kind}", "stages=[score]", "reinit.bias_compensation=true"))
+    more = (f"score.kind={kind}", "score.batch=4", "stages=[score]", "reinit.bias_compensation=true")
+    place = world / f"two-{kind}"
+    chosen = settings(world, run=f"two-{kind}", artifacts=place, **NO_SHAPE)
+    pipeline(*chosen, *more, cwd=world, ranks=2)
+    two = Scores.load(world / "runs" / f"two-{kind}" / "scores" / "scores.safetensors")
+    near(two.heads, one.heads)
+    near(two.neurons, one.neurons)
+
+
+@pytest.mark.parametrize("policy", ["adaptive", "threshold"])
+def test_layers_of_their_own_widths_keep_to_the_budget(world, policy):
+    folders = made(
+        world, f"plan.widths={policy}", "plan.clap=false", "plan.amplitude=0.2", "budget.parameters=0.6", CUT
+    )
+    teacher, start = (open_checkpoint(folders[name]).anatomy for name in ("teacher", "start"))
+    kept = start.parameters()[1] / teacher.parameters()[1]
+    assert 0.5 < kept <= 0.6 and not start.sizes.uniform
+    assert len(start.sizes.layers) == 4 and start.sizes.hidden == 32
+    assert all(width.neurons % 16 == 0 and width.heads == width.groups for width in start.sizes.layers)
+    shape = json.loads((folders["shape"] / "shape.json").read_text())
+    assert shape["layers"] == 4 and shape["hidden"] == 32 and shape["neurons"] < 128
+    if policy == "adaptive":
+        influence = scored(folders).layers
+        neurons = torch.tensor([width.neurons for width in start.sizes.layers])
+        assert neurons[influence.argmax()] == neurons.max() and neurons[influence.argmin()] == neurons.min()
+        sparsities = json.loads((folders["blueprint"] / "sparsities.json").read_text())
+        assert sum(sparsities) / 4 == pytest.approx(0.4, abs=0.02)
+
+
+def test_a_given_shape_says_how_many_weights_its_layers_share(world):
+    given = {"shape__layers": 3, "shape__hidden": 24, "shape__neurons": 96, "shape__groups": 3, "shape__heads": 3}
+    chosen = ("plan.widths=threshold", "score.kind=fluctuation", CUT)
+    equal, own = (open_checkpoint(made(world, *which, **given)["start"]).anatomy for which in ((CUT,), chosen))
+    assert own.sizes.hidden == 24 and len(own.sizes.layers) == 3 and not own.sizes.uniform
+    assert 0.9 * equal.parameters()[1] < own.parameters()[1] <= equal.parameters()[1]
+
+
+def test_compensating_biases_bring_the_cut_model_nearer_on_average(world):
+    """The same cut with and without: the mean hidden state after the first layer is nearer to the teacher's."""
+    chosen = ("recipe=flap", "budget.parameters=0.6", CUT)
+    folders = made(world, *chosen)
+    bare = made(world, *chosen, "reinit.bias_compensation=false")
+    assert Blueprint.load(folders["blueprint"] / "blueprint.json") == Blueprint.load(
+        bare["blueprint"] / "blueprint.json"
+    )
+    assert open_checkpoint(folders["start"]).config["mlp_bias"] and "mlp_bias" in open_checkpoint(bare["start"]).config
+    batches = beginning(Packed(folders["tokens"] / "calibration"), 1024, 8, 0, 1, 0)
+
+    def mean(folder):
+        model = load_model(folder, torch.float32, "eager").model
+        with torch.no_grad():
+            states = [model(input_ids=ids, output_hidden_states=True).hidden_states[1] for ids in batches]
+        return torch.cat(states).flatten(0, 1).mean(0)
+
+    wanted = mean(folders["teacher"])
+    assert (mean(folders["start"]) - wanted).norm() < 0.5 * (mean(bare["start"]) - wanted).norm()
+
+
+def test_a_family_without_biases_is_refused_before_it_is_scored(tmp_path):
+    world = make_world(tmp_path, "mistral")
+    with pytest.raises(ValueError, match="no self_attn.o_proj.bias or mlp.down_proj.bias to put mean outputs into"):
+        made(world, "recipe=flap", CUT)
+    assert not list((world / "artifacts").glob("score-*"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["plan.widths=adaptive", "plan.amplitude=0.3"], "plan.amplitude is 0.3, more than the step 0.25"),
+        (["recipe=adapt_pruner", "recipe.rounds=16"], "more than the step 0.01562"),
+        (["plan.widths=threshold", "budget.speedup=1.5"], "set budget.parameters alone"),
+        (["plan.widths=threshold", "budget.axes=layers"], "nothing to choose; set axes=all"),
+        (["recipe=adapt_pruner", "recipe.repeat=[plan,cut]"], "has no score, shape, which plan needs anew"),
+        (["recipe=adapt_pruner", "recipe.repeat=[score,shape,plan]"], "recipe.repeat has no cut"),
+        (["recipe=adapt_pruner", "recipe.repeat=[score,shape,plan,cut,melt]"], r"recipe.repeat names \['melt'\]"),
+        (["recipe=best", "recipe.rounds=2"], "set basis.kind=none, or recipe.rounds=1"),
+        (["recipe.shape=search", "recipe.rounds=2"], "set recipe.shape=given"),
+        (["recipe=adapt_pruner", "distill.tokens=384"], "enough for 3 steps and so for no more rounds"),
+    ],
+)
+def test_choices_that_do_not_go_together_are_refused_before_any_work(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        line.check(configured(*overrides))
+
+
+def test_flap_runs_to_its_report_without_recovery(world):
+    said = pipeline("recipe=flap", "run=flap", *settings(world, **NO_SHAPE, budget__parameters=0.6), cwd=world).stdout
+    view = world / "runs" / "flap"
+    report = json.loads((view / "report.json").read_text())
+    assert report["recovery"] is None and "distill" not in report["stages"] and "report:" in said
+    student = open_checkpoint(view / "student")
+    assert "model.layers.0.mlp.down_proj.bias" in student
+    kept = report["non_embedding_parameters"]
+    assert kept["student"] <= 0.62 * kept["teacher"]  # biases come on top
