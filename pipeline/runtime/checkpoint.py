@@ -64,7 +64,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.folder = Path(folder)
         self.config: dict[str, Any] = read_config(self.folder)
         self._tensors = Tensors(self.folder, allow_pickle)
-        if self.config["model_type"] == decilm.MODEL_TYPE:
+        if self.config.get("model_type") == decilm.MODEL_TYPE:
             self.config = decilm.plain(self.config, self._tensors)
 
     @property
