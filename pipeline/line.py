@@ -72,6 +72,7 @@ VIEW = {
     "source": ("source", ""),
     "depth.json": ("depth", "depth.json"),
     "restored": ("restored", ""),
+    "supernet.json": ("restored", "supernet.json"),
     "start": ("start", ""),
     "student": ("export", ""),
     "evaluation.json": ("evaluation", "evaluation.json"),
