@@ -1,0 +1,103 @@
+"""The gates stage: it goes on after the last choice, measures each as the model without its layers, and says kept."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipeline.data.packing import Packed
+from pipeline.data.stream import beginning
+from pipeline.evaluation.perplexity import tally
+from pipeline.model.anatomy import LayerSizes, Sizes
+from pipeline.prune.measure import only_layers
+from pipeline.runtime.checkpoint import load_model
+from pipeline.runtime.device import open_device
+from pipeline.runtime.machine import Machine
+from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.track import Track
+from pipeline.search.shapes import ModelShape, depth_for
+from pipeline.stages import gates, settle, tokens
+from tests.tiny_text import configured
+from tests.world import make_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A configuration, the inputs of a choice of 2 of 4 layers, and the folder of a straight run."""
+    folder = tmp_path_factory.mktemp("gates")
+    make_world(folder)
+    config = configured(
+        *(f"data.{use}.path={folder / use}.txt" for use in ("calibration", "recovery", "evaluation")),
+        "plan.depth=gates",
+        "gates.tokens=256",
+        "plan.depth_tokens=256",
+        "plan.keep_first=1",
+    )
+    (folder / "shape").mkdir()
+    (folder / "shape" / "shape.json").write_text(json.dumps({"layers": 2}))
+    made = {"teacher": folder / "model", "shape": folder / "shape"}
+    (folder / "tokens").mkdir()
+    tokens.run(config, made, folder / "tokens", machine())
+    made["tokens"] = folder / "tokens"
+    return config, made, chosen(config, made, folder / "straight")
+
+
+def machine() -> Machine:
+    """The real machine, computing in float32."""
+    device = replace(open_device("cpu", "auto", False, 0, 0), compute_dtype=torch.float32)
+    return Machine(device, Ranks(0, 1, 0), Track(None))
+
+
+def chosen(config, made, out):
+    out.mkdir()
+    gates.run(config, made, out, machine())
+    return out
+
+
+def test_every_choice_is_the_smallest_gate_and_is_measured_without_its_layers(world):
+    config, made, folder = world
+    depth, rounds = (json.loads((folder / f"{name}.json").read_text()) for name in ("depth", "rounds"))
+    model = load_model(made["teacher"], torch.float32, "sdpa")
+    text = beginning(Packed(made["tokens"] / "calibration"), 256, config.score.batch, 0, 1, config.seed)
+    left = [0, 1, 2, 3]
+    for each, tried in zip(rounds, depth["tried"], strict=True):
+        assert each["picked"] == min(left[1:], key=lambda layer: abs(each["gates"][layer]))
+        left.remove(each["picked"])
+        with only_layers(model, 4, left):
+            sums = tally(model, text, 64)
+        assert tried["kept"] == left and tried["loss"] == pytest.approx(float(sums[0] / sums[2]), rel=1e-6)
+    assert depth["kept"] == left and depth["loss"] == depth["tried"][-1]["loss"]
+
+
+def test_an_interrupted_choice_goes_on_after_the_last_layer_digit_for_digit(world, tmp_path):
+    config, made, folder = world
+    rounds = json.loads((folder / "rounds.json").read_text())
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "rounds.json").write_text(json.dumps(rounds[:1]))
+    gates.run(config, made, half, machine())
+    assert (half / "rounds.json").read_text() == (folder / "rounds.json").read_text()
+    assert (half / "depth.json").read_text() == (folder / "depth.json").read_text()
+
+
+def test_layers_that_stay_anyway_and_too_short_texts_are_told_at_once(world, tmp_path):
+    _, made, _ = world
+    with pytest.raises(ValueError, match=r"shape.layers is 2; it must lie between 3 and 4"):
+        chosen(configured("plan.depth=gates", "plan.keep_first=3"), made, tmp_path / "kept")
+    with pytest.raises(ValueError, match=r"gates.tokens is 10, less than one step of gates.batch \(2\)"):
+        gates.check(configured("plan.depth=gates", "gates.tokens=10"))
+    with pytest.raises(ValueError, match=r"settle.batch is 3, not a multiple of settle.micro_batch \(2\)"):
+        settle.check(configured("plan.depth=gates", "settle.norm=l1", "settle.batch=3", "settle.micro_batch=2"))
+    with pytest.raises(ValueError, match=r"settle.norm=l2 empties the layers that go"):
+        configured("settle.norm=l2")
+
+
+@pytest.mark.parametrize(("fraction", "layers"), [(1.0, 8), (0.75, 5), (0.5, 3), (0.2, 1)])
+def test_whole_layers_keep_the_most_within_the_fraction(fraction, layers):
+    teacher = ModelShape.of(Sizes(96, 32, 8, (LayerSizes(4, 2, 24),) * 8), True)
+    shape = depth_for(teacher, fraction)
+    whole = teacher.non_embedding_parameters()
+    assert shape == replace(teacher, layers=layers) and shape.non_embedding_parameters() <= fraction * whole
+    if layers < 8:
+        assert replace(teacher, layers=layers + 1).non_embedding_parameters() > fraction * whole
