@@ -92,9 +92,8 @@ def run(image: Image, command: list[str], environment: dict[str, str]) -> None:
 
 def inside_namespace(root: Path, binds: list[str]) -> None:
     """Mount what a container has, seen by this process alone: it must run under `unshare --mount`."""
-    places = [("/proc", "/proc"), ("/dev", "/dev"), ("/etc/resolv.conf", "/etc/resolv.conf")]
-    for source, target in places + [(bind, bind) for bind in binds]:
-        place = root / target.lstrip("/")
+    for source in ("/proc", "/dev", "/etc/resolv.conf", "/etc/hosts", *binds):
+        place = root / source.lstrip("/")
         if Path(source).is_dir():
             place.mkdir(parents=True, exist_ok=True)
         else:

@@ -82,6 +82,13 @@ def test_an_image_copies_what_is_let_through_and_ends_as_a_user(file):
     assert re.search(r":[\w.]*\d+\.\d+[\w.-]*$", base)  # a release, not a moving tag
 
 
+def test_an_installation_holds_every_package():
+    """What an image installs is this list; a checkout, which the other tests run from, would not miss one."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "pipeline").rglob("__init__.py")}
+    assert set(listed) == there | {"pipeline.conf", "fused"}
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_an_image_installs_a_torch_that_the_package_accepts(file):
     wanted = next(
