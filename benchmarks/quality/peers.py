@@ -1,0 +1,209 @@
+"""Starts that other tools cut: run it with the Python of an environment of their own, in which this project is not.
+
+    python -m venv PEERS && PEERS/bin/pip install torch transformers==5.23.* optipfair==0.4.2 torch-pruning==1.6.1 \\
+        mergekit==0.1.5
+    PEERS/bin/python benchmarks/quality/peers.py --teacher FOLDER --peer NAME --keep 0.75 --out FOLDER [--tokens FOLDER]
+
+`--keep` is the share of the teacher's parameters outside the embeddings that stays, at most; what comes out is an
+ordinary Hugging Face model folder as near below it as the tool can be told to go. `--tokens` is a folder of packed
+calibration tokens (int32 rows in .npy files, as this pipeline's stage `tokens` writes them), for the tools that look at
+text. `--drop 3,7` names the layers that a depth cut removes, in place of the tool's own choice.
+
+Each tool is used through its documented interface, as its own example does, on a float32 copy of the weights; nothing
+is changed but what it removes, and the result is stored in the teacher's type again.
+"""
+
+import argparse
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+ALIGN = 24  # torch-pruning: widths in multiples of it, so that the stream divides by any number of heads that is left
+BATCH = 4  # calibration sequences at once
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template.jinja", "*.model")
+Model = torch.nn.Module
+
+
+def inner(model: Model) -> int:
+    """Parameters outside the embeddings and the output matrix."""
+    vocabulary = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in vocabulary)
+
+
+def layers_to_drop(model: Model, keep: float) -> int:
+    """The fewest whole layers without which at most `keep` of the inner parameters stay."""
+    whole = inner(model)
+    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    return math.ceil((1.0 - keep) * whole / layer - 1e-9)
+
+
+def calibration(folder: Path | None, tokens: int) -> list[dict[str, torch.Tensor]]:
+    """Batches of whole sequences, `tokens` in all, spread evenly over the packed rows; ValueError without any."""
+    if folder is None:
+        raise ValueError("this peer looks at calibration text; give --tokens")
+    rows = np.concatenate([np.load(path) for path in sorted(folder.glob("*.npy"))])
+    count = min(len(rows), max(1, tokens // rows.shape[1]))
+    chosen = torch.from_numpy(rows[np.linspace(0, len(rows) - 1, count).astype(int)].astype("int64"))
+    return [{"input_ids": some, "attention_mask": torch.ones_like(some)} for some in chosen.split(BATCH)]
+
+
+def optipfair_depth(model: Model, asked: argparse.Namespace) -> Model:
+    """OptiPFair: the layers that turn the stream least (its own analyse step), removed."""
+    import optipfair
+
+    drop = asked.drop
+    if drop is None:
+        influence = optipfair.analyze_layer_importance(
+            model, calibration(asked.tokens, asked.tokens_read), show_progress=False
+        )
+        drop = sorted(sorted(influence, key=influence.get)[: layers_to_drop(model, asked.keep)])
+    return optipfair.prune_model(model, pruning_type="DEPTH", layer_indices=list(drop), show_progress=False)
+
+
+def optipfair_width(model: Model, asked: argparse.Namespace, data: bool = False) -> Model:
+    """OptiPFair: GLU neurons by the peak-to-peak magnitude of their weights, without looking at text."""
+    import optipfair
+
+    neurons = model.config.intermediate_size
+    rows = 3 * model.config.hidden_size * len(model.model.layers)  # weights that one neuron of every layer has
+    kept = neurons - math.ceil((1.0 - asked.keep) * inner(model) / rows)
+    return optipfair.prune_model(
+        model,
+        pruning_type="MLP_GLU",
+        neuron_selection_method="MAW",
+        pruning_percentage=100.0 * (neurons - kept + 0.5) / neurons,  # it rounds the number that goes down
+        dataloader=calibration(asked.tokens, asked.tokens_read) if data else None,
+        show_progress=False,
+    )
+
+
+def optipfair_width_data(model: Model, asked: argparse.Namespace) -> Model:
+    """OptiPFair: the same, with the neurons' outputs on calibration text in the score."""
+    return optipfair_width(model, asked, data=True)
+
+
+def torch_pruning(model: Model, asked: argparse.Namespace) -> Model:
+    """Torch-Pruning: channels, query heads and neurons by group L2 norm, as its LLM example; the least ratio in steps
+    of 1/96 that keeps within the budget."""
+    budget, low, high = asked.keep * inner(model), 1, 95
+    best = None
+    while low <= high:
+        middle = (low + high) // 2
+        tried = _cut_by_norms(_load(asked.teacher), middle / 96)
+        if inner(tried) <= budget:
+            best, high = tried, middle - 1
+        else:
+            low = middle + 1
+    if best is None:
+        raise ValueError(f"torch-pruning finds nothing that keeps {asked.keep}")
+    return best
+
+
+def _cut_by_norms(model: Model, ratio: float) -> Model:
+    import torch_pruning as tp
+
+    config, heads = model.config, {}
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        heads[attention.q_proj] = config.num_attention_heads
+        heads[attention.k_proj] = heads[attention.v_proj] = config.num_key_value_heads
+    pruner = tp.pruner.BasePruner(
+        model,
+        example_inputs={"input_ids": torch.ones(1, 8, dtype=torch.int64), "use_cache": False},
+        importance=tp.importance.GroupNormImportance(p=2, group_reduction="mean"),
+        global_pruning=False,
+        pruning_ratio=ratio,
+        ignored_layers=[model.lm_head],
+        num_heads=heads,
+        prune_num_heads=True,
+        prune_head_dims=False,
+        head_pruning_ratio=ratio,
+        round_to=ALIGN,
+        output_transform=lambda out: out.logits,
+    )
+    for group in pruner.step(interactive=True):
+        group.prune()
+    first = model.model.layers[0]
+    config.hidden_size = first.mlp.gate_proj.in_features
+    config.intermediate_size = first.mlp.gate_proj.out_features
+    config.num_attention_heads = first.self_attn.q_proj.out_features // config.head_dim
+    config.num_key_value_heads = first.self_attn.k_proj.out_features // config.head_dim
+    return model
+
+
+def mergekit(asked: argparse.Namespace) -> None:
+    """mergekit: a passthrough merge of the slices that stay; by itself the deepest layers but the last go, as people
+    who cut depth with it do."""
+    import yaml
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    model = _load(asked.teacher)
+    layers, count = len(model.model.layers), layers_to_drop(model, asked.keep)
+    drop = set(asked.drop if asked.drop is not None else range(layers - 1 - count, layers - 1))
+    edges = [-1, *sorted(drop), layers]
+    ranges = [[above + 1, below] for above, below in zip(edges, edges[1:]) if below > above + 1]
+    teacher = str(asked.teacher.resolve())
+    recipe = {
+        "merge_method": "passthrough",
+        "dtype": _stored(asked.teacher),
+        "slices": [{"sources": [{"model": teacher, "layer_range": each}]} for each in ranges],
+    }
+    (asked.out / "mergekit.yml").write_text(yaml.safe_dump(recipe))
+    run_merge(MergeConfiguration.model_validate(recipe), str(asked.out), MergeOptions(write_model_card=False))
+
+
+CUTS: dict[str, Callable[[Model, argparse.Namespace], Model]] = {
+    "optipfair-depth": optipfair_depth,
+    "optipfair-width": optipfair_width,
+    "optipfair-width-data": optipfair_width_data,
+    "torch-pruning": torch_pruning,
+}
+PEERS = (*CUTS, "mergekit")
+
+
+def _load(folder: Path) -> Model:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _stored(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text())["dtype"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--peer", choices=PEERS, required=True)
+    parser.add_argument("--keep", type=float, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=Path)
+    parser.add_argument("--tokens-read", type=int, default=32768)
+    parser.add_argument("--drop", type=lambda text: [int(number) for number in text.split(",")])
+    asked = parser.parse_args()
+    torch.manual_seed(0)
+    whole, asked.out = asked.out, asked.out.with_name(asked.out.name + ".partial")  # renamed when it is complete
+    shutil.rmtree(asked.out, ignore_errors=True)
+    asked.out.mkdir(parents=True)
+    if asked.peer == "mergekit":
+        mergekit(asked)
+    else:
+        with torch.no_grad():
+            model = CUTS[asked.peer](_load(asked.teacher), asked)
+        model.to(getattr(torch, _stored(asked.teacher))).save_pretrained(asked.out)
+    for pattern in TOKENIZER:
+        for file in asked.teacher.glob(pattern):
+            shutil.copy(file, asked.out / file.name)
+    kept = inner(_load(asked.out)) / inner(_load(asked.teacher))
+    asked.out.rename(whole)
+    print(f"{asked.peer}: {kept:.2%} of the parameters outside the embeddings stay, {whole}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What the runs of the table left behind, as figures: read from evaluation.json and run.json, kept in one JSON file."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+NAME = re.compile(r"(?P<row>\w+)-(?P<removed>\d+(\.\d+)?)-(?P<seed>\d+)(?P<bare>-start)?")
+GIVEN = ("teacher", "tokens", "adopt")  # stages that prune nothing: what they read is the same for all rows
+TRAINING = ("distill", "settle")
+TOLD = ("export", "evaluate", "report")
+WHO = ("teacher", "start", "student")
+QUALITY = ("perplexity", "next_word")
+SAME = 0.01  # relative difference of the dense model's perplexity between rows that were measured on one text
+Figures = dict[str, Any]
+
+
+def collect(runs: Path, saved: Path) -> list[Figures]:
+    """Give the figures of every row: those saved before, and in their place those of the runs that are there."""
+    known = {key(each): each for each in (json.loads(saved.read_text()) if saved.is_file() else [])}
+    fresh: dict[tuple, Figures] = {}
+    for path in sorted((runs / "quality").glob("*/evaluation.json")):
+        name = NAME.fullmatch(path.parent.name)
+        if name:
+            here = figures(path.parent, name)
+            fresh[key(here)] = merged(fresh.get(key(here)), here)
+    found = known | {which: merged(known.get(which), here) for which, here in fresh.items()}
+    _check_one_text(found.values())
+    return [found[which] for which in sorted(found)]
+
+
+def key(figures: Figures) -> tuple[str, float, int]:
+    return figures["row"], figures["removed"], figures["seed"]
+
+
+def figures(view: Path, name: re.Match) -> Figures:
+    """Give the figures of one run.
+
+    A run without recovery tells what the model was `before` it. One with recovery tells what it is `after`, and also
+    what it was before, unless weights were trained before the last cut (rounds, TRSP).
+    """
+    evaluation = json.loads((view / "evaluation.json").read_text())
+    run = json.loads((view / "run.json").read_text())
+    config, recovered = run["config"], not name["bare"]
+    settles = config["settle"]["norm"] != "none"
+    trained_early = recovered and (config["recipe"]["rounds"] > 1 or settles)
+    texts = {name: _states(measured, recovered, trained_early) for name, measured in evaluation["texts"].items()}
+    seconds = _seconds(view, run["stages"])
+    trained = config["distill"]["tokens"] * ("distill" in seconds) + config["settle"]["tokens"] * settles
+    spent = {"cut_seconds": sum(time for stage, time in seconds.items() if stage not in (*TRAINING, *TOLD))}
+    if recovered:
+        spent["recovery_seconds"] = sum(time for stage, time in seconds.items() if stage in TRAINING)
+        spent["recovery_tokens"] = trained
+    kept = {"parameters", "non_embedding_parameters", "kv_bytes_per_token", "shape"}
+    models = {who: {fact: value for fact, value in each.items() if fact in kept} for who, each in _models(evaluation)}
+    return {
+        "row": name["row"],
+        "removed": float(name["removed"]),
+        "seed": int(name["seed"]),
+        "models": models,
+        "texts": texts,
+        "calibration_tokens": config["score"]["tokens"],
+        "device": evaluation["device"],
+        **spent,
+    }
+
+
+def _models(evaluation: Figures) -> Iterable[tuple[str, Figures]]:
+    for who, facts in evaluation["models"].items():
+        speed = evaluation["speed"][who] if evaluation["speed"] else {}
+        yield who, facts | {"speed": {way: speed[way] for way in ("prefill", "decode")} if speed else None}
+
+
+def _states(measured: Figures, recovered: bool, trained_early: bool) -> Figures:
+    dense, start, student = ({what: measured[who].get(what) for what in QUALITY} for who in WHO)
+    states = {"dense": dense}
+    if not trained_early:
+        states["before"] = start
+    if recovered:
+        states["after"] = student
+    return states
+
+
+def _seconds(view: Path, stages: Mapping[str, Figures]) -> dict[str, float]:
+    """Give the seconds that each stage took when it was made, rounds together."""
+    made = (view / "teacher").resolve().parent
+    seconds: dict[str, float] = {}
+    for name, stage in stages.items():
+        manifest = json.loads((made / stage["artifact"] / "manifest.json").read_text())
+        plain = name.partition(",")[0]
+        if plain not in GIVEN:
+            seconds[plain] = seconds.get(plain, 0.0) + manifest["seconds"]
+    return seconds
+
+
+def merged(old: Figures | None, new: Figures) -> Figures:
+    """Give the figures of two runs of one row; where both tell, those with recovery, else the newer."""
+    if old is None:
+        return new
+    first, last = (new, old) if "recovery_tokens" in old and "recovery_tokens" not in new else (old, new)
+    texts = {text: old["texts"].get(text, {}) | states for text, states in new["texts"].items()}
+    return first | last | {"texts": old["texts"] | texts, "models": _with_speeds(last["models"], first["models"])}
+
+
+def _with_speeds(models: Figures, others: Figures) -> Figures:
+    """Give models with the speed that others of the row were measured to have, where they were not."""
+    return {who: facts | {"speed": facts["speed"] or others[who]["speed"]} for who, facts in models.items()}
+
+
+def _check_one_text(found: Iterable[Figures]) -> None:
+    """Refuse rows whose dense model does not agree: they were measured on other text, or more or less of it."""
+    first: dict[str, tuple[Figures, float]] = {}
+    for each in found:
+        for text, states in each["texts"].items():
+            dense = states["dense"]["perplexity"]
+            reference, value = first.setdefault(text, (each, dense))
+            if abs(dense / value - 1.0) > SAME:
+                raise ValueError(
+                    f"on {text} the dense model has a perplexity of {dense:.3f} in {key(each)} and of {value:.3f} in "
+                    f"{key(reference)}; measure both with the same data.evaluation and evaluate.tokens"
+                )

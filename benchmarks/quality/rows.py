@@ -1,0 +1,127 @@
+"""The rows of the table: what each is called and how the pipeline is configured for it. Data, and nothing else."""
+
+from dataclasses import dataclass
+
+GROUPS = {
+    "recipes": "Recipes",
+    "ablations": "One thing changed",
+    "baselines": "Simple baselines",
+    "peers": "Other tools, recovered here",
+}
+TEXTS = "[builtin:topics,builtin:docstrings]"  # calibration and recovery of every row
+COMMON = (
+    f"data.calibration.path={TEXTS}",
+    f"data.recovery.path={TEXTS}",
+    "data.split.evaluation=0.1",
+    "score.tokens=32768",
+    "basis.tokens=32768",
+    "restore.tokens=32768",
+    "distill.tokens=120000",
+    "distill.batch=4",
+    "distill.learning_rate=3e-4",
+    "evaluate.tokens=8192",
+    "evaluate.words=256",
+    "report.samples=0",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. `settings` hold always, `recovered` and `bare` only with or without recovery.
+
+    `trains` names the stage that spends the recovery tokens; `peer` is the tool whose start is recovered.
+    """
+
+    label: str
+    group: str
+    settings: tuple[str, ...]
+    recovered: tuple[str, ...] = ()
+    bare: tuple[str, ...] = ()
+    trains: str = "distill"
+    peer: str | None = None
+
+
+def _recipe(name: str, label: str, *settings: str, group: str = "recipes", **more) -> Row:
+    return Row(label, group, (f"recipe={name}", *settings), **more)
+
+
+def _ablation(name: str, label: str, *settings: str, **more) -> Row:
+    return _recipe(name, label, *settings, group="ablations", **more)
+
+
+def _baseline(label: str, *settings: str) -> Row:
+    return Row(label, "baselines", ("recipe=pangu_light", "plan.clap=false", "reinit.slnp=false", *settings))
+
+
+def _peer(name: str, label: str) -> Row:
+    return Row(label, "peers", ("recipe=recover",), peer=name)
+
+
+PRINCIPAL = ("basis.kind=principal", "plan.channels=leading")
+ROWS: dict[str, Row] = {
+    # the recipes as they stand in conf/recipe
+    "best": _recipe("best", "best"),
+    "pangu_light": _recipe("pangu_light", "Pangu Light"),
+    "minitron": _recipe("minitron", "Minitron"),
+    "tyr": _recipe("tyr", "Týr-the-Pruner, recovered"),
+    # TRSP trains before it deletes and not afterwards: its training is what the others spend on recovery
+    "trsp": _recipe("trsp", "TRSP", bare=("settle.norm=none",), trains="settle"),
+    "trsp_recovered": _recipe(
+        "trsp",
+        "TRSP, half of the tokens after deletion",
+        recovered=("settle.tokens=60000", "distill.tokens=60000"),
+        bare=("settle.norm=none",),
+    ),
+    "adapt_pruner": _recipe("adapt_pruner", "Adapt-Pruner"),
+    "flap": _recipe("flap", "FLAP, recovered"),
+    # Pangu Light: re-initialisation
+    "pangu_no_clap": _ablation("pangu_light", "Pangu Light without CLAP", "plan.clap=false"),
+    "pangu_no_slnp": _ablation("pangu_light", "Pangu Light without SLNP", "reinit.slnp=false"),
+    "pangu_plain": _ablation("pangu_light", "Pangu Light without both", "plan.clap=false", "reinit.slnp=false"),
+    # the hidden axis; CLAP off, as a donor's heads are those of another layer in any basis
+    "basis_untied": _ablation(
+        "pangu_light", "... without CLAP, principal basis, untied", "plan.clap=false", *PRINCIPAL, "basis.tie=untied"
+    ),
+    "basis_tied": _ablation(
+        "pangu_light", "... without CLAP, principal basis, tie kept", "plan.clap=false", *PRINCIPAL, "basis.tie=keep"
+    ),
+    # heads and neurons
+    "restored": _ablation(
+        "pangu_light", "... without CLAP, outputs restored", "plan.clap=false", "restore.outputs=true"
+    ),
+    "restored_obs": _ablation(
+        "pangu_light", "... the same, OBS order", "plan.clap=false", "restore.outputs=true", "restore.order=obs"
+    ),
+    "restored_sequence": _ablation(
+        "pangu_light", "... the same, layer by layer (accumulation)", "plan.clap=false", "restore.sequence=true"
+    ),
+    "depth_loss": _ablation(
+        "pangu_light", "... without CLAP, depth by measured loss", "plan.clap=false", "plan.depth=loss"
+    ),
+    # best, each part taken out
+    "best_no_basis": _ablation("best", "best without the basis", "basis.kind=none", "plan.channels=scores"),
+    "best_untied": _ablation("best", "best, untied", "basis.tie=untied"),
+    "best_no_restore": _ablation("best", "best without restoration", "restore.outputs=false", "restore.order=scores"),
+    "best_influence": _ablation("best", "best, depth by block influence", "plan.depth=influence"),
+    # Týr: the search and what it is built on
+    "tyr_no_search": _ablation("tyr", "Týr, even widths (no search)", "supernet.generations=0"),
+    "tyr_no_accumulation": _ablation("tyr", "Týr without accumulation", "supernet.accumulation=false"),
+    # the others
+    "adapt_even": _ablation("adapt_pruner", "Adapt-Pruner, even widths", "plan.amplitude=0"),
+    "adapt_at_once": _ablation("adapt_pruner", "Adapt-Pruner in one round", "recipe.rounds=1"),
+    "flap_no_bias": _ablation("flap", "FLAP without bias compensation", "reinit.bias_compensation=false"),
+    # whole layers, and chance
+    "drop_influence": _baseline("Layers of least block influence", "budget.axes=layers"),
+    "drop_loss": _baseline("Layers by measured loss", "budget.axes=layers", "plan.depth=loss"),
+    "drop_last": _baseline("Last layers", "budget.axes=layers", "plan.depth=last"),
+    "drop_clap": _baseline("Layers of least block influence, CLAP", "budget.axes=layers", "plan.clap=true"),
+    "random": _baseline(
+        "Channels, heads and neurons at random", "plan.channels=random", "plan.heads=random", "plan.neurons=random"
+    ),
+    # starts that other tools cut
+    "optipfair_depth": _peer("optipfair-depth", "OptiPFair, depth"),
+    "optipfair_width": _peer("optipfair-width", "OptiPFair, GLU width"),
+    "optipfair_width_data": _peer("optipfair-width-data", "OptiPFair, GLU width with calibration"),
+    "torch_pruning": _peer("torch-pruning", "Torch-Pruning, magnitude"),
+    "mergekit": _peer("mergekit", "mergekit passthrough, last but one layers"),
+}

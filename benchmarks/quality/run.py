@@ -1,0 +1,116 @@
+"""Run rows of the side-by-side table, one at a time, each a run of the pipeline: quality/<row>-<removed>-<seed>.
+
+    python benchmarks/quality/texts.py
+    python benchmarks/quality/run.py [--rows best,tyr] [--removed 12.5,25,37.5,50] [--seeds 0] [--no-recovery]
+        [--peers PYTHON] [settings of the pipeline ...]
+    python benchmarks/quality/table.py
+
+Rows (rows.py) share the teacher, the tokens and whatever else they have in common, resume where they were cut off, and
+are not run twice. Without recovery a run ends with `-start`; it takes seconds to minutes where recovery takes the rest.
+Settings at the end hold for every row and win: `evaluate.speed=false` on a busy machine. --peers is the Python of the
+environment that peers.py describes; without it rows of other tools are left out. A row that fails does not stop the
+others; their names are told at the end, and the command's status is 1.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from rows import COMMON, ROWS, Row
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+UNSEEN = ("builtin:readmes", "jargon.txt")  # read by no row before it is measured
+REFERENCE = "builtin:topics"  # held-out text of the domain that every row sees
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--removed", default="12.5,25,37.5,50", help="per cent outside the embeddings")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--texts", type=Path, default=Path("runs/texts"), help="where texts.py wrote")
+    parser.add_argument("--peers", help="the Python that has the other tools")
+    parser.add_argument("--no-recovery", action="store_true")
+    asked, settings = parser.parse_known_args()
+    settings += [f"runs={asked.runs}"]
+    names = asked.rows.split(",")
+    unknown = [name for name in names if name not in ROWS]
+    if unknown:
+        parser.error(f"--rows names {unknown}; rows are {', '.join(ROWS)}")
+    if not asked.peers and any(ROWS[name].peer for name in names):
+        names = [name for name in names if not ROWS[name].peer]
+        print("rows of other tools are left out: --peers names no Python that has them", flush=True)
+    failed = []
+    for seed in asked.seeds.split(","):
+        for removed in map(float, asked.removed.split(",")):
+            for name in names:
+                run = run_name(name, removed, int(seed), not asked.no_recovery)
+                common = [*text_settings(asked.texts), f"seed={seed}", *settings]
+                start = []
+                if ROWS[name].peer:
+                    start = [f"model.start={peer_start(ROWS[name].peer, removed, asked.runs, asked.peers, common)}"]
+                chosen = row_settings(ROWS[name], removed, not asked.no_recovery, [*common, *start])
+                print(f"== {run}", flush=True)
+                if pipeline(f"run={run}", *chosen).returncode:
+                    failed.append(run)
+    if failed:
+        sys.exit(f"error: {len(failed)} runs failed: {', '.join(failed)}")
+
+
+def run_name(row: str, removed: float, seed: int, recovery: bool) -> str:
+    return f"quality/{row}-{removed:g}-{seed}" + ("" if recovery else "-start")
+
+
+def text_settings(texts: Path) -> list[str]:
+    """Give the evaluation texts of every row."""
+    readmes, jargon = UNSEEN
+    return [f"data.evaluation.path=[{readmes},{texts / jargon},{REFERENCE}]"]
+
+
+def row_settings(row: Row, removed: float, recovery: bool, settings: Sequence[str]) -> list[str]:
+    """Give the overrides of a row; its line gains the recovery that its recipe lacks, or loses the one it has."""
+    chosen = [*COMMON, *row.settings, *(row.recovered if recovery else row.bare)]
+    chosen += [] if row.peer else [f"budget.parameters={1.0 - removed / 100.0:g}"]
+    chosen += settings
+    recipe = composed(chosen)["recipe"]
+    wanted = {"line": recipe["line"], "repeat": recipe["repeat"]}
+    if not recovery:
+        wanted = {name: [stage for stage in stages if stage != "distill"] for name, stages in wanted.items()}
+    elif row.trains == "distill" and "distill" not in recipe["line"]:
+        place = recipe["line"].index("export")
+        wanted["line"] = [*recipe["line"][:place], "distill", *recipe["line"][place:]]
+    changed = [name for name in wanted if wanted[name] != recipe[name]]
+    return [*chosen, *(f"recipe.{name}=[{','.join(wanted[name])}]" for name in changed)]
+
+
+def composed(overrides: Sequence[str]) -> dict:
+    """Give the composed configuration, not validated."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+
+
+def peer_start(peer: str, removed: float, runs: Path, python: str, settings: Sequence[str]) -> Path:
+    """Give the folder of a start that another tool cut from this teacher by these tokens; it is made once."""
+    pipeline("run=quality/teacher", "stages=[]", *COMMON, *settings).check_returncode()
+    view = runs / "quality" / "teacher"
+    read = "-".join((view / name).resolve().name.partition("-")[2] for name in ("teacher", "tokens"))
+    start = runs / "quality" / "starts" / f"{peer}-{removed:g}-{read}"
+    if not start.is_dir():
+        command = [python, str(HERE / "peers.py"), "--peer", peer, "--keep", f"{1.0 - removed / 100.0:g}"]
+        command += ["--teacher", str(view / "teacher"), "--tokens", str(view / "tokens" / "calibration")]
+        subprocess.run([*command, "--out", str(start)], check=True)
+    return start
+
+
+def pipeline(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "pipeline", *arguments])
+
+
+if __name__ == "__main__":
+    main()
