@@ -1,4 +1,4 @@
-"""Runs the distill stage on a prepared folder: [torchrun] resume_run.py <folder> <out>[:<step to die before>] ..."""
+"""Runs a stage that trains on a prepared folder: resume_run.py <folder> <stage> <out>[:<step to die before>] ..."""
 
 import os
 import signal
@@ -9,7 +9,6 @@ from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import join, leave, place
 
-INPUTS = ("teacher", "start", "tokens", "blueprint")
 OVERRIDES = (
     "data.sequence=16",
     "distill.batch=4",
@@ -21,6 +20,10 @@ OVERRIDES = (
     "distill.validate_tokens=64",
     "distill.precision=bf16",
     "distill.loss.hidden=0.2",
+    "settle.learning_rate=0.03",
+    "settle.weight=1.0",
+    "settle.norm=l2",
+    "plan.depth=gates",
     "deepspeed=zero2",
 )
 
@@ -35,22 +38,25 @@ class Doomed(Machine):
             yield item
 
 
-def main(folder: Path, name: str) -> None:
+def main(folder: Path, stage: str, name: str) -> None:
+    from pipeline.line import STAGES
     from pipeline.runtime.track import Track
-    from pipeline.stages import distill
     from tests.tiny_text import configured
 
     device = open_device("cpu", "auto", False, place()[2], 0)
     machine = Doomed(device, join(device, 60), Track(None))
     config = configured(*OVERRIDES)
-    distill.check(config)
+    module = STAGES[stage]
+    module.check(config)
     (folder / name).mkdir(exist_ok=True)
-    distill.run(config, {each: folder / each for each in INPUTS}, folder / name, machine)
+    wanted = (*module.NEEDS, *getattr(module, "OPTIONAL", ()))
+    inputs = {each: folder / each for each in wanted if (folder / each).exists()}
+    module.run(config, inputs, folder / name, machine)
 
 
 if __name__ == "__main__":
-    for asked in sys.argv[2:]:
+    for asked in sys.argv[3:]:
         out, _, step = asked.partition(":")
         DIES = int(step) if step else None
-        main(Path(sys.argv[1]), out)
+        main(Path(sys.argv[1]), sys.argv[2], out)
     leave()

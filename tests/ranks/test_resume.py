@@ -1,4 +1,4 @@
-"""A recovery on two ranks, killed on its way, goes on as if nothing had happened."""
+"""A recovery or a settling on two ranks, killed on its way, goes on as if nothing had happened."""
 
 import json
 from pathlib import Path
@@ -17,10 +17,11 @@ from tests.tiny_text import DOCUMENTS, byte_tokenizer
 
 SCRIPT = Path(__file__).with_name("resume_run.py")
 STEPS = 8
+TRAINED = {"distill": ("start", "held_out_kl"), "settle": ("teacher", "held_out_change")}  # from what; what falls
 
 
 def prepare(folder: Path) -> None:
-    """A sandwich-norm teacher; a start whose post-norms are scales; text; a plan that keeps everything."""
+    """A sandwich-norm teacher; a start whose post-norms are scales; text; a plan that keeps all; a choice of layers."""
     save_tiny(tiny_model("glm4", dtype=torch.float32, vocab_size=300), folder / "teacher")
     byte_tokenizer().save_pretrained(folder / "teacher")
     teacher = open_checkpoint(folder / "teacher")
@@ -42,19 +43,21 @@ def prepare(folder: Path) -> None:
     (folder / "blueprint").mkdir()
     layers = (LayerPlan(i, (Group(i, 0, (0, 1)), Group(i, 1, (2, 3))), tuple(range(24))) for i in range(4))
     Blueprint(tuple(range(32)), tuple(layers)).save(folder / "blueprint" / "blueprint.json")
+    (folder / "depth").mkdir()
+    (folder / "depth" / "depth.json").write_text(json.dumps({"kept": [0, 1, 3]}))
 
 
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """A folder with `killed`, resumed after its last rank died before step 5, and `straight`."""
-    folder = tmp_path_factory.mktemp("resume")
+@pytest.fixture(scope="module", params=TRAINED)
+def ran(request, tmp_path_factory):
+    """A folder with `killed`, resumed after its last rank died before step 5, and `straight`; what trained them."""
+    folder = tmp_path_factory.mktemp(f"resume-{request.param}")
     prepare(folder)
     with pytest.raises(AssertionError, match="SIGKILL"):
-        launch(2, SCRIPT, str(folder), "killed:5")
+        launch(2, SCRIPT, str(folder), request.param, "killed:5")
     left = sorted(path.name for path in (folder / "killed" / "checkpoints").iterdir())
     steps = [line["step"] for line in metrics(folder / "killed")]
     half = folder / "killed" / "checkpoints" / ".step-00000006"
@@ -62,19 +65,19 @@ def ran(tmp_path_factory):
     (half / "part-0.safetensors").write_bytes(b"cut off")
     with (folder / "killed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    launch(2, SCRIPT, str(folder), "killed", "straight")
-    return folder, left, steps
+    launch(2, SCRIPT, str(folder), request.param, "killed", "straight")
+    return folder, left, steps, request.param
 
 
 def test_a_killed_run_leaves_its_last_checkpoint_and_every_step_it_took(ran):
-    _, left, steps = ran
+    _, left, steps, _ = ran
     assert left == ["step-00000003"]
     assert steps == [0, 1, 2, 3, 4, 5]
 
 
-def test_the_resumed_student_is_the_straight_one_digit_for_digit(ran):
-    folder, *_ = ran
-    resumed, straight, start = (open_checkpoint(folder / name) for name in ("killed", "straight", "start"))
+def test_the_resumed_model_is_the_straight_one_digit_for_digit(ran):
+    folder, *_, stage = ran
+    resumed, straight, start = (open_checkpoint(folder / name) for name in ("killed", "straight", TRAINED[stage][0]))
     assert set(resumed) == set(straight) == set(start)
     assert all(torch.equal(resumed[name], straight[name]) for name in start)
     assert all(resumed[name].dtype == torch.float32 for name in start)
@@ -85,13 +88,14 @@ def test_the_resumed_student_is_the_straight_one_digit_for_digit(ran):
 
 
 def test_the_metrics_have_every_step_once_and_the_same_numbers(ran):
-    folder, *_ = ran
+    folder, *_, stage = ran
     resumed, straight = (metrics(folder / name) for name in ("killed", "straight"))
     assert [line["step"] for line in resumed] == list(range(STEPS + 1))
     for one, other in zip(resumed, straight):
         assert {k: v for k, v in one.items() if k != "tokens_per_second"} == {
             k: v for k, v in other.items() if k != "tokens_per_second"
         }
-    held_out = [line["held_out_kl"] for line in straight if "held_out_kl" in line]
+    falls = TRAINED[stage][1]
+    held_out = [line[falls] for line in straight if falls in line]
     assert len(held_out) == 3 and held_out[-1] < 0.8 * held_out[0]
     assert straight[-1]["tokens"] == 512
