@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 ALIGN = 24  # torch-pruning: widths in multiples of it, so that the stream divides by any number of heads that is left
 BATCH = 4  # calibration sequences at once
@@ -116,7 +117,7 @@ def _cut_by_norms(model: Model, ratio: float) -> Model:
     pruner = tp.pruner.BasePruner(
         model,
         example_inputs={"input_ids": torch.ones(1, 8, dtype=torch.int64), "use_cache": False},
-        importance=tp.importance.GroupNormImportance(p=2, group_reduction="mean"),
+        importance=tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean"),
         global_pruning=False,
         pruning_ratio=ratio,
         ignored_layers=[model.lm_head],
@@ -188,14 +189,14 @@ def main() -> None:
     parser.add_argument("--drop", type=lambda text: [int(number) for number in text.split(",")])
     asked = parser.parse_args()
     torch.manual_seed(0)
+    logging.disable_progress_bar()
     whole, asked.out = asked.out, asked.out.with_name(asked.out.name + ".partial")  # renamed when it is complete
     shutil.rmtree(asked.out, ignore_errors=True)
     asked.out.mkdir(parents=True)
     if asked.peer == "mergekit":
         mergekit(asked)
     else:
-        with torch.no_grad():
-            model = CUTS[asked.peer](_load(asked.teacher), asked)
+        model = CUTS[asked.peer](_load(asked.teacher), asked)
         model.to(getattr(torch, _stored(asked.teacher))).save_pretrained(asked.out)
     for pattern in TOKENIZER:
         for file in asked.teacher.glob(pattern):

@@ -52,7 +52,7 @@ def figures(view: Path, name: re.Match) -> Figures:
     if recovered:
         spent["recovery_seconds"] = sum(time for stage, time in seconds.items() if stage in TRAINING)
         spent["recovery_tokens"] = trained
-    kept = {"parameters", "non_embedding_parameters", "kv_bytes_per_token", "shape"}
+    kept = {"parameters", "non_embedding_parameters", "kv_bytes_per_token", "shape", "speed"}
     models = {who: {fact: value for fact, value in each.items() if fact in kept} for who, each in _models(evaluation)}
     return {
         "row": name["row"],

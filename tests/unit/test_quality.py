@@ -30,8 +30,13 @@ PEERS = os.environ.get(
 )  # the Python of the environment that benchmarks/quality/peers.py describes
 
 
-@pytest.mark.parametrize("recovery", [True, False], ids=["recovered", "start"])
-@pytest.mark.parametrize("name", rows.ROWS)
+OF_A_RECIPE = {row.settings[0]: name for name, row in rows.ROWS.items() if row.group != "ablations"}.values()
+
+
+@pytest.mark.parametrize(
+    ("name", "recovery"),
+    [*((name, True) for name in rows.ROWS), *((name, False) for name in sorted({*OF_A_RECIPE, "trsp", "adapt_even"}))],
+)
 def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
     row = rows.ROWS[name]
     save_tiny(tiny_model("llama"), tmp_path / "start")
