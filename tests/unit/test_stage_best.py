@@ -211,7 +211,7 @@ def test_recipes_of_papers_need_none_of_the_stages_beside_them(recipe):
         (["plan.channels=leading"], "set basis.kind=principal"),
         (["restore.order=obs"], "plan.clap=false or restore.order=scores"),
         (["recipe=best", "distill.loss.hidden=1.0"], "set both to 0"),
-        (["recipe=best", "recipe.line=[score,shape,gram,order,plan,cut]"], "has no basis, depth"),
+        (["recipe=best", "recipe.line=[score,shape,gram,order,plan,cut]"], "has no depth, basis"),
     ],
 )
 def test_choices_that_do_not_go_together_are_refused_before_any_work(overrides, message):
