@@ -135,6 +135,8 @@ def _cut_by_norms(model: Model, ratio: float) -> Model:
     config.intermediate_size = first.mlp.gate_proj.out_features
     config.num_attention_heads = first.self_attn.q_proj.out_features // config.head_dim
     config.num_key_value_heads = first.self_attn.k_proj.out_features // config.head_dim
+    for layer in model.model.layers:
+        layer.self_attn.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
     return model
 
 
@@ -171,7 +173,8 @@ PEERS = (*CUTS, "mergekit")
 
 
 def _load(folder: Path) -> Model:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # eager attention repeats keys and values in sight of whoever traces the graph, as Torch-Pruning does
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def _stored(folder: Path) -> str:
