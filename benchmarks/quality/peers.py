@@ -92,8 +92,9 @@ def optipfair_width_data(model: Model, asked: argparse.Namespace) -> Model:
 def torch_pruning(model: Model, asked: argparse.Namespace) -> Model:
     """Torch-Pruning: channels, query heads and neurons by group L2 norm, as its LLM example; the least ratio in steps
     of 1/96 that keeps within the budget."""
-    budget, low, high = asked.keep * inner(model), 1, 95
-    best = None
+    budget, best = asked.keep * inner(model), None
+    near = round(96 * (1.0 - math.sqrt(asked.keep)))  # most weights have two axes, and both are cut by the ratio
+    low, high = max(1, near - 7), near + 8
     while low <= high:
         middle = (low + high) // 2
         tried = _cut_by_norms(_load(asked.teacher), middle / 96)
