@@ -140,7 +140,8 @@ class Config(Section):
         if self.settle.norm != "none" and (self.restore.outputs or self.restore.order == "obs"):
             raise ValueError(
                 "restore.outputs and restore.order=obs solve with the inputs of the teacher's layers, which "
-                f"settle.norm={self.settle.norm} changes; set settle.norm=none, or restore.outputs=false and restore.order=scores"
+                f"settle.norm={self.settle.norm} changes; set settle.norm=none, or restore.outputs=false and "
+                "restore.order=scores"
             )
         layerwise = "restore.sequence=true" if self.restore.sequence else "plan.widths=evolved"
         if self.restore.sequence or self.plan.widths == "evolved":
