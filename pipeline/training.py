@@ -179,7 +179,7 @@ def _record(path: Path, section: str, steps: int, machine, metrics: dict[str, fl
     held = [(name.removeprefix(HELD_OUT), value) for name, value in metrics.items() if name.startswith(HELD_OUT)]
     if held:
         told = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
-        told += [f"held-out {name.replace('_', ' ')} {value:.4f}" for name, value in held]
+        told += [f"held-out {name.replace('kl', 'KL').replace('_', ' ')} {value:.4f}" for name, value in held]
         machine.say(f"{section}: step {metrics['step']}/{steps}, {', '.join(told)}")
 
 
