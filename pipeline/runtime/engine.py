@@ -86,7 +86,11 @@ class Engine:
         self._lent_rank = "LOCAL_RANK" not in os.environ
         if self._lent_rank:  # DeepSpeed asks for it, also where no launcher set it, as long as it trains
             os.environ["LOCAL_RANK"] = str(ranks.local_rank)
-        self._engine = _initialize(module, optimizer, settings)
+        try:
+            self._engine = _initialize(module, optimizer, settings)
+        except BaseException:
+            self._take_rank_back()
+            raise
         self._optimizer = self._engine.optimizer
         self._masters = self._own_masters() if stage == 0 else {}
         self._open_moments()
@@ -189,6 +193,9 @@ class Engine:
     def close(self) -> None:
         """Release what DeepSpeed holds; the engine cannot be used afterwards."""
         self._engine.destroy()
+        self._take_rank_back()
+
+    def _take_rank_back(self) -> None:
         if self._lent_rank:
             os.environ.pop("LOCAL_RANK", None)
 

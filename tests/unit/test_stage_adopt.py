@@ -7,7 +7,7 @@ from pipeline import line
 from pipeline.runtime.checkpoint import open_checkpoint
 from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import configured
-from tests.world import make_world, settings
+from tests.world import make_world, pipeline, settings
 
 
 @pytest.fixture(scope="module")
@@ -20,17 +20,17 @@ def made(world, *overrides):
 
 
 def test_recovery_does_not_ask_who_cut(world, tmp_path):
-    ours = made(world, "stages=[score,shape,plan,cut,distill]")
+    pipeline(*settings(world, run="ours"), "stages=[score,shape,plan,cut,distill]", cwd=world)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    for file in ours["start"].iterdir():
+    for file in (world / "runs/ours/start").iterdir():
         if file.name != "manifest.json":
             (elsewhere / file.name).write_bytes(file.read_bytes())
-    theirs = made(world, "recipe=recover", f"model.start={elsewhere}")
-    first, second = (open_checkpoint(each["student"]) for each in (ours, theirs))
-    assert first.keys() == second.keys()
+    pipeline(*settings(world, run="theirs"), "recipe=recover", f"model.start={elsewhere}", cwd=world)
+    first, second = (open_checkpoint(folder) for folder in sorted((world / "artifacts").glob("distill-*")))
+    assert first.folder != second.folder and first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert (theirs["evaluation"] / "evaluation.json").is_file()
+    assert (world / "runs/theirs/evaluation.json").is_file()
 
 
 def test_what_cannot_be_adopted_is_refused(world, tmp_path):
