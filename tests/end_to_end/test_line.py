@@ -103,6 +103,18 @@ def test_two_ranks_under_torchrun_give_the_student_of_one(world):
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=2e-4, atol=1e-6)
 
 
+def test_a_sweep_under_torchrun_recovers_each_student_as_a_run_of_its_own_does(world):
+    """The ranks keep their process group from job to job, and DeepSpeed's second start sees nothing of its first."""
+    stages = "stages=[score,shape,plan,cut,distill]"
+    swept = settings(world, shape__layers=None, artifacts=world / "swept")
+    pipeline("run=swept", *swept, "shape.layers=2,3", stages, "--multirun", cwd=world, ranks=2)
+    pipeline("run=alone", *settings(world, artifacts=world / "alone"), stages, cwd=world, ranks=2)
+    (alone,) = (world / "alone").glob("distill-*")
+    assert len(list((world / "swept").glob("distill-*"))) == 2
+    theirs, ours = open_checkpoint(world / "swept" / alone.name), open_checkpoint(alone)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def open_scores(view):
     from safetensors.torch import load_file
 

@@ -105,6 +105,17 @@ def test_a_front_holds_what_no_other_beats_and_the_pick_is_the_fastest_good_one(
     assert found.picked.seconds(DECODE) == min(each.seconds(DECODE) for each in good)
 
 
+def test_what_was_costed_is_every_aligned_shape_and_what_keeps_to_the_limits():
+    found, inner = measured_search(0.25), SMOLLM2.non_embedding_parameters()
+    every = list(possible_shapes(SMOLLM2, 0.0, 1.0))
+    kept = sorted(each.non_embedding_parameters() / inner for each in every)
+    kept = [share for share in kept if share <= 0.75]
+    assert found.costed.aligned == found.to_json()["aligned"] == len(every)
+    assert sorted(found.costed.kept) == pytest.approx(kept) and len(found.costed.seconds) == found.to_json()["within"]
+    for each in found.candidates:
+        assert min(abs(each.seconds(DECODE) / seconds - 1) for seconds in found.costed.seconds) < 1e-9
+
+
 def test_no_tolerance_picks_the_best_and_a_wide_one_the_fastest():
     assert measured_search(0.0).picked.loss == min(each.loss for each in measured_search(0.0).candidates)
     assert measured_search(100.0).picked == measured_search(100.0).candidates[0]
