@@ -3,6 +3,8 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partialmethod
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -26,6 +28,17 @@ def say(line: str, rank: int) -> None:
     if rank == 0:
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
+
+
+@contextmanager
+def bars_on_terminals_only() -> Iterator[None]:
+    """Silence the bars that other libraries draw with tqdm where standard error is no terminal."""
+    made = tqdm.__init__
+    tqdm.__init__ = partialmethod(made, disable=None)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = made
 
 
 def _lines(iterable: Iterable[T], total: int | None, label: str) -> Iterator[T]:

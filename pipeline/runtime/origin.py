@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from .artifacts import fingerprint
 from .checkpoint import CARRIED, write_checkpoint
+from .log import bars_on_terminals_only
 
 PANGU = "PanguEmbedded"  # openPangu-Embedded 1B and 7B: a Llama with biases under a name of its own
 
@@ -119,9 +120,10 @@ def _unpack(parts: tuple[Path, ...], folder: Path) -> None:
     asked = {"gguf_file": file.name, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **asked)
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **asked
-        )
+        with bars_on_terminals_only():
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **asked
+            )
     except (OSError, ValueError, KeyError) as fault:
         raise ValueError(f"{file} cannot be read as GGUF ({str(fault).splitlines()[0]:.160})") from fault
     config = model.config.to_dict()

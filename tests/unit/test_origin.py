@@ -1,11 +1,13 @@
 """Where a teacher comes from: folders, openPangu, GGUF files whole and in parts, packages; what is refused."""
 
+import io
 import json
 import sys
 
 import numpy as np
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
 from pipeline.runtime.origin import adopt, locate
@@ -104,6 +106,21 @@ def test_a_gguf_file_gives_the_model_it_was_made_of(gguf_model, tmp_path):
     assert "quantization_config" not in read.config
     for name, tensor in tensors_of(model).items():
         assert torch.equal(read[name].float(), tensor), name
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_gguf_is_unpacked_under_a_bar_on_a_terminal_and_silently_elsewhere(gguf_model, tmp_path, monkeypatch):
+    said = {kind: kind() for kind in (Terminal, io.StringIO)}
+    for kind, stderr in said.items():
+        monkeypatch.setattr(sys, "stderr", stderr)
+        adopt(locate(str(gguf_model[0])), tmp_path / kind.__name__)
+    assert "GGUF tensors" in said[Terminal].getvalue() and said[io.StringIO].getvalue() == ""
+    list(tqdm([1], desc="afterwards"))
+    assert "afterwards" in said[io.StringIO].getvalue(), "bars elsewhere are what they were"
 
 
 def test_a_gguf_in_the_parts_of_installed_packages_is_put_together(gguf_model, tmp_path, monkeypatch):
