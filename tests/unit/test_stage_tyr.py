@@ -9,13 +9,15 @@ import torch
 from pipeline import line
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
+from pipeline.model.anatomy import LayerSizes
 from pipeline.model.blueprint import Blueprint
+from pipeline.prune.gram import gram
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, open_tensors
 from pipeline.search import evolution
 from pipeline.search.budgets import layer_weights
 from pipeline.stages import supernet
 from tests.numerics.test_gram import inputs_of
-from tests.tiny import tokens
+from tests.tiny import save_tiny, tiny_model, tokens
 from tests.tiny_text import configured
 from tests.world import make_world, pipeline, settings
 
@@ -24,7 +26,7 @@ NONE = {f"shape__{axis}": "null" for axis in ("layers", "hidden", "heads", "grou
 SEQUENCE = ["restore.sequence=true", "plan.clap=false", "reinit.slnp=false"]
 TYR = [
     "recipe=tyr",
-    "recipe.line=[score,shape,depth,sequence,supernet,plan,cut,export,evaluate,report]",
+    "recipe.line=[score,shape,depth,sequence,supernet,plan,cut,export,dense,evaluate,report]",
     "budget.parameters=0.7",
     "supernet.multiple=4",
     "supernet.generations=3",
@@ -65,6 +67,28 @@ def test_pruned_in_sequence_the_cut_model_is_the_masked_one(world, shape, chosen
     start = open_checkpoint(folders["start"])
     assert {(each.heads, each.groups, each.neurons) for each in start.anatomy.sizes.layers} == {shape}
     torch.testing.assert_close(logits(folders["start"]), logits(folders["restored"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "tie", "axes"), [("llama", "untied", 0), ("llama-tied", "keep", 32)])
+def test_pruned_in_sequence_and_then_turned_the_cut_model_is_the_masked_one(tmp_path, kind, tie, axes):
+    """In float64 on disk. The stream that is turned is the pruned model's own: its axes are principal there."""
+    world = make_world(tmp_path, kind)
+    save_tiny(tiny_model(kind), world / "model")
+    basis = ["basis.kind=principal", "plan.channels=leading", f"basis.tie={tie}", f"basis.own_axes={axes}"]
+    widths = {"shape__heads": 2, "shape__groups": 1, "shape__neurons": 12}
+    folders = made(world, [*SEQUENCE, *basis], [*CUT, "basis"], **widths)
+    names = ("teacher", "restored", "start")
+    teacher, restored, start = (logits(folders[name]) for name in names)
+    assert open_checkpoint(folders["start"]).anatomy.sizes.layers == (LayerSizes(2, 1, 12),) * 4
+    assert (start - restored).norm() / restored.norm() < 1e-6 < 1e-2 < (restored - teacher).norm() / teacher.norm()
+    narrow = load_model(folders["start"], torch.float64, "eager")
+    batches = beginning(Packed(folders["tokens"] / "calibration"), 1024, 8, 0, 1, 0)
+    stream = gram(narrow.model, open_checkpoint(folders["start"]).anatomy, batches, (), stream=True).stream
+    energy = stream.diagonal()
+    told = torch.tensor(json.loads((folders["source"] / "basis.json").read_text())["energy"], dtype=torch.float64)
+    torch.testing.assert_close(energy * 32 / energy.sum(), told, rtol=2e-2, atol=2e-2)  # measured in bf16 there
+    if tie == "untied":
+        assert (stream - energy.diag()).norm() / energy.norm() < 2e-2
 
 
 def test_in_sequence_every_error_is_at_most_that_of_no_update_for_what_the_layer_reads(world):
@@ -198,7 +222,7 @@ def test_the_tyr_recipe_runs_to_its_report_and_with_distill_added_recovers(world
     assert report["parameters"]["student"] == student.parameters()[0] < report["parameters"]["teacher"]
     assert not student.sizes.uniform and "distill" not in report["stages"]
     line_ = ["score", "shape", "depth", "supernet", "plan", "cut", "distill"]
-    added = f"recipe.line=[{','.join(line_)},export,evaluate,report]"
+    added = f"recipe.line=[{','.join(line_)},export,dense,evaluate,report]"
     stages = f"stages=[{','.join(line_)}]"
     said = pipeline("run=more", *plain, added, stages, *settings(world, **NONE), cwd=world).stdout
     assert "cut: finished before" in said
