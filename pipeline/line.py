@@ -18,6 +18,7 @@ from pipeline.stages import (
     adopt,
     basis,
     cut,
+    dense,
     depth,
     distill,
     evaluate,
@@ -57,6 +58,7 @@ STAGES: dict[str, ModuleType] = {
     "absorb": absorb,
     "distill": distill,
     "export": export,
+    "dense": dense,
     "evaluate": evaluate,
     "report": report,
 }
@@ -132,7 +134,7 @@ def run(config: Config, command: str) -> dict[str, Path]:
             Path(config.artifacts), ranks, artifacts.code_revision(), patience=float(config.device.timeout)
         )
         if config.dry_run:
-            made = _take(config, ["teacher", "shape"], {}, store, machine, record)
+            made = _take(config, ["teacher", "adopt", "shape"], {}, store, machine, record)
             machine.say(advice.needs(config, made, ranks.world))
             return made
         made = _walk(config, names, store, machine, record)

@@ -9,8 +9,7 @@ from typing import Any
 NAME = re.compile(r"(?P<row>\w+)-(?P<removed>\d+(\.\d+)?)-(?P<seed>\d+)(?P<bare>-start)?")
 GIVEN = ("teacher", "tokens", "adopt")  # stages that prune nothing: what they read is the same for all rows
 TRAINING = ("distill", "settle")
-TOLD = ("export", "evaluate", "report")
-WHO = ("teacher", "start", "student")
+TOLD = ("export", "dense", "evaluate", "report")
 QUALITY = ("perplexity", "next_word")
 SAME = 0.01  # relative difference of the dense model's perplexity between rows that were measured on one text
 Figures = dict[str, Any]
@@ -73,7 +72,8 @@ def _models(evaluation: Figures) -> Iterable[tuple[str, Figures]]:
 
 
 def _states(measured: Figures, recovered: bool, trained_early: bool) -> Figures:
-    dense, start, student = ({what: measured[who].get(what) for what in QUALITY} for who in WHO)
+    who = ("teacher", "start" if "start" in measured else "student", "student")  # not recovered, it is the start still
+    dense, start, student = ({what: measured[each].get(what) for what in QUALITY} for each in who)
     states = {"dense": dense}
     if not trained_early:
         states["before"] = start

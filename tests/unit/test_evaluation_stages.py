@@ -16,7 +16,7 @@ from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.track import Track
-from pipeline.stages import cut, evaluate, report, tokens
+from pipeline.stages import cut, dense, evaluate, report, tokens
 from tests.processes import on_ranks
 from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import byte_tokenizer, configured
@@ -72,14 +72,19 @@ def world(tmp_path_factory):
 
 def evaluated(config, inputs: dict[str, Path], out: Path, on: Machine) -> dict:
     out.mkdir()
-    evaluate.run(config, inputs, out, on)
+    place = out.with_name(f"dense-of-{out.name.partition('-')[0]}")  # one folder for all ranks, as in the line
+    place.mkdir(exist_ok=True)
+    dense.run(config, inputs, place, on)
+    on.ranks.wait("dense")
+    evaluate.run(config, inputs | {"dense": place}, out, on)
     return json.loads((out / "evaluation.json").read_text()) if on.ranks.rank == 0 else {}
 
 
 @pytest.fixture(scope="module")
 def found(world):
     config, made, folder = world
-    return evaluated(config, made | {"export": made["start"]}, folder / "evaluation", machine())
+    inputs = made | {"export": made["start"], "student": made["start"]}
+    return evaluated(config, inputs, folder / "evaluation", machine())
 
 
 def test_the_perplexity_is_that_of_the_models_own_logits_on_the_texts_rows(world, found):
@@ -130,7 +135,7 @@ def two_ranks(ranks, overrides, inputs, out):
 @pytest.mark.slow
 def test_two_ranks_give_the_numbers_of_one(world, found):
     config, made, folder = world
-    inputs = {name: str(path) for name, path in (made | {"export": made["start"]}).items()}
+    inputs = {name: str(path) for name, path in (made | {"export": made["start"], "student": made["start"]}).items()}
     paths = [f"data.{name}.path={getattr(config.data, name).path}" for name in tokens.PURPOSES]
     assert on_ranks(two_ranks, folder / "ranks", 2, 60.0, (paths, inputs, str(folder / "two"))) == [None, None]
     both = json.loads((folder / "two-0" / "evaluation.json").read_text())
@@ -187,3 +192,14 @@ def test_what_the_report_shows_is_in_its_settings_and_where_it_is_kept_is_not():
     assert evaluate.settings(configured("evaluate.tokens=64")) != evaluate.settings(configured())
     unchanged = configured("distill.tokens=8192", "evaluate.batch=1", "evaluate.chunk=64")
     assert evaluate.settings(unchanged) == evaluate.settings(configured())
+
+
+def test_the_teacher_is_measured_once_and_a_start_that_was_not_recovered_once_as_the_student(world, found, capsys):
+    config, made, folder = world
+    bare = evaluated(config, made | {"export": made["start"]}, folder / "bare", machine())
+    said = capsys.readouterr().out
+    assert said.count("teacher on ships") == 1 and "start on" not in said
+    for name, text in found["texts"].items():
+        assert text["start"] == text["student"] == bare["texts"][name]["student"]
+        assert bare["texts"][name] == {key: value for key, value in text.items() if key != "start"}
+    assert dense.settings(config) == dense.settings(configured(*OVERRIDES, "evaluate.speed=false", "plan.clap=false"))

@@ -95,7 +95,8 @@ def test_a_row_runs_and_the_table_says_what_it_measured(world):
     cells = [
         cell.strip() for cell in next(line for line in written.splitlines() if "| Last layers |" in line).split("|")
     ]
-    dense, start, student = (evaluation["texts"]["evaluation"][who]["perplexity"] for who in results.WHO)
+    text = evaluation["texts"]["evaluation"]
+    dense, start, student = (text[who]["perplexity"] for who in ("teacher", "start", "student"))
     assert f"{start:.2f} ({start / dense:.2f}×)" in cells and f"{student:.2f} ({student / dense:.2f}×)" in cells
     assert str(evaluation["models"]["student"]["kv_bytes_per_token"]) in cells and "0.512k" in cells
     command("table.py", "--runs", "nowhere", "--saved", "saved.json", "--docs", docs, cwd=world)
