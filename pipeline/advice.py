@@ -18,21 +18,41 @@ from pipeline.search.training import Recovery, training_needs
 
 
 def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
-    """Give the answer of a dry run: devices, memory and hours of recovery on the configured chip.
+    """Give the answer of a dry run: devices, memory and hours of what the line trains, on the configured chip.
 
-    `made` holds the teacher and, unless it is searched, the shape. With one rank the fewest devices that hold it are
-    found; with more, theirs.
+    `made` holds the teacher and the shape, or the start where the student was cut elsewhere, or neither where the shape
+    is searched. With one rank the fewest devices that hold a training are found; with more, theirs.
     """
     anatomy = open_checkpoint(made["teacher"], config.model.allow_pickle).anatomy
     teacher = ModelShape.of(anatomy.sizes, anatomy.tied)
-    chip = Chip(**config.device.chip_facts)
-    if "shape" in made:
-        student, told = teacher.changed(json.loads((made["shape"] / "shape.json").read_text())), ""
+    devices, settles = ranks if ranks > 1 else None, config.settle.norm != "none"
+    student, told = _student(config, made, teacher)
+    if settles:
+        run = _training(config, "settle", config.settle.chunk)
+        told.append(training_needs(_chip(config), None, teacher, run, devices).sentence())
+    if "distill" in config.recipe.line:
+        run = _training(config, "distill", config.distill.loss.chunk)
+        told.append(training_needs(_chip(config), teacher, student, run, devices).sentence())
     else:
-        student = shape_within(chip, teacher, Serving(**config.search.serving), Limits(**config.budget.limits))
-        told = f"the search will measure which shape; of those within its limits {student.axes()} promises the most: "
-    asked = config.distill
-    run = Recovery(
+        when = "after the cut" if settles else "on its way"
+        told.append(f"recipe {config.recipe.name} has no distill: no weights are trained {when} to {student.axes()}")
+    return "; ".join(told)
+
+
+def _student(config: Config, made: Mapping[str, Path], teacher: ModelShape) -> tuple[ModelShape, list[str]]:
+    """Give the student's shape, and what is to be said of it first."""
+    if "start" in made:
+        given = open_checkpoint(made["start"], config.model.allow_pickle).anatomy
+        return ModelShape.of(given.sizes, given.tied), []
+    if "shape" in made:
+        return teacher.changed(json.loads((made["shape"] / "shape.json").read_text())), []
+    found = shape_within(_chip(config), teacher, Serving(**config.search.serving), Limits(**config.budget.limits))
+    return found, [f"the search will measure which shape; of those within its limits {found.axes()} promises the most"]
+
+
+def _training(config: Config, section: str, chunk: int) -> Recovery:
+    asked = getattr(config, section)
+    return Recovery(
         tokens=asked.tokens,
         sequence=config.data.sequence,
         batch=asked.batch,
@@ -40,10 +60,14 @@ def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
         precision="fp32" if asked.precision == "fp32" else "bf16",
         zero_stage=config.deepspeed.stage,
         checkpointing=asked.gradient_checkpointing,
-        chunk=asked.loss.chunk,
-        score_tokens=config.score.tokens,
+        chunk=chunk,
+        score_tokens=config.score.tokens if section == "distill" and "score" in config.recipe.line else 0,
+        section=section,
     )
-    return told + training_needs(chip, teacher, student, run, ranks if ranks > 1 else None).sentence()
+
+
+def _chip(config: Config) -> Chip:
+    return Chip(**config.device.chip_facts)
 
 
 def calibrate_chip(config: Config) -> Path:

@@ -26,9 +26,12 @@ LOGIT_PASSES = 16  # times logits are read or written in fp32 to get the loss an
 MOST_DEVICES = 4096
 
 
+PURPOSES = {"distill": "recovery", "settle": "settling"}
+
+
 @dataclass(frozen=True)
 class Recovery:
-    """The settings of a distillation run that decide its cost; `batch` is in sequences and counts all devices."""
+    """The settings of a training run that decide its cost; `batch` is in sequences and counts all devices."""
 
     tokens: int
     sequence: int
@@ -38,7 +41,8 @@ class Recovery:
     zero_stage: int
     checkpointing: bool
     chunk: int  # tokens whose logits exist at once
-    score_tokens: int = 0  # tokens the teacher alone reads before
+    score_tokens: int = 0  # tokens the whole model alone reads before
+    section: str = "distill"  # of the settings, named where they cannot be met
 
     @property
     def rows(self) -> int:
@@ -53,6 +57,7 @@ class Recovery:
 class Needs:
     """What a run needs: devices, bytes of the fullest one by purpose, seconds of a step by purpose, hours in all."""
 
+    purpose: str
     chip: str
     devices: int
     device_bytes: float
@@ -74,17 +79,18 @@ class Needs:
         """The answer of a dry run in one line."""
         verdict = "" if self.fits else f", MORE than {MEMORY_SHARE:.0%} of a device's {self.device_bytes / 1e9:.0f} GB"
         return (
-            f"recovery needs {self.devices} x {self.bytes_per_device / 1e9:.2f} GB on {self.chip}{verdict} and "
+            f"{self.purpose} needs {self.devices} x {self.bytes_per_device / 1e9:.2f} GB on {self.chip}{verdict} and "
             f"{_figures(self.hours)} hours for {self.tokens:,} tokens: {self.steps} steps of "
             f"{sum(self.step.values()):.3g} s"
         )
 
 
 def training_needs(
-    chip: Chip, teacher: ModelShape, student: ModelShape, run: Recovery, devices: int | None = None
+    chip: Chip, teacher: ModelShape | None, student: ModelShape, run: Recovery, devices: int | None = None
 ) -> Needs:
     """Give what a run needs on `devices`, or on the fewest (a power of two) whose memory holds it.
 
+    Without a `teacher` the model is trained on the text alone.
     ValueError where the batch cannot be split over the devices, or where no number of them is enough.
     """
     if devices is not None:
@@ -96,20 +102,20 @@ def training_needs(
             return needs
         tried *= 2
     raise ValueError(
-        f"distill.batch is {run.batch} in micro-batches of {run.micro_batch}: no number of {chip.name} devices it "
-        f"splits over has the memory; raise deepspeed.stage (now {run.zero_stage}) or distill.batch, lower "
-        "distill.micro_batch, or turn on distill.gradient_checkpointing"
+        f"{run.section}.batch is {run.batch} in micro-batches of {run.micro_batch}: no number of {chip.name} devices "
+        f"it splits over has the memory; raise deepspeed.stage (now {run.zero_stage}) or {run.section}.batch, lower "
+        f"{run.section}.micro_batch, or turn on {run.section}.gradient_checkpointing"
     )
 
 
-def memory_parts(teacher: ModelShape, student: ModelShape, run: Recovery, devices: int) -> dict[str, float]:
+def memory_parts(teacher: ModelShape | None, student: ModelShape, run: Recovery, devices: int) -> dict[str, float]:
     """Give the bytes on one device by purpose, as DeepSpeed shares them out at a ZeRO stage.
 
     The optimizer holds an fp32 copy and two moments (12 bytes a parameter) and in bf16 the fp32 gradient of its part at
     the step (4); plain fp32 without ZeRO needs no copy (8).
     """
     size, stage = ELEMENT_BYTES[run.precision], run.zero_stage
-    own, frozen = student.parameters(), teacher.parameters()
+    own, frozen = student.parameters(), teacher.parameters() if teacher else 0
     optimizer = 16 if run.precision != "fp32" else 12 if stage else 8
     return {
         "weights": own * size / (devices if stage >= 3 else 1),
@@ -117,17 +123,17 @@ def memory_parts(teacher: ModelShape, student: ModelShape, run: Recovery, device
         "optimizer": own * optimizer / (devices if stage >= 1 else 1),
         "teacher": frozen * size / (devices if stage >= 3 else 1),
         "activations": run.rows * activation_bytes(student, run.precision, run.checkpointing),
-        "teacher_activations": run.rows * size * (6 * teacher.hidden + 4 * teacher.neurons),
-        "loss": _loss_bytes(student, run),
+        "teacher_activations": run.rows * size * (6 * teacher.hidden + 4 * teacher.neurons) if teacher else 0,
+        "loss": _loss_bytes(student, run, 2 if teacher else 1),
     }
 
 
-def _loss_bytes(student: ModelShape, run: Recovery) -> int:
-    """Bytes of the chunked loss: both products, the fp32 work space, and the gradients it makes as it goes."""
+def _loss_bytes(student: ModelShape, run: Recovery, models: int) -> int:
+    """Bytes of the chunked loss: each model's product, the fp32 work space, and the gradients it makes as it goes."""
     size, logits = ELEMENT_BYTES[run.precision], min(run.chunk, run.rows) * student.vocabulary
     work_space = LOGIT_BUFFERS * 4 * min(logits, LOGIT_WINDOW)
     gradients = student.vocabulary * student.hidden * (4 + size) + run.rows * student.hidden * size
-    return 2 * size * logits + work_space + gradients
+    return models * size * logits + work_space + gradients
 
 
 def activation_bytes(shape: ModelShape, precision: str, checkpointing: bool) -> int:
@@ -148,33 +154,36 @@ def activation_bytes(shape: ModelShape, precision: str, checkpointing: bool) -> 
     return shape.layers * size * shape.hidden + layer if checkpointing else shape.layers * layer
 
 
-def step_parts(chip: Chip, teacher: ModelShape, student: ModelShape, run: Recovery, devices: int) -> dict[str, float]:
+def step_parts(
+    chip: Chip, teacher: ModelShape | None, student: ModelShape, run: Recovery, devices: int
+) -> dict[str, float]:
     """Give the seconds of one optimizer step by purpose; communication is taken not to overlap with the rest."""
     accumulation = run.batch // (run.micro_batch * devices)
     work = Work(run.micro_batch, run.sequence, run.sequence, run.precision, row_major=True)
-    own, frozen = student.parameters(), teacher.parameters()
+    own, frozen = student.parameters(), teacher.parameters() if teacher else 0
     passes = 3 if run.precision == "fp32" else 4  # fp32 weight, moments and (bf16) weight written
     share = own / (devices if run.zero_stage >= 1 else 1)
     return {
         "student": accumulation * _student_seconds(chip, student, work, run.checkpointing),
-        "teacher": accumulation * pass_seconds(chip, teacher, work),
+        "teacher": accumulation * pass_seconds(chip, teacher, work) if teacher else 0.0,
         "loss": accumulation * _loss_seconds(chip, teacher, student, run),
         "optimizer": vector_seconds(chip, share * 4 * (passes + 4), chip.align_bytes),
         "communication": _communication_seconds(chip, own, frozen, run, devices, accumulation),
     }
 
 
-def _needs(chip: Chip, teacher: ModelShape, student: ModelShape, run: Recovery, devices: int) -> Needs:
+def _needs(chip: Chip, teacher: ModelShape | None, student: ModelShape, run: Recovery, devices: int) -> Needs:
     if run.batch % (run.micro_batch * devices):
         raise ValueError(
-            f"distill.batch is {run.batch}, not a multiple of distill.micro_batch ({run.micro_batch}) times "
-            f"{devices} devices"
+            f"{run.section}.batch is {run.batch}, not a multiple of {run.section}.micro_batch ({run.micro_batch}) "
+            f"times {devices} devices"
         )
     memory = memory_parts(teacher, student, run, devices)
     step = step_parts(chip, teacher, student, run, devices)
     work = Work(run.micro_batch, run.sequence, run.sequence, run.precision, row_major=True)
-    scoring = ceil(run.score_tokens / (run.rows * devices)) * pass_seconds(chip, teacher, work)
+    scoring = ceil(run.score_tokens / (run.rows * devices)) * pass_seconds(chip, teacher or student, work)
     return Needs(
+        purpose=PURPOSES[run.section],
         chip=chip.name,
         devices=devices,
         device_bytes=chip.hbm_bytes,
@@ -202,16 +211,17 @@ def _student_seconds(chip: Chip, shape: ModelShape, work: Work, checkpointing: b
     return shape.layers * (layer + (passes + 2) * chip.layer_seconds)
 
 
-def _loss_seconds(chip: Chip, teacher: ModelShape, student: ModelShape, run: Recovery) -> float:
-    """Both models' logits, chunk by chunk, the divergence of each, and the gradients of the student's output matrix."""
+def _loss_seconds(chip: Chip, teacher: ModelShape | None, student: ModelShape, run: Recovery) -> float:
+    """Each model's logits, chunk by chunk, the divergence of each, and the gradients of the student's output matrix."""
     chunk = min(run.chunk, run.rows)
-    both = sum(
-        gemm_seconds(chip, chunk, student.vocabulary, hidden, run.precision, row_major=True)
-        for hidden in (student.hidden, teacher.hidden)
+    products = sum(
+        gemm_seconds(chip, chunk, student.vocabulary, model.hidden, run.precision, row_major=True)
+        for model in (student, teacher)
+        if model
     )
     gradients = _gradient_seconds(chip, chunk, student.vocabulary, student.hidden, run.precision)
     row = student.vocabulary * 4
-    return ceil(run.rows / chunk) * (both + gradients + vector_seconds(chip, LOGIT_PASSES * chunk * row, row))
+    return ceil(run.rows / chunk) * (products + gradients + vector_seconds(chip, LOGIT_PASSES * chunk * row, row))
 
 
 def _gradient_seconds(chip: Chip, rows: int, n: int, k: int, precision: str) -> float:

@@ -149,6 +149,17 @@ def test_a_run_takes_about_eight_flops_a_weight_and_token_and_two_for_the_teache
     assert twice.steps == 1908 and twice.hours == pytest.approx(needs.hours * 1908 / 954)
 
 
+def test_without_a_teacher_its_share_is_gone_and_nothing_else():
+    npu = chip("910B1")
+    with_teacher, alone = (step_parts(npu, teacher, STUDENT, RUN, 8) for teacher in (LLAMA_8B, None))
+    assert alone["teacher"] == 0 and alone["loss"] < with_teacher["loss"]
+    assert all(alone[part] == with_teacher[part] for part in ("student", "optimizer", "communication"))
+    held, own = (memory_parts(teacher, STUDENT, RUN, 8) for teacher in (LLAMA_8B, None))
+    assert own["teacher"] == own["teacher_activations"] == 0
+    assert held["loss"] - own["loss"] == 2 * 1024 * STUDENT.vocabulary  # one product of a chunk, in bf16
+    assert all(own[part] == held[part] for part in ("weights", "gradients", "optimizer", "activations"))
+
+
 def test_scoring_tokens_add_the_teachers_forward_passes():
     npu = chip("910B1")
     with_scores = Recovery(10**9, 4096, 256, 1, "bf16", 2, True, 1024, score_tokens=8 * 4096 * 100)

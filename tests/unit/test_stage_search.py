@@ -182,6 +182,44 @@ def test_a_dry_run_of_a_search_answers_for_the_shape_that_promises_most(world):
     assert told.startswith("the search will measure which shape") and "recovery needs 1 x" in told
 
 
+def told(folder, made, *overrides):
+    config = configure(folder, "recipe.shape=given", "device/chip=910B1", "budget.parameters=0.6", *overrides)
+    return advice.needs(config, made | {"shape": made_by(shape, config, made, folder / "dry")}, 1)
+
+
+def test_a_dry_run_tells_of_the_trainings_of_its_line_and_of_no_other(world):
+    recovery, flap, tyr, trsp = (told(*world, f"recipe={name}") for name in ("pangu_light", "flap", "tyr", "trsp"))
+    assert recovery.startswith("recovery needs 1 x ") and "settling" not in recovery
+    for name, said in (("flap", flap), ("tyr", tyr)):
+        assert said.startswith(f"recipe {name} has no distill: no weights are trained on its way to {{'layers': ")
+        assert "recovery" not in said and "settling" not in said
+    assert trsp.startswith("settling needs 1 x ") and "recovery" not in trsp
+    assert "; recipe trsp has no distill: no weights are trained after the cut to {'layers': 2," in trsp
+    both = told(*world, "recipe=trsp", "recipe.line=[score,shape,gates,settle,plan,cut,distill,export]")
+    assert both.startswith("settling needs 1 x ") and "; recovery needs 1 x " in both and "no distill" not in both
+
+
+def test_a_dry_run_of_a_line_without_training_asks_for_no_chip(world):
+    assert "no distill" in told(*world, "recipe=flap", "device.chip=null")
+    with pytest.raises(ValueError, match="device.chip is null"):
+        told(*world, "device.chip=null")
+
+
+def test_a_settling_that_cannot_be_split_is_refused_by_its_own_fields(world):
+    folder, made = world
+    config = configure(folder, "recipe=trsp", "recipe.shape=given", "device/chip=910B1", "settle.batch=2")
+    with pytest.raises(ValueError, match=r"settle\.batch is 2, not a multiple of settle\.micro_batch"):
+        advice.needs(config, made | {"shape": made_by(shape, config, made, folder / "dry")}, 3)
+
+
+def test_a_dry_run_answers_for_a_student_that_was_cut_elsewhere(world):
+    folder, made = world
+    config = configure(folder, "recipe=recover", "recipe.shape=given", f"model.start={folder / 'model'}")
+    config = config.model_copy(update={"device": configure(folder, "device/chip=910B1").device})
+    given = advice.needs(config, made | {"start": folder / "model"}, 1)
+    assert given.startswith("recovery needs 1 x ") and "search" not in given
+
+
 def test_the_report_draws_and_lists_every_measured_shape_and_rings_the_picked_one(found):
     told = json.loads((found / "search.json").read_text())
     dots = [mark for mark in shapes_searched(told).marks if isinstance(mark, Dot)]
