@@ -143,6 +143,11 @@ class Config(Section):
                 f"settle.norm={self.settle.norm} changes; set settle.norm=none, or restore.outputs=false and "
                 "restore.order=scores"
             )
+        if self.reinit.absorb in ("fitted", "removed") and "absorb" not in self.recipe.line:
+            raise ValueError(
+                f"recipe.line has no absorb, which reinit.absorb={self.reinit.absorb} needs; add it after cut, or set "
+                "reinit.absorb=false"
+            )
         layerwise = "restore.sequence=true" if self.restore.sequence else "plan.widths=evolved"
         if self.restore.sequence or self.plan.widths == "evolved":
             clashes = {

@@ -89,6 +89,6 @@ class Plan(Section):
 class Reinit(Section):
     slnp: bool
     gain_compensation: bool
-    absorb: Literal["auto", False]
+    absorb: Literal["auto", "fitted", "removed", False]
     absorb_tokens: Count
     bias_compensation: bool

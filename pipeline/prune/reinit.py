@@ -86,16 +86,23 @@ def absorb_post_norms(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the checkpoint with post-norm gains replaced by static scales s * gain (post-RMSNorm absorption).
 
-    `inverse_rms` gives s, the mean over tokens of 1/rms(x), by post-norm module name. The scale keeps the norm's tensor
-    name and holds the whole factor (no 1+w): the module at that place multiplies by it.
+    `inverse_rms` gives s, the mean over tokens of 1/rms(x), by post-norm module name.
+    """
+    gains = {module: _wide(source[f"{module}.weight"]) + anatomy.family.norm_offset for module in inverse_rms}
+    return with_static_scales(anatomy, source, {module: gain * inverse_rms[module] for module, gain in gains.items()})
+
+
+def with_static_scales(
+    anatomy: Anatomy, source: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the checkpoint with scales [h], by post-norm module name, in the place of post-norm gains.
+
+    A scale keeps the norm's tensor name and holds the whole factor (no 1+w): the module at that place multiplies by it.
     """
     for name in anatomy.shapes():
         tensor = source[name]
         module = name.removesuffix(".weight")
-        if module in inverse_rms:
-            gain = _wide(tensor) + anatomy.family.norm_offset
-            tensor = (gain * inverse_rms[module]).to(tensor.dtype)
-        yield name, tensor
+        yield name, scales[module].to(tensor.device, tensor.dtype) if module in scales else tensor
 
 
 def post_norm_modules(anatomy: Anatomy) -> dict[str, str]:

@@ -5,18 +5,16 @@ Týr's supernet holds several candidates of every projection; the input of the n
 weighted average weight, which is what `expected_weight` gives, for W_O and for W_down.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.model.anatomy import Anatomy
-from pipeline.model.families import LAYER
 
 from .gram import add_products, projections, with_float64
+from .layerwise import layers_of, recorded
 from .measure import Batch
 from .removal import Removal
 from .restore import DAMPING, restore
@@ -44,8 +42,8 @@ def prune_in_sequence(
     """
     home = next(model.parameters()).device
     modules = dict(model.named_modules(prefix="model"))
-    layers = [modules[LAYER.format(layer=layer).rstrip(".")] for layer in range(len(anatomy.sizes.layers))]
-    steps = _recorded(model, layers, batches)
+    layers = layers_of(modules, anatomy)
+    steps = recorded(model, layers, batches)
     for index in range(len(layers)) if kept is None else kept:
         layer = layers[index]
         layer.to(place)
@@ -92,54 +90,5 @@ def columns_of(units: Tensor, size: int) -> Tensor:
     return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
 
 
-class _Step:
-    """One batch under way: its stream, and the other arguments that the model gives to each layer."""
-
-    def __init__(self, mask: Tensor | None):
-        self.mask = mask
-        self.hidden: Tensor | None = None  # [batch, sequence, h], set by the first layer
-        self.arguments: list[tuple[tuple, dict[str, Any]]] = []  # by layer
-
-    def stand_in(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
-        """Take a layer's place: note its arguments and pass the stream on."""
-        if self.hidden is None:
-            self.hidden = hidden_states
-        self.arguments.append((rest, named))
-        return hidden_states
-
-    def through(self, layer: nn.Module, index: int, place: torch.device) -> Tensor:
-        """Give what a layer makes of the stream."""
-        rest, named = _moved(self.arguments[index], place)
-        output = layer(self.hidden.to(place), *rest, **named)
-        return output[0] if isinstance(output, tuple) else output
-
-
-def _recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Batch]) -> list[_Step]:
-    """Run the model with stand-ins for its layers: embeddings, masks and rotations are its own, whatever the family."""
-    home = next(model.parameters()).device
-    steps = []
-    for batch in batches:
-        ids, mask = batch if isinstance(batch, tuple) else (batch, None)
-        mask = None if mask is None else mask.to(home, torch.bool)
-        step = _Step(mask)
-        with ExitStack() as undo:
-            for layer in layers:
-                layer.forward = step.stand_in
-                undo.callback(delattr, layer, "forward")
-            model(input_ids=ids.to(home), attention_mask=mask, use_cache=False)
-        steps.append(step)
-    return steps
-
-
 def _add(total: Tensor, mask: Tensor | None, module: nn.Module, inputs: tuple) -> None:
     add_products(total, inputs[0] if mask is None else inputs[0] * mask.to(inputs[0].device).unsqueeze(-1))
-
-
-def _moved(value: Any, place: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(place)
-    if isinstance(value, Mapping):
-        return {key: _moved(entry, place) for key, entry in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_moved(entry, place) for entry in value)
-    return value

@@ -1,49 +1,103 @@
 """absorb: post-norms of the cut model become static scales, trained during recovery and folded at export."""
 
 import shutil
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+
+from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.data.stream import stream
+from pipeline.model.families import FAMILIES, Family
 from pipeline.model.settings import with_scales
+from pipeline.prune.absorption import fitted_scales, removed_scales
 from pipeline.prune.measure import inverse_rms
-from pipeline.prune.reinit import absorb_post_norms, post_norm_modules
-from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
+from pipeline.prune.reinit import Stream, absorb_post_norms, post_norm_modules, with_static_scales
+from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint, read_config, write_checkpoint
 
 MAKES = "start"
 NEEDS = ("start", "tokens")
 EVERY_RANK = True
 
 
+def check(config: Config) -> None:
+    """Refuse scales that were asked for by name and have no place in the teacher, where its config.json is at hand."""
+    folder = Path(config.model.path).expanduser()
+    if (folder / "config.json").is_file():
+        _check_family(config, FAMILIES.get(read_config(folder)["model_type"]))
+
+
 def applies(config: Config, inputs: dict[str, Path]) -> bool:
     """Whether the model has post-norms beside pre-norms, none of them a scale by now, and absorption is wanted."""
-    if config.reinit.absorb != "auto":
+    if config.reinit.absorb is False:
         return False
     start = open_checkpoint(inputs["start"])
+    _check_family(config, start.anatomy.family)
     return start.anatomy.family.sandwich and not start.config.get("pruned", {}).get("scales")
 
 
 def settings(config: Config) -> dict:
-    """Give the number of tokens measured, their batches, and the seed that orders them."""
-    return {"tokens": config.reinit.absorb_tokens, "batch": config.score.batch, "seed": config.seed}
+    """Give how scales are found and, where they are measured, the tokens, their batches, and the seed that orders them.
+
+    The paper's way is not named, so that what was made before there was another is found.
+    """
+    if config.reinit.absorb == "removed":
+        return {"absorb": "removed"}
+    named = {"absorb": "fitted"} if config.reinit.absorb == "fitted" else {}
+    return named | {"tokens": config.reinit.absorb_tokens, "batch": config.score.batch, "seed": config.seed}
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
-    """Write the model folder with frozen scales; 1/rms is measured on the cut model, added over ranks."""
-    device, ranks = machine.device, machine.ranks
+    """Write the model folder with static scales; what is measured is measured on the cut model, added over ranks."""
     source = open_checkpoint(inputs["start"])
     anatomy = source.anatomy
-    model = load_model(inputs["start"], device.compute_dtype, device.attention).get_decoder().to(device.torch)
-    text = Packed(inputs["tokens"] / "calibration")
-    count = max(1, config.reinit.absorb_tokens // (config.data.sequence * config.score.batch * ranks.world))
-    batches = islice(stream(text, config.score.batch, ranks.rank, ranks.world, 0, config.seed), count)
-    sums = inverse_rms(model, post_norm_modules(anatomy), machine.progress(batches, count, "absorb"))
-    ranks.sum_(sums.values())
-    if ranks.rank == 0:
+    find = {"auto": _absorbed, "fitted": _fitted, "removed": _removed}[config.reinit.absorb]
+    frozen = find(config, inputs, source, machine)
+    if machine.ranks.rank == 0:
         shutil.rmtree(out, ignore_errors=True)
-        means = {name: float(total / tokens) for name, (total, tokens) in sums.items()}
-        frozen = absorb_post_norms(anatomy, source, means)
         write_checkpoint(out, with_scales(source.config, anatomy), frozen, config.export.shard_bytes, inputs["start"])
-        machine.say(f"absorb: {len(means)} post-norms are static scales now")
+        machine.say(f"absorb: {len(post_norm_modules(anatomy))} post-norms are static scales now")
+
+
+def _absorbed(config: Config, inputs: dict[str, Path], source: Checkpoint, machine) -> Stream:
+    model = _decoder(inputs, machine).to(machine.device.torch)
+    batches, count = _batches(config, inputs, machine)
+    sums = inverse_rms(model, post_norm_modules(source.anatomy), machine.progress(batches, count, "absorb"))
+    machine.ranks.sum_(sums.values())
+    means = {name: float(total / tokens) for name, (total, tokens) in sums.items()}
+    return absorb_post_norms(source.anatomy, source, means)
+
+
+def _fitted(config: Config, inputs: dict[str, Path], source: Checkpoint, machine) -> Stream:
+    anatomy, ranks = source.anatomy, machine.ranks
+    batches, _ = _batches(config, inputs, machine)
+    passes = fitted_scales(_decoder(inputs, machine), anatomy, batches, machine.device.torch, ranks.sum_)
+    scales = dict(machine.progress(passes, len(post_norm_modules(anatomy)), "absorb"))
+    return with_static_scales(anatomy, source, scales)
+
+
+def _removed(config: Config, inputs: dict[str, Path], source: Checkpoint, machine) -> Stream:
+    return with_static_scales(source.anatomy, source, removed_scales(source.anatomy))
+
+
+def _decoder(inputs: dict[str, Path], machine) -> nn.Module:
+    return load_model(inputs["start"], machine.device.compute_dtype, machine.device.attention).get_decoder()
+
+
+def _batches(config: Config, inputs: dict[str, Path], machine) -> tuple[Iterator[Tensor], int]:
+    """Give this rank's batches of calibration text, and their number, the same for all ranks."""
+    ranks, batch = machine.ranks, config.score.batch
+    text = Packed(inputs["tokens"] / "calibration")
+    count = max(1, config.reinit.absorb_tokens // (config.data.sequence * batch * ranks.world))
+    return islice(stream(text, batch, ranks.rank, ranks.world, 0, config.seed), count), count
+
+
+def _check_family(config: Config, family: Family | None) -> None:
+    """Raise ValueError for a family without post-norms beside pre-norms; one without a table is told elsewhere."""
+    if config.reinit.absorb in ("fitted", "removed") and family is not None and not family.sandwich:
+        raise ValueError(
+            f"reinit.absorb={config.reinit.absorb} puts scales in the place of post-norms, and model_type "
+            f"{family.model_type!r} has none beside its pre-norms; set reinit.absorb=auto or false"
+        )

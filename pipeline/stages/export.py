@@ -55,7 +55,7 @@ def check(config: Config) -> None:
     family = FAMILIES.get(kind["model_type"])
     if family is None:  # the teacher stage says what it needs
         return
-    absorbs = config.reinit.absorb == "auto" and "absorb" in config.recipe.line
+    absorbs = config.reinit.absorb is not False and "absorb" in config.recipe.line
     if absorbs and family.sandwich and family.folded is None:
         kind["pruned"] = {"scales": list(family.post_norms)}
     CHECKS[form](kind)
