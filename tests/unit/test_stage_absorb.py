@@ -1,0 +1,94 @@
+"""The ways to put scales in the place of post-norms, through the stage; and what is refused before any work."""
+
+from itertools import islice
+
+import pytest
+import torch
+
+from pipeline import line
+from pipeline.data.packing import Packed
+from pipeline.data.stream import stream
+from pipeline.prune.absorption import fitted_scales
+from pipeline.prune.reinit import post_norm_modules
+from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.stages import absorb
+from tests.tiny import save_tiny, tiny_model
+from tests.tiny_text import configured
+from tests.world import make_world, settings
+
+CUT = "stages=[score,shape,plan,cut,absorb]"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("absorb"), "glm4")
+
+
+def made(world, *overrides):
+    return line.run(configured(*settings(world, run="unit"), *overrides), "a test")
+
+
+@pytest.fixture(scope="module")
+def kept(world):
+    """The student with its post-norms."""
+    return made(world, CUT, "reinit.absorb=false")
+
+
+def gains(folder):
+    source = open_checkpoint(folder)
+    return {name: source[f"{name}.weight"] for name in post_norm_modules(source.anatomy)}
+
+
+def test_fitted_scales_are_written_and_nothing_else_changes(world, kept):
+    found = made(world, CUT, "reinit.absorb=fitted", "reinit.absorb_tokens=1024")["start"]
+    before, after = open_checkpoint(kept["start"]), open_checkpoint(found)
+    assert set(after.config["pruned"]["scales"]) == set(post_norm_modules(before.anatomy))
+    text = islice(stream(Packed(kept["tokens"] / "calibration"), 8, 0, 1, 0, 0), 4)
+    model = load_model(kept["start"], torch.float64, "eager").get_decoder()
+    wanted = dict(fitted_scales(model, before.anatomy, text, torch.device("cpu"), lambda sums: None))
+    for name in before:
+        if name.removesuffix(".weight") not in wanted:
+            assert torch.equal(after[name], before[name]), name
+    for name, scale in gains(found).items():  # within the rounding of bf16, in which the stage may compute
+        assert (scale - wanted[name]).norm() / wanted[name].norm() < 3e-2, name
+
+
+def test_removed_scales_are_ones_whatever_the_tokens(world, kept):
+    first, second = (made(world, CUT, "reinit.absorb=removed", f"reinit.absorb_tokens={n}") for n in (512, 1024))
+    assert first["start"] == second["start"] != kept["start"]
+    assert all(torch.equal(scale, torch.ones_like(scale)) for scale in gains(first["start"]).values())
+
+
+def test_the_papers_way_keeps_its_name_and_the_fitted_one_has_another():
+    told = {way: absorb.settings(configured(f"reinit.absorb={way}")) for way in ("auto", "fitted")}
+    assert "absorb" not in told["auto"] and told["fitted"] == told["auto"] | {"absorb": "fitted"}
+
+
+def test_a_student_with_fitted_scales_recovers_and_folds_to_its_plain_class(world):
+    folders = made(world, "reinit.absorb=fitted", "evaluate.speed=false", "distill.tokens=512")
+    assert open_checkpoint(folders["export"]).config["model_type"] == "glm"
+
+
+@pytest.mark.parametrize("kind", ["llama", "olmo2"])
+@pytest.mark.parametrize("way", ["fitted", "removed"])
+def test_a_model_without_norms_on_both_sides_is_refused_by_name_and_left_alone_by_auto(kind, way, tmp_path):
+    folder = save_tiny(tiny_model(kind, dtype=torch.float32), tmp_path / "model")
+    asked = configured(f"model.path={folder}", f"reinit.absorb={way}")
+    with pytest.raises(ValueError, match=f"^reinit.absorb={way}.*{kind}.*reinit.absorb=auto or false$"):
+        line.check(asked)
+    with pytest.raises(ValueError, match=f"^reinit.absorb={way}.*{kind}"):  # of a model that was not at hand before
+        absorb.applies(asked, {"start": folder})
+    auto = configured(f"model.path={folder}")
+    line.check(auto)
+    assert not absorb.applies(auto, {"start": folder})
+
+
+@pytest.mark.parametrize("way", ["fitted", "removed"])
+def test_a_line_without_the_stage_cannot_do_what_is_asked_by_name(way):
+    with pytest.raises(ValueError, match=f"recipe.line has no absorb, which reinit.absorb={way} needs"):
+        configured("recipe.line=[score,shape,plan,cut,export]", f"reinit.absorb={way}")
+
+
+def test_an_unknown_way_is_refused():
+    with pytest.raises(ValueError, match="reinit.absorb: .*'fitted'"):
+        configured("reinit.absorb=folded")
