@@ -33,6 +33,13 @@ def test_recovery_does_not_ask_who_cut(world, tmp_path):
     assert (world / "runs/theirs/evaluation.json").is_file()
 
 
+def test_a_dry_run_answers_for_the_student_that_is_given(world, tmp_path, capsys):
+    save_tiny(tiny_model("llama-tied", dtype=torch.float32, num_hidden_layers=2), tmp_path / "given")
+    chosen = ("recipe=recover", "dry_run=true", "device/chip=910B1", "device.kind=cpu", "artifacts=" + str(tmp_path))
+    found = made(world, *chosen, f"model.start={tmp_path / 'given'}")
+    assert set(found) == {"teacher", "start"} and "recovery needs 1 x " in capsys.readouterr().out
+
+
 def test_what_cannot_be_adopted_is_refused(world, tmp_path):
     with pytest.raises(ValueError, match="model.start is not set"):
         made(world, "recipe=recover")
