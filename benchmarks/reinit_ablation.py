@@ -6,17 +6,14 @@ Every row is one run of the pipeline, so rows share the teacher, the tokens and 
 off, and are not run twice. The table goes to benchmarks/results/reinit_ablation.md, the figures beside it as JSON.
 """
 
-import argparse
-import datetime
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from ablation import parser, reports, run_rows, write_table
 
 from pipeline.report.facts import perplexity_of
 
-HERE = Path(__file__).resolve().parent
+PREFIX = "reinit"
 ROWS = {
     "none": ("Minitron (no re-initialisation)", ["plan.clap=false", "reinit.slnp=false"]),
     "clap": ("+ CLAP", ["plan.clap=true", "reinit.slnp=false"]),
@@ -43,49 +40,32 @@ COMMON = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--rows", default=",".join(ROWS))
-    parser.add_argument("--runs", default="runs")
-    asked, settings = parser.parse_known_args()
-    for seed in asked.seeds.split(","):
-        for row in asked.rows.split(","):
-            name = f"reinit-{row}-{seed}"
-            command = [sys.executable, "-m", "pipeline", f"run={name}", f"runs={asked.runs}", f"seed={seed}"]
-            subprocess.run([*command, *COMMON, *ROWS[row][1], *settings], check=True)
-            write(Path(asked.runs), settings)
+    asked, settings = parser(__doc__, ROWS).parse_known_args()
+    chosen = {row: [*COMMON, *own, *settings] for row, (_, own) in ROWS.items()}
+    run_rows(PREFIX, chosen, asked, lambda: write(asked.runs, asked.results))
 
 
-def write(runs: Path, settings: list[str]) -> None:
-    """Write the table of every row that has a report."""
-    found = {}
-    for path in sorted(runs.glob("reinit-*-*/report.json")):
-        _, row, seed = path.parent.name.split("-")
-        found[row, int(seed)] = perplexity_of(json.loads(path.read_text()))
-    results = HERE / "results"
-    results.mkdir(exist_ok=True)
+def write(runs: Path, results: Path) -> None:
+    """Write the table, and its figures, of every row that has a report."""
+    found = {which: perplexity_of(report) for which, report in reports(PREFIX, ROWS, runs).items()}
     domains = sorted({domain for report in found.values() for domain in report})
+    columns = ["re-initialisation", "seed", *(f"{d}: {when}" for d in domains for when in ("dense", "before", "after"))]
+    lines = [
+        [
+            ROWS[row][0],
+            str(seed),
+            *(f"{report[d][who]:.1f}" for d in domains for who in ("teacher", "start", "student")),
+        ]
+        for (row, seed), report in found.items()
+    ]
+    told = "Perplexity, lower is better; settings in the script."
+    write_table(results / "reinit_ablation.md", "Re-initialisation, ablated", told, columns, lines)
     figures = [
         {"row": row, "seed": seed, "domain": domain} | report[domain]
         for (row, seed), report in found.items()
         for domain in domains
     ]
     (results / "reinit_ablation.json").write_text(json.dumps(figures, indent=1))
-    lines = [
-        "# Re-initialisation, ablated",
-        "",
-        f"`python benchmarks/reinit_ablation.py {' '.join(settings)}`, {os.cpu_count()} CPU cores, "
-        f"{datetime.date.today()}. Perplexity, lower is better; settings in the script.",
-        "",
-        "| re-initialisation | seed | " + " | ".join(f"{d}: dense | before | after" for d in domains) + " |",
-        "|---|---|" + "---|---|---|" * len(domains),
-    ]
-    for row, (label, _) in ROWS.items():
-        for seed in sorted(s for r, s in found if r == row):
-            report = found[row, seed]
-            cells = [f"{report[d][who]:.1f}" for d in domains for who in ("teacher", "start", "student")]
-            lines.append(f"| {label} | {seed} | " + " | ".join(cells) + " |")
-    (results / "reinit_ablation.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""What ablations share: rows are runs of the pipeline, <prefix>-<row>-<seed>; a table shows those with a report."""
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Report = dict[str, Any]
+
+
+def parser(document: str, rows: Mapping[str, Any]) -> argparse.ArgumentParser:
+    """Give the parser of the options that all ablations have; what it does not know are settings of the pipeline."""
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--rows", default=list(rows), type=partial(_names, rows))
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the table and its figures go")
+    return parser
+
+
+def _names(rows: Mapping[str, Any], text: str) -> list[str]:
+    unknown = [name for name in text.split(",") if name not in rows]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"names {unknown}; rows are {', '.join(rows)}")
+    return text.split(",")
+
+
+def run_rows(
+    prefix: str, rows: Mapping[str, Sequence[str]], asked: argparse.Namespace, write: Callable[[], None]
+) -> None:
+    """Run the rows asked for, one at a time, by their settings; write the table after each.
+
+    A row that fails does not stop the others; their names are told at the end, and the command's status is 1.
+    """
+    failed = []
+    for seed in asked.seeds.split(","):
+        for row in asked.rows:
+            name = f"{prefix}-{row}-{seed}"
+            print(f"== {name}", flush=True)
+            command = [
+                sys.executable,
+                "-m",
+                "pipeline",
+                *rows[row],
+                f"run={name}",
+                f"runs={asked.runs}",
+                f"seed={seed}",
+            ]
+            if subprocess.run(command).returncode:
+                failed.append(name)
+            else:
+                write()
+    if failed:
+        sys.exit(f"error: {len(failed)} runs failed: {', '.join(failed)}")
+
+
+def reports(prefix: str, rows: Mapping[str, Any], runs: Path) -> dict[tuple[str, int], Report]:
+    """Give the report of every run that has one, by row and seed, rows in their order."""
+    found = {}
+    for row in rows:
+        paths = {int(path.parent.name.rpartition("-")[2]): path for path in runs.glob(f"{prefix}-{row}-*/report.json")}
+        found |= {(row, seed): json.loads(path.read_text()) for seed, path in sorted(paths.items())}
+    return found
+
+
+def write_table(place: Path, title: str, told: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Write `place` as Markdown: how it was made and what it tells, and a table."""
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    made = f"`{command}`, {os.cpu_count()} CPU cores, {datetime.date.today()}. {told}"
+    table = [columns, ["---"] * len(columns), *lines]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text("\n".join([f"# {title}", "", made, "", *(f"| {' | '.join(line)} |" for line in table)]) + "\n")
