@@ -98,7 +98,8 @@ def _cell(texts: Mapping, text: str, state: str) -> str:
     if text not in texts:
         return NONE
     perplexity, right = (texts[text][state][what] for what in ("perplexity", "next_word"))
-    told = f"{perplexity:,.1f}" if perplexity < 1000 else f"{perplexity:,.0f}"
+    form = ",.1f" if perplexity < 1000 else ",.0f" if perplexity < 1e7 else ".1e"
+    told = format(perplexity, form)
     return told if right is None else f"{told}, {right:.0%}"
 
 

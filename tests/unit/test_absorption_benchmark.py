@@ -63,7 +63,7 @@ def test_the_table_has_a_row_for_each_report_and_the_dense_model(tmp_path):
     dense = (15.34, 0.41)
     report(tmp_path / "absorption-keep-0", {"teacher": dense, "start": (40.0, 0.3), "student": (30.04, 0.335)})
     report(tmp_path / "absorption-absorbed-0", {"teacher": dense, "start": (1.8e6, 0.0), "student": (165.0, None)}, 512)
-    report(tmp_path / "absorption-fitted-3", {"teacher": dense, "start": (250.0, 0.1), "student": (35.0, 0.3)})
+    report(tmp_path / "absorption-fitted-3", {"teacher": dense, "start": (2.5e30, 0.1), "student": (35.0, 0.3)})
     absorption.write(tmp_path, tmp_path / "results")
     written = (tmp_path / "results" / "absorption.md").read_text().splitlines()
     assert [row for row in written if row.startswith("|")] == [
@@ -73,7 +73,7 @@ def test_the_table_has_a_row_for_each_report_and_the_dense_model(tmp_path):
         "| kept | 0 | 4096 | 40.0, 30% | 30.0, 34% |",
         "| absorbed (Pangu Light) | 0 | 512 | 1,800,000, 0% | 165.0 |",
         "| dense | 3 | · | 15.3, 41% | · |",
-        "| fitted one after another | 3 | 4096 | 250.0, 10% | 35.0, 30% |",
+        "| fitted one after another | 3 | 4096 | 2.5e+30, 10% | 35.0, 30% |",
     ]
     figures = json.loads((tmp_path / "results" / "absorption.json").read_text())
     assert [(each["row"], each["seed"]) for each in figures] == [("keep", 0), ("absorbed", 0), ("fitted", 3)]
