@@ -1,6 +1,6 @@
 """The report's figures, each a drawing made from plain values."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.model.anatomy import Sizes
@@ -13,6 +13,7 @@ from .drawing import Area, Box, Dot, Drawing, Line, Mark, Text
 from .facts import Curve, faster, widths
 
 BARS = 120
+NAMED = 4  # cuts whose names have room beside their lines
 
 
 def cut_figures(sizes: Sizes, blueprint: Blueprint, scores: Scores) -> dict[str, Drawing]:
@@ -73,13 +74,22 @@ def channel_importance(scores: Scores, kept: frozenset[int]) -> Drawing:
     return Drawing(WIDTH, HEIGHT, f"{title}, sorted; {len(kept)} of {count} are kept.", tuple(marks))
 
 
-def curve(title: str, points: Curve, x_label: str, told: str, dots: bool = False) -> Drawing:
-    """Draw one curve from zero upwards and `told` above it; with `dots` its points are marked, few as they are."""
+def curve(
+    title: str, points: Curve, x_label: str, told: str, dots: bool = False, cuts: Sequence[tuple[float, str]] = ()
+) -> Drawing:
+    """Draw one curve from zero upwards and `told` above it; with `dots` its points are marked, few as they are.
+
+    `cuts` are places along the bottom, each with a name, that are marked by a dashed line.
+    """
     points = thinned(points, 240)
     xs, values = [p[0] for p in points], [p[1] for p in points]
     x = Scale(min(0.0, *xs), max(xs) if max(xs) > 0 else 1.0, LEFT, WIDTH - RIGHT)
     y = scale(values, HEIGHT - BOTTOM, TOP + 2, zero=True)
     marks = panel(title, x, y, x_label)
+    for place, name in cuts:
+        marks.append(Line(((x(place), y.start), (x(place), y.end)), "muted", 1.0, dashed=True, tip=f"{name} begins"))
+        if len(cuts) <= NAMED:
+            marks.append(Text(x(place) + 4, y.start - 6, name, size=9.5))
     places = tuple((x(a), y(b)) for a, b in points)
     marks.append(Area((*places, (places[-1][0], y.start), (places[0][0], y.start)), "kept", 0.10))
     marks.append(Line(places, "kept", 1.8))

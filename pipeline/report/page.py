@@ -1,25 +1,30 @@
 """report.html: one self-contained page that tells what was cut, what it cost and how it was made."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from string import Template
 
 from .comparison import MINUS, count, percent, rate, size, unsteady, whole
 from .drawing import COLOURS, Drawing, svg
+from .exported import export_section
 from .facts import Report, perplexity_of
 from .figures import duration
+from .layout import beside, panels, paragraph, section
+from .rounds import rounds_section
 from .tables import comparison_table, plain_table, quality_table, search_table, task_table
 
 TEMPLATE = Path(__file__).with_name("page.html")
 TEXT_WIDTH = 736  # pixels of the page's column
+SETTLING = ("settling", "settling_change", "settling_entropy")
 RECOVERY = ("loss", "kl", "rate")
 
 
 def page(report: Report, drawings: Mapping[str, Drawing]) -> str:
     """Give the page of a report with its figures; a figure or a number that is absent has no place on it."""
-    parts = (_comparison, _quality, _samples, _search, _cut, _importance, _recovery, _costs, _making)
+    parts = (_comparison, _quality, _samples, _search, _cut, _importance, _settling, rounds_section, _recovery)
+    parts += (export_section, _costs, _making)
     student = count(report["parameters"]["student"])
     return Template(TEMPLATE.read_text()).substitute(
         title=escape(f"{report['model']}, pruned to {student} parameters"),
@@ -35,24 +40,6 @@ def page(report: Report, drawings: Mapping[str, Drawing]) -> str:
 
 def _rule(role: str) -> str:
     return f".f-{role} {{ fill: var(--{role}) }} .s-{role} {{ stroke: var(--{role}) }}"
-
-
-def _section(title: str, *body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{''.join(body)}</section>"
-
-
-def _paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
-
-
-def _panels(drawings: Sequence[Drawing], caption: str = "") -> str:
-    told = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    wide = ' class="wide"' if len(drawings) > 2 else ""
-    return f'<figure{wide}><div class="panels">{"".join(map(svg, drawings))}</div>{told}</figure>'
-
-
-def _beside(drawing: Drawing, caption: str) -> str:
-    return f'<figure class="beside">{svg(drawing)}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _lede(report: Report) -> str:
@@ -113,12 +100,13 @@ def _comparison(report: Report, drawings: Mapping[str, Drawing]) -> str:
         )
         rough = unsteady(report)
         notes += [f"{rough[0].upper()}{rough[1:]}."] if rough else []
-    return _section("The student beside its teacher", comparison_table(report, " ".join(notes)))
+    return section("The student beside its teacher", comparison_table(report, " ".join(notes)))
 
 
 def _machine(report: Report) -> str:
     device = report["device"]
-    threads = f", {device['threads']} threads" if "threads" in device else ""
+    number = device.get("threads")
+    threads = f", {number} {'thread' if number == 1 else 'threads'}" if number else ""
     ranks = f", {device['ranks']} processes" if device["ranks"] > 1 else ""
     return f"{device['name']} ({device['kind']}, {device['dtype']}{threads}{ranks})"
 
@@ -134,8 +122,8 @@ def _quality(report: Report, drawings: Mapping[str, Drawing]) -> str:
     if report["tasks"].get("teacher"):
         harness = "Measured by the LM Evaluation Harness; metrics as it names them, ± standard error."
         tasks = f"<h3>Benchmark tasks</h3>{task_table(report, harness)}"
-    figure = _beside(drawings["perplexity"], told)
-    return _section("What it costs in quality", figure, quality_table(report, caption), tasks)
+    figure = beside(drawings["perplexity"], told)
+    return section("What it costs in quality", figure, quality_table(report, caption), tasks)
 
 
 def _won_back(report: Report) -> str:
@@ -160,8 +148,8 @@ def _samples(report: Report, drawings: Mapping[str, Drawing]) -> str:
         )
         prompt = escape(sample["prompt"].strip())
         articles.append(f'<article class="sample"><blockquote>{prompt} …</blockquote><div>{told}</div></article>')
-    intro = _paragraph("Greedy continuations of held-out text, not selected.")
-    return _section("In their own words", intro, f'<div class="samples wide">{"".join(articles)}</div>')
+    intro = paragraph("Greedy continuations of held-out text, not selected.")
+    return section("In their own words", intro, f'<div class="samples wide">{"".join(articles)}</div>')
 
 
 def _search(report: Report, drawings: Mapping[str, Drawing]) -> str:
@@ -178,7 +166,7 @@ def _search(report: Report, drawings: Mapping[str, Drawing]) -> str:
         f"tokens, contexts of {serving['context']}, {serving['precision']}. Parameters kept are those outside the "
         "embeddings. The loss is in nats a token, on calibration text that was not scored."
     )
-    return _section("How the shape was found", _beside(drawings["shapes"], told), search_table(search, caption))
+    return section("How the shape was found", beside(drawings["shapes"], told), search_table(search, caption))
 
 
 def _cut(report: Report, drawings: Mapping[str, Drawing]) -> str:
@@ -207,8 +195,8 @@ def _cut(report: Report, drawings: Mapping[str, Drawing]) -> str:
     drawing = drawings["map"]
     wide = ' class="wide"' if drawing.width > TEXT_WIDTH else ""
     figure = f'<div class="scroll map">{svg(drawing)}</div><figcaption>{caption}</figcaption>'
-    text = _paragraph(" ".join(told) or "Every layer, head and neuron stays.")
-    return _section("What was removed, and where", text, f"<figure{wide}>{figure}</figure>")
+    text = paragraph(" ".join(told) or "Every layer, head and neuron stays.")
+    return section("What was removed, and where", text, f"<figure{wide}>{figure}</figure>")
 
 
 def _importance(report: Report, drawings: Mapping[str, Drawing]) -> str:
@@ -221,16 +209,33 @@ def _importance(report: Report, drawings: Mapping[str, Drawing]) -> str:
     if cut["channels_kept"] < cut["channels"]:
         share = f"{cut['channel_score_kept']:.0%} of the score"
         told += f" {cut['channels_kept']} of {cut['channels']} channels stay, with {share}."
-    figure = _panels([drawings["layers"], drawings["channels"]], "Both scales of importance are logarithmic.")
-    return _section("What mattered", _paragraph(told), figure)
+    if "rounds" in report:
+        told += " It was measured anew in every round; shown is the first."
+    figure = panels([drawings["layers"], drawings["channels"]], "Both scales of importance are logarithmic.")
+    return section("What mattered", paragraph(told), figure)
+
+
+def _settling(report: Report, drawings: Mapping[str, Drawing]) -> str:
+    shown = [drawings[name] for name in SETTLING if name in drawings]
+    if not shown:
+        return ""
+    told = (
+        "Before they were deleted, the layers that go were emptied: the whole model was trained on text so that they "
+        "write little, and the others took over what they did. The loss is the next-token loss and, weighted, what "
+        "these layers add to the stream: the sum over them of its norm, a mean over tokens (TRSP)."
+    )
+    return section("Emptying the layers that go", paragraph(told), panels(shown))
 
 
 def _recovery(report: Report, drawings: Mapping[str, Drawing]) -> str:
     shown = [drawings[name] for name in RECOVERY if name in drawings]
     if not shown:
         return ""
-    text = _paragraph("After the cut the student was trained on the predictions of its teacher.")
-    return _section("Recovery", text, _panels(shown))
+    told = "After the cut the student was trained on the predictions of its teacher."
+    if "rounds" in report:
+        told = "After every cut the student was trained on the predictions of the original teacher; dashed, the cuts."
+    text = paragraph(told)
+    return section("Recovery", text, panels(shown))
 
 
 def _costs(report: Report, drawings: Mapping[str, Drawing]) -> str:
@@ -239,7 +244,7 @@ def _costs(report: Report, drawings: Mapping[str, Drawing]) -> str:
     total = duration(sum(stage["seconds"] for stage in report["stages"].values()))
     memory = "resident memory" if report["device"]["kind"] == "cpu" else "device memory"
     told = f"All stages together took {total} on {_machine(report)}. Peak memory is the {memory} of the first process."
-    return _section("Time and memory", _beside(drawings["stages"], told))
+    return section("Time and memory", beside(drawings["stages"], told))
 
 
 def _making(report: Report, drawings: Mapping[str, Drawing]) -> str:
@@ -248,7 +253,5 @@ def _making(report: Report, drawings: Mapping[str, Drawing]) -> str:
         ("Code and libraries", report["versions"]),
         ("Artifacts this report was made from", report["artifacts"]),
     )
-    details = "".join(
-        f"<details><summary>{title}</summary>{plain_table(values)}</details>" for title, values in folded
-    )
-    return _section("How it was made", f"<pre>{escape(report['command'])}</pre>", details)
+    details = "".join(f"<details><summary>{title}</summary>{plain_table(values)}</details>" for title, values in folded)
+    return section("How it was made", f"<pre>{escape(report['command'])}</pre>", details)

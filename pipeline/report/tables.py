@@ -24,7 +24,7 @@ def comparison_table(report: Report, caption: str) -> str:
         f'<td class="student">{escape(row.student)}</td><td class="change">{escape(row.change)}</td></tr>'
         for row in rows(report)
     ]
-    return _table(("teacher", "student", "change"), body, caption)
+    return table(("teacher", "student", "change"), body, caption)
 
 
 def quality_table(report: Report, caption: str) -> str:
@@ -40,8 +40,8 @@ def quality_table(report: Report, caption: str) -> str:
         body.append(_heading(name, told, len(who)))
         for key, label, show in MEASURES:
             if all(key in text[model] for model in who):
-                body.append(_line(label, [show.format(text[model][key]) for model in who], who))
-    return _table([NAMES[model] for model in who], body, caption)
+                body.append(line(label, [show.format(text[model][key]) for model in who], who))
+    return table([NAMES[model] for model in who], body, caption)
 
 
 def task_table(report: Report, caption: str) -> str:
@@ -54,8 +54,8 @@ def task_table(report: Report, caption: str) -> str:
         for metric in metrics:
             if metric != "questions" and not metric.endswith("_stderr"):
                 cells = [_with_error(found[task], metric) for found in (teacher, student)]
-                body.append(_line(metric, cells, ("teacher", "student")))
-    return _table(("teacher", "student"), body, caption)
+                body.append(line(metric, cells, ("teacher", "student")))
+    return table(("teacher", "student"), body, caption)
 
 
 def search_table(search: Mapping[str, Any], caption: str) -> str:
@@ -72,8 +72,8 @@ def search_table(search: Mapping[str, Any], caption: str) -> str:
             f"×{speed:.2f}",
             f"{each['loss']:.3f}",
         ]
-        body.append(_line(label, cells, columns))
-    return _table(columns, body, caption)
+        body.append(line(label, cells, columns))
+    return table(columns, body, caption)
 
 
 def plain_table(values: Mapping[str, Any]) -> str:
@@ -82,7 +82,8 @@ def plain_table(values: Mapping[str, Any]) -> str:
     return f"<table><tbody>{body}</tbody></table>"
 
 
-def _table(columns: Iterable[str], body: Sequence[str], caption: str) -> str:
+def table(columns: Iterable[str], body: Sequence[str], caption: str) -> str:
+    """Give a table of these columns beside a column of labels, its rows made by `line`."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     return (
         f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr><th></th>{head}</tr></thead>'
@@ -95,7 +96,8 @@ def _heading(name: str, told: str, columns: int) -> str:
     return f'<tr class="text">{cell}</tr>'
 
 
-def _line(label: str, cells: Sequence[str], who: Sequence[str]) -> str:
+def line(label: str, cells: Sequence[str], who: Sequence[str]) -> str:
+    """Give a row; a cell of the column `student` stands out."""
     marks = (' class="student"' if model == "student" else "" for model in who)
     body = "".join(f"<td{mark}>{escape(cell)}</td>" for mark, cell in zip(marks, cells))
     return f'<tr><th scope="row">{escape(label)}</th>{body}</tr>'

@@ -4,14 +4,16 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline.config import Config
+from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
 from pipeline.report.axes import number
@@ -20,16 +22,28 @@ from pipeline.report.drawing import Drawing, save_png
 from pipeline.report.facts import Curve, cut_facts, gather, perplexity_of, recovery_curves, recovery_facts
 from pipeline.report.figures import curve, cut_figures, perplexities, shapes_searched, stage_costs
 from pipeline.report.page import page
+from pipeline.report.rounds import cuts, layers_by_round, round_facts
 from pipeline.runtime.artifacts import LIBRARIES, MANIFEST, code_revision, library_versions
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.origin import locate
+from pipeline.training import METRICS
 
 MAKES = "report"
 NEEDS = ("teacher", "scores", "blueprint", "start", "export", "evaluation")
-# Absent where the student was not recovered, the plan was made by hand, and no channel was turned.
-OPTIONAL = ("student", "shape", "source")
+# Absent where the student was not recovered, the plan was made by hand, no channel was turned, no weight restored.
+OPTIONAL = ("student", "shape", "source", "restored")
 EVERY_RANK = False
-SEEN = "tokens"  # what the recovery's curves run over
+SEEN = "tokens"  # what the curves of trainings run over
+RECOVERY = {
+    "loss": ("loss", "Distillation loss"),
+    "kl": ("held_out_kl", "Held-out KL to the teacher, nats per token"),
+    "rate": ("learning_rate", "Learning rate"),
+}  # figure -> metric, title
+SETTLING = {
+    "settling": ("loss", "Settling loss"),
+    "settling_change": ("held_out_change", "What these layers add, held-out text"),
+    "settling_entropy": ("held_out_cross_entropy", "Next-token loss, held-out text, nats"),
+}
 
 
 def settings(config: Config) -> dict:
@@ -39,12 +53,13 @@ def settings(config: Config) -> dict:
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """Write report.json, report.html and figures/*.png, and print the comparison."""
-    sizes = open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy.sizes
+    anatomy = open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy
+    sizes = anatomy.sizes
     blueprint = Blueprint.load(inputs["blueprint"] / "blueprint.json")
     scores = _scores(inputs)
     evaluation = json.loads((inputs["evaluation"] / "evaluation.json").read_text())
     stages = _stages(inputs)
-    curves = _curves(inputs["student"]) if "student" in inputs else None
+    curves = recovery_curves(_metrics(inputs["student"]), SEEN) if "student" in inputs else None
     report = gather(
         evaluation,
         cut_facts(sizes, blueprint, scores),
@@ -57,7 +72,17 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         report["search"] = json.loads((inputs["shape"] / "search.json").read_text())
         drawings["shapes"] = shapes_searched(report["search"])
     drawings["perplexity"] = perplexities(perplexity_of(report))
-    drawings |= _recovery_figures(curves or {})
+    rounds = _rounds(anatomy, inputs)
+    if rounds:
+        report["rounds"], drawings["rounds"] = rounds, layers_by_round(rounds)
+    if "restored" in inputs and (inputs["restored"] / METRICS).is_file():
+        settled = recovery_curves(_metrics(inputs["restored"]), SEEN)
+        report["settling"] = recovery_facts(settled, SEEN)
+        drawings |= _training_figures(settled, SETTLING, [])
+    if (inputs["export"] / "export.json").is_file():
+        place = {"folder": str(Path(config.runs) / config.run / "student")}
+        report["export"] = json.loads((inputs["export"] / "export.json").read_text()) | place
+    drawings |= _training_figures(curves or {}, RECOVERY, cuts(rounds, SEEN) if rounds else [])
     if stages:
         drawings["stages"] = stage_costs(stages)
     (out / "figures").mkdir(exist_ok=True)
@@ -122,21 +147,36 @@ def _stages(inputs: Mapping[str, Path]) -> dict[str, dict]:
     return found
 
 
-def _curves(student: Path) -> dict[str, Curve]:
-    lines = (student / "metrics.jsonl").read_text().splitlines()
-    return recovery_curves([json.loads(line) for line in lines], SEEN)
+def _rounds(teacher: Anatomy, inputs: Mapping[str, Path]) -> dict[str, Any] | None:
+    """Give what each round left, read along the manifests; None where there was one, or they do not tell."""
+    plans = _chain(inputs["blueprint"], "before")
+    if len(plans) == 1:
+        return None
+    students = _chain(inputs["student"], "teacher") if "student" in inputs else []
+    metrics = [_metrics(folder) for folder in students] if len(students) == len(plans) else []
+    alone = [rows[len(before) :] for before, rows in zip([[], *metrics], metrics)]
+    return round_facts(teacher, [Blueprint.load(plan / "blueprint.json") for plan in plans], alone, SEEN)
 
 
-def _recovery_figures(curves: Mapping[str, Curve]) -> dict[str, Drawing]:
-    titles = {
-        "loss": ("loss", "Distillation loss"),
-        "kl": ("held_out_kl", "Held-out KL to the teacher, nats per token"),
-        "rate": ("learning_rate", "Learning rate"),
-    }
+def _chain(folder: Path, link: str) -> list[Path]:
+    """Give an artifact and those of its kind in the rounds before, the first first; `link` is the input they are."""
+    path = folder / MANIFEST
+    known = json.loads(path.read_text())["inputs"] if path.is_file() else {}
+    earlier = _chain(folder.parent / known[link], link) if "original" in known else []
+    return [*earlier, folder]
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def _training_figures(
+    curves: Mapping[str, Curve], titles: Mapping[str, tuple[str, str]], cuts: Sequence[tuple[float, str]]
+) -> dict[str, Drawing]:
     drawings = {}
     for name, (metric, title) in titles.items():
         if metric in curves:
             points = curves[metric]
             told = f"{number(points[0][1])} → {number(points[-1][1])}"
-            drawings[name] = curve(title, points, SEEN, told, dots=len(points) <= 24)
+            drawings[name] = curve(title, points, SEEN, told, dots=len(points) <= 24, cuts=cuts)
     return drawings

@@ -1,6 +1,7 @@
 """Rounds of pruning and recovery on a tiny model through the whole line: Adapt-Pruner, straight and interrupted."""
 
 import json
+from html import unescape
 
 import pytest
 import torch
@@ -99,6 +100,19 @@ def test_one_schedule_one_text_and_one_curve_run_through_all_rounds(world, strai
     both = [json.loads((f / "manifest.json").read_text())["seconds"] for f in recovered(world)]
     assert report["stages"]["distill"]["seconds"] == pytest.approx(sum(both))
     assert report["cut"]["layers"] == 4 and report["cut"]["neurons"] == 512
+
+
+def test_the_report_tells_what_each_round_left_and_where_it_cut(world, straight):
+    report, text = json.loads((view(world) / "report.json").read_text()), (view(world) / "report.html").read_text()
+    rounds, students = report["rounds"]["rounds"], [open_checkpoint(folder).anatomy for folder in recovered(world)]
+    assert [each["parameters"] for each in rounds] == [student.parameters()[0] for student in students]
+    assert rounds[-1]["parameters"] == report["parameters"]["student"]
+    assert [each["tokens"] for each in rounds] == [STEPS * TOKENS // 2, STEPS * TOKENS]
+    held = [row["held_out_kl"] for row in metrics(recovered(world)[1]) if "held_out_kl" in row]
+    assert [each["held_out_kl"] for each in rounds] == [[held[0], held[2]], [held[3], held[5]]]
+    assert "Round by round" in text and text.count("round 2 begins") == 3 and "round 3" not in text
+    assert (view(world) / "figures" / "rounds.png").is_file()
+    assert report["export"]["form"] == "own" and f'{view(world)}/student", trust_remote_code=True' in unescape(text)
 
 
 def test_the_original_teaches_in_every_round(world, straight):

@@ -51,6 +51,13 @@ def test_one_command_deletes_the_picked_layers_of_the_settled_model_and_reports(
     assert "<html" in (view / "report.html").read_text() and "held-out change" in said
     changes = [row["held_out_change"] for row in rows(world, "artifacts") if "held_out_change" in row]
     assert changes[-1] < changes[0]
+    assert report["settling"]["curves"]["held_out_change"] == {"first": changes[0], "last": changes[-1]}
+    page = (view / "report.html").read_text()
+    assert "Emptying the layers that go" in page and "Recovery</h2>" not in page and "Round by round" not in page
+    assert {"settling.png", "settling_change.png", "settling_entropy.png"} <= {
+        p.name for p in (view / "figures").iterdir()
+    }
+    assert report["export"]["form"] == "stock" and "trust_remote_code=True" not in page
 
 
 def test_two_ranks_pick_and_settle_as_one(world):

@@ -10,16 +10,19 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from pipeline.model.anatomy import LayerSizes, Sizes
+from pipeline.model.anatomy import LayerSizes, Sizes, anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
 from pipeline.model.scores import Scores
 from pipeline.report.anatomy_map import anatomy_map, fate
 from pipeline.report.axes import Scale, number, scale
 from pipeline.report.comparison import rows, summary
-from pipeline.report.drawing import Box, Dot, Drawing, save_png, svg
+from pipeline.report.drawing import Box, Dot, Drawing, Line, save_png, svg
+from pipeline.report.exported import export_section
 from pipeline.report.facts import cut_facts, gather, recovery_curves, recovery_facts
 from pipeline.report.figures import curve, cut_figures, duration, perplexities, stage_costs, thinned
 from pipeline.report.page import page
+from pipeline.report.rounds import cuts, layers_by_round, round_facts, rounds_section
+from tests.tiny import config_of, tensors_of, tiny_model
 
 SIZES = Sizes(96, 32, 8, (LayerSizes(4, 2, 24),) * 4)
 
@@ -321,3 +324,116 @@ def test_recovery_curves_take_what_each_row_has():
 
 def test_durations_read_as_one_would_say_them():
     assert [duration(s) for s in (0.01, 0.25, 42, 100, 7200)] == ["< 0.1 s", "0.2 s", "42 s", "1.7 min", "2.0 h"]
+
+
+def in_rounds(recovered=True):
+    """Two rounds: neurons of layer 1 go, then more of them, a head, channels and all of layer 2."""
+    model = tiny_model("llama")
+    anatomy = anatomy_of(config_of(model), tensors_of(model))
+    whole = everything(anatomy.sizes)
+    first = Blueprint(whole.channels, (whole.layers[0], LayerPlan(1, whole.layers[1].groups, tuple(range(12))),
+                                       *whole.layers[2:]))  # fmt: skip
+    rows_ = [
+        [{"step": 0, "tokens": 0, "held_out_kl": 3.0}, {"step": 1, "tokens": 64, "loss": 1.0, "held_out_kl": 2.0}],
+        [{"step": 1, "tokens": 64, "held_out_kl": 4.0}, {"step": 3, "tokens": 192, "loss": 1.0, "held_out_kl": 1.5}],
+    ]
+    told = round_facts(anatomy, [first, donating()], rows_ if recovered else [], "tokens")
+    return anatomy, [first, donating()], told
+
+
+def test_the_facts_of_rounds_are_the_sizes_of_what_each_blueprint_makes():
+    anatomy, blueprints, told = in_rounds()
+    assert told["teacher"]["parameters"] == anatomy.parameters()[0] and len(told["rounds"]) == 2
+    for blueprint, each in zip(blueprints, told["rounds"], strict=True):
+        student = blueprint.student(anatomy)
+        assert (each["parameters"], each["non_embedding_parameters"]) == student.parameters()
+        assert sum(each["left"]) == student.parameters()[1] - student.sizes.hidden, "all but the final norm"
+    first, last = told["rounds"]
+    assert first["neurons"] == [12, 24] and first["heads"] == [4, 4] and last["heads"] == [2, 4]
+    assert last["layers"] == [3, 3] and last["hidden"] == [24, 24] and last["left"][2] == 0
+    assert (first["tokens"], first["held_out_kl"]) == (64, [3.0, 2.0])
+    assert (last["tokens"], last["held_out_kl"]) == (192, [4.0, 1.5])
+    assert cuts(told, "tokens") == [(64.0, "round 2")] and cuts(in_rounds(False)[2], "tokens") == []
+
+
+def test_a_column_of_the_rounds_is_a_whole_layer_of_what_stays_and_what_each_round_took():
+    _, _, told = in_rounds()
+    drawn = layers_by_round(told)
+    ElementTree.fromstring(svg(drawn))
+    boxes = [mark for mark in drawn.marks if isinstance(mark, Box) and mark.tip]
+    full = next(mark.height for mark in drawn.marks if isinstance(mark, Box) and mark.role == "paper")
+    for layer in range(4):
+        column = [mark for mark in boxes if mark.tip.startswith(f"layer {layer}")]
+        stays = [mark for mark in column if mark.tip.endswith("stays")]
+        assert sum(mark.height for mark in column) == pytest.approx(full)
+        share = told["rounds"][-1]["left"][layer] / told["teacher"]["left"][layer]
+        assert sum(mark.height for mark in stays) == pytest.approx(share * full)
+        assert len(stays) == (layer != 2) and all(mark.opacity == 1 for mark in stays)
+    assert sum(", round 1:" in mark.tip for mark in boxes) == 1, "the first round took from layer 1 alone"
+
+
+def test_the_page_tells_of_rounds_each_on_a_line_and_of_their_cuts_where_there_were_rounds():
+    report = example_report()
+    drawings = example_drawings(report)
+    assert "Round by round" not in page(report, drawings)
+    _, _, told = in_rounds()
+    report["rounds"] = told
+    drawings["rounds"] = layers_by_round(told)
+    drawings["loss"] = curve("Distillation loss", CURVES["loss"], "tokens", "", cuts=cuts(told, "tokens"))
+    (dashed,) = (mark for mark in drawings["loss"].marks if isinstance(mark, Line) and mark.dashed)
+    assert dashed.points[0][0] == pytest.approx(46.0 + 0.5 * (348 - 46 - 10)) and dashed.tip == "round 2 begins"
+    seen = Balanced(page(report, drawings))
+    words = " ".join(seen.words)
+    assert not seen.faults and not seen.open
+    for expected in (
+        "Round by round",
+        "round\xa01",
+        "round\xa02",
+        "4\xa0→\xa01.5",
+        "After every cut",
+        "12–24",
+        "channels",
+    ):
+        assert expected in words, expected
+    assert json.loads(json.dumps(told)) == told
+    alone = rounds_section({"rounds": in_rounds(False)[2]}, drawings)
+    assert "held-out" not in alone and "tokens" not in alone and "scored anew and cut a part of the way" in alone
+
+
+EXPORT = {"class": "LlamaForCausalLM", "difference": 0.0, "form": "stock", "folded": False, "padded": None,
+          "bytes": 4_000_000, "folder": "runs/demo/student"}  # fmt: skip
+PADDED = {"parameters": [1000, 1500], "kv_values_per_token": [40, 50], "layers": [{"layer": 0, "neurons": [1, 2]}] * 3}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected", "absent"),
+    [
+        ({}, ["ordinary LlamaForCausalLM", "without trust_remote_code", "are the same"], ["=True", "zeros"]),
+        (
+            {"form": "own", "class": "PrunedForCausalLM"},
+            ['student", trust_remote_code=True)'],
+            ["without trust", "zeros"],
+        ),
+        (
+            {"form": "padded", "padded": PADDED},
+            ["without trust_remote_code", "+50.0%", "+25.0%", "layers: 3"],
+            ["=True"],
+        ),
+        (
+            {"form": "decilm", "class": "DeciLMForCausalLM, by our reader of its rules", "padded": PADDED},
+            ["leaves as DeciLMForCausalLM (", "vllm serve runs/demo/student --trust-remote-code", "+50.0%"],
+            ["from_pretrained", "by our reader"],
+        ),
+        ({"difference": 2e-5, "folded": True}, ["by at most 2.0e-05", "folded into its weights"], ["are the same"]),
+    ],
+)
+def test_the_page_says_in_which_form_the_student_leaves_and_how_it_is_loaded(changed, expected, absent):
+    report = example_report()
+    assert export_section(report, {}) == ""
+    report["export"] = EXPORT | changed
+    seen = Balanced(export_section(report, {}))
+    words = "".join(seen.words)
+    assert not seen.faults and not seen.open
+    assert all(told in words for told in expected) and not any(told in words for told in absent), words
+    if "padded" not in changed and changed.get("form") != "decilm":
+        compile("".join(word for word in seen.words if "from_pretrained" in word), "snippet", "exec")
