@@ -21,7 +21,7 @@ class Shape(Section):
 
 class Budget(Section):
     parameters: Fraction | None
-    axes: Literal["all", "layers"]
+    axes: Literal["all", "layers", "neurons"]
     fallback: Fraction
     speedup: Positive | None
     memory_gb: Positive | None

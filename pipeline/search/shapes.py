@@ -169,6 +169,22 @@ def depth_for(teacher: ModelShape, fraction: float) -> ModelShape:
     raise ValueError(f"budget.parameters is {fraction}; with budget.axes=layers one layer is already more")
 
 
+def neurons_for(teacher: ModelShape, fraction: float) -> ModelShape:
+    """Give the teacher's shape with the widest aligned FFN that keeps at most `fraction` of its non-embedding weights.
+
+    ValueError where even the narrowest is too much.
+    """
+    budget = fraction * teacher.non_embedding_parameters()
+    for neurons in reversed(possible_values(teacher, multiples_for(teacher))["neurons"]):
+        shape = replace(teacher, neurons=neurons)
+        if shape.non_embedding_parameters() <= budget:
+            return shape
+    raise ValueError(
+        f"budget.parameters is {fraction}; with budget.axes=neurons the narrowest FFN keeps "
+        f"{shape.non_embedding_parameters() / teacher.non_embedding_parameters():.4f}"
+    )
+
+
 def imbalance(teacher: ModelShape, rows: np.ndarray, fraction: float | np.ndarray) -> np.ndarray:
     """Σ_axes ln²(kept share of the axis / fraction^lean) of shapes, [shapes, 5] in the order of AXES to [shapes]."""
     kept = np.log(rows / np.array([getattr(teacher, axis) for axis in AXES]))

@@ -8,25 +8,26 @@ from pipeline.config import Config
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.search.chip import Chip
 from pipeline.search.pareto import Limits, Serving, shape_within
-from pipeline.search.shapes import ModelShape, depth_for, given_shape, multiples_for, shape_for
+from pipeline.search.shapes import ModelShape, depth_for, given_shape, multiples_for, neurons_for, shape_for
 from pipeline.search.widths import even_widths, partway, weights_within
 
 MAKES = "shape"
 NEEDS = ("teacher",)
 OPTIONAL = ("original",)  # in later rounds, the model the line began with: shapes are parts of its own
 EVERY_RANK = False
+CHOICES = {"all": shape_for, "layers": depth_for, "neurons": neurons_for}  # by budget.axes
 
 
 def check(config: Config) -> None:
     """Refuse a shape that is given and asked to keep to what a chip is predicted to do, too."""
     if config.recipe.shape == "given" and config.shape.given and config.budget.predicted:
         raise ValueError(f"shape.* gives the shape and budget.* limits it by {list(config.budget.predicted)}; give one")
-    if config.budget.axes == "layers" and config.budget.predicted:
-        raise ValueError(
-            f"budget.axes=layers goes by budget.parameters alone; leave {list(config.budget.predicted)} out"
-        )
-    if config.plan.widths != "uniform" and config.budget.axes == "layers":
-        raise ValueError(f"budget.axes=layers leaves plan.widths={config.plan.widths} nothing to choose; set axes=all")
+    axes, widths = config.budget.axes, config.plan.widths
+    if axes != "all" and config.budget.predicted:
+        limits = list(config.budget.predicted)
+        raise ValueError(f"budget.axes={axes} goes by budget.parameters alone; leave {limits} out")
+    if axes != "all" and widths != "uniform":
+        raise ValueError(f"budget.axes={axes} makes all layers alike, and plan.widths={widths} does not; set axes=all")
     if config.plan.widths != "uniform" and config.budget.predicted:
         raise ValueError(
             f"plan.widths={config.plan.widths} gives each layer its own widths and budget.* limits the shape by "
@@ -70,7 +71,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         even = even_widths(anatomy.sizes, own["weights"], multiples_for(teacher).neurons)
         student = ModelShape.of(replace(anatomy.sizes, layers=tuple(even)), anatomy.tied)
     else:
-        student = (depth_for if config.budget.axes == "layers" else shape_for)(teacher, budget)
+        student = CHOICES[config.budget.axes](teacher, budget)
     if not own:
         student = partway(teacher, student, done, rounds)
     (out / "shape.json").write_text(json.dumps(student.axes() | own, indent=2))

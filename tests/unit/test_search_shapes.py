@@ -12,6 +12,7 @@ from pipeline.search.shapes import (
     Multiples,
     given_shape,
     multiples_for,
+    neurons_for,
     possible_near,
     possible_shapes,
     possible_values,
@@ -139,3 +140,16 @@ def test_a_possible_request_is_its_own_nearest_and_a_null_keeps_the_teacher():
     shape = given_shape(SMOLLM2, request)
     assert possible_near(SMOLLM2, request, count=1) == [shape]
     assert given_shape(SMOLLM2, dict.fromkeys(AXES)) == SMOLLM2
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_the_ffn_alone_is_as_wide_as_the_budget_and_alignment_admit(teacher):
+    step, whole = multiples_for(teacher).neurons, teacher.non_embedding_parameters()
+    for fraction in (0.9, 0.75, 0.6):
+        shape = neurons_for(teacher, fraction)
+        assert shape.axes() == teacher.axes() | {"neurons": shape.neurons} and shape.neurons % step == 0
+        wider = teacher.changed(teacher.axes() | {"neurons": shape.neurons + step})
+        assert shape.non_embedding_parameters() <= fraction * whole < wider.non_embedding_parameters()
+    assert neurons_for(teacher, 1.0) == teacher
+    with pytest.raises(ValueError, match=r"budget.parameters is 0.01; .* narrowest FFN keeps 0\."):
+        neurons_for(teacher, 0.01)
