@@ -13,14 +13,15 @@ COMMON = (
     f"data.calibration.path={TEXTS}",
     f"data.recovery.path={TEXTS}",
     "data.split.evaluation=0.1",
-    "score.tokens=32768",
-    "basis.tokens=32768",
-    "restore.tokens=32768",
-    "distill.tokens=120000",
-    "distill.batch=4",
-    "distill.learning_rate=3e-4",
-    "evaluate.tokens=8192",
-    "evaluate.words=256",
+    "score.tokens=16384",
+    "basis.tokens=16384",
+    "restore.tokens=16384",
+    "distill.tokens=60000",
+    "distill.batch=2",
+    "distill.micro_batch=2",
+    "evaluate.tokens=4096",
+    "evaluate.words=96",
+    "evaluate.words_context=200",
     "report.samples=0",
 )
 
@@ -58,6 +59,8 @@ def _peer(name: str, label: str) -> Row:
 
 
 PRINCIPAL = ("basis.kind=principal", "plan.channels=leading")
+ALL_AXES = ("budget.axes=all", *PRINCIPAL)
+IN_SEQUENCE = ("restore.outputs=false", "restore.order=scores", "restore.sequence=true")
 ROWS: dict[str, Row] = {
     # the recipes as they stand in conf/recipe
     "best": _recipe("best", "best"),
@@ -69,7 +72,7 @@ ROWS: dict[str, Row] = {
     "trsp_recovered": _recipe(
         "trsp",
         "TRSP, half of the tokens after deletion",
-        recovered=("settle.tokens=60000", "distill.tokens=60000"),
+        recovered=("settle.tokens=30000", "distill.tokens=30000"),
         bare=("settle.norm=none",),
     ),
     "adapt_pruner": _recipe("adapt_pruner", "Adapt-Pruner"),
@@ -98,11 +101,14 @@ ROWS: dict[str, Row] = {
     "depth_loss": _ablation(
         "pangu_light", "... without CLAP, depth by measured loss", "plan.clap=false", "plan.depth=loss"
     ),
-    # best, each part taken out
-    "best_no_basis": _ablation("best", "best without the basis", "basis.kind=none", "plan.channels=scores"),
-    "best_untied": _ablation("best", "best, untied", "basis.tie=untied"),
-    "best_no_restore": _ablation("best", "best without restoration", "restore.outputs=false", "restore.order=scores"),
-    "best_influence": _ablation("best", "best, depth by block influence", "plan.depth=influence"),
+    # best, one part exchanged
+    "best_longer": _ablation("best", "best, twice the recovery", recovered=("distill.tokens=120000",)),
+    "best_scores": _ablation("best", "best by scores, not restored", "restore.outputs=false", "restore.order=scores"),
+    "best_order": _ablation("best", "best by scores, restored", "restore.order=scores"),
+    "best_sequence": _ablation("best", "best, layer by layer (accumulation)", *IN_SEQUENCE),
+    "best_all_axes": _ablation("best", "best, all axes narrower", "budget.axes=all"),
+    "best_untied": _ablation("best", "... and the principal basis, untied", *ALL_AXES, "basis.tie=untied"),
+    "best_tied": _ablation("best", "... and the principal basis, tie kept", *ALL_AXES, "basis.tie=keep"),
     # Týr: the search and what it is built on
     "tyr_no_search": _ablation("tyr", "Týr, even widths (no search)", "supernet.generations=0"),
     "tyr_no_accumulation": _ablation("tyr", "Týr without accumulation", "supernet.accumulation=false"),

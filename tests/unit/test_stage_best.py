@@ -25,6 +25,7 @@ from tests.tiny_text import configured
 from tests.world import make_world, pipeline, settings
 
 PRINCIPAL = {"basis.kind": "principal", "plan.channels": "leading", "basis.own_axes": 8}
+BASIS = ["recipe=best", "basis.kind=principal", "plan.channels=leading", "basis.tie=keep", "basis.own_axes=4"]
 CUT = ["score", "shape", "basis", "gram", "order", "depth", "plan", "cut"]
 
 
@@ -153,7 +154,7 @@ def test_depth_by_loss_keeps_the_layers_of_least_measured_loss(world):
 
 def test_two_ranks_measure_what_one_measures(world):
     """Gram matrices, energies and losses add over ranks; layers are ordered in turns. Layers compute in bf16 here."""
-    chosen = ["recipe=best", "basis.own_axes=4", "plan.depth_tokens=256"]
+    chosen = [*BASIS, "plan.depth_tokens=256"]
     one = made(world, CUT, *chosen, "score.batch=8", "shape.hidden=24", "shape.heads=2", "shape.groups=1")
     widths = {"shape__hidden": 24, "shape__heads": 2, "shape__groups": 1, "artifacts": world / "two"}
     stages = f"stages=[{','.join(CUT)}]"
@@ -210,8 +211,8 @@ def test_recipes_of_papers_need_none_of_the_stages_beside_them(recipe):
         (["basis.kind=principal"], "set plan.channels=leading"),
         (["plan.channels=leading"], "set basis.kind=principal"),
         (["restore.order=obs"], "plan.clap=false or restore.order=scores"),
-        (["recipe=best", "distill.loss.hidden=1.0"], "set both to 0"),
-        (["recipe=best", "recipe.line=[score,shape,gram,order,plan,cut]"], "has no depth, basis"),
+        ([*BASIS, "distill.loss.hidden=1.0"], "set both to 0"),
+        ([*BASIS, "recipe.line=[score,shape,gram,order,plan,cut]"], "has no depth, basis"),
     ],
 )
 def test_choices_that_do_not_go_together_are_refused_before_any_work(overrides, message):
@@ -238,8 +239,7 @@ def test_too_many_axes_of_their_own_are_refused(world):
 def test_the_best_recipe_runs_to_its_report(world):
     """Every width at once, by the real command, from a tied teacher to a tied student that stock transformers loads."""
     chosen = settings(world, shape__hidden=24, shape__heads=2, shape__groups=1, shape__neurons=12)
-    more = ("basis.own_axes=4", "plan.depth_tokens=256")
-    said = pipeline("recipe=best", "run=best", *chosen, *more, cwd=world).stdout
+    said = pipeline(*BASIS, "run=best", *chosen, "plan.depth_tokens=256", cwd=world).stdout
     view = world / "runs" / "best"
     report = json.loads((view / "report.json").read_text())
     assert {"basis", "gram", "order", "depth", "cut", "distill"} <= set(report["stages"])

@@ -137,7 +137,7 @@ def test_a_family_without_biases_is_refused_before_it_is_scored(tmp_path):
         (["recipe=adapt_pruner", "recipe.repeat=[plan,cut]"], "has no score, shape, which plan needs anew"),
         (["recipe=adapt_pruner", "recipe.repeat=[score,shape,plan]"], "recipe.repeat has no cut"),
         (["recipe=adapt_pruner", "recipe.repeat=[score,shape,plan,cut,melt]"], r"recipe.repeat names \['melt'\]"),
-        (["recipe=best", "recipe.rounds=2"], "set basis.kind=none, or recipe.rounds=1"),
+        (["basis.kind=principal", "plan.channels=leading", "recipe.rounds=2"], "set basis.kind=none"),
         (["recipe.shape=search", "recipe.rounds=2"], "set recipe.shape=given"),
         (["recipe=adapt_pruner", "distill.tokens=384"], "enough for 3 steps and so for no more rounds"),
     ],
