@@ -6,7 +6,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from .fields import Count, Section
 from .inputs import Data, Model
-from .methods import Basis, Gates, Plan, Reinit, Restore, Score, Supernet
+from .methods import Basis, Depth, Gates, Plan, Reinit, Restore, Score, Supernet
 from .results import Evaluate, Export, Report, Track
 from .shapes import Budget, Calibrate, Chip, Search, Shape
 from .training import DeepSpeed, Distill, Settle
@@ -63,6 +63,7 @@ class Config(Section):
     basis: Basis
     restore: Restore
     supernet: Supernet
+    depth: Depth
     gates: Gates
     settle: Settle
     plan: Plan
@@ -135,7 +136,7 @@ class Config(Section):
         if self.settle.norm != "none" and not self.plan.measures_depth:
             raise ValueError(
                 f"settle.norm={self.settle.norm} empties the layers that go, which plan.depth={self.plan.depth} "
-                "names only in the plan; set plan.depth=gates or loss"
+                "names only in the plan; set plan.depth=gates, loss or evolved"
             )
         if self.settle.norm != "none" and (self.restore.outputs or self.restore.order == "obs"):
             raise ValueError(

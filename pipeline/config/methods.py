@@ -47,6 +47,12 @@ class Supernet(Section):
     weights: Literal["composed", "solved_again", "better"]
 
 
+class Depth(Section):
+    start: Literal["influence", "loss"]
+    generations: Size
+    offspring: Count
+
+
 class Gates(Section):
     form: Literal["residual", "stream"]
     penalty: Weight
@@ -57,7 +63,7 @@ class Gates(Section):
 
 
 class Plan(Section):
-    depth: Literal["influence", "contiguous", "last", "loss", "gates"]
+    depth: Literal["influence", "contiguous", "last", "loss", "evolved", "gates"]
     depth_tokens: Count
     keep_first: Count
     clap: bool
@@ -72,7 +78,7 @@ class Plan(Section):
     @property
     def measures_depth(self) -> bool:
         """Whether a stage before the plan finds the layers that stay."""
-        return self.depth in ("loss", "gates")
+        return self.depth in ("loss", "evolved", "gates")
 
     @property
     def policy(self) -> dict[str, Any]:

@@ -1,15 +1,18 @@
-"""depth: the layers that stay, chosen by the measured loss of the model without the others."""
+"""depth: the layers that stay, by the measured loss of the model without the others: one after another, or evolved."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
 from pipeline.evaluation.perplexity import tally
+from pipeline.model.scores import Scores
 from pipeline.prune.measure import only_layers
+from pipeline.prune.plan import kept_layers
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
-from pipeline.search.budgets import greedy_depth
+from pipeline.search.budgets import Depth, Loss, evolved_depth, greedy_depth
 
 MAKES = "depth"
 NEEDS = ("teacher", "tokens", "shape")
@@ -18,18 +21,24 @@ EVERY_RANK = True
 
 def needed(config: Config) -> bool:
     """Whether layers go by measured loss."""
-    return config.plan.depth == "loss"
+    return config.plan.depth in ("loss", "evolved")
+
+
+def needs(config: Config) -> tuple[str, ...]:
+    """Give what an evolution from the choice of block influence reads beside."""
+    return ("scores",) if config.plan.depth == "evolved" and config.depth.start == "influence" else ()
 
 
 def settings(config: Config) -> dict:
-    """Give the number of tokens, the layers that must stay, the batches, and the seed that orders the text."""
+    """Give the number of tokens, the layers that must stay, the batches, the seed that orders the text, and how sets of
+    layers evolve where they do."""
     plan = config.plan
     return {
         "tokens": plan.depth_tokens,
         "keep_first": plan.keep_first,
         "batch": config.score.batch,
         "seed": config.seed,
-    }
+    } | ({"evolved": config.depth.model_dump()} if plan.depth == "evolved" else {})
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
@@ -43,9 +52,10 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     batches = beginning(text, asked.depth_tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
     total = len(anatomy.sizes.layers)
     count = json.loads((inputs["shape"] / "shape.json").read_text())["layers"]
-    trials = sum(left - asked.keep_first for left in range(total, count, -1))
+    trials = _trials(config, total, count)
     bar = machine.progress(range(trials), trials, "depth")
 
+    @cache
     def loss(kept: tuple[int, ...]) -> float:
         with only_layers(model, total, kept):
             sums = tally(model, batches, config.evaluate.chunk)
@@ -53,8 +63,36 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         next(bar, None)
         return float(sums[0] / sums[2])
 
-    found = greedy_depth(total, count, loss, asked.keep_first)
+    if needs(config):
+        influence = Scores.load(inputs["scores"] / "scores.safetensors").layers
+        kept = tuple(kept_layers(influence, count, "influence", asked.keep_first))
+        found = Depth(kept, loss(kept), ())
+    else:
+        found = greedy_depth(total, count, loss, asked.keep_first)
+    if asked.depth == "evolved":
+        found = _evolved(config, found, total, loss, machine)
+    for _ in bar:  # sets that were measured before were not measured again
+        pass
     if ranks.rank == 0:
         tried = [{"kept": kept, "loss": value} for kept, value in found.tried]
         (out / "depth.json").write_text(json.dumps({"kept": found.kept, "loss": found.loss, "tried": tried}))
     machine.say(f"depth: {len(found.tried)} choices of layers measured, loss {found.loss:.3f}")
+
+
+def _evolved(config: Config, start: Depth, total: int, loss: Loss, machine) -> Depth:
+    """Give what evolution makes of a choice, with all that was measured for either."""
+    asked, keep_first = config.depth, config.plan.keep_first
+    found = evolved_depth(
+        total, len(start.kept), loss, keep_first, start.kept, asked.generations, asked.offspring, config.seed
+    )
+    machine.say(f"depth: loss {start.loss:.3f} of the start ({asked.start}), {found.loss:.3f} evolved")
+    return Depth(found.kept, found.loss, tuple(dict((*start.tried, *found.tried)).items()))
+
+
+def _trials(config: Config, total: int, count: int) -> int:
+    """Give how many sets of layers are measured at most."""
+    greedy = sum(left - config.plan.keep_first for left in range(total, count, -1))
+    if config.plan.depth == "loss":
+        return greedy
+    children = config.depth.generations * config.depth.offspring
+    return children + (1 if config.depth.start == "influence" else greedy)
