@@ -6,7 +6,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from .fields import Count, Section
 from .inputs import Data, Model
-from .methods import Basis, Depth, Gates, Plan, Reinit, Restore, Score, Supernet
+from .methods import Basis, Depth, Gates, Plan, Reinit, Restore, Score, Sensitivity, Supernet
 from .results import Evaluate, Export, Report, Track
 from .shapes import Budget, Calibrate, Chip, Search, Shape
 from .training import DeepSpeed, Distill, Settle
@@ -66,6 +66,7 @@ class Config(Section):
     depth: Depth
     gates: Gates
     settle: Settle
+    sensitivity: Sensitivity
     plan: Plan
     reinit: Reinit
     distill: Distill

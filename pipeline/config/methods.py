@@ -62,6 +62,10 @@ class Gates(Section):
     chunk: Count
 
 
+class Sensitivity(Section):
+    levels: Annotated[list[Fraction], Field(min_length=1)]
+
+
 class Plan(Section):
     depth: Literal["influence", "contiguous", "last", "loss", "evolved", "gates"]
     depth_tokens: Count
@@ -71,7 +75,7 @@ class Plan(Section):
     channels: Literal["scores", "leading", "random"]
     heads: Literal["scores", "random"]
     neurons: Literal["scores", "random"]
-    widths: Literal["uniform", "adaptive", "threshold", "evolved"]
+    widths: Literal["uniform", "adaptive", "threshold", "measured", "evolved"]
     amplitude: Portion
     steps: Count
 

@@ -15,14 +15,16 @@ from pipeline.prune.fluctuation import standardised
 from pipeline.prune.plan import kept_layers, leading, plan_by
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.search.budgets import layer_weights
+from pipeline.search.curves import curves_of, measured_widths
 from pipeline.search.shapes import ModelShape, multiples_for
 from pipeline.search.widths import adaptive_widths, widths_above
 
 MAKES = "blueprint"
 NEEDS = ("teacher", "scores", "shape")
-# Restored, orders and depth stand in for scores of heads and neurons and for block influence; in later rounds `teacher`
-# is the student of the round before, `original` the model the line began with, and `before` what was planned so far.
-OPTIONAL = ("restored", "orders", "depth", "original", "before")
+# Restored, orders and depth stand in for scores of heads and neurons and for block influence; measured widths go by
+# sensitivities. In later rounds `teacher` is the student of the round before, `original` the model the line began with,
+# and `before` what was planned so far.
+OPTIONAL = ("restored", "orders", "depth", "sensitivities", "original", "before")
 EVERY_RANK = False
 SPARSITIES = "sparsities.json"
 
@@ -102,6 +104,10 @@ def _widths(
     if config.plan.widths == "threshold":
         heads, neurons = (standardised(kind[host] for host in hosts) for kind in (scores.heads, scores.neurons))
         return widths_above(own, heads, neurons, weights, multiple)
+    if config.plan.widths == "measured":
+        rows = json.loads((inputs["sensitivities"] / "sensitivities.json").read_text())
+        curves = [curves_of(rows, host) for host in hosts]
+        return measured_widths(own, *zip(*curves, strict=True), weights, multiple)
     places, sparsities = range(len(anatomy.sizes.layers)), [0.0] * len(anatomy.sizes.layers)
     if "before" in inputs:
         places = [plan.host for plan in _before(inputs).layers]

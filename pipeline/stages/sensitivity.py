@@ -1,0 +1,107 @@
+"""sensitivity: what narrowing one layer at a time costs, as the divergence from the whole model."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from pipeline.config import Config
+from pipeline.data.packing import Packed
+from pipeline.data.stream import beginning
+from pipeline.evaluation.divergence import divergence, final_states
+from pipeline.model.anatomy import LayerSizes
+from pipeline.model.scores import Scores
+from pipeline.prune.mask import masked, without
+from pipeline.prune.measure import only_layers
+from pipeline.prune.plan import kept_layers, shuffled
+from pipeline.runtime.artifacts import write_atomically
+from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.search.curves import removals
+
+MAKES = "sensitivities"
+NEEDS = ("teacher", "tokens", "scores", "shape")
+OPTIONAL = ("orders", "depth")  # in place of the scores of heads and neurons, and of block influence
+EVERY_RANK = True
+RESUMES = True  # every loss is written down as soon as it is measured
+FILE = "sensitivities.json"
+
+
+def needed(config: Config) -> bool:
+    """Whether widths go by measured losses."""
+    return config.plan.widths == "measured"
+
+
+def settings(config: Config) -> dict:
+    """Give the levels, which layers stay and what goes first where scores say it, and the text."""
+    policy = config.plan.policy
+    return {
+        "levels": sorted(set(config.sensitivity.levels)),
+        "depth": policy["depth"],
+        "keep_first": policy["keep_first"],
+        "drawn": policy["drawn"],
+        "tokens": config.plan.depth_tokens,
+        "batch": config.score.batch,
+        "seed": config.seed,
+    }
+
+
+def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
+    """Write sensitivities.json: rows of a `layer`, the `kind` and number of units `removed` from it, and the `loss`.
+
+    The loss is the mean KL in nats a token from the teacher's predictions to those of its layers that stay, one of them
+    without its lowest-ranked groups or neurons. The row of layer null is the loss with nothing removed. Memory: beside
+    the model, the teacher's final states of the text, one row [h] a token.
+    """
+    device, ranks = machine.device, machine.ranks
+    anatomy = open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy
+    scores = Scores.load(inputs.get("orders", inputs["scores"]) / "scores.safetensors")
+    scores = shuffled(scores, config.plan.policy["drawn"], config.seed)
+    kept = _kept(config, inputs, scores)
+    model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
+    model = model.to(device.torch)
+    text = Packed(inputs["tokens"] / "calibration")
+    batches = beginning(text, config.plan.depth_tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
+    wanted = [final_states(model, ids.to(device.torch)).cpu() for ids in batches]
+
+    def loss(layer: int, groups: int, neurons: int) -> float:
+        sums = torch.zeros(2, dtype=torch.float64)
+        plan = without(anatomy, scores, layer, groups, neurons)
+        with only_layers(model, len(anatomy.sizes.layers), kept), masked(model, anatomy, plan):
+            for ids, states in zip(batches, wanted, strict=True):
+                sums += divergence(model, ids, states, config.evaluate.chunk)
+        ranks.sum_([sums])
+        return float(sums[0] / sums[1])
+
+    rows = ranks.share(_told(out / FILE) if ranks.rank == 0 else None)
+    choices = [(None, None, 0)]
+    for layer in kept:
+        choices += [(layer, *choice) for choice in _choices(config, anatomy.sizes.layers[layer])]
+    for layer, kind, removed in machine.progress(choices[len(rows) :], len(choices) - len(rows), "sensitivity"):
+        gone = {"groups": 0, "neurons": 0} | ({kind: removed} if kind else {})
+        value = loss(kept[0] if layer is None else layer, **gone)
+        rows.append({"layer": layer, "kind": kind, "removed": removed, "loss": value})
+        if ranks.rank == 0:
+            write_atomically(out / FILE, json.dumps(rows))
+    worst = max(rows, key=lambda row: row["loss"])
+    machine.say(
+        f"sensitivity: {len(rows) - 1} narrowings of one layer measured, KL {rows[0]['loss']:.4f} before and at most "
+        f"{worst['loss']:.4f}, without {worst['removed']} {worst['kind']} of layer {worst['layer']}"
+    )
+
+
+def _kept(config: Config, inputs: dict[str, Path], scores: Scores) -> list[int]:
+    if "depth" in inputs:
+        return json.loads((inputs["depth"] / "depth.json").read_text())["kept"]
+    count = json.loads((inputs["shape"] / "shape.json").read_text())["layers"]
+    return kept_layers(scores.layers, count, config.plan.policy["depth"], config.plan.keep_first)
+
+
+def _choices(config: Config, own: LayerSizes) -> list[tuple[str, int]]:
+    """Give what is removed from a layer, one after another: the kind and how many; a KV group always stays."""
+    levels = config.sensitivity.levels
+    groups = [("groups", count) for count in removals(own.groups, levels, own.groups - 1)]
+    return groups + [("neurons", count) for count in removals(own.neurons, levels, own.neurons)]
+
+
+def _told(path: Path) -> list[dict]:
+    return json.loads(path.read_text()) if path.exists() else []
