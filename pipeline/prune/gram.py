@@ -16,6 +16,7 @@ from pipeline.model.families import FINAL_NORM, LAYER
 
 from .measure import Batch
 
+BLOCK = 384  # columns of a product that are multiplied with all that follow them
 CHUNK = 4096  # rows whose products add in float32 before they join the float64 total
 
 
@@ -84,10 +85,15 @@ def with_float64(place: torch.device) -> torch.device:
 
 
 def add_products(total: Tensor, rows: Tensor) -> None:
-    """Add XᵀX of rows [..., width] to a total [width, width], chunk by chunk."""
+    """Add XᵀX of rows [..., width] to a total [width, width], chunk by chunk; what is symmetric is multiplied once."""
     for part in rows.flatten(0, -2).split(CHUNK):
         wide = part.to(torch.promote_types(part.dtype, torch.float32))
-        total += (wide.T @ wide).to(total.device, total.dtype)
+        product = wide.new_zeros(total.shape)
+        for first in range(0, len(product), BLOCK):
+            block = slice(first, first + BLOCK)
+            product[block, first:] = wide[:, block].T @ wide[:, first:]
+        upper = product.triu().to(total.device, total.dtype)
+        total += upper + upper.triu(1).T
 
 
 def _watch(model: nn.Module, anatomy: Anatomy, grams: Grams, hooks: ExitStack) -> None:
