@@ -16,6 +16,7 @@ COMMON = (
     "score.tokens=16384",
     "basis.tokens=16384",
     "restore.tokens=16384",
+    "plan.depth_tokens=1024",
     "distill.tokens=60000",
     "distill.batch=2",
     "distill.micro_batch=2",
