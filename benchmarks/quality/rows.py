@@ -14,8 +14,8 @@ COMMON = (
     f"data.recovery.path={TEXTS}",
     "data.split.evaluation=0.1",
     "score.tokens=16384",
-    "basis.tokens=16384",
-    "restore.tokens=16384",
+    "basis.tokens=32768",
+    "restore.tokens=32768",
     "plan.depth_tokens=1024",
     "distill.tokens=60000",
     "distill.batch=2",
@@ -104,6 +104,7 @@ ROWS: dict[str, Row] = {
     ),
     # best, one part exchanged
     "best_longer": _ablation("best", "best, twice the recovery", recovered=("distill.tokens=120000",)),
+    "best_text": _ablation("best", "best, twice the calibration", "restore.tokens=65536"),
     "best_scores": _ablation("best", "best by scores, not restored", "restore.outputs=false", "restore.order=scores"),
     "best_order": _ablation("best", "best by scores, restored", "restore.order=scores"),
     "best_sequence": _ablation("best", "best, layer by layer (accumulation)", *IN_SEQUENCE),
