@@ -62,6 +62,7 @@ def _peer(name: str, label: str) -> Row:
 PRINCIPAL = ("basis.kind=principal", "plan.channels=leading")
 ALL_AXES = ("budget.axes=all", *PRINCIPAL)
 IN_SEQUENCE = ("restore.outputs=false", "restore.order=scores", "restore.sequence=true")
+GATES = "gates.tokens=4096"  # for each layer that goes
 ROWS: dict[str, Row] = {
     # the recipes as they stand in conf/recipe
     "best": _recipe("best", "best"),
@@ -69,10 +70,11 @@ ROWS: dict[str, Row] = {
     "minitron": _recipe("minitron", "Minitron"),
     "tyr": _recipe("tyr", "Týr-the-Pruner, recovered"),
     # TRSP trains before it deletes and not afterwards: its training is what the others spend on recovery
-    "trsp": _recipe("trsp", "TRSP", bare=("settle.norm=none",), trains="settle"),
+    "trsp": _recipe("trsp", "TRSP", GATES, bare=("settle.norm=none",), trains="settle"),
     "trsp_recovered": _recipe(
         "trsp",
         "TRSP, half of the tokens after deletion",
+        GATES,
         recovered=("settle.tokens=30000", "distill.tokens=30000"),
         bare=("settle.norm=none",),
     ),
