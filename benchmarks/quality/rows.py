@@ -9,6 +9,7 @@ GROUPS = {
     "peers": "Other tools, recovered here",
 }
 TEXTS = "[builtin:topics,builtin:docstrings]"  # calibration and recovery of every row
+WRITTEN = 49152  # tokens that the teacher writes
 COMMON = (
     f"data.calibration.path={TEXTS}",
     f"data.recovery.path={TEXTS}",
@@ -31,7 +32,8 @@ COMMON = (
 class Row:
     """A line of the table. `settings` hold always, `recovered` and `bare` only with or without recovery.
 
-    `trains` names the stage that spends the recovery tokens; `peer` is the tool whose start is recovered.
+    `trains` names the stage that spends the recovery tokens; `peer` is the tool whose start is recovered. Where it
+    `writes`, half of all that it reads was written by the teacher; no more tokens than other rows, and no other text.
     """
 
     label: str
@@ -41,6 +43,7 @@ class Row:
     bare: tuple[str, ...] = ()
     trains: str = "distill"
     peer: str | None = None
+    writes: bool = False
 
 
 def _recipe(name: str, label: str, *settings: str, group: str = "recipes", **more) -> Row:
@@ -61,11 +64,11 @@ def _peer(name: str, label: str) -> Row:
 
 PRINCIPAL = ("basis.kind=principal", "plan.channels=leading")
 ALL_AXES = ("budget.axes=all", *PRINCIPAL)
-IN_SEQUENCE = ("restore.outputs=false", "restore.order=scores", "restore.sequence=true")
+BY_SCORES = ("restore.outputs=false", "restore.order=scores")
 GATES = "gates.tokens=4096"  # for each layer that goes
 ROWS: dict[str, Row] = {
     # the recipes as they stand in conf/recipe
-    "best": _recipe("best", "best"),
+    "best": _recipe("best", "best", writes=True),
     "pangu_light": _recipe("pangu_light", "Pangu Light"),
     "minitron": _recipe("minitron", "Minitron"),
     "tyr": _recipe("tyr", "Týr-the-Pruner, recovered"),
@@ -105,12 +108,12 @@ ROWS: dict[str, Row] = {
         "pangu_light", "... without CLAP, depth by measured loss", "plan.clap=false", "plan.depth=loss"
     ),
     # best, one part exchanged
-    "best_longer": _ablation("best", "best, twice the recovery", recovered=("distill.tokens=120000",)),
-    "best_text": _ablation("best", "best, twice the calibration", "restore.tokens=65536"),
-    "best_scores": _ablation("best", "best by scores, not restored", "restore.outputs=false", "restore.order=scores"),
-    "best_order": _ablation("best", "best by scores, restored", "restore.order=scores"),
-    "best_sequence": _ablation("best", "best, layer by layer (accumulation)", *IN_SEQUENCE),
-    "best_all_axes": _ablation("best", "best, all axes narrower", "budget.axes=all"),
+    "best_given": _ablation("best", "best on the given text alone"),
+    "best_longer": _ablation("best", "best, twice the recovery", writes=True, recovered=("distill.tokens=120000",)),
+    "best_scores": _ablation("best", "... by scores, not restored", *BY_SCORES),
+    "best_order": _ablation("best", "... by scores, restored", "restore.order=scores"),
+    "best_sequence": _ablation("best", "... layer by layer (accumulation)", *BY_SCORES, "restore.sequence=true"),
+    "best_all_axes": _ablation("best", "... all axes narrower", "budget.axes=all"),
     "best_untied": _ablation("best", "... and the principal basis, untied", *ALL_AXES, "basis.tie=untied"),
     "best_tied": _ablation("best", "... and the principal basis, tie kept", *ALL_AXES, "basis.tie=keep"),
     # Týr: the search and what it is built on

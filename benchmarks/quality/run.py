@@ -20,7 +20,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from rows import COMMON, ROWS, Row
+from rows import COMMON, ROWS, TEXTS, WRITTEN, Row
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -55,6 +55,8 @@ def main() -> None:
                 start = []
                 if ROWS[name].peer:
                     start = [f"model.start={peer_start(ROWS[name].peer, removed, asked.runs, asked.peers, common)}"]
+                if ROWS[name].writes:
+                    start += own_text(asked.runs, common)
                 chosen = row_settings(ROWS[name], removed, not asked.no_recovery, [*common, *start])
                 print(f"== {run}", flush=True)
                 if pipeline(f"run={run}", *chosen).returncode:
@@ -93,6 +95,18 @@ def composed(overrides: Sequence[str]) -> dict:
     """Give the composed configuration, not validated."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+
+
+def own_text(runs: Path, settings: Sequence[str]) -> list[str]:
+    """Let the teacher write its text, once; give the settings by which half of what a row reads is of it."""
+    pipeline("run=quality/text", *COMMON, *settings, "recipe=generate", f"generate.tokens={WRITTEN}").check_returncode()
+    return mixed(runs / "quality" / "text" / "generated.jsonl")
+
+
+def mixed(written: Path) -> list[str]:
+    """Give the settings by which calibration and recovery read a text and those of every row, one half each."""
+    path, weights = f"path=[{TEXTS[1:-1]},{written}]", "weights=[1,1,2]"
+    return [f"data.{purpose}.{each}" for purpose in ("calibration", "recovery") for each in (path, weights)]
 
 
 def peer_start(peer: str, removed: float, runs: Path, python: str, settings: Sequence[str]) -> Path:

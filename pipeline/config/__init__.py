@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from .fields import Count, Section
-from .inputs import Data, Model
+from .inputs import Data, Generate, Model
 from .methods import Basis, Depth, Gates, Plan, Reinit, Restore, Score, Sensitivity, Supernet
 from .results import Evaluate, Export, Report, Track
 from .shapes import Budget, Calibrate, Chip, Search, Shape
@@ -56,6 +56,7 @@ class Config(Section):
     recipe: Recipe
     model: Model
     data: Data
+    generate: Generate
     shape: Shape
     budget: Budget
     score: Score

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from .fields import Positive, Section, Share
+from .fields import Count, Portion, Positive, Section, Share
 
 Paths = str | list[str]
 
@@ -57,3 +57,11 @@ class Data(Section):
         if self.evaluation.weights is not None:
             raise ValueError("evaluation.weights has no meaning, as each text is measured by itself; leave it out")
         return self
+
+
+class Generate(Section):
+    tokens: Count
+    length: Count
+    batch: Count
+    temperature: Positive
+    chat: Portion

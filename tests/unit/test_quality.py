@@ -49,8 +49,7 @@ def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
     assert trains == ({row.trains} | ({"settle"} if name == "trsp_recovered" else set()) if recovery else set())
     spent = config.distill.tokens * ("distill" in trains) + config.settle.tokens * ("settle" in trains)
     assert spent == ((120000 if name == "best_longer" else 60000) if recovery else 0)
-    assert (config.score.tokens, config.basis.tokens) == (16384, 32768)
-    assert config.restore.tokens == (65536 if name == "best_text" else 32768)
+    assert (config.score.tokens, config.basis.tokens, config.restore.tokens) == (16384, 32768, 32768)
     assert config.budget.parameters == (None if row.peer else 0.625)
 
 

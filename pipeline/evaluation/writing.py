@@ -1,0 +1,62 @@
+"""Text that a model writes by itself: calibration and recovery text from what it learnt, whatever that was.
+
+Documents begin with a word drawn at random, as in LLM-QAT (2305.17888), or as a user's turn of the chat template, which
+an instruction-tuned model fills with a question and then answers (Magpie, 2406.08464). Tokens are drawn from its own
+distribution, so the text is as diverse as that.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MARK = "\u2060USER\u2060"  # stands where the user's words would, and in no template
+
+
+def word_starts(tokenizer: Any) -> list[int]:
+    """Give the ids of tokens that are a word of three letters or more, capitalised ones if there are any.
+
+    ValueError where no token is a word.
+    """
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    words = {place: token.lstrip("Ġ▁") for place, token in enumerate(tokens) if token}
+    words = {place: word for place, word in words.items() if len(word) > 2 and word.isalpha()}
+    if not words:
+        raise ValueError("the tokenizer has no token that is a word of three letters; set generate.chat=1.0")
+    return [place for place, word in words.items() if word[0].isupper()] or list(words)
+
+
+def user_turn(tokenizer: Any) -> list[int]:
+    """Give the ids of the chat template up to the user's words; none where the tokenizer has no template."""
+    if not tokenizer.chat_template:
+        return []
+    whole = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
+    return tokenizer(whole.partition(MARK)[0], add_special_tokens=False)["input_ids"]
+
+
+@torch.inference_mode()
+def sample(
+    model: torch.nn.Module, starts: Tensor, tokens: int, temperature: float, generator: torch.Generator
+) -> Tensor:
+    """Give [b, tokens] ids drawn one after another behind `starts` [b, s], with a key/value cache.
+
+    A draw is argmax p / e with e exponential, which has the distribution p.
+    """
+    step = model(input_ids=starts, use_cache=True, logits_to_keep=1)
+    drawn = []
+    for _ in range(tokens):
+        chances = torch.softmax(step.logits[:, -1].float() / temperature, -1)
+        noise = torch.empty_like(chances).exponential_(generator=generator)
+        drawn.append((chances / noise).argmax(-1, keepdim=True))
+        if len(drawn) < tokens:
+            step = model(input_ids=drawn[-1], past_key_values=step.past_key_values, use_cache=True, logits_to_keep=1)
+    return torch.cat(drawn, 1)
+
+
+def written(ids: Sequence[int], tokenizer: Any) -> str:
+    """Give the text of ids: what stands between special tokens, parted by empty lines."""
+    special = set(tokenizer.all_special_ids)
+    runs = [list(run) for between, run in groupby(ids, lambda id_: id_ not in special) if between]
+    return "\n\n".join(text for text in (tokenizer.decode(run).strip() for run in runs) if text)

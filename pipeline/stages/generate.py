@@ -1,0 +1,63 @@
+"""generate: text that the teacher writes, to calibrate on and to recover from."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from pipeline.config import Config
+from pipeline.data.packing import frame
+from pipeline.evaluation.writing import sample, user_turn, word_starts, written
+from pipeline.runtime.artifacts import write_atomically
+from pipeline.runtime.checkpoint import load_model, load_tokenizer
+
+MAKES = "generated"
+NEEDS = ("teacher",)
+EVERY_RANK = True
+RESUMES = True  # every batch is written down as soon as it is there
+FILE = "generated.jsonl"
+
+
+def settings(config: Config) -> dict:
+    """Give how much is written and how it begins, and the seed."""
+    return config.generate.model_dump() | {"text_field": config.data.text_field, "seed": config.seed}
+
+
+def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
+    """Write generated.jsonl, a record a text; ranks take batches in turn, and a batch depends on its number alone."""
+    asked, ranks, device = config.generate, machine.ranks, machine.device
+    tokenizer = load_tokenizer(inputs["teacher"])
+    model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
+    model = model.to(device.torch)
+    total = -(-asked.tokens // (asked.batch * asked.length))
+    files = [out / f"batch-{number:05d}.jsonl" for number in range(total)]
+    chats = round(asked.chat * total) if user_turn(tokenizer) else 0
+    mine = [number for number in range(ranks.rank, total, ranks.world) if not files[number].exists()]
+    for number in machine.progress(mine, len(mine), "generate"):
+        draw = torch.Generator(device.torch).manual_seed(config.seed * total + number)
+        chat = (number + 1) * chats // total > number * chats // total  # spread evenly
+        starts = _starts(tokenizer, asked.batch, chat, draw).to(device.torch)
+        ids = sample(model, starts, asked.length, asked.temperature, draw)
+        if not chat:
+            ids = torch.cat([starts[:, -1:], ids], 1)  # the drawn word is part of the text
+        texts = [written(row, tokenizer) for row in ids.tolist()]
+        records = [json.dumps({config.data.text_field: text}, ensure_ascii=False) + "\n" for text in texts if text]
+        write_atomically(files[number], "".join(records))
+    ranks.wait("generate")
+    if ranks.rank == 0:
+        with open(out / FILE, "w", encoding="utf-8") as whole:
+            for file in files:
+                whole.write(file.read_text(encoding="utf-8"))
+                file.unlink()
+        told = f"{total * asked.batch} texts of {asked.length} tokens, {chats} of {total} batches as chats"
+        machine.say(f"generate: {told}")
+
+
+def _starts(tokenizer, batch: int, chat: bool, draw: torch.Generator) -> torch.Tensor:
+    """Give [batch, s] ids to go on from."""
+    if chat:
+        return torch.tensor([user_turn(tokenizer)] * batch)
+    around, words = frame(tokenizer), torch.tensor(word_starts(tokenizer))
+    picks = words[torch.randint(len(words), (batch, 1), generator=draw, device=draw.device).cpu()]
+    first = around.after if around.first is None else around.first
+    return torch.cat([torch.full_like(picks, first), picks], 1)
