@@ -41,6 +41,9 @@ def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
     row = rows.ROWS[name]
     save_tiny(tiny_model("llama"), tmp_path / "start")
     start = [f"model.start={tmp_path / 'start'}"] if row.peer else []
+    if row.writes:
+        (tmp_path / "written.jsonl").write_text('{"text": "the teacher wrote this"}\n')
+        start += run.mixed(tmp_path / "written.jsonl")
     config = validate(
         run.composed(run.row_settings(row, 37.5, recovery, ["data.evaluation.path=builtin:topics", *start]))
     )
@@ -51,6 +54,7 @@ def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
     assert spent == ((120000 if name == "best_longer" else 60000) if recovery else 0)
     assert (config.score.tokens, config.basis.tokens, config.restore.tokens) == (16384, 32768, 32768)
     assert config.budget.parameters == (None if row.peer else 0.625)
+    assert len(config.data.recovery.paths) == len(config.data.calibration.paths) == (3 if row.writes else 2)
 
 
 @pytest.fixture(scope="module")
