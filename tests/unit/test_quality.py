@@ -42,7 +42,7 @@ def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
     save_tiny(tiny_model("llama"), tmp_path / "start")
     start = [f"model.start={tmp_path / 'start'}"] if row.peer else []
     if row.writes:
-        (tmp_path / "written.jsonl").write_text('{"text": "the teacher wrote this"}\n')
+        (tmp_path / "written.jsonl").write_text(json.dumps({"text": "word " * 999}) + "\n")
         start += run.mixed(tmp_path / "written.jsonl")
     config = validate(
         run.composed(run.row_settings(row, 37.5, recovery, ["data.evaluation.path=builtin:topics", *start]))
