@@ -1,0 +1,60 @@
+"""What a start costs: the seconds of scoring, planning, cutting and restoring beside a bare forward pass.
+
+    python benchmarks/cut_cost.py [--tokens 32768] [settings of the pipeline ...]
+
+The stages run in a process of their own and an empty artifact folder, as a user runs them; the bare pass over as many
+tokens, in batches of the same size, is timed before and after them, and the mean counts. These are seconds of a clock:
+measure on a machine that does nothing else. Without settings `recipe=best` is measured.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from pipeline.runtime.checkpoint import load_model
+
+STAGES = ("score", "shape", "depth", "basis", "gram", "order", "plan", "cut")
+BATCH, SEQUENCE = 8, 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=32768, help="that second moments, and the bare pass, read")
+    asked, settings = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as place:
+        folders = [f"artifacts={place}/artifacts", f"runs={place}/runs", "run=cost"]
+        tokens = [f"restore.tokens={asked.tokens}", f"basis.tokens={asked.tokens}", f"score.batch={BATCH}"]
+        command = [sys.executable, "-m", "pipeline", *folders, *tokens, *(settings or ["recipe=best"])]
+        subprocess.run([*command, "stages=[]"], check=True)
+        model = load_model(Path(place) / "runs" / "cost" / "teacher", torch.bfloat16, "sdpa").get_decoder()
+        bare = [_bare(model, asked.tokens)]
+        subprocess.run([*command, f"stages=[{','.join(STAGES)}]"], check=True)
+        bare.append(_bare(model, asked.tokens))
+        spent = {}
+        for manifest in sorted((Path(place) / "artifacts").glob("*/manifest.json")):
+            facts = json.loads(manifest.read_text())
+            spent[facts["stage"]] = facts["seconds"]
+    passes, mean = {stage: spent[stage] for stage in STAGES if stage in spent}, sum(bare) / 2
+    for stage, seconds in passes.items():
+        print(f"{stage:8} {seconds:7.1f} s  {seconds / mean:5.2f} bare passes")
+    print(f"bare     {bare[0]:7.1f} s before, {bare[1]:.1f} s after, over {asked.tokens} tokens")
+    print(f"together {sum(passes.values()):7.1f} s  {sum(passes.values()) / mean:5.2f} bare passes")
+
+
+def _bare(model: torch.nn.Module, tokens: int) -> float:
+    ids = torch.randint(0, model.config.vocab_size, (tokens // SEQUENCE, SEQUENCE))
+    began = time.perf_counter()
+    with torch.no_grad():
+        for batch in ids.split(BATCH):
+            model(input_ids=batch, use_cache=False)
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
