@@ -18,6 +18,7 @@ COMMON = (
     "basis.tokens=32768",
     "restore.tokens=32768",
     "plan.depth_tokens=1024",
+    "supernet.rounds=1",
     "distill.tokens=60000",
     "distill.batch=2",
     "distill.micro_batch=2",
