@@ -66,7 +66,7 @@ def _peer(name: str, label: str) -> Row:
 PRINCIPAL = ("basis.kind=principal", "plan.channels=leading")
 ALL_AXES = ("budget.axes=all", *PRINCIPAL)
 BY_SCORES = ("restore.outputs=false", "restore.order=scores")
-GATES = "gates.tokens=4096"  # for each layer that goes
+GATES = ("gates.tokens=8192", "gates.batch=1", "gates.learning_rate=3e-2")  # 16 steps for each layer that goes
 ROWS: dict[str, Row] = {
     # the recipes as they stand in conf/recipe
     "best": _recipe("best", "best", writes=True),
@@ -74,11 +74,11 @@ ROWS: dict[str, Row] = {
     "minitron": _recipe("minitron", "Minitron"),
     "tyr": _recipe("tyr", "Týr-the-Pruner, recovered"),
     # TRSP trains before it deletes and not afterwards: its training is what the others spend on recovery
-    "trsp": _recipe("trsp", "TRSP", GATES, bare=("settle.norm=none",), trains="settle"),
+    "trsp": _recipe("trsp", "TRSP", *GATES, bare=("settle.norm=none",), trains="settle"),
     "trsp_recovered": _recipe(
         "trsp",
         "TRSP, half of the tokens after deletion",
-        GATES,
+        *GATES,
         recovered=("settle.tokens=30000", "distill.tokens=30000"),
         bare=("settle.norm=none",),
     ),
