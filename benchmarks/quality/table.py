@@ -135,6 +135,7 @@ def _share(values: Sequence[float | None]) -> str:
 def _number(values: Sequence[float], form: str) -> str:
     if not values:
         return NONE
+    form = ".1e" if max(values) >= 1e5 and form == ".2f" else form  # a model that is gone
     spread = format((max(values) - min(values)) / 2.0, form)
     return format(sum(values) / len(values), form) + (f" ± {spread}" if float(spread) else "")
 
