@@ -172,7 +172,8 @@ def depth_for(teacher: ModelShape, fraction: float) -> ModelShape:
 def neurons_for(teacher: ModelShape, fraction: float) -> ModelShape:
     """Give the teacher's shape with the widest aligned FFN that keeps at most `fraction` of its non-embedding weights.
 
-    To a thousandth: norms, which no neuron takes along, shall not cost a step where all else comes out even. ValueError where even the narrowest is too much.
+    To a thousandth: norms, which no neuron takes along, shall not cost a step where all else comes out even. ValueError
+    where even the narrowest is too much.
     """
     budget = (fraction + 5e-4) * teacher.non_embedding_parameters()
     for neurons in reversed(possible_values(teacher, multiples_for(teacher))["neurons"]):
