@@ -11,6 +11,7 @@ from rows import ROWS
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1d1b18")  # Okabe and Ito
 WAYS = {"recipes": "-", "ablations": "-", "baselines": "--", "peers": ":"}
 MARKERS = "osD^vP"
+MOST = 100  # times the dense perplexity; what is beyond is gone, and would press the rest together
 STATES = {"before": "before recovery", "after": "after recovery"}
 
 
@@ -26,7 +27,11 @@ def draw(found: Sequence[Figures], path: Path) -> None:
                 _line(axes, [each for each in found if each["row"] == name], text, state, number)
             axes.axhline(1.0, color="#6d685f", linewidth=0.8)
             axes.set_yscale("log")
-            axes.set_title(f"{text}, {title}", fontsize=10)
+            low, high = axes.get_ylim()
+            axes.set_ylim(low, min(high, MOST))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}" if high < 10 else "")
+            axes.set_title(f"{text}, {title}" + (f" (up to {MOST} times)" if high > MOST else ""), fontsize=10)
             axes.grid(alpha=0.3)
         pair[0].set_ylabel("perplexity / dense")
     for axes in panels[-1]:

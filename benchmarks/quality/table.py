@@ -38,7 +38,7 @@ def main() -> None:
     pictures = []
     for title, (file, groups) in PICTURES.items():
         shown = [each for each in found if ROWS[each["row"]].group in groups]
-        if shown:
+        if len({each["removed"] for each in shown}) > 1:  # one share is no line
             draw(shown, asked.docs.with_name(file))
             pictures.append(f"![{title}: perplexity over the dense model's, by share removed]({file})")
     asked.docs.write_text(between(asked.docs.read_text(), "\n\n".join([*pictures, *tables(found)])))
