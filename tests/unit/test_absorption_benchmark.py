@@ -9,6 +9,7 @@ import pytest
 from pipeline import line
 from pipeline.config import validate
 from pipeline.line import STAGES
+from tests.tiny import save_tiny, tiny_model
 from tests.unit.test_conf import composed
 from tests.world import ROOT, environment, make_world, settings
 
@@ -24,8 +25,9 @@ def configuration(row, *more):
     return validate(composed(*absorption.row_settings(row, 4096, ROOT, ["data.evaluation.path=builtin:topics", *more])))
 
 
-def test_rows_differ_only_in_what_becomes_of_post_norms():
-    found = {row: configuration(row) for row in absorption.ROWS}
+def test_rows_differ_only_in_what_becomes_of_post_norms(tmp_path):
+    model = save_tiny(tiny_model("gemma3_text"), tmp_path / "model")
+    found = {row: configuration(row, f"model.path={model}") for row in absorption.ROWS}
     for config in found.values():
         line.check(config)
         assert config.distill.tokens == 4096

@@ -14,7 +14,7 @@ from pipeline.runtime.checkpoint import load_model, open_checkpoint
 from pipeline.stages import absorb
 from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import configured
-from tests.world import make_world, settings
+from tests.world import make_world, pipeline, settings
 
 CUT = "stages=[score,shape,plan,cut,absorb]"
 
@@ -65,8 +65,9 @@ def test_the_papers_way_keeps_its_name_and_the_fitted_one_has_another():
 
 
 def test_a_student_with_fitted_scales_recovers_and_folds_to_its_plain_class(world):
-    folders = made(world, "reinit.absorb=fitted", "evaluate.speed=false", "distill.tokens=512")
-    assert open_checkpoint(folders["export"]).config["model_type"] == "glm"
+    chosen = ("reinit.absorb=fitted", "evaluate.speed=false", "distill.tokens=512")
+    pipeline("run=folded", *settings(world), *chosen, cwd=world)
+    assert open_checkpoint(world / "runs" / "folded" / "student").config["model_type"] == "glm"
 
 
 @pytest.mark.parametrize("kind", ["llama", "olmo2"])
