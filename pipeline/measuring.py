@@ -18,11 +18,12 @@ from pipeline.runtime.artifacts import fingerprint
 from pipeline.runtime.checkpoint import load_model
 from pipeline.runtime.machine import Machine
 
-FREE = {"batch", "chunk"}  # change speed and memory, not the numbers
-
 
 def settings(config: Config) -> dict:
-    """Give what determines the figures of any model: how much is measured, and on which kind of device."""
+    """Give what determines the figures of any model: how much is measured, and on which kind of device.
+
+    Batches and chunks change speed and memory, not the figures.
+    """
     samples = config.report.model_dump(include={"samples", "sample_prompt", "sample_tokens"})
     device = config.device.model_dump(include={"kind", "attention"})
     files = {task: fingerprint(Path(task)) for task in config.evaluate.tasks if tasks.is_file(task)}
