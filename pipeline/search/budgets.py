@@ -20,10 +20,10 @@ Loss = Callable[[tuple[int, ...]], float]  # of the model of these layers, ascen
 
 @dataclass(frozen=True)
 class Depth:
-    """Layers that stay, ascending, their loss, and every set that was measured, in order."""
+    """Layers that stay, ascending, their loss (None: not measured), and every set that was measured, in order."""
 
     kept: tuple[int, ...]
-    loss: float
+    loss: float | None
     tried: tuple[tuple[tuple[int, ...], float], ...]
 
 

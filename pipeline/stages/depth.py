@@ -42,16 +42,31 @@ def settings(config: Config) -> dict:
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
-    """Write depth.json: the layers `kept`, their `loss` in nats per token, and every choice `tried` with its loss."""
-    device, ranks = machine.device, machine.ranks
+    """Write depth.json: the layers `kept`, their `loss` in nats per token, and every choice `tried` with its loss.
+
+    Where all layers stay nothing is measured, and `loss` is null.
+    """
     anatomy = open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy
+    total = len(anatomy.sizes.layers)
+    count = json.loads((inputs["shape"] / "shape.json").read_text())["layers"]
+    whole = count == total
+    found = Depth(tuple(range(total)), None, ()) if whole else _measured(config, inputs, total, count, machine)
+    if machine.ranks.rank == 0:
+        tried = [{"kept": kept, "loss": value} for kept, value in found.tried]
+        (out / "depth.json").write_text(json.dumps({"kept": found.kept, "loss": found.loss, "tried": tried}))
+    if whole:
+        machine.say("depth: all layers stay, nothing to measure")
+    else:
+        machine.say(f"depth: {len(found.tried)} choices of layers measured, loss {found.loss:.3f}")
+
+
+def _measured(config: Config, inputs: dict[str, Path], total: int, count: int, machine) -> Depth:
+    device, ranks = machine.device, machine.ranks
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
     model = model.to(device.torch)
     text = Packed(inputs["tokens"] / "calibration")
     asked = config.plan
     batches = beginning(text, asked.depth_tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
-    total = len(anatomy.sizes.layers)
-    count = json.loads((inputs["shape"] / "shape.json").read_text())["layers"]
     trials = _trials(config, total, count)
     bar = machine.progress(range(trials), trials, "depth")
 
@@ -73,10 +88,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         found = _evolved(config, found, total, loss, machine)
     for _ in bar:  # sets that were measured before were not measured again
         pass
-    if ranks.rank == 0:
-        tried = [{"kept": kept, "loss": value} for kept, value in found.tried]
-        (out / "depth.json").write_text(json.dumps({"kept": found.kept, "loss": found.loss, "tried": tried}))
-    machine.say(f"depth: {len(found.tried)} choices of layers measured, loss {found.loss:.3f}")
+    return found
 
 
 def _evolved(config: Config, start: Depth, total: int, loss: Loss, machine) -> Depth:

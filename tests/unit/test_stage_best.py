@@ -152,9 +152,15 @@ def test_depth_by_loss_keeps_the_layers_of_least_measured_loss(world):
     assert float(sums[0] / sums[2]) == pytest.approx(found["loss"], rel=2e-2)
 
 
+def test_where_all_layers_stay_no_loss_is_measured(world):
+    folders = made(world, CUT, "plan.depth=loss", "plan.clap=false", **whole())
+    found = json.loads((folders["depth"] / "depth.json").read_text())
+    assert found == {"kept": [0, 1, 2, 3], "loss": None, "tried": []}
+
+
 def test_two_ranks_measure_what_one_measures(world):
     """Gram matrices, energies and losses add over ranks; layers are ordered in turns. Layers compute in bf16 here."""
-    chosen = [*BASIS, "plan.depth_tokens=256"]
+    chosen = [*BASIS, "plan.depth_tokens=256", "shape.layers=3"]
     one = made(world, CUT, *chosen, "score.batch=8", "shape.hidden=24", "shape.heads=2", "shape.groups=1")
     widths = {"shape__hidden": 24, "shape__heads": 2, "shape__groups": 1, "artifacts": world / "two"}
     stages = f"stages=[{','.join(CUT)}]"
