@@ -17,6 +17,7 @@ from pipeline.stages import (
     absorb,
     adopt,
     basis,
+    blocks,
     cut,
     dense,
     depth,
@@ -59,6 +60,7 @@ STAGES: dict[str, ModuleType] = {
     "plan": plan,
     "cut": cut,
     "adopt": adopt,
+    "blocks": blocks,
     "absorb": absorb,
     "distill": distill,
     "export": export,
@@ -81,6 +83,7 @@ VIEW = {
     "sensitivities.json": ("sensitivities", "sensitivities.json"),
     "restored": ("restored", ""),
     "supernet.json": ("restored", "supernet.json"),
+    "blocks.json": ("start", "blocks.json"),
     "start": ("start", ""),
     "student": ("export", ""),
     "evaluation.json": ("evaluation", "evaluation.json"),
@@ -101,7 +104,8 @@ def check(config: Config) -> list[str]:
             STAGES[name].check(config)
     absent = [name for name in STAGES if name not in (*FIRST, *config.recipe.line) and _needed(config, name)]
     if absent and not {"plan", "export"}.isdisjoint(config.recipe.line):  # other lines make no student
-        raise ValueError(f"recipe.line has no {', '.join(absent)}, which this configuration needs; add it before plan")
+        told = f"recipe.line has no {', '.join(absent)}, which this configuration needs"
+        raise ValueError(f"{told}; conf/recipe/pangu_light.yaml shows every stage in its place")
     if config.recipe.rounds > 1:
         _check_rounds(config)
     return [*FIRST, *config.recipe.line]

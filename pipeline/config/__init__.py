@@ -9,7 +9,7 @@ from .inputs import Data, Generate, Model
 from .methods import Basis, Depth, Gates, Plan, Reinit, Restore, Score, Sensitivity, Supernet
 from .results import Evaluate, Export, Report, Track
 from .shapes import Budget, Calibrate, Chip, Search, Shape
-from .training import DeepSpeed, Distill, Settle
+from .training import Blocks, DeepSpeed, Distill, Settle
 
 
 class Recipe(Section):
@@ -70,6 +70,7 @@ class Config(Section):
     sensitivity: Sensitivity
     plan: Plan
     reinit: Reinit
+    blocks: Blocks
     distill: Distill
     export: Export
     evaluate: Evaluate

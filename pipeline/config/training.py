@@ -4,7 +4,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .fields import Count, Portion, Positive, Section, Share, Weight
+from .fields import Count, Portion, Positive, Section, Share, Size, Weight
+
+
+class Blocks(Section):
+    epochs: Size
+    tokens: Count
+    batch: Count
+    learning_rate: Positive
 
 
 class Loss(Section):

@@ -1,6 +1,6 @@
 """A pass through a model layer by layer: the stream of every batch under way, and one layer at a time on the device."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -50,6 +50,80 @@ def recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Ba
             model(input_ids=ids.to(home), attention_mask=mask, use_cache=False)
         steps.append(step)
     return steps
+
+
+@torch.no_grad()
+def in_step(
+    teacher: tuple[nn.Module, Anatomy],
+    student: tuple[nn.Module, Anatomy],
+    hosts: Sequence[int],
+    channels: Sequence[int],
+    batches: Iterable[Batch],
+    place: torch.device,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Let two streams through a teacher and its student; yield for each layer of the student what its FFN is to mend.
+
+    Yielded are the layer, the student's stream before its FFN, and what that must add for the stream to become the
+    teacher's where the next layer's host reads it, so that layers which went are made up for; [tokens that count, h']
+    each. Layer s of the student comes from layer `hosts[s]`, ascending; its channels are `channels` of the teacher's.
+    Whatever is done to the layer before the next is asked for, the student's stream goes through it as it then is.
+
+    Models map ids [batch, sequence] to hidden states. Time: a forward pass of either, and one more of the student's.
+    Memory: on `place` a layer and a batch; on the models' own device two streams of all batches and what is yielded.
+    """
+    batches = list(batches)
+    home = next(student[0].parameters()).device
+    modules = dict(student[0].named_modules(prefix="model"))
+    large, small = layers_of(dict(teacher[0].named_modules(prefix="model")), teacher[1]), layers_of(modules, student[1])
+    dense, thin = recorded(teacher[0], large, batches), recorded(student[0], small, batches)
+    wide = torch.promote_types(next(student[0].parameters()).dtype, torch.float32)
+    after = 0
+    for index, layer in enumerate(small):
+        until = hosts[index + 1] if index + 1 < len(hosts) else len(large)
+        for number in range(after, until):
+            _pass(dense, large[number], number, place, home)
+        after = until
+        layer.to(place)
+        reader = modules[ffn_modules(student[1], index)[0]]
+        before = [_read_by(reader, step, layer, index, place, home) for step in thin]
+        read = torch.cat([_counted(stream, step) for stream, step in zip(before, thin, strict=True)])
+        wanted = torch.cat([_counted(step.hidden[..., list(channels)], step) for step in dense])
+        yield index, read, (wanted.to(wide) - read.to(wide)).to(read.dtype)
+        _pass(thin, layer, index, place, home)
+
+
+def _pass(steps: Sequence[Step], layer: nn.Module, index: int, place: torch.device, home: torch.device) -> None:
+    """Let all streams through a layer, which is on `place` for that long."""
+    layer.to(place)
+    for step in steps:
+        step.hidden = step.through(layer, index, place).to(home)
+    layer.to(home)
+
+
+def _read_by(
+    module: nn.Module, step: Step, layer: nn.Module, index: int, place: torch.device, home: torch.device
+) -> Tensor:
+    """Give what a module of a layer reads, [batch, sequence, h]."""
+    seen: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].to(home)))
+    step.through(layer, index, place)
+    hook.remove()
+    return seen[0]
+
+
+def _counted(values: Tensor, step: Step) -> Tensor:
+    """Give the rows [tokens that count, h] of values [batch, sequence, h]."""
+    return values.flatten(0, 1) if step.mask is None else values[step.mask]
+
+
+def ffn_modules(anatomy: Anatomy, layer: int) -> tuple[str, ...]:
+    """Give the names of a layer's FFN and of the norms before and after it, if any, in the order of the stream."""
+    prefix = LAYER.format(layer=layer)
+    down = anatomy.layer_module("h f").format(layer=layer).removeprefix(prefix)
+    ffn = down.rpartition(".")[0]
+    before = (norm for norm, readers in anatomy.family.pre_norms.items() if readers[0].startswith(f"{ffn}."))
+    after = (norm for norm, writer in anatomy.family.post_norms.items() if writer == down)
+    return tuple(f"{prefix}{name}" for name in (*before, ffn, *after))
 
 
 def layers_of(modules: Mapping[str, nn.Module], anatomy: Anatomy) -> list[nn.Module]:

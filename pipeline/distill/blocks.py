@@ -1,0 +1,121 @@
+"""One FFN at a time learns to bring the student's stream back to its teacher's (after Puzzle's blockwise local
+distillation, 2411.19146): no loss of the whole model and no gradient beyond the FFN, so a step costs little.
+
+In Puzzle a block reads its teacher's stream; here it reads that of the student, whose earlier layers have learnt, and
+so also makes up for what they, and the layers that went, did not give.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .schedule import learning_rate
+
+HELD_OUT = 16  # one token in so many is only measured
+BETAS = (0.9, 0.99)
+WARMUP, FLOOR = 0.05, 0.01  # of the steps, of the rate
+Add = Callable[[list[Tensor]], None]  # adds tensors over ranks, in place
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long a module learns, on how many tokens a step of all ranks, and how fast; `seed` orders the tokens."""
+
+    epochs: int
+    batch: int
+    rate: float  # of a matrix's root mean square
+    seed: int
+    precision: torch.dtype = torch.float32  # computed in; weights are float32
+
+
+@dataclass(frozen=True)
+class Rows:
+    """This rank's rows: what is read [tokens, in], what is to be given [tokens, out], their places among all ranks'."""
+
+    read: Tensor
+    wanted: Tensor
+    places: Tensor  # [tokens], int64
+    total: int  # of all ranks
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """Squared error over the square of what is wanted, on held-out tokens; equal where nothing was gained."""
+
+    before: float
+    after: float
+
+
+def learn(module: nn.Module, rows: Rows, course: Course, add: Add) -> Learnt:
+    """Train the matrices of a module of float32 weights to give what is wanted for what is read.
+
+    The loss is the mean squared error over the mean square of what is wanted. Adam's rate of each matrix is a share of
+    its root mean square, so that one setting suits models of any scale; it falls along a cosine. Which tokens a step
+    sees does not depend on the number of ranks: each takes those that are its own, and gradients add. Where the error
+    on held-out tokens does not fall, the weights are put back.
+    """
+    for weight in module.parameters():
+        weight.requires_grad_(weight.dim() > 1)
+    matrices = [weight for weight in module.parameters() if weight.requires_grad]
+    origin = [weight.detach().clone() for weight in matrices]
+    before, scale = _measured(module, rows, course, add)
+    seen = torch.arange(rows.total)[torch.arange(rows.total) % HELD_OUT != HELD_OUT - 1]
+    steps = course.epochs * -(-len(seen) // course.batch)
+    peaks = [course.rate * float(weight.detach().square().mean().sqrt()) for weight in matrices]
+    groups = [{"params": [weight], "lr": peak} for weight, peak in zip(matrices, peaks, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    for step, (chosen, count) in enumerate(_chosen(rows, seen, course)):
+        share = learning_rate("cosine", step, steps, 1.0, WARMUP, FLOOR)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = share * peak
+        optimizer.zero_grad()
+        with torch.enable_grad():  # a rank without a token of this step has a gradient too: zero
+            (_squared_error(module, rows, chosen, course) / (count * scale)).backward()
+        add([weight.grad for weight in matrices])
+        optimizer.step()
+    after, _ = _measured(module, rows, course, add)
+    if after < before:
+        return Learnt(before, after)
+    with torch.no_grad():
+        for weight, old in zip(matrices, origin, strict=True):
+            weight.copy_(old)
+    return Learnt(before, before)
+
+
+def _chosen(rows: Rows, seen: Tensor, course: Course) -> Iterator[tuple[Tensor, int]]:
+    """Give for each step this rank's rows of a batch, and the tokens of the batch over all ranks."""
+    draw = torch.Generator().manual_seed(course.seed)
+    own = torch.full((rows.total,), -1)
+    own[rows.places] = torch.arange(len(rows.places))
+    for _ in range(course.epochs):
+        for batch in seen[torch.randperm(len(seen), generator=draw)].split(course.batch):
+            mine = own[batch]
+            yield mine[mine >= 0].to(rows.read.device), len(batch)
+
+
+@torch.no_grad()
+def _measured(module: nn.Module, rows: Rows, course: Course, add: Add) -> tuple[float, float]:
+    """Give the relative squared error on held-out tokens, and the mean over tokens of what is wanted, squared."""
+    held = (rows.places % HELD_OUT == HELD_OUT - 1).nonzero().flatten().to(rows.read.device)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for part in held.split(course.batch):
+        sums[0] += float(_squared_error(module, rows, part, course))
+        sums[1] += float(rows.wanted[part].float().square().sum())
+    sums[2] = float(rows.wanted.float().square().sum(dtype=torch.float32))
+    add([sums])
+    return float(sums[0] / sums[1]), float(sums[2]) / rows.total
+
+
+def _squared_error(module: nn.Module, rows: Rows, chosen: Tensor, course: Course) -> Tensor:
+    with _computing(rows.read.device, course.precision):
+        given = module(rows.read[chosen])
+    return (given.float() - rows.wanted[chosen].float()).square().sum()
+
+
+def _computing(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
+    """Multiply in a lower precision than that of the weights."""
+    lower = precision in (torch.bfloat16, torch.float16)
+    return torch.autocast(device.type, precision) if lower else nullcontext()

@@ -1,0 +1,136 @@
+"""One module learns what a larger one gives: what the student must not lose, and what it gains."""
+
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from threading import Barrier
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.distill.blocks import Course, Learnt, Rows, learn
+
+COURSE = Course(4, 64, 0.02, 0)
+
+
+class Gated(nn.Module):
+    """silu(x G) * (x U) D, with a bias on the way out."""
+
+    def __init__(self, width: int, neurons: int, seed: int = 0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.gate, self.up = (nn.Linear(width, neurons, bias=False) for _ in range(2))
+        self.down = nn.Linear(neurons, width)
+
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def rows(inputs: torch.Tensor, outputs: torch.Tensor) -> Rows:
+    return Rows(inputs, outputs, torch.arange(len(inputs)), len(inputs))
+
+
+def taught(tokens: int = 512, seed: int = 1) -> tuple[Gated, Rows]:
+    """Give the module that keeps 16 of 24 neurons, and what the whole one read and gave."""
+    whole, part = Gated(12, 24), Gated(12, 16)
+    for kind in ("gate", "up"):
+        getattr(part, kind).weight.data.copy_(getattr(whole, kind).weight[:16])
+    part.down.weight.data.copy_(whole.down.weight[:, :16])
+    part.down.bias.data.copy_(whole.down.bias)
+    inputs = torch.randn(tokens, 12, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return part, rows(inputs, whole(inputs))
+
+
+def alone(tensors):
+    """Add over one rank."""
+
+
+@torch.no_grad()
+def error(module: nn.Module, read: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((module(read) - wanted).square().sum() / wanted.square().sum())
+
+
+def test_what_it_learns_holds_on_tokens_that_no_step_saw():
+    part, known = taught()
+    _, fresh = taught(256, 2)
+    start = error(part, fresh.read, fresh.wanted)
+    told = learn(part, known, Course(20, 32, 0.02, 0), alone)
+    assert told.after < told.before
+    assert error(part, fresh.read, fresh.wanted) < 0.9 * start
+
+
+def test_the_errors_told_are_those_of_every_sixteenth_token():
+    part, known = taught()
+    before = error(part, known.read[15::16], known.wanted[15::16])
+    told = learn(part, known, COURSE, alone)
+    assert told.before == pytest.approx(before, rel=1e-5)
+    assert told.after == pytest.approx(error(part, known.read[15::16], known.wanted[15::16]), rel=1e-5)
+
+
+def test_held_out_tokens_teach_nothing():
+    """In another order among themselves they would be learnt from at other steps."""
+    one, known = taught()
+    two, read, wanted = deepcopy(one), known.read.clone(), known.wanted.clone()
+    for each in (read, wanted):
+        each[15::16] = each[15::16].roll(1, 0)
+    learn(one, known, COURSE, alone)
+    learn(two, rows(read, wanted), COURSE, alone)
+    assert all(torch.equal(each, other) for each, other in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("rate", [10.0, 1e30])
+def test_weights_that_got_worse_are_put_back(rate):
+    """A rate far too high, and one that ends in no number."""
+    part, known = taught()
+    before = deepcopy(part.state_dict())
+    told = learn(part, known, Course(1, 64, rate, 0), alone)
+    assert told.after == told.before
+    for name, weight in part.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+
+
+def test_vectors_stay_and_one_seed_gives_one_result():
+    part, known = taught()
+    other, bias = deepcopy(part), part.down.bias.detach().clone()
+    learn(part, known, COURSE, alone)
+    learn(other, known, COURSE, alone)
+    assert torch.equal(part.down.bias, bias) and not torch.equal(part.down.weight, taught()[0].down.weight)
+    assert all(torch.equal(one, two) for one, two in zip(part.parameters(), other.parameters(), strict=True))
+
+
+def test_a_rate_suits_weights_of_any_size():
+    """A matrix eight times as large, with outputs as large, learns the same but for the floor of Adam's denominator."""
+    part, known = taught()
+    part.down.bias.data.zero_()
+    large = deepcopy(part)
+    large.down.weight.data.mul_(8)
+    one = learn(part, known, COURSE, alone)
+    two = learn(large, rows(known.read, 8 * known.wanted), COURSE, alone)
+    assert two.before == pytest.approx(one.before, rel=1e-5) and two.after == pytest.approx(one.after, rel=1e-3)
+
+
+def test_two_ranks_learn_what_one_learns():
+    """Each has every other token; what they add is added, in turn, as between processes."""
+    part, known = taught()
+    learners, barrier, given = [deepcopy(part) for _ in range(2)], Barrier(2), {}
+
+    def work(rank: int) -> Learnt:
+        def add(tensors):
+            given[rank] = [each.clone() for each in tensors]
+            barrier.wait()
+            for tensor, one, two in zip(tensors, given[0], given[1], strict=True):
+                tensor.copy_(one + two)
+            barrier.wait()
+
+        own = torch.arange(512)[rank::2]
+        return learn(learners[rank], Rows(known.read[own], known.wanted[own], own, 512), COURSE, add)
+
+    with ThreadPoolExecutor(2) as ranks:
+        told = list(ranks.map(work, range(2)))
+    whole = learn(part, known, COURSE, alone)
+    assert told[0] == told[1]
+    assert told[0].before == pytest.approx(whole.before) and told[0].after == pytest.approx(whole.after, rel=1e-4)
+    for one, two, each in zip(*(learner.parameters() for learner in (*learners, part)), strict=True):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, each, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,146 @@
+"""The stage that lets narrowed FFNs learn by themselves, on tiny models."""
+
+import json
+import shutil
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from pipeline import line
+from pipeline.config import Config
+from pipeline.model.anatomy import anatomy_of
+from pipeline.prune.layerwise import ffn_modules, in_step
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.stages import blocks
+from tests.tiny import config_of, tensors_of, tiny_model, tokens
+from tests.tiny_text import configured
+from tests.world import make_world, pipeline, settings
+
+STAGES = ["score", "shape", "plan", "cut", "blocks"]
+LEARN = ["blocks.epochs=8", "blocks.tokens=2048", "blocks.batch=64", "blocks.learning_rate=0.03"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("blocks"), "llama-tied")
+
+
+def made(world, *overrides, stages=STAGES, **values):
+    chosen = settings(world, **values, run="unit", stages="[" + ",".join(stages) + "]")
+    return line.run(configured(*chosen, *overrides), "a test")
+
+
+def widths(**changed):
+    kept = {"layers": "null", "hidden": "null", "heads": "null", "groups": "null", "neurons": 16} | changed
+    return {f"shape__{axis}": value for axis, value in kept.items()}
+
+
+def streams(model, batches):
+    """Give the stream [tokens that count, h] before every layer and after the last, and before every FFN."""
+    anatomy = anatomy_of(config_of(model), tensors_of(model))
+    modules, before, middle = dict(model.named_modules()), {}, {}
+    with ExitStack() as hooks, torch.no_grad():
+        for layer in range(len(anatomy.sizes.layers)):
+            for name, rows in ((f"model.layers.{layer}", before), (ffn_modules(anatomy, layer)[0], middle)):
+                keep = rows.setdefault(layer, [])
+                hook = modules[name].register_forward_pre_hook(lambda _, x, keep=keep: keep.append(x[0]))
+                hooks.callback(hook.remove)
+        last = before.setdefault(len(anatomy.sizes.layers), [])
+        hooks.callback(modules["model.norm"].register_forward_pre_hook(lambda _, x: last.append(x[0])).remove)
+        for ids, mask in batches:
+            model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
+    masks = [mask for _, mask in batches]
+    for part in (before, middle):
+        part |= {at: torch.cat([x[mask] for x, mask in zip(rows, masks, strict=True)]) for at, rows in part.items()}
+    return before, middle
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "olmo2", "phi3"])
+@pytest.mark.parametrize("hosts", [[0, 1, 2, 3], [0, 3], [1, 2]])
+def test_what_is_missing_is_what_makes_the_stream_the_teachers(kind, hosts):
+    """Where the next layer that stayed reads it. The student is another model, and an FFN changes once it was seen."""
+    teacher = tiny_model(kind)
+    types = getattr(teacher.config, "layer_types", None)
+    changed = {"layer_types": [types[host] for host in hosts]} if types else {}
+    student = tiny_model(kind, seed=1, num_hidden_layers=len(hosts), **changed)
+    channels = range(teacher.config.hidden_size)
+    both = [(model.get_decoder(), anatomy_of(config_of(model), tensors_of(model))) for model in (teacher, student)]
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, 9:] = False
+    batches = [(tokens(), mask), (tokens(seed=1), torch.ones(2, 12, dtype=torch.bool))]
+    dense, _ = streams(teacher, batches)
+    seen = []
+    for layer, read, missing in in_step(*both, hosts, channels, batches, torch.device("cpu")):
+        seen.append((read, missing))
+        down = both[1][1].layer_module("h f").format(layer=layer)
+        student.get_submodule(down).weight.data.mul_(1.5)
+    _, middle = streams(student, batches)
+    for layer, (read, missing) in enumerate(seen):
+        torch.testing.assert_close(read, middle[layer])
+        torch.testing.assert_close(read + missing, dense[[*hosts, 4][layer + 1]])
+    assert len(seen) == len(hosts)
+
+
+@pytest.mark.parametrize(("changed", "layers"), [({}, 4), ({"layers": 3}, 3), ({"hidden": 24}, 4)])
+def test_every_ffn_errs_less_and_nothing_else_changes(world, changed, layers):
+    start = made(world, stages=STAGES[:-1], **widths(**changed))["start"]
+    folder = made(world, *LEARN, **widths(**changed))["start"]
+    told = json.loads((folder / "blocks.json").read_text())
+    assert [each["layer"] for each in told] == list(range(layers))
+    assert all(each["after"] < each["before"] for each in told)
+    assert not (folder / "learnt").exists()
+    before, after = open_checkpoint(start), open_checkpoint(folder)
+    assert list(before) == list(after) and before.config == after.config
+    for name in before:
+        assert torch.equal(before[name], after[name]) == (".mlp." not in name), name
+
+
+def test_a_student_that_misses_nothing_stays_as_it_is(world):
+    """Of the teacher's widths, in the type that is computed in: no error can fall."""
+    start = made(world, stages=STAGES[:-1], **widths(neurons=24))["start"]
+    folder = made(world, *LEARN, **widths(neurons=24))["start"]
+    assert all(each["before"] == each["after"] < 1e-3 for each in json.loads((folder / "blocks.json").read_text()))
+    before, after = open_checkpoint(start), open_checkpoint(folder)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_cut_off_it_goes_on_where_it_was_and_two_ranks_learn_what_one_learns(world, monkeypatch):
+    whole = open_checkpoint(made(world, *LEARN, **widths())["start"])
+    learn, calls = blocks.learn, []
+
+    def cut_off(*arguments):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return learn(*arguments)
+
+    apart = f"artifacts={world / 'apart'}"
+    monkeypatch.setattr(blocks, "learn", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        made(world, *LEARN, apart, **widths())
+    again = dict(open_checkpoint(made(world, *LEARN, apart, **widths())["start"]))
+    assert len(calls) == 3 + 2, "two layers had learnt, two were left"
+    shutil.rmtree(world / "apart")
+    stages = f"stages=[{','.join(STAGES)}]"
+    chosen = settings(world, **widths(), artifacts=world / "two")
+    pipeline("run=two", *LEARN, "score.batch=4", stages, *chosen, cwd=world, ranks=2)
+    both = open_checkpoint(world / "runs" / "two" / "start")
+    for name in whole:
+        assert torch.equal(whole[name], again[name]), name
+        torch.testing.assert_close(both[name], whole[name], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"blocks": {"tokens": 15}}, "blocks.tokens is 15"),
+        ({"recipe": {"line": ["score", "shape", "plan", "cut"]}}, "recipe.line has no blocks"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(world, changed, told):
+    settings_ = configured(*settings(world), *LEARN).model_dump()
+    for section, values in changed.items():
+        settings_[section] |= values
+    with pytest.raises(ValueError, match=told):
+        line.check(Config(**settings_))
