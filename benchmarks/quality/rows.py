@@ -65,6 +65,7 @@ def _peer(name: str, label: str) -> Row:
 
 PRINCIPAL = ("basis.kind=principal", "plan.channels=leading")
 ALL_AXES = ("budget.axes=all", *PRINCIPAL)
+NO_BLOCKS = ("blocks.epochs=0",)
 BY_SCORES = ("restore.outputs=false", "restore.order=scores")
 GATES = ("gates.tokens=8192", "gates.batch=1", "gates.learning_rate=3e-2")  # 16 steps for each layer that goes
 ROWS: dict[str, Row] = {
@@ -109,14 +110,18 @@ ROWS: dict[str, Row] = {
         "pangu_light", "... without CLAP, depth by measured loss", "plan.clap=false", "plan.depth=loss"
     ),
     # best, one part exchanged
-    "best_given": _ablation("best", "best on the given text alone"),
     "best_longer": _ablation("best", "best, twice the recovery", writes=True, recovered=("distill.tokens=120000",)),
-    "best_scores": _ablation("best", "... by scores, not restored", *BY_SCORES),
-    "best_order": _ablation("best", "... by scores, restored", "restore.order=scores"),
-    "best_sequence": _ablation("best", "... layer by layer (accumulation)", *BY_SCORES, "restore.sequence=true"),
-    "best_all_axes": _ablation("best", "... all axes narrower", "budget.axes=all"),
-    "best_untied": _ablation("best", "... and the principal basis, untied", *ALL_AXES, "basis.tie=untied"),
-    "best_tied": _ablation("best", "... and the principal basis, tie kept", *ALL_AXES, "basis.tie=keep"),
+    "best_no_blocks": _ablation("best", "best, no FFN learns by itself", *NO_BLOCKS, writes=True),
+    "best_given": _ablation("best", "best on the given text alone"),
+    "best_given_no_blocks": _ablation("best", "... no FFN learns by itself", *NO_BLOCKS),
+    "best_scores": _ablation("best", "... and by scores, not restored", *NO_BLOCKS, *BY_SCORES),
+    "best_order": _ablation("best", "... and by scores, restored", *NO_BLOCKS, "restore.order=scores"),
+    "best_sequence": _ablation(
+        "best", "... and layer by layer (accumulation)", *NO_BLOCKS, *BY_SCORES, "restore.sequence=true"
+    ),
+    "best_all_axes": _ablation("best", "... and all axes narrower", *NO_BLOCKS, "budget.axes=all"),
+    "best_untied": _ablation("best", "... and the principal basis, untied", *NO_BLOCKS, *ALL_AXES, "basis.tie=untied"),
+    "best_tied": _ablation("best", "... and the principal basis, tie kept", *NO_BLOCKS, *ALL_AXES, "basis.tie=keep"),
     # Týr: the search and what it is built on
     "tyr_no_search": _ablation("tyr", "Týr, even widths (no search)", "supernet.generations=0"),
     "tyr_no_accumulation": _ablation("tyr", "Týr without accumulation", "supernet.accumulation=false"),
