@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from .blocks import blocks_section
 from .comparison import MINUS, count, percent, rate, size, unsteady, whole
 from .drawing import COLOURS, Drawing, svg
 from .exported import export_section
@@ -23,8 +24,8 @@ RECOVERY = ("loss", "kl", "rate")
 
 def page(report: Report, drawings: Mapping[str, Drawing]) -> str:
     """Give the page of a report with its figures; a figure or a number that is absent has no place on it."""
-    parts = (_comparison, _quality, _samples, _search, _cut, _importance, _settling, rounds_section, _recovery)
-    parts += (export_section, _costs, _making)
+    parts = (_comparison, _quality, _samples, _search, _cut, _importance, _settling, rounds_section)
+    parts += (blocks_section, _recovery, export_section, _costs, _making)
     student = count(report["parameters"]["student"])
     return Template(TEMPLATE.read_text()).substitute(
         title=escape(f"{report['model']}, pruned to {student} parameters"),

@@ -17,6 +17,7 @@ from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
 from pipeline.report.axes import number
+from pipeline.report.blocks import errors_by_layer
 from pipeline.report.comparison import summary
 from pipeline.report.drawing import Drawing, save_png
 from pipeline.report.facts import Curve, cut_facts, gather, perplexity_of, recovery_curves, recovery_facts
@@ -79,6 +80,9 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         settled = recovery_curves(_metrics(inputs["restored"]), SEEN)
         report["settling"] = recovery_facts(settled, SEEN)
         drawings |= _training_figures(settled, SETTLING, [])
+    if (inputs["start"] / "blocks.json").is_file():
+        report["blocks"] = json.loads((inputs["start"] / "blocks.json").read_text())
+        drawings["blocks"] = errors_by_layer(report["blocks"])
     if (inputs["export"] / "export.json").is_file():
         place = {"folder": str(Path(config.runs) / config.run / "student")}
         report["export"] = json.loads((inputs["export"] / "export.json").read_text()) | place

@@ -15,6 +15,7 @@ from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
 from pipeline.model.scores import Scores
 from pipeline.report.anatomy_map import anatomy_map, fate
 from pipeline.report.axes import Scale, number, scale
+from pipeline.report.blocks import errors_by_layer
 from pipeline.report.comparison import rows, summary
 from pipeline.report.drawing import Box, Dot, Drawing, Line, save_png, svg
 from pipeline.report.exported import export_section
@@ -370,6 +371,25 @@ def test_a_column_of_the_rounds_is_a_whole_layer_of_what_stays_and_what_each_rou
         assert sum(mark.height for mark in stays) == pytest.approx(share * full)
         assert len(stays) == (layer != 2) and all(mark.opacity == 1 for mark in stays)
     assert sum(", round 1:" in mark.tip for mark in boxes) == 1, "the first round took from layer 1 alone"
+
+
+def test_the_page_tells_what_each_ffn_learnt_where_it_did():
+    report, errors = example_report(), [
+        {"layer": 0, "before": 0.5, "after": 0.25},
+        {"layer": 1, "before": 0.3, "after": 0.3},
+    ]  # fmt: skip
+    drawings = example_drawings(report)
+    assert "FFN by FFN" not in page(report, drawings)
+    report["blocks"], drawings["blocks"] = errors, errors_by_layer(errors)
+    ElementTree.fromstring(svg(drawings["blocks"]))
+    dots = [mark for mark in drawings["blocks"].marks if isinstance(mark, Dot) and mark.tip]
+    assert [mark.tip for mark in dots[::2]] == ["layer 0: 0.5 → 0.25", "layer 1: 0.3 → 0.3"]
+    (one, learnt), (other, same) = (dots[:2], dots[2:])
+    assert learnt.y > one.y and same.y == other.y and (one.x, other.x) == (learnt.x, same.x)
+    seen = Balanced(page(report, drawings))
+    words = " ".join(seen.words)
+    assert not seen.faults and not seen.open
+    assert "FFN by FFN" in words and "from 0.4 to 0.28" in words
 
 
 def test_the_page_tells_of_rounds_each_on_a_line_and_of_their_cuts_where_there_were_rounds():
