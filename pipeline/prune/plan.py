@@ -1,11 +1,14 @@
-"""Planning: from scores and widths to a blueprint. Pure, on the CPU, no model needed.
+"""Planning: from scores and widths to a blueprint, on the CPU, no model needed.
 
 Depth by block influence, heads inside KV groups, KV groups with cross-layer donation (CLAP), neurons, channels
 (Pangu Light 2505.20155, eq. 1-5).
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +68,17 @@ def plan_by(
     scores = shuffled(scores, drawn, seed)
     own = [widths[host] for host in hosts]
     return plan(anatomy, scores, hosts, own, hidden, clap=clap, clap_normalise=clap_normalise)
+
+
+def layers_that_stay(inputs: Mapping[str, Path], influence: Tensor, policy: Mapping[str, Any]) -> list[int]:
+    """Give the layers that stay: those that a stage before the plan chose, else by block influence.
+
+    `inputs` are folders of artifacts, the shape among them; `policy` says how influence chooses, and `keep_first`.
+    """
+    if "depth" in inputs:
+        return json.loads((inputs["depth"] / "depth.json").read_text())["kept"]
+    count = json.loads((inputs["shape"] / "shape.json").read_text())["layers"]
+    return kept_layers(influence, count, policy["depth"], policy["keep_first"])
 
 
 def kept_layers(influence: Tensor, count: int, policy: str, keep_first: int) -> list[int]:

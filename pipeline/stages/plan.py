@@ -12,7 +12,7 @@ from pipeline.model.anatomy import Anatomy, LayerSizes
 from pipeline.model.blueprint import Blueprint, compose
 from pipeline.model.scores import Scores
 from pipeline.prune.fluctuation import standardised
-from pipeline.prune.plan import kept_layers, leading, plan_by
+from pipeline.prune.plan import layers_that_stay, leading, plan_by
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.search.budgets import layer_weights
 from pipeline.search.curves import curves_of, measured_widths
@@ -56,10 +56,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     if config.plan.channels == "leading":
         scores = leading(scores)
     policy, hidden, count = config.plan.policy, shape["hidden"], shape["layers"]
-    if "depth" in inputs:
-        hosts = json.loads((inputs["depth"] / "depth.json").read_text())["kept"]
-    else:
-        hosts = kept_layers(scores.layers, count, policy["depth"], policy["keep_first"])
+    hosts = layers_that_stay(inputs, scores.layers, policy)
     widths = list(anatomy.sizes.layers)
     for host, width in zip(hosts, _widths(config, inputs, anatomy, scores, hosts, shape, out), strict=True):
         widths[host] = width

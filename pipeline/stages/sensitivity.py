@@ -13,7 +13,7 @@ from pipeline.model.anatomy import LayerSizes
 from pipeline.model.scores import Scores
 from pipeline.prune.mask import masked, without
 from pipeline.prune.measure import only_layers
-from pipeline.prune.plan import kept_layers, shuffled
+from pipeline.prune.plan import layers_that_stay, shuffled
 from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
 from pipeline.search.curves import removals
@@ -56,7 +56,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     anatomy = open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy
     scores = Scores.load(inputs.get("orders", inputs["scores"]) / "scores.safetensors")
     scores = shuffled(scores, config.plan.policy["drawn"], config.seed)
-    kept = _kept(config, inputs, scores)
+    kept = layers_that_stay(inputs, scores.layers, config.plan.policy)
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
     model = model.to(device.torch)
     text = Packed(inputs["tokens"] / "calibration")
@@ -87,13 +87,6 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         f"sensitivity: {len(rows) - 1} narrowings of one layer measured, KL {rows[0]['loss']:.4f} before and at most "
         f"{worst['loss']:.4f}, without {worst['removed']} {worst['kind']} of layer {worst['layer']}"
     )
-
-
-def _kept(config: Config, inputs: dict[str, Path], scores: Scores) -> list[int]:
-    if "depth" in inputs:
-        return json.loads((inputs["depth"] / "depth.json").read_text())["kept"]
-    count = json.loads((inputs["shape"] / "shape.json").read_text())["layers"]
-    return kept_layers(scores.layers, count, config.plan.policy["depth"], config.plan.keep_first)
 
 
 def _choices(config: Config, own: LayerSizes) -> list[tuple[str, int]]:

@@ -15,7 +15,7 @@ from pipeline.model.anatomy import LayerSizes
 from pipeline.model.scores import Scores
 from pipeline.prune.gram import projections, with_float64
 from pipeline.prune.narrow import Narrowed, narrow_heads, narrow_units
-from pipeline.prune.plan import kept_layers
+from pipeline.prune.plan import layers_that_stay
 from pipeline.prune.sequential import prune_in_sequence
 from pipeline.runtime.artifacts import need_space
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
@@ -57,7 +57,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     shape = json.loads((inputs["shape"] / "shape.json").read_text())
     wanted = LayerSizes(shape["heads"], shape["groups"], shape["neurons"])
     scores = Scores.load(inputs["scores"] / "scores.safetensors")
-    kept = _kept(config, inputs, scores, shape["layers"])
+    kept = layers_that_stay(inputs, scores.layers, config.plan.policy)
     heads, neurons = list(scores.heads), list(scores.neurons)
     modules = projections(anatomy).items()
     solved = {module.format(layer=layer): (axis, layer) for layer in kept for axis, module in modules}
@@ -93,9 +93,3 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         write_checkpoint(out, source.config, stream, config.export.shard_bytes, inputs["teacher"])
         replace(scores, heads=tuple(heads), neurons=tuple(neurons)).save(out / "scores.safetensors")
         (out / "widths.json").write_text(json.dumps([asdict(wanted)] * len(heads)))
-
-
-def _kept(config: Config, inputs: dict[str, Path], scores: Scores, count: int) -> list[int]:
-    if "depth" in inputs:
-        return json.loads((inputs["depth"] / "depth.json").read_text())["kept"]
-    return kept_layers(scores.layers, count, config.plan.policy["depth"], config.plan.keep_first)

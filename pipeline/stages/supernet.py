@@ -22,7 +22,7 @@ from pipeline.model.scores import Scores
 from pipeline.prune.gram import projections, with_float64
 from pipeline.prune.measure import only_layers
 from pipeline.prune.narrow import Narrowed, local_order, narrow_units
-from pipeline.prune.plan import kept_layers
+from pipeline.prune.plan import layers_that_stay
 from pipeline.prune.removal import Removal
 from pipeline.prune.sequential import prune_in_sequence
 from pipeline.prune.supernet import candidate, compose, expectation, removal_of, widened
@@ -99,9 +99,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine: Machine) ->
     need_space(out, source.bytes() * (2 + 2 * asked.steps))
     scores = Scores.load(inputs["scores"] / "scores.safetensors")
     shape = json.loads((inputs["shape"] / "shape.json").read_text())
-    kept = kept_layers(scores.layers, shape["layers"], config.plan.policy["depth"], config.plan.keep_first)
-    if "depth" in inputs:
-        kept = json.loads((inputs["depth"] / "depth.json").read_text())["kept"]
+    kept = layers_that_stay(inputs, scores.layers, config.plan.policy)
     sites = sites_of(source.anatomy.sizes, kept, projections(source.anatomy), asked.multiple)
     start = even_start(sites, shape["weights"]) if "weights" in shape else given_start(sites, shape)
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
