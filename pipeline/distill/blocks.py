@@ -33,35 +33,39 @@ class Course:
 
 @dataclass(frozen=True)
 class Rows:
-    """This rank's rows: what is read [tokens, in], what is to be given [tokens, out], their places among all ranks'."""
+    """This rank's tokens: the stream as it is read and as it is wanted, and their places among those of all ranks."""
 
-    read: Tensor
-    wanted: Tensor
+    read: Tensor    # [tokens, h]
+    wanted: Tensor  # [tokens, h]
     places: Tensor  # [tokens], int64
     total: int  # of all ranks
 
 
 @dataclass(frozen=True)
 class Learnt:
-    """Squared error over the square of what is wanted, on held-out tokens; equal where nothing was gained."""
+    """The squared distance from the wanted stream over its square, a mean over held-out tokens, before and after.
+
+    They are equal where nothing was gained.
+    """
 
     before: float
     after: float
 
 
 def learn(module: nn.Module, rows: Rows, course: Course, add: Add) -> Learnt:
-    """Train the matrices of a module of float32 weights to give what is wanted for what is read.
+    """Train the matrices of a module of float32 weights so that x + module(x) is the wanted stream, x being the read one.
 
-    The loss is the mean squared error over the mean square of what is wanted. Adam's rate of each matrix is a share of
-    its root mean square, so that one setting suits models of any scale; it falls along a cosine. Which tokens a step
-    sees does not depend on the number of ranks: each takes those that are its own, and gradients add. Where the error
-    on held-out tokens does not fall, the weights are put back.
+    The loss is the mean over tokens of the squared distance over the square of the wanted stream: what comes next
+    reads it behind a norm, and else the few tokens whose streams are a hundred times as long would be all that counts.
+    Adam's rate of each matrix is a share of its root mean square, so that one setting suits models of any scale; it
+    falls along a cosine. Which tokens a step sees does not depend on the number of ranks: each takes those that are its
+    own, and gradients add. Where the distance on held-out tokens does not fall, the weights are put back.
     """
     for weight in module.parameters():
         weight.requires_grad_(weight.dim() > 1)
     matrices = [weight for weight in module.parameters() if weight.requires_grad]
     origin = [weight.detach().clone() for weight in matrices]
-    before, scale = _measured(module, rows, course, add)
+    before = _measured(module, rows, course, add)
     seen = torch.arange(rows.total)[torch.arange(rows.total) % HELD_OUT != HELD_OUT - 1]
     steps = course.epochs * -(-len(seen) // course.batch)
     peaks = [course.rate * float(weight.detach().square().mean().sqrt()) for weight in matrices]
@@ -73,10 +77,10 @@ def learn(module: nn.Module, rows: Rows, course: Course, add: Add) -> Learnt:
             group["lr"] = share * peak
         optimizer.zero_grad()
         with torch.enable_grad():  # a rank without a token of this step has a gradient too: zero
-            (_squared_error(module, rows, chosen, course) / (count * scale)).backward()
+            (_distances(module, rows, chosen, course) / count).backward()
         add([weight.grad for weight in matrices])
         optimizer.step()
-    after, _ = _measured(module, rows, course, add)
+    after = _measured(module, rows, course, add)
     if after < before:
         return Learnt(before, after)
     with torch.no_grad():
@@ -97,22 +101,23 @@ def _chosen(rows: Rows, seen: Tensor, course: Course) -> Iterator[tuple[Tensor, 
 
 
 @torch.no_grad()
-def _measured(module: nn.Module, rows: Rows, course: Course, add: Add) -> tuple[float, float]:
-    """Give the relative squared error on held-out tokens, and the mean over tokens of what is wanted, squared."""
+def _measured(module: nn.Module, rows: Rows, course: Course, add: Add) -> float:
+    """Give the mean distance of held-out tokens."""
     held = (rows.places % HELD_OUT == HELD_OUT - 1).nonzero().flatten().to(rows.read.device)
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64)
     for part in held.split(course.batch):
-        sums[0] += float(_squared_error(module, rows, part, course))
-        sums[1] += float(rows.wanted[part].float().square().sum())
-    sums[2] = float(rows.wanted.float().square().sum(dtype=torch.float32))
+        sums += torch.tensor([float(_distances(module, rows, part, course)), len(part)], dtype=torch.float64)
     add([sums])
-    return float(sums[0] / sums[1]), float(sums[2]) / rows.total
+    return float(sums[0] / sums[1])
 
 
-def _squared_error(module: nn.Module, rows: Rows, chosen: Tensor, course: Course) -> Tensor:
-    with _computing(rows.read.device, course.precision):
-        given = module(rows.read[chosen])
-    return (given.float() - rows.wanted[chosen].float()).square().sum()
+def _distances(module: nn.Module, rows: Rows, chosen: Tensor, course: Course) -> Tensor:
+    """Give the sum over tokens of |x + module(x) - y|² / |y|²."""
+    read, wanted = rows.read[chosen], rows.wanted[chosen].float()
+    with _computing(read.device, course.precision):
+        added = module(read)
+    squares = wanted.square().sum(-1).clamp_min(torch.finfo(wanted.dtype).tiny)
+    return ((read.float() + added.float() - wanted).square().sum(-1) / squares).sum()
 
 
 def _computing(device: torch.device, precision: torch.dtype) -> AbstractContextManager:

@@ -63,10 +63,10 @@ def in_step(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Let two streams through a teacher and its student; yield for each layer of the student what its FFN is to mend.
 
-    Yielded are the layer, the student's stream before its FFN, and what that must add for the stream to become the
-    teacher's where the next layer's host reads it, so that layers which went are made up for; [tokens that count, h']
-    each. Layer s of the student comes from layer `hosts[s]`, ascending; its channels are `channels` of the teacher's.
-    Whatever is done to the layer before the next is asked for, the student's stream goes through it as it then is.
+    Yielded are the layer, the student's stream before its FFN, and the teacher's where the host of the student's next
+    layer reads it, so that layers which went can be made up for; [tokens that count, h'] each. Layer s of the student
+    comes from layer `hosts[s]`, ascending; its channels are `channels` of the teacher's. is done to the layer before
+    the next is asked for, the student's stream goes through it as it then is.
 
     Models map ids [batch, sequence] to hidden states. Time: a forward pass of either, and one more of the student's.
     Memory: on `place` a layer and a batch; on the models' own device two streams of all batches and what is yielded.
@@ -76,7 +76,6 @@ def in_step(
     modules = dict(student[0].named_modules(prefix="model"))
     large, small = layers_of(dict(teacher[0].named_modules(prefix="model")), teacher[1]), layers_of(modules, student[1])
     dense, thin = recorded(teacher[0], large, batches), recorded(student[0], small, batches)
-    wide = torch.promote_types(next(student[0].parameters()).dtype, torch.float32)
     after = 0
     for index, layer in enumerate(small):
         until = hosts[index + 1] if index + 1 < len(hosts) else len(large)
@@ -88,7 +87,7 @@ def in_step(
         before = [_read_by(reader, step, layer, index, place, home) for step in thin]
         read = torch.cat([_counted(stream, step) for stream, step in zip(before, thin, strict=True)])
         wanted = torch.cat([_counted(step.hidden[..., list(channels)], step) for step in dense])
-        yield index, read, (wanted.to(wide) - read.to(wide)).to(read.dtype)
+        yield index, read, wanted
         _pass(thin, layer, index, place, home)
 
 

@@ -57,9 +57,10 @@ def settings(config: Config) -> dict:
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """Write the student with the FFNs that learnt, and blocks.json: a layer's error `before` and `after`.
 
-    The error is squared, over the square of what is missing from the student's stream, on held-out tokens. Every rank
-    reads its share of the text. Memory: teacher and student on the host, with two streams of the text; on the device a
-    layer and a batch, then an FFN in float32 with its moments and two rows [h] for every token.
+    The error is the squared distance between the two streams behind the FFN, over the square of the teacher's, a mean
+    over held-out tokens. Every rank reads its share of the text. Memory: teacher and student on the host, with two
+    streams of the text; on the device a layer and a batch, then an FFN in float32 with its moments and two rows [h] for
+    every token.
     """
     ranks, device, trust = machine.ranks, machine.device, config.model.trust_remote_code
     origin = open_checkpoint(inputs.get("source", inputs["teacher"]), config.model.allow_pickle)
@@ -77,12 +78,12 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     hosts, done = [plan.host for plan in blueprint.layers], ranks.share(_done(out) if ranks.rank == 0 else None)
     passes = in_step(teacher, student, hosts, blueprint.channels, batches, device.torch)
     learnt, errors = {}, []
-    for layer, read, missing in machine.progress(passes, len(hosts), "blocks"):
+    for layer, read, wanted in machine.progress(passes, len(hosts), "blocks"):
         branch, matrices = _branch(student, start, layer)
         if layer in done:
             told = _remembered(out, layer, matrices, ranks)
         else:
-            rows = _rows(read.to(device.torch), missing.to(device.torch), text.sequence, ranks)
+            rows = _rows(read.to(device.torch), wanted.to(device.torch), text.sequence, ranks)
             told = learn(branch.to(device.torch), rows, course, ranks.sum_)
             branch.cpu()
             if ranks.rank == 0:
@@ -96,7 +97,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         (out / "blocks.json").write_text(json.dumps(errors))
         shutil.rmtree(out / LEARNT)
     means = [sum(each[when] for each in errors) / len(errors) for when in ("before", "after")]
-    machine.say(f"blocks: {len(errors)} FFNs learnt, mean relative error {means[0]:.4f} before, {means[1]:.4f} after")
+    told = f"{means[0]:.4f} before, {means[1]:.4f} after"
+    machine.say(f"blocks: {len(errors)} FFNs learnt, mean distance from the teacher's stream {told}")
 
 
 def _branch(

@@ -26,12 +26,12 @@ class Gated(nn.Module):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
-def rows(inputs: torch.Tensor, outputs: torch.Tensor) -> Rows:
-    return Rows(inputs, outputs, torch.arange(len(inputs)), len(inputs))
+def rows(read: torch.Tensor, wanted: torch.Tensor) -> Rows:
+    return Rows(read, wanted, torch.arange(len(read)), len(read))
 
 
 def taught(tokens: int = 512, seed: int = 1) -> tuple[Gated, Rows]:
-    """Give the module that keeps 16 of 24 neurons, and what the whole one read and gave."""
+    """Give the module that keeps 16 of 24 neurons, and the stream before and behind the whole one."""
     whole, part = Gated(12, 24), Gated(12, 16)
     for kind in ("gate", "up"):
         getattr(part, kind).weight.data.copy_(getattr(whole, kind).weight[:16])
@@ -39,7 +39,7 @@ def taught(tokens: int = 512, seed: int = 1) -> tuple[Gated, Rows]:
     part.down.bias.data.copy_(whole.down.bias)
     inputs = torch.randn(tokens, 12, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        return part, rows(inputs, whole(inputs))
+        return part, rows(inputs, inputs + whole(inputs))
 
 
 def alone(tensors):
@@ -48,7 +48,7 @@ def alone(tensors):
 
 @torch.no_grad()
 def error(module: nn.Module, read: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((module(read) - wanted).square().sum() / wanted.square().sum())
+    return float(((read + module(read) - wanted).square().sum(-1) / wanted.square().sum(-1)).mean())
 
 
 def test_what_it_learns_holds_on_tokens_that_no_step_saw():
@@ -100,14 +100,34 @@ def test_vectors_stay_and_one_seed_gives_one_result():
 
 
 def test_a_rate_suits_weights_of_any_size():
-    """A matrix eight times as large, with outputs as large, learns the same but for the floor of Adam's denominator."""
+    """A matrix eight times as large, and one as much smaller behind it, learn the same, in their own measure."""
     part, known = taught()
-    part.down.bias.data.zero_()
-    large = deepcopy(part)
-    large.down.weight.data.mul_(8)
-    one = learn(part, known, COURSE, alone)
-    two = learn(large, rows(known.read, 8 * known.wanted), COURSE, alone)
-    assert two.before == pytest.approx(one.before, rel=1e-5) and two.after == pytest.approx(one.after, rel=1e-3)
+    other = deepcopy(part)
+    other.up.weight.data.mul_(8)
+    other.down.weight.data.div_(8)
+    one, two = learn(part, known, COURSE, alone), learn(other, known, COURSE, alone)
+    assert two.before == pytest.approx(one.before, rel=1e-5) and two.after == pytest.approx(one.after, rel=1e-4)
+    torch.testing.assert_close(other.up.weight, 8 * part.up.weight, rtol=1e-3, atol=1e-3)
+
+
+def test_a_token_with_a_long_stream_counts_as_much_as_any():
+    """What it adds to the gradient is the same for a stream twice as long that is as far off, relatively."""
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(4))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    read = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+    lengths = torch.ones(32, 1)
+    lengths[::4] = 64.0
+    one, two = Shift(), Shift()
+    plain = learn(one, rows(read, 3 * read), COURSE, alone)
+    long = learn(two, rows(read * lengths, 3 * read * lengths), COURSE, alone)
+    assert long.before == pytest.approx(plain.before) and long.after == pytest.approx(plain.after, rel=1e-4)
+    torch.testing.assert_close(one.weight, two.weight)
 
 
 def test_two_ranks_learn_what_one_learns():

@@ -58,8 +58,8 @@ def streams(model, batches):
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "olmo2", "phi3"])
 @pytest.mark.parametrize("hosts", [[0, 1, 2, 3], [0, 3], [1, 2]])
-def test_what_is_missing_is_what_makes_the_stream_the_teachers(kind, hosts):
-    """Where the next layer that stayed reads it. The student is another model, and an FFN changes once it was seen."""
+def test_both_streams_are_those_of_the_whole_models(kind, hosts):
+    """The teacher's where the next layer that stayed reads it. The student is another model."""
     teacher = tiny_model(kind)
     types = getattr(teacher.config, "layer_types", None)
     changed = {"layer_types": [types[host] for host in hosts]} if types else {}
@@ -71,14 +71,14 @@ def test_what_is_missing_is_what_makes_the_stream_the_teachers(kind, hosts):
     batches = [(tokens(), mask), (tokens(seed=1), torch.ones(2, 12, dtype=torch.bool))]
     dense, _ = streams(teacher, batches)
     seen = []
-    for layer, read, missing in in_step(*both, hosts, channels, batches, torch.device("cpu")):
-        seen.append((read, missing))
+    for layer, read, wanted in in_step(*both, hosts, channels, batches, torch.device("cpu")):
+        seen.append((read, wanted))
         down = both[1][1].layer_module("h f").format(layer=layer)
         student.get_submodule(down).weight.data.mul_(1.5)
     _, middle = streams(student, batches)
-    for layer, (read, missing) in enumerate(seen):
+    for layer, (read, wanted) in enumerate(seen):
         torch.testing.assert_close(read, middle[layer])
-        torch.testing.assert_close(read + missing, dense[[*hosts, 4][layer + 1]])
+        torch.testing.assert_close(wanted, dense[[*hosts, 4][layer + 1]])
     assert len(seen) == len(hosts)
 
 
@@ -100,7 +100,7 @@ def test_a_student_that_misses_nothing_stays_as_it_is(world):
     """Of the teacher's widths, in the type that is computed in: no error can fall."""
     start = made(world, stages=STAGES[:-1], **widths(neurons=24))["start"]
     folder = made(world, *LEARN, **widths(neurons=24))["start"]
-    assert all(each["before"] == each["after"] < 1e-3 for each in json.loads((folder / "blocks.json").read_text()))
+    assert all(each["before"] == each["after"] < 1e-4 for each in json.loads((folder / "blocks.json").read_text()))
     before, after = open_checkpoint(start), open_checkpoint(folder)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
