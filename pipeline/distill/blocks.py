@@ -53,7 +53,7 @@ class Learnt:
 
 
 def learn(module: nn.Module, rows: Rows, course: Course, add: Add) -> Learnt:
-    """Train the matrices of a module of float32 weights so that x + module(x) is the wanted stream, x being the read one.
+    """Train the matrices of a module of float32 weights so that x + module(x) is the wanted stream for x as it is read.
 
     The loss is the mean over tokens of the squared distance over the square of the wanted stream: what comes next
     reads it behind a norm, and else the few tokens whose streams are a hundred times as long would be all that counts.
