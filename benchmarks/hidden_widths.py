@@ -1,0 +1,88 @@
+"""The hidden axis alone, narrowed: plain channels, SLNP, and the principal basis, with the tie broken or kept.
+
+    python benchmarks/quality/texts.py
+    python benchmarks/hidden_widths.py [--rows slnp512,untied512] [--seeds 0] [settings of the pipeline ...]
+
+Every row is one run of the pipeline without recovery, hidden-<way><width>-<seed>, of SmolLM2: rows share the teacher,
+the tokens, the scores and the turned teacher, resume where they were cut off, and are not run twice. The table goes to
+benchmarks/results/hidden_widths.md, the figures beside it as JSON: perplexity over the dense model's as it was cut.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from ablation import Report, parser, reports, run_rows, write_table
+
+PREFIX = "hidden"
+WIDTHS = (544, 512, 448, 384)
+PRINCIPAL = ("basis.kind=principal", "plan.channels=leading", "reinit.slnp=true")
+WAYS = {
+    "plain": ("channels by score", ("reinit.slnp=false",)),
+    "slnp": ("... and SLNP", ("reinit.slnp=true",)),
+    "tied": ("principal basis and SLNP, tie kept", (*PRINCIPAL, "basis.tie=keep")),
+    "untied": ("principal basis and SLNP, untied", (*PRINCIPAL, "basis.tie=untied")),
+}
+ROWS = {f"{way}{width}": (way, width) for width in WIDTHS for way in WAYS}
+COMMON = (
+    "recipe.line=[score,shape,basis,plan,cut,export,dense,evaluate,report]",
+    "plan.clap=false",
+    "data.calibration.path=[builtin:topics,builtin:docstrings]",
+    "data.recovery.path=[builtin:topics,builtin:docstrings]",
+    "data.split.evaluation=0.1",
+    "score.tokens=16384",
+    "basis.tokens=32768",
+    "evaluate.tokens=4096",
+    "evaluate.words=0",
+    "evaluate.speed=false",
+    "report.samples=0",
+    "track.mode=disabled",
+)
+NONE = "·"
+
+
+def main() -> None:
+    options = parser(__doc__, ROWS)
+    options.add_argument("--texts", type=Path, default=Path("runs/texts"), help="where quality/texts.py wrote")
+    asked, settings = options.parse_known_args()
+    chosen = {row: row_settings(row, asked.texts, settings) for row in ROWS}
+    run_rows(PREFIX, chosen, asked, lambda: write(asked.runs, asked.results))
+
+
+def row_settings(row: str, texts: Path, settings: list[str]) -> list[str]:
+    """Give the settings of a row; those of the command come last and win."""
+    way, width = ROWS[row]
+    unseen = f"data.evaluation.path=[builtin:readmes,{texts / 'jargon.txt'},builtin:topics]"
+    return [*COMMON, unseen, f"shape.hidden={width}", *WAYS[way][1], *settings]
+
+
+def write(runs: Path, results: Path) -> None:
+    """Write the table, and its figures, of every row that has a report."""
+    found = {which: _figures(report) for which, report in reports(PREFIX, ROWS, runs).items()}
+    texts = sorted({text for figures in found.values() for text in figures["ratios"]})
+    lines = []
+    for (row, seed), figures in found.items():
+        way, width = ROWS[row]
+        inner = f"{figures['inner'] / 1e6:.1f} M, all {figures['all'] / 1e6:.1f} M"
+        cells = [f"{figures['ratios'][text]:.2f}" if text in figures["ratios"] else NONE for text in texts]
+        lines.append([str(width), WAYS[way][0], str(seed), inner, *cells])
+    columns = ["hidden width", "how", "seed", "parameters without embeddings", *texts]
+    told = "Perplexity over the dense model's, as it was cut; settings in the script."
+    write_table(results / "hidden_widths.md", "The hidden axis alone, SmolLM2-135M", told, columns, lines)
+    figures = [{"row": row, "seed": seed} | each for (row, seed), each in found.items()]
+    (results / "hidden_widths.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _figures(report: Report) -> dict:
+    def ratio(text: Mapping) -> float:
+        return text["student"]["perplexity"] / text["teacher"]["perplexity"]
+
+    return {
+        "inner": report["non_embedding_parameters"]["student"],
+        "all": report["parameters"]["student"],
+        "ratios": {name: ratio(text) for name, text in report["perplexity"].items()},
+    }
+
+
+if __name__ == "__main__":
+    main()
