@@ -13,7 +13,7 @@ from tests.world import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts import each other as scripts do
 
-import hidden_widths  # noqa: E402
+import hidden_widths
 
 
 def test_rows_differ_only_in_the_hidden_axis(tmp_path):
