@@ -65,6 +65,8 @@ def _peer(name: str, label: str) -> Row:
 
 PRINCIPAL = ("basis.kind=principal", "plan.channels=leading")
 ALL_AXES = ("budget.axes=all", *PRINCIPAL)
+BLOCKS = ("blocks.epochs=3", "blocks.tokens=65536")
+TWICE = ("distill.tokens=120000",)
 NO_BLOCKS = ("blocks.epochs=0",)
 BY_SCORES = ("restore.outputs=false", "restore.order=scores")
 GATES = ("gates.tokens=8192", "gates.batch=1", "gates.learning_rate=3e-2")  # 16 steps for each layer that goes
@@ -89,6 +91,7 @@ ROWS: dict[str, Row] = {
     "pangu_no_clap": _ablation("pangu_light", "Pangu Light without CLAP", "plan.clap=false"),
     "pangu_no_slnp": _ablation("pangu_light", "Pangu Light without SLNP", "reinit.slnp=false"),
     "pangu_plain": _ablation("pangu_light", "Pangu Light without both", "plan.clap=false", "reinit.slnp=false"),
+    "pangu_blocks": _ablation("pangu_light", "Pangu Light, every FFN learns by itself before recovery", *BLOCKS),
     # the hidden axis; CLAP off, as a donor's heads are those of another layer in any basis
     "basis_untied": _ablation(
         "pangu_light", "... without CLAP, principal basis, untied", "plan.clap=false", *PRINCIPAL, "basis.tie=untied"
@@ -110,8 +113,11 @@ ROWS: dict[str, Row] = {
         "pangu_light", "... without CLAP, depth by measured loss", "plan.clap=false", "plan.depth=loss"
     ),
     # best, one part exchanged
-    "best_longer": _ablation("best", "best, twice the recovery", writes=True, recovered=("distill.tokens=120000",)),
+    "best_longer": _ablation("best", "best, twice the recovery", writes=True, recovered=TWICE),
     "best_no_blocks": _ablation("best", "best, no FFN learns by itself", *NO_BLOCKS, writes=True),
+    "best_no_blocks_longer": _ablation(
+        "best", "... the same, twice the recovery", *NO_BLOCKS, writes=True, recovered=TWICE
+    ),
     "best_given": _ablation("best", "best on the given text alone"),
     "best_given_no_blocks": _ablation("best", "... no FFN learns by itself", *NO_BLOCKS),
     "best_scores": _ablation("best", "... and by scores, not restored", *NO_BLOCKS, *BY_SCORES),
