@@ -6,11 +6,11 @@ so also makes up for what they, and the layers that went, did not give.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .schedule import learning_rate
 
@@ -114,13 +114,7 @@ def _measured(module: nn.Module, rows: Rows, course: Course, add: Add) -> float:
 def _distances(module: nn.Module, rows: Rows, chosen: Tensor, course: Course) -> Tensor:
     """Give the sum over tokens of |x + module(x) - y|² / |y|²."""
     read, wanted = rows.read[chosen], rows.wanted[chosen].float()
-    with _computing(read.device, course.precision):
-        added = module(read)
+    weights = {name: weight.to(course.precision) for name, weight in module.named_parameters()}
+    added = functional_call(module, weights, (read.to(course.precision),))
     squares = wanted.square().sum(-1).clamp_min(torch.finfo(wanted.dtype).tiny)
     return ((read.float() + added.float() - wanted).square().sum(-1) / squares).sum()
-
-
-def _computing(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
-    """Multiply in a lower precision than that of the weights."""
-    lower = precision in (torch.bfloat16, torch.float16)
-    return torch.autocast(device.type, precision) if lower else nullcontext()

@@ -40,23 +40,34 @@ def losses(artifacts: Path) -> torch.Tensor:
     return torch.tensor([row["loss"] for row in rows if "loss" in row])
 
 
+def errors(artifacts: Path) -> torch.Tensor:
+    """Give the distance of every FFN before and after it learnt [layer, 2]."""
+    (folder,) = artifacts.glob("blocks-*")
+    return torch.tensor([[row["before"], row["after"]] for row in json.loads((folder / "blocks.json").read_text())])
+
+
 def test_the_line_on_two_npus_under_zero_3_computes_what_one_cpu_computes(tmp_path):
     world = make_world(tmp_path, "glm4")  # sandwich norms, so that every stage has work
     chosen = dict(artifacts=world / "on-npu", device="npu", distill__micro_batch=4)
-    on_npu("run=npu", *settings(world, **chosen), "deepspeed=zero3", cwd=world, ranks=2)
+    learn = ("blocks.epochs=2", "blocks.tokens=1024", "blocks.batch=64")
+    on_npu("run=npu", *settings(world, **chosen), *learn, "deepspeed=zero3", cwd=world, ranks=2)
     record = json.loads((world / "runs/npu/run.json").read_text())
     assert record["device"] == "Simulated NPU"
     assert (world / "runs/npu/report.html").exists()
 
-    # One CPU scores again, and recovers again from the same start in float32: the steps of ZeRO-3 on two NPUs.
-    again = shutil.ignore_patterns("score-*", "distill-*")
+    # One CPU scores and lets FFNs learn again, and recovers again from the same start in float32: the steps of ZeRO-3
+    # on two NPUs.
+    again = shutil.ignore_patterns("score-*", "blocks-*", "distill-*")
     shutil.copytree(world / "on-npu", world / "on-cpu", ignore=again, symlinks=True)
     chosen = dict(artifacts=world / "on-cpu", distill__micro_batch=8)
-    pipeline("run=cpu", *settings(world, **chosen), "stages=[score,distill]", cwd=world)
+    pipeline("run=cpu", *settings(world, **chosen), *learn, "stages=[score,blocks,distill]", cwd=world)
     npu, cpu = (load_file(world / "runs" / run / "scores/scores.safetensors") for run in ("npu", "cpu"))
     assert npu.keys() == cpu.keys()
     for name in npu:  # both in their compute type, which may be bfloat16
         torch.testing.assert_close(npu[name], cpu[name], rtol=5e-2, atol=1e-6, msg=name)
+    npu, cpu = (errors(world / where) for where in ("on-npu", "on-cpu"))
+    assert (npu[:, 1] < npu[:, 0]).all()
+    torch.testing.assert_close(npu, cpu, rtol=5e-2, atol=1e-6)
     assert len(losses(world / "on-npu")) == 8
     torch.testing.assert_close(losses(world / "on-npu"), losses(world / "on-cpu"), rtol=1e-4, atol=1e-6)
 
