@@ -156,3 +156,15 @@ def test_flap_runs_to_its_report_without_recovery(world):
     assert "model.layers.0.mlp.down_proj.bias" in student
     kept = report["non_embedding_parameters"]
     assert kept["student"] <= 0.62 * kept["teacher"]  # biases come on top
+
+
+def test_ffns_of_layers_that_differ_learn_each_at_its_width(world):
+    chosen = ["plan.widths=threshold", "budget.parameters=0.7", "plan.clap=false", "blocks.epochs=4"]
+    chosen += ["blocks.tokens=2048", "blocks.batch=64", "blocks.learning_rate=0.03"]
+    folders = made(world, *chosen, "stages=[score,shape,plan,cut,blocks]")
+    told = json.loads((folders["start"] / "blocks.json").read_text())
+    start = open_checkpoint(folders["start"])
+    assert len({layer.neurons for layer in start.anatomy.sizes.layers}) > 1
+    assert len(told) == 4 and all(each["after"] < each["before"] for each in told)
+    logits = load_model(folders["start"], torch.float32, "eager")(torch.arange(12)[None]).logits
+    assert torch.isfinite(logits).all()
