@@ -9,9 +9,11 @@ import torch
 
 from pipeline import line
 from pipeline.config import Config
+from pipeline.data.packing import Packed
+from pipeline.data.stream import beginning
 from pipeline.model.anatomy import anatomy_of
 from pipeline.prune.layerwise import ffn_modules, in_step
-from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.checkpoint import load_model, open_checkpoint
 from pipeline.stages import blocks
 from tests.tiny import config_of, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
@@ -94,6 +96,18 @@ def test_every_ffn_errs_less_and_nothing_else_changes(world, changed, layers):
     assert list(before) == list(after) and before.config == after.config
     for name in before:
         assert torch.equal(before[name], after[name]) == (".mlp." not in name), name
+
+
+def test_the_last_distance_told_is_that_of_the_whole_student(world):
+    """Every layer read what the layers before it, as they had learnt, really give."""
+    folders = made(world, *LEARN, **widths())
+    models = [load_model(folders[name], torch.float32, "eager") for name in ("teacher", "start")]
+    text = beginning(Packed(folders["tokens"] / "calibration"), 2048, 8, 0, 1, 0)
+    batches = [(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in text]
+    wanted, given = (streams(model, batches)[0][4][15::16] for model in models)
+    distance = ((given - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
+    told = json.loads((folders["start"] / "blocks.json").read_text())
+    assert told[-1]["after"] == pytest.approx(float(distance), rel=0.02)
 
 
 def test_a_student_that_misses_nothing_stays_as_it_is(world):
