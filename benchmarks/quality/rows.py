@@ -66,6 +66,7 @@ def _peer(name: str, label: str) -> Row:
 PRINCIPAL = ("basis.kind=principal", "plan.channels=leading")
 ALL_AXES = ("budget.axes=all", *PRINCIPAL)
 BLOCKS = ("blocks.epochs=3", "blocks.tokens=65536")
+BY_LOSS = ("budget.axes=all", "plan.widths=measured")  # where widths go by layer, all channels stay
 TWICE = ("distill.tokens=120000",)
 NO_BLOCKS = ("blocks.epochs=0",)
 BY_SCORES = ("restore.outputs=false", "restore.order=scores")
@@ -114,6 +115,7 @@ ROWS: dict[str, Row] = {
     ),
     # best, one part exchanged
     "best_longer": _ablation("best", "best, twice the recovery", writes=True, recovered=TWICE),
+    "best_by_layer": _ablation("best", "best, widths by measured loss", *BY_LOSS, writes=True),
     "best_no_blocks": _ablation("best", "best, no FFN learns by itself", *NO_BLOCKS, writes=True),
     "best_no_blocks_longer": _ablation(
         "best", "... the same, twice the recovery", *NO_BLOCKS, writes=True, recovered=TWICE
@@ -125,9 +127,7 @@ ROWS: dict[str, Row] = {
     "best_sequence": _ablation(
         "best", "... and layer by layer (accumulation)", *NO_BLOCKS, *BY_SCORES, "restore.sequence=true"
     ),
-    "best_measured": _ablation(
-        "best", "... and widths by measured loss", *NO_BLOCKS, "budget.axes=all", "plan.widths=measured"
-    ),
+    "best_measured": _ablation("best", "... and widths by measured loss", *NO_BLOCKS, *BY_LOSS),
     "best_all_axes": _ablation("best", "... and all axes narrower", *NO_BLOCKS, "budget.axes=all"),
     "best_untied": _ablation("best", "... and the principal basis, untied", *NO_BLOCKS, *ALL_AXES, "basis.tie=untied"),
     "best_tied": _ablation("best", "... and the principal basis, tie kept", *NO_BLOCKS, *ALL_AXES, "basis.tie=keep"),
