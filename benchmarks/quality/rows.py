@@ -121,7 +121,7 @@ ROWS: dict[str, Row] = {
         "best", "... the same, twice the recovery", *NO_BLOCKS, writes=True, recovered=TWICE
     ),
     "best_given": _ablation("best", "best on the given text alone"),
-    "best_given_no_blocks": _ablation("best", "... no FFN learns by itself", *NO_BLOCKS),
+    "best_given_no_blocks": _ablation("best", "best on the given text alone, no FFN learns by itself", *NO_BLOCKS),
     "best_scores": _ablation("best", "... and by scores, not restored", *NO_BLOCKS, *BY_SCORES),
     "best_order": _ablation("best", "... and by scores, restored", *NO_BLOCKS, "restore.order=scores"),
     "best_sequence": _ablation(
