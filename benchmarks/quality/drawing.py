@@ -1,4 +1,4 @@
-"""The plots of the table: perplexity over the dense model's, by share removed, before and after recovery."""
+"""The plots of the table: perplexity over the dense model's, before and after recovery, by share removed or by row."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,18 +41,57 @@ def draw(found: Sequence[Figures], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _line(axes: Axes, found: Sequence[Figures], text: str, state: str, number: int) -> None:
+def draw_bars(found: Sequence[Figures], path: Path) -> None:
+    """Write a PNG with a panel for every text, and in it for every row a bar before recovery and a dot after it.
+
+    Shown is the share removed that most rows have; seeds are averaged.
+    """
+    shares = [each["removed"] for each in found]
+    removed = max(sorted(set(shares)), key=shares.count)
+    found = [each for each in found if each["removed"] == removed]
+    texts = list(dict.fromkeys(text for each in found for text in each["texts"]))
+    names = [name for name in ROWS if any(each["row"] == name for each in found)]
+    figure = Figure(figsize=(10.5, 0.24 * len(names) + 1.3), layout="constrained")
+    panels = figure.subplots(1, len(texts), sharey=True, squeeze=False)[0]
+    for text, axes in zip(texts, panels):
+        for place, name in enumerate(names):
+            rows = [each for each in found if each["row"] == name]
+            before, after = (ratios(rows, text, state).get(removed) for state in STATES)
+            if before:
+                axes.barh(place, min(before, MOST) - 1.0, left=1.0, height=0.62, color=COLOURS[0], alpha=0.55)
+                axes.text(min(before, MOST), place, f" {before:.2f}", va="center", fontsize=7)
+            if after:
+                axes.plot(after, place, "o", color=COLOURS[1], markersize=4.5)
+        axes.set_xscale("log")
+        axes.set_xlim(1.0, axes.get_xlim()[1] * 1.25)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}" if axes.get_xlim()[1] < 10 else "")
+        axes.tick_params(labelsize=7, which="both")
+        axes.set_title(text, fontsize=10)
+    panels[0].set_yticks(range(len(names)), [ROWS[name].label for name in names], fontsize=7.5)
+    panels[0].invert_yaxis()
+    told = f"perplexity / dense, {removed:g} % removed; bars: before recovery, dots: after"
+    figure.supxlabel(told, fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def ratios(found: Sequence[Figures], text: str, state: str) -> dict[float, float]:
+    """Give one row's perplexity over the dense model's, the mean over seeds, by share removed, ascending."""
     points: dict[float, list[float]] = {}
     for each in found:
         states = each["texts"].get(text, {})
         if state in states:
             ratio = states[state]["perplexity"] / states["dense"]["perplexity"]
             points.setdefault(each["removed"], []).append(ratio)
+    return {removed: sum(values) / len(values) for removed, values in sorted(points.items())}
+
+
+def _line(axes: Axes, found: Sequence[Figures], text: str, state: str, number: int) -> None:
+    points = ratios(found, text, state)
     row = ROWS[found[0]["row"]]
-    where = sorted(points)
     axes.plot(
-        where,
-        [sum(points[removed]) / len(points[removed]) for removed in where],
+        points.keys(),
+        points.values(),
         WAYS[row.group],
         marker=MARKERS[number // len(COLOURS) % len(MARKERS)],
         color=COLOURS[number % len(COLOURS)],

@@ -11,16 +11,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from drawing import draw
+from drawing import draw, draw_bars
 from results import Figures, collect
 from rows import GROUPS, ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- quality: begin, written by benchmarks/quality/table.py -->", "<!-- quality: end -->"
-PICTURES = {
-    "recipes": ("quality-recipes.png", ("recipes", "baselines", "peers")),
-    "ablations": ("quality-ablations.png", ("ablations",)),
-}
+LINES, BARS = "quality-recipes.png", "quality-ablations.png"
 NONE = "·"
 
 
@@ -36,11 +33,15 @@ def main() -> None:
     asked.saved.parent.mkdir(parents=True, exist_ok=True)
     asked.saved.write_text(json.dumps(found, indent=1) + "\n")
     pictures = []
-    for title, (file, groups) in PICTURES.items():
-        shown = [each for each in found if ROWS[each["row"]].group in groups]
-        if len({each["removed"] for each in shown}) > 1:  # one share is no line
-            draw(shown, asked.docs.with_name(file))
-            pictures.append(f"![{title}: perplexity over the dense model's, by share removed]({file})")
+    groups = {name: [each for each in found if ROWS[each["row"]].group == name] for name in GROUPS}
+    ablations = groups.pop("ablations")
+    others = [each for group in groups.values() for each in group]
+    if len({each["removed"] for each in others}) > 1:  # one share is no line
+        draw(others, asked.docs.with_name(LINES))
+        pictures.append(f"![recipes: perplexity over the dense model's, by share removed]({LINES})")
+    if ablations:
+        draw_bars([*groups["recipes"], *ablations], asked.docs.with_name(BARS))
+        pictures.append(f"![one thing changed: perplexity over the dense model's, by row]({BARS})")
     asked.docs.write_text(between(asked.docs.read_text(), "\n\n".join([*pictures, *tables(found)])))
     print(f"{asked.docs}: {len(found)} rows, {len(pictures)} plots; {asked.saved}")
 

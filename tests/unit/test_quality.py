@@ -106,9 +106,21 @@ def test_a_row_runs_and_the_table_says_what_it_measured(world):
     command("table.py", "--runs", "nowhere", "--saved", "saved.json", "--docs", docs, cwd=world)
     assert docs.read_text() == written  # saved figures are enough
     (figures,) = json.loads((world / "saved.json").read_text())
-    (world / "saved.json").write_text(json.dumps([figures, figures | {"removed": 25.0}]))
+    assert not (docs.parent / "quality-ablations.png").exists()
+    more = [figures | {"removed": 25.0}, figures | {"row": "pangu_no_clap"}]
+    (world / "saved.json").write_text(json.dumps([figures, *more]))
     command("table.py", "--runs", "nowhere", "--saved", "saved.json", "--docs", docs, cwd=world)
-    assert (docs.parent / "quality-recipes.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("quality-recipes.png", "quality-ablations.png"):
+        assert (docs.parent / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_bar_is_the_mean_over_seeds_of_the_ratio_to_dense():
+    def row(removed, **states):
+        return {"removed": removed, "texts": {"news": {name: {"perplexity": value} for name, value in states.items()}}}
+
+    found = [row(25.0, dense=10.0, before=20.0), row(25.0, dense=10.0, before=30.0), row(12.5, dense=10.0, before=11.0)]
+    assert drawing.ratios(found, "news", "before") == {12.5: 1.1, 25.0: 2.5}
+    assert drawing.ratios(found, "news", "after") == drawing.ratios(found, "law", "before") == {}
 
 
 def view(folder, name, dense=10.0, start=20.0, student=12.0, rounds=1, settle="none", speed=None):
