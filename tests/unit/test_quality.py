@@ -19,6 +19,7 @@ from tests.world import ROOT, environment, make_world, settings
 QUALITY = ROOT / "benchmarks" / "quality"
 sys.path.insert(0, str(QUALITY))  # its scripts import each other as scripts do
 
+import drawing  # noqa: E402
 import results  # noqa: E402
 import rows  # noqa: E402
 import run  # noqa: E402
