@@ -65,7 +65,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     ranks, device, trust = machine.ranks, machine.device, config.model.trust_remote_code
     origin = open_checkpoint(inputs.get("source", inputs["teacher"]), config.model.allow_pickle)
     start = open_checkpoint(inputs["start"])
-    need_space(out, 2 * start.bytes())
+    need_space(out, 3 * start.bytes())  # the student, and until it is written its FFNs in float32
     step = inputs["blueprint"] / "step.json"  # in later rounds: of the model that was cut
     blueprint = Blueprint.load(step if step.exists() else inputs["blueprint"] / "blueprint.json")
     teacher, student = (
