@@ -56,7 +56,7 @@ def learn(module: nn.Module, rows: Rows, course: Course, add: Add) -> Learnt:
     """Train the matrices of a module of float32 weights so that x + module(x) is the wanted stream for x as it is read.
 
     The loss is the mean over tokens of the squared distance over the square of the wanted stream: what comes next
-    reads it behind a norm, and else the few tokens whose streams are a hundred times as long would be all that counts.
+    reads it behind a norm, and else the few tokens with massive activations would be all that counts.
     Adam's rate of each matrix is a share of its root mean square, so that one setting suits models of any scale; it
     falls along a cosine. Which tokens a step sees does not depend on the number of ranks: each takes those that are its
     own, and gradients add. Where the distance on held-out tokens does not fall, the weights are put back.
