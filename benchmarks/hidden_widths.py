@@ -15,7 +15,7 @@ from pathlib import Path
 from ablation import Report, parser, reports, run_rows, write_table
 
 PREFIX = "hidden"
-WIDTHS = (544, 512, 448, 384)
+WIDTHS = (544, 512, 448)
 PRINCIPAL = ("basis.kind=principal", "plan.channels=leading", "reinit.slnp=true")
 WAYS = {
     "plain": ("channels by score", ("reinit.slnp=false",)),

@@ -22,7 +22,7 @@ def test_rows_differ_only_in_the_hidden_axis(tmp_path):
     found = [validate(composed(*hidden_widths.row_settings(row, ROOT, more))) for row in hidden_widths.ROWS]
     for config in found:
         line.check(config)
-    assert len(found) == 16 and {config.shape.hidden for config in found} == set(hidden_widths.WIDTHS)
+    assert len(found) == 12 and {config.shape.hidden for config in found} == set(hidden_widths.WIDTHS)
     bare = [config.model_dump() for config in found]
     for values in bare:
         del values["shape"]["hidden"], values["reinit"]["slnp"], values["plan"]["channels"]
@@ -32,7 +32,7 @@ def test_rows_differ_only_in_the_hidden_axis(tmp_path):
 
 @pytest.fixture
 def runs(tmp_path):
-    for row, all_, value in (("plain512", 118.5e6, 40.0), ("untied384", 101e6, 20.0)):
+    for row, all_, value in (("plain512", 118.5e6, 40.0), ("untied448", 101e6, 20.0)):
         place = tmp_path / f"hidden-{row}-0"
         place.mkdir()
         told = {
@@ -48,6 +48,6 @@ def test_a_line_tells_both_sizes_and_the_ratio_to_dense(runs):
     hidden_widths.write(runs, runs)
     lines = (runs / "hidden_widths.md").read_text().splitlines()
     assert "| 512 | channels by score | 0 | 90.0 M, all 118.5 M | 2.50 |" in lines
-    assert "| 384 | principal basis and SLNP, untied | 0 | 90.0 M, all 101.0 M | 1.25 |" in lines
+    assert "| 448 | principal basis and SLNP, untied | 0 | 90.0 M, all 101.0 M | 1.25 |" in lines
     first, second = json.loads((runs / "hidden_widths.json").read_text())
     assert (first["row"], first["ratios"]) == ("plain512", {"topics": 2.5}) and second["all"] == 101e6
