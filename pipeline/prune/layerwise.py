@@ -65,8 +65,8 @@ def in_step(
 
     Yielded are the layer, the student's stream before its FFN, and the teacher's where the host of the student's next
     layer reads it, so that layers which went can be made up for; [tokens that count, h'] each. Layer s of the student
-    comes from layer `hosts[s]`, ascending; its channels are `channels` of the teacher's. is done to the layer before
-    the next is asked for, the student's stream goes through it as it then is.
+    comes from layer `hosts[s]`, ascending; its channels are `channels` of the teacher's. Whatever is done to a
+    layer before the next is asked for, the student's stream goes through it as it then is.
 
     Models map ids [batch, sequence] to hidden states. Time: a forward pass of either, and one more of the student's.
     Memory: on `place` a layer and a batch; on the models' own device two streams of all batches and what is yielded.
