@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -22,7 +23,12 @@ def passes(tests: str, **environment: str) -> None:
 
 def test_triton_kernels_mean_what_the_references_mean():
     pytest.importorskip("triton")
-    passes("kernels_interpreted.py", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    passes("kernels_triton.py", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_triton_kernels_mean_the_same_compiled_for_a_gpu():
+    passes("kernels_triton.py", KERNELS_DEVICE="cuda")
 
 
 def test_ascend_operators_mean_what_the_references_mean():

@@ -1,11 +1,13 @@
-"""The Triton kernels, interpreted on the CPU, beside their references: values and gradients.
+"""The Triton kernels beside their references, values and gradients: interpreted on the CPU, or compiled for a GPU.
 
 Not collected by name: Triton decides at import whether it interprets, so test_kernels_processes.py runs this file in a
-process of its own, with TRITON_INTERPRET=1.
+process of its own, with TRITON_INTERPRET=1 or with KERNELS_DEVICE=cuda.
 
 Tolerances, relative to the largest element: float32 1e-5 (another order of additions); float16 1.1e-3 and bfloat16
 8e-3, the size of one last place (the interpreter truncates float32 to bfloat16 where hardware rounds).
 """
+
+import os
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from fused import budget, reference, triton_launch
 from pipeline.distill.loss import PLAIN, Logits, linear_distillation
 from pipeline.distill.rows import Terms, compare
 
+DEVICE = os.environ.get("KERNELS_DEVICE", "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1.1e-3, torch.bfloat16: 8e-3}
 DTYPES = list(TOLERANCE)
 # Blocks and a rest, in every dtype; less than a block, and blocks exactly; one row and more rows than programs.
@@ -24,14 +27,15 @@ each_row = pytest.mark.parametrize("shape,dtype", ROWS)
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks small enough that small tensors take several and end in a masked one."""
+    """Blocks small enough that small tensors take several and end in a masked one; tensors on the device."""
+    torch.set_default_device(DEVICE)
     torch.manual_seed(0)
     for name, footprint in budget.KERNELS.items():
         monkeypatch.setitem(budget.KERNELS, name, budget.Footprint(block=64, live=footprint.live))
 
 
 def triton(name: str):
-    return fused.op(name, "cpu", "triton")
+    return fused.op(name, DEVICE, "triton")
 
 
 def agree(name: str, tensors: list[torch.Tensor], *rest, constants: int = 0) -> None:
@@ -238,6 +242,7 @@ def test_the_triton_loss_refuses_float64():
         linear_distillation(hidden, matrix, hidden, matrix, kernel="triton", **asked)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has another number of cores")
 @pytest.mark.parametrize("jobs,expected", [(1, 1), (3, 3), (10**6, triton_launch.PER_INTERPRETER)])
 def test_the_grid_is_the_cores_and_never_more_than_the_jobs(jobs, expected):
     assert triton_launch.programs(torch.device("cpu"), jobs) == expected

@@ -1,0 +1,1 @@
+"""What needs an NVIDIA GPU; skipped where there is none."""
