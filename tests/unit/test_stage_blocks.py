@@ -145,6 +145,19 @@ def test_cut_off_it_goes_on_where_it_was_and_two_ranks_learn_what_one_learns(wor
         torch.testing.assert_close(both[name], whole[name], rtol=2e-2, atol=2e-2)
 
 
+def test_the_report_tells_what_ffns_learnt_before_post_norms_became_scales(tmp_path):
+    world = make_world(tmp_path, "gemma3_text")
+    rest = ["absorb", "export", "dense", "evaluate", "report"]
+    made(world, *LEARN, "evaluate.speed=false", "report.samples=0", stages=[*STAGES, *rest])
+    (learnt,) = (world / "artifacts").glob("blocks-*")
+    view = world / "runs" / "unit"
+    assert "scales" in open_checkpoint(view / "start").config["pruned"]
+    told = (learnt / "blocks.json").read_text()
+    assert (view / "blocks.json").read_text() == told
+    assert json.loads((view / "report.json").read_text())["blocks"] == json.loads(told)
+    assert "FFN by FFN" in (view / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
