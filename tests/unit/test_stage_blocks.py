@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from contextlib import ExitStack
 
 import pytest
@@ -82,6 +83,20 @@ def test_both_streams_are_those_of_the_whole_models(kind, hosts):
         torch.testing.assert_close(read, middle[layer])
         torch.testing.assert_close(wanted, dense[[*hosts, 4][layer + 1]])
     assert len(seen) == len(hosts)
+
+
+def test_every_projection_reads_every_batch_once():
+    both = [tiny_model("gemma2", seed) for seed in (0, 1)]
+    known = [(model.get_decoder(), anatomy_of(config_of(model), tensors_of(model))) for model in both]
+    read = Counter()
+    for model in both:
+        for part in model.modules():
+            if isinstance(part, torch.nn.Linear):
+                part.register_forward_hook(lambda part, *_: read.update([part]))
+    batches = [tokens(seed=seed) for seed in range(3)]
+    for _ in in_step(*known, range(4), range(32), batches, torch.device("cpu")):
+        pass
+    assert len(read) == 2 * 4 * 7 and set(read.values()) == {3}
 
 
 @pytest.mark.parametrize(("changed", "layers"), [({}, 4), ({"layers": 3}, 3), ({"hidden": 24}, 4)])
