@@ -21,7 +21,7 @@ Add = Callable[[list[Tensor]], None]  # adds tensors over ranks, in place
 
 
 @dataclass(frozen=True)
-class Course:
+class Lessons:
     """How long a module learns, on how many tokens a step of all ranks, and how fast; `seed` orders the tokens."""
 
     epochs: int
@@ -52,7 +52,7 @@ class Learnt:
     after: float
 
 
-def learn(module: nn.Module, rows: Rows, course: Course, add: Add) -> Learnt:
+def learn(module: nn.Module, rows: Rows, lessons: Lessons, add: Add) -> Learnt:
     """Train the matrices of a module of float32 weights so that x + module(x) is the wanted stream for x as it is read.
 
     The loss is the mean over tokens of the squared distance over the square of the wanted stream: what comes next
@@ -65,22 +65,22 @@ def learn(module: nn.Module, rows: Rows, course: Course, add: Add) -> Learnt:
         weight.requires_grad_(weight.dim() > 1)
     matrices = [weight for weight in module.parameters() if weight.requires_grad]
     origin = [weight.detach().clone() for weight in matrices]
-    before = _measured(module, rows, course, add)
+    before = _measured(module, rows, lessons, add)
     seen = torch.arange(rows.total)[torch.arange(rows.total) % HELD_OUT != HELD_OUT - 1]
-    steps = course.epochs * -(-len(seen) // course.batch)
-    peaks = [course.rate * float(weight.detach().square().mean().sqrt()) for weight in matrices]
+    steps = lessons.epochs * -(-len(seen) // lessons.batch)
+    peaks = [lessons.rate * float(weight.detach().square().mean().sqrt()) for weight in matrices]
     groups = [{"params": [weight], "lr": peak} for weight, peak in zip(matrices, peaks, strict=True)]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
-    for step, (chosen, count) in enumerate(_chosen(rows, seen, course)):
+    for step, (chosen, count) in enumerate(_chosen(rows, seen, lessons)):
         share = learning_rate("cosine", step, steps, 1.0, WARMUP, FLOOR)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = share * peak
         optimizer.zero_grad()
         with torch.enable_grad():  # a rank without a token of this step has a gradient too: zero
-            (_distances(module, rows, chosen, course) / count).backward()
+            (_distances(module, rows, chosen, lessons) / count).backward()
         add([weight.grad for weight in matrices])
         optimizer.step()
-    after = _measured(module, rows, course, add)
+    after = _measured(module, rows, lessons, add)
     if after < before:
         return Learnt(before, after)
     with torch.no_grad():
@@ -89,32 +89,32 @@ def learn(module: nn.Module, rows: Rows, course: Course, add: Add) -> Learnt:
     return Learnt(before, before)
 
 
-def _chosen(rows: Rows, seen: Tensor, course: Course) -> Iterator[tuple[Tensor, int]]:
+def _chosen(rows: Rows, seen: Tensor, lessons: Lessons) -> Iterator[tuple[Tensor, int]]:
     """Give for each step this rank's rows of a batch, and the tokens of the batch over all ranks."""
-    draw = torch.Generator().manual_seed(course.seed)
+    draw = torch.Generator().manual_seed(lessons.seed)
     own = torch.full((rows.total,), -1)
     own[rows.places] = torch.arange(len(rows.places))
-    for _ in range(course.epochs):
-        for batch in seen[torch.randperm(len(seen), generator=draw)].split(course.batch):
+    for _ in range(lessons.epochs):
+        for batch in seen[torch.randperm(len(seen), generator=draw)].split(lessons.batch):
             mine = own[batch]
             yield mine[mine >= 0].to(rows.read.device), len(batch)
 
 
 @torch.no_grad()
-def _measured(module: nn.Module, rows: Rows, course: Course, add: Add) -> float:
+def _measured(module: nn.Module, rows: Rows, lessons: Lessons, add: Add) -> float:
     """Give the mean distance of held-out tokens."""
     held = (rows.places % HELD_OUT == HELD_OUT - 1).nonzero().flatten().to(rows.read.device)
     sums = torch.zeros(2, dtype=torch.float64)
-    for part in held.split(course.batch):
-        sums += torch.tensor([float(_distances(module, rows, part, course)), len(part)], dtype=torch.float64)
+    for part in held.split(lessons.batch):
+        sums += torch.tensor([float(_distances(module, rows, part, lessons)), len(part)], dtype=torch.float64)
     add([sums])
     return float(sums[0] / sums[1])
 
 
-def _distances(module: nn.Module, rows: Rows, chosen: Tensor, course: Course) -> Tensor:
+def _distances(module: nn.Module, rows: Rows, chosen: Tensor, lessons: Lessons) -> Tensor:
     """Give the sum over tokens of |x + module(x) - y|² / |y|²."""
     read, wanted = rows.read[chosen], rows.wanted[chosen].float()
-    weights = {name: weight.to(course.precision) for name, weight in module.named_parameters()}
-    added = functional_call(module, weights, (read.to(course.precision),))
+    weights = {name: weight.to(lessons.precision) for name, weight in module.named_parameters()}
+    added = functional_call(module, weights, (read.to(lessons.precision),))
     squares = wanted.square().sum(-1).clamp_min(torch.finfo(wanted.dtype).tiny)
     return ((read.float() + added.float() - wanted).square().sum(-1) / squares).sum()

@@ -1,7 +1,7 @@
 """A pass through a model layer by layer: the stream of every batch under way, and one layer at a time on the device."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -65,10 +65,10 @@ def in_step(
 
     Yielded are the layer, the student's stream before its FFN, and the teacher's where the host of the student's next
     layer reads it, so that layers which went can be made up for; [tokens that count, h'] each. Layer s of the student
-    comes from layer `hosts[s]`, ascending; its channels are `channels` of the teacher's. Whatever is done to a
-    layer before the next is asked for, the student's stream goes through it as it then is.
+    comes from layer `hosts[s]`, ascending; its channels are `channels` of the teacher's. Whatever is done to an
+    FFN before the next is asked for, the student's stream goes through it as it then is.
 
-    Models map ids [batch, sequence] to hidden states. Time: a forward pass of either, and one more of the student's.
+    Models map ids [batch, sequence] to hidden states. Time: a forward pass of either.
     Memory: on `place` a layer and a batch; on the models' own device two streams of all batches and what is yielded.
     """
     batches = list(batches)
@@ -82,13 +82,13 @@ def in_step(
         for number in range(after, until):
             _pass(dense, large[number], number, place, home)
         after = until
-        layer.to(place)
-        reader = modules[ffn_modules(student[1], index)[0]]
-        before = [_read_by(reader, step, layer, index, place, home) for step in thin]
-        read = torch.cat([_counted(stream, step) for stream, step in zip(before, thin, strict=True)])
+        branch = [modules[name] for name in ffn_modules(student[1], index)]
+        with _silent(branch):
+            _pass(thin, layer, index, place, home)
+        read = torch.cat([_counted(step.hidden, step) for step in thin])
         wanted = torch.cat([_counted(step.hidden[..., list(channels)], step) for step in dense])
         yield index, read, wanted
-        _pass(thin, layer, index, place, home)
+        _add(thin, nn.Sequential(*branch), place, home)
 
 
 def _pass(steps: Sequence[Step], layer: nn.Module, index: int, place: torch.device, home: torch.device) -> None:
@@ -99,15 +99,23 @@ def _pass(steps: Sequence[Step], layer: nn.Module, index: int, place: torch.devi
     layer.to(home)
 
 
-def _read_by(
-    module: nn.Module, step: Step, layer: nn.Module, index: int, place: torch.device, home: torch.device
-) -> Tensor:
-    """Give what a module of a layer reads, [batch, sequence, h]."""
-    seen: list[Tensor] = []
-    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].to(home)))
-    step.through(layer, index, place)
-    hook.remove()
-    return seen[0]
+@contextmanager
+def _silent(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let modules give zeros while it lasts: a layer whose FFN is silent gives what the FFN reads."""
+    with ExitStack() as undo:
+        for module in modules:
+            module.forward = torch.zeros_like
+            undo.callback(delattr, module, "forward")
+        yield
+
+
+def _add(steps: Sequence[Step], branch: nn.Module, place: torch.device, home: torch.device) -> None:
+    """Add to all streams what a branch, which is on `place` for that long, makes of them."""
+    branch.to(place)
+    for step in steps:
+        stream = step.hidden.to(place)
+        step.hidden = (stream + branch(stream)).to(home)
+    branch.to(home)
 
 
 def _counted(values: Tensor, step: Step) -> Tensor:

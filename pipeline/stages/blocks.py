@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
-from pipeline.distill.blocks import HELD_OUT, Course, Learnt, Rows, learn
+from pipeline.distill.blocks import HELD_OUT, Learnt, Lessons, Rows, learn
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
 from pipeline.prune.layerwise import ffn_modules, in_step
@@ -50,7 +50,7 @@ def check(config: Config) -> None:
 
 
 def settings(config: Config) -> dict:
-    """Give the text, the course, and the seed that orders both."""
+    """Give the text, the lessons, and the seed that orders both."""
     return config.blocks.model_dump() | {"forward": config.score.batch, "seed": config.seed}
 
 
@@ -74,7 +74,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     )
     asked, text = config.blocks, Packed(inputs["tokens"] / "calibration")
     batches = beginning(text, asked.tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
-    course = Course(asked.epochs, asked.batch, asked.learning_rate, config.seed, device.compute_dtype)
+    lessons = Lessons(asked.epochs, asked.batch, asked.learning_rate, config.seed, device.compute_dtype)
     hosts, done = [plan.host for plan in blueprint.layers], ranks.share(_done(out) if ranks.rank == 0 else None)
     passes = in_step(teacher, student, hosts, blueprint.channels, batches, device.torch)
     learnt, errors = {}, []
@@ -84,7 +84,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
             told = _remembered(out, layer, matrices, ranks)
         else:
             rows = _rows(read.to(device.torch), wanted.to(device.torch), text.sequence, ranks)
-            told = learn(branch.to(device.torch), rows, course, ranks.sum_)
+            told = learn(branch.to(device.torch), rows, lessons, ranks.sum_)
             branch.cpu()
             if ranks.rank == 0:
                 _write(out / LEARNT / str(layer), matrices, told)

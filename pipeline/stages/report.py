@@ -80,8 +80,9 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         settled = recovery_curves(_metrics(inputs["restored"]), SEEN)
         report["settling"] = recovery_facts(settled, SEEN)
         drawings |= _training_figures(settled, SETTLING, [])
-    if (inputs["start"] / "blocks.json").is_file():
-        report["blocks"] = json.loads((inputs["start"] / "blocks.json").read_text())
+    learnt = _nearest(inputs["start"], "start", "blocks.json")
+    if learnt:
+        report["blocks"] = json.loads(learnt.read_text())
         drawings["blocks"] = errors_by_layer(report["blocks"])
     if (inputs["export"] / "export.json").is_file():
         place = {"folder": str(Path(config.runs) / config.run / "student")}
@@ -164,10 +165,23 @@ def _rounds(teacher: Anatomy, inputs: Mapping[str, Path]) -> dict[str, Any] | No
 
 def _chain(folder: Path, link: str) -> list[Path]:
     """Give an artifact and those of its kind in the rounds before, the first first; `link` is the input they are."""
-    path = folder / MANIFEST
-    known = json.loads(path.read_text())["inputs"] if path.is_file() else {}
+    known = _inputs(folder)
     earlier = _chain(folder.parent / known[link], link) if "original" in known else []
     return [*earlier, folder]
+
+
+def _nearest(folder: Path, link: str, name: str) -> Path | None:
+    """Give a file of an artifact, or of the last one behind it that has it; `link` is the input they are."""
+    if (folder / name).is_file():
+        return folder / name
+    known = _inputs(folder)
+    return _nearest(folder.parent / known[link], link, name) if link in known else None
+
+
+def _inputs(folder: Path) -> dict[str, str]:
+    """Give the names of the folders an artifact was made from; none where it was made by hand."""
+    path = folder / MANIFEST
+    return json.loads(path.read_text())["inputs"] if path.is_file() else {}
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.distill.blocks import Course, Learnt, Rows, learn
+from pipeline.distill.blocks import Learnt, Lessons, Rows, learn
 
-COURSE = Course(4, 64, 0.02, 0)
+LESSONS = Lessons(4, 64, 0.02, 0)
 
 
 class Gated(nn.Module):
@@ -55,7 +55,7 @@ def test_what_it_learns_holds_on_tokens_that_no_step_saw():
     part, known = taught()
     _, fresh = taught(256, 2)
     start = error(part, fresh.read, fresh.wanted)
-    told = learn(part, known, Course(20, 32, 0.02, 0), alone)
+    told = learn(part, known, Lessons(20, 32, 0.02, 0), alone)
     assert told.after < told.before
     assert error(part, fresh.read, fresh.wanted) < 0.9 * start
 
@@ -63,7 +63,7 @@ def test_what_it_learns_holds_on_tokens_that_no_step_saw():
 def test_the_errors_told_are_those_of_every_sixteenth_token():
     part, known = taught()
     before = error(part, known.read[15::16], known.wanted[15::16])
-    told = learn(part, known, COURSE, alone)
+    told = learn(part, known, LESSONS, alone)
     assert told.before == pytest.approx(before, rel=1e-5)
     assert told.after == pytest.approx(error(part, known.read[15::16], known.wanted[15::16]), rel=1e-5)
 
@@ -74,8 +74,8 @@ def test_held_out_tokens_teach_nothing():
     two, read, wanted = deepcopy(one), known.read.clone(), known.wanted.clone()
     for each in (read, wanted):
         each[15::16] = each[15::16].roll(1, 0)
-    learn(one, known, COURSE, alone)
-    learn(two, rows(read, wanted), COURSE, alone)
+    learn(one, known, LESSONS, alone)
+    learn(two, rows(read, wanted), LESSONS, alone)
     assert all(torch.equal(each, other) for each, other in zip(one.parameters(), two.parameters(), strict=True))
 
 
@@ -84,7 +84,7 @@ def test_weights_that_got_worse_are_put_back(rate):
     """A rate far too high, and one that ends in no number."""
     part, known = taught()
     before = deepcopy(part.state_dict())
-    told = learn(part, known, Course(1, 64, rate, 0), alone)
+    told = learn(part, known, Lessons(1, 64, rate, 0), alone)
     assert told.after == told.before
     for name, weight in part.state_dict().items():
         assert torch.equal(weight, before[name]), name
@@ -93,8 +93,8 @@ def test_weights_that_got_worse_are_put_back(rate):
 def test_vectors_stay_and_one_seed_gives_one_result():
     part, known = taught()
     other, bias = deepcopy(part), part.down.bias.detach().clone()
-    learn(part, known, COURSE, alone)
-    learn(other, known, COURSE, alone)
+    learn(part, known, LESSONS, alone)
+    learn(other, known, LESSONS, alone)
     assert torch.equal(part.down.bias, bias) and not torch.equal(part.down.weight, taught()[0].down.weight)
     assert all(torch.equal(one, two) for one, two in zip(part.parameters(), other.parameters(), strict=True))
 
@@ -105,7 +105,7 @@ def test_a_rate_suits_weights_of_any_size():
     other = deepcopy(part)
     other.up.weight.data.mul_(8)
     other.down.weight.data.div_(8)
-    one, two = learn(part, known, COURSE, alone), learn(other, known, COURSE, alone)
+    one, two = learn(part, known, LESSONS, alone), learn(other, known, LESSONS, alone)
     assert two.before == pytest.approx(one.before, rel=1e-5) and two.after == pytest.approx(one.after, rel=1e-4)
     torch.testing.assert_close(other.up.weight, 8 * part.up.weight, rtol=1e-3, atol=1e-3)
 
@@ -124,8 +124,8 @@ def test_a_token_with_a_long_stream_counts_as_much_as_any():
     lengths = torch.ones(32, 1)
     lengths[::4] = 64.0
     one, two = Shift(), Shift()
-    plain = learn(one, rows(read, 3 * read), COURSE, alone)
-    long = learn(two, rows(read * lengths, 3 * read * lengths), COURSE, alone)
+    plain = learn(one, rows(read, 3 * read), LESSONS, alone)
+    long = learn(two, rows(read * lengths, 3 * read * lengths), LESSONS, alone)
     assert long.before == pytest.approx(plain.before) and long.after == pytest.approx(plain.after, rel=1e-4)
     torch.testing.assert_close(one.weight, two.weight)
 
@@ -144,11 +144,11 @@ def test_two_ranks_learn_what_one_learns():
             barrier.wait()
 
         own = torch.arange(512)[rank::2]
-        return learn(learners[rank], Rows(known.read[own], known.wanted[own], own, 512), COURSE, add)
+        return learn(learners[rank], Rows(known.read[own], known.wanted[own], own, 512), LESSONS, add)
 
     with ThreadPoolExecutor(2) as ranks:
         told = list(ranks.map(work, range(2)))
-    whole = learn(part, known, COURSE, alone)
+    whole = learn(part, known, LESSONS, alone)
     assert told[0] == told[1]
     assert told[0].before == pytest.approx(whole.before) and told[0].after == pytest.approx(whole.after, rel=1e-4)
     for one, two, each in zip(*(learner.parameters() for learner in (*learners, part)), strict=True):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from contextlib import ExitStack
 
 import pytest
@@ -84,6 +85,20 @@ def test_both_streams_are_those_of_the_whole_models(kind, hosts):
     assert len(seen) == len(hosts)
 
 
+def test_every_projection_reads_every_batch_once():
+    both = [tiny_model("gemma2", seed) for seed in (0, 1)]
+    known = [(model.get_decoder(), anatomy_of(config_of(model), tensors_of(model))) for model in both]
+    read = Counter()
+    for model in both:
+        for part in model.modules():
+            if isinstance(part, torch.nn.Linear):
+                part.register_forward_hook(lambda part, *_: read.update([part]))
+    batches = [tokens(seed=seed) for seed in range(3)]
+    for _ in in_step(*known, range(4), range(32), batches, torch.device("cpu")):
+        pass
+    assert len(read) == 2 * 4 * 7 and set(read.values()) == {3}
+
+
 @pytest.mark.parametrize(("changed", "layers"), [({}, 4), ({"layers": 3}, 3), ({"hidden": 24}, 4)])
 def test_every_ffn_errs_less_and_nothing_else_changes(world, changed, layers):
     start = made(world, stages=STAGES[:-1], **widths(**changed))["start"]
@@ -143,6 +158,19 @@ def test_cut_off_it_goes_on_where_it_was_and_two_ranks_learn_what_one_learns(wor
     for name in whole:
         assert torch.equal(whole[name], again[name]), name
         torch.testing.assert_close(both[name], whole[name], rtol=2e-2, atol=2e-2)
+
+
+def test_the_report_tells_what_ffns_learnt_before_post_norms_became_scales(tmp_path):
+    world = make_world(tmp_path, "gemma3_text")
+    rest = ["absorb", "export", "dense", "evaluate", "report"]
+    made(world, *LEARN, "evaluate.speed=false", "report.samples=0", stages=[*STAGES, *rest])
+    (learnt,) = (world / "artifacts").glob("blocks-*")
+    view = world / "runs" / "unit"
+    assert "scales" in open_checkpoint(view / "start").config["pruned"]
+    told = (learnt / "blocks.json").read_text()
+    assert (view / "blocks.json").read_text() == told
+    assert json.loads((view / "report.json").read_text())["blocks"] == json.loads(told)
+    assert "FFN by FFN" in (view / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
