@@ -90,14 +90,18 @@ def learn(module: nn.Module, rows: Rows, lessons: Lessons, add: Add) -> Learnt:
 
 
 def _chosen(rows: Rows, seen: Tensor, lessons: Lessons) -> Iterator[tuple[Tensor, int]]:
-    """Give for each step this rank's rows of a batch, and the tokens of the batch over all ranks."""
+    """Give for each step this rank's rows of a batch, and the tokens of the batch over all ranks.
+
+    The rows of an epoch go to the device at once: a copy a step would make the host wait for every step.
+    """
     draw = torch.Generator().manual_seed(lessons.seed)
     own = torch.full((rows.total,), -1)
     own[rows.places] = torch.arange(len(rows.places))
     for _ in range(lessons.epochs):
-        for batch in seen[torch.randperm(len(seen), generator=draw)].split(lessons.batch):
-            mine = own[batch]
-            yield mine[mine >= 0].to(rows.read.device), len(batch)
+        batches = seen[torch.randperm(len(seen), generator=draw)].split(lessons.batch)
+        mine = [here[here >= 0] for here in (own[batch] for batch in batches)]
+        placed = torch.cat(mine).to(rows.read.device).split([len(each) for each in mine])
+        yield from zip(placed, map(len, batches), strict=True)
 
 
 @torch.no_grad()

@@ -57,6 +57,7 @@ def sample(
 
 def written(ids: Sequence[int], tokenizer: Any) -> str:
     """Give the text of ids: what stands between special tokens, parted by empty lines."""
-    special = set(tokenizer.all_special_ids)
+    marked = (id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special)
+    special = {*tokenizer.all_special_ids, *marked}  # a turn's end need not be one that the tokenizer has a name for
     runs = [list(run) for between, run in groupby(ids, lambda id_: id_ not in special) if between]
     return "\n\n".join(text for text in (tokenizer.decode(run).strip() for run in runs) if text)

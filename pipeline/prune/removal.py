@@ -134,7 +134,10 @@ def _greedy(
     names = names[~state.gone]
     state = state.applied()
     order.append(names[score(state.curvature, state.power, state.slope).argsort()])
-    return Removal(torch.cat(order).cpu(), torch.cat([*errors, wide.new_zeros(0)]).cpu())
+    rises = torch.cat([*errors, wide.new_zeros(0)]).cpu()
+    if not bool(rises.isfinite().all()):
+        raise ValueError("a Gram matrix lost its rank on the way; raise restore.damping or calibrate on more text")
+    return Removal(torch.cat(order).cpu(), rises)
 
 
 class _Stretch:
@@ -163,7 +166,7 @@ class _Stretch:
         old, new = slice(self.used), slice(self.used, self.used + len(columns))
         a, b, k = self.a[:, old], self.b[:, old], self.k[old, old]
         rows = self.inverse[columns] - a[columns] @ a.T  # C_P: [p, r]
-        factor = torch.linalg.cholesky(rows[:, columns])
+        factor = torch.linalg.cholesky_ex(rows[:, columns]).L  # cholesky would make the host wait for every step
 
         def solved(values: Tensor) -> Tensor:  # [p, m] to (L⁻¹ values)ᵀ [m, p]
             return torch.linalg.solve_triangular(factor, values, upper=False).T
