@@ -8,11 +8,8 @@ GROUPS = {
     "baselines": "Simple baselines",
     "peers": "Other tools, recovered here",
 }
-TEXTS = "[builtin:topics,builtin:docstrings]"  # calibration and recovery of every row
-WRITTEN = 49152  # tokens that the teacher writes
+TEXTS = ("topics", "docstrings")  # calibration and recovery of every row
 COMMON = (
-    f"data.calibration.path={TEXTS}",
-    f"data.recovery.path={TEXTS}",
     "data.split.evaluation=0.1",
     "score.tokens=16384",
     "basis.tokens=32768",
@@ -30,11 +27,21 @@ COMMON = (
 
 
 @dataclass(frozen=True)
+class Written:
+    """Text that the teacher writes for a row: so many tokens in so long texts, and its weight beside each of TEXTS."""
+
+    tokens: int
+    weight: int
+    length: int = 256
+    batch: int = 64
+
+
+@dataclass(frozen=True)
 class Row:
     """A line of the table. `settings` hold always, `recovered` and `bare` only with or without recovery.
 
-    `trains` names the stage that spends the recovery tokens; `peer` is the tool whose start is recovered. Where it
-    `writes`, half of all that it reads was written by the teacher; no more tokens than other rows, and no other text.
+    `trains` names the stage that spends the recovery tokens; `peer` is the tool whose start is recovered. Where the
+    teacher `writes` for it, calibration and recovery read that too, in place of as many tokens of the text of all rows.
     """
 
     label: str
@@ -44,7 +51,7 @@ class Row:
     bare: tuple[str, ...] = ()
     trains: str = "distill"
     peer: str | None = None
-    writes: bool = False
+    writes: Written | None = None
 
 
 def _recipe(name: str, label: str, *settings: str, group: str = "recipes", **more) -> Row:
@@ -67,13 +74,17 @@ PRINCIPAL = ("basis.kind=principal", "plan.channels=leading")
 ALL_AXES = ("budget.axes=all", *PRINCIPAL)
 BLOCKS = ("blocks.epochs=3", "blocks.tokens=65536")
 BY_LOSS = ("budget.axes=all", "plan.widths=measured")  # where widths go by layer, all channels stay
+HALF = Written(49152, weight=2)  # half of what a row reads
+MOST = Written(2097152, weight=6, length=512, batch=512)  # three quarters
+MILLION = ("blocks.epochs=1", "blocks.tokens=1048576", "blocks.batch=1024")  # for an accelerator
+TWO_MILLION = ("blocks.epochs=1", "blocks.tokens=2097152", "blocks.batch=1024")
 TWICE = ("distill.tokens=120000",)
 NO_BLOCKS = ("blocks.epochs=0",)
 BY_SCORES = ("restore.outputs=false", "restore.order=scores")
 GATES = ("gates.tokens=8192", "gates.batch=1", "gates.learning_rate=3e-2")  # 16 steps for each layer that goes
 ROWS: dict[str, Row] = {
     # the recipes as they stand in conf/recipe
-    "best": _recipe("best", "best", writes=True),
+    "best": _recipe("best", "best", writes=HALF),
     "pangu_light": _recipe("pangu_light", "Pangu Light"),
     "minitron": _recipe("minitron", "Minitron"),
     "tyr": _recipe("tyr", "Týr-the-Pruner, recovered"),
@@ -114,11 +125,18 @@ ROWS: dict[str, Row] = {
         "pangu_light", "... without CLAP, depth by measured loss", "plan.clap=false", "plan.depth=loss"
     ),
     # best, one part exchanged
-    "best_longer": _ablation("best", "best, twice the recovery", writes=True, recovered=TWICE),
-    "best_by_layer": _ablation("best", "best, widths by measured loss", *BY_LOSS, writes=True),
-    "best_no_blocks": _ablation("best", "best, no FFN learns by itself", *NO_BLOCKS, writes=True),
+    "best_longer": _ablation("best", "best, twice the recovery", writes=HALF, recovered=TWICE),
+    "best_million": _ablation("best", "best, FFNs learn from a million tokens", *MILLION, writes=MOST),
+    "best_million_longer": _ablation(
+        "best", "... the same, twice the recovery", *MILLION, writes=MOST, recovered=TWICE
+    ),
+    "best_two_million_longer": _ablation(
+        "best", "... from two million tokens, twice the recovery", *TWO_MILLION, writes=MOST, recovered=TWICE
+    ),
+    "best_by_layer": _ablation("best", "best, widths by measured loss", *BY_LOSS, writes=HALF),
+    "best_no_blocks": _ablation("best", "best, no FFN learns by itself", *NO_BLOCKS, writes=HALF),
     "best_no_blocks_longer": _ablation(
-        "best", "... the same, twice the recovery", *NO_BLOCKS, writes=True, recovered=TWICE
+        "best", "... the same, twice the recovery", *NO_BLOCKS, writes=HALF, recovered=TWICE
     ),
     "best_given": _ablation("best", "best on the given text alone"),
     "best_given_no_blocks": _ablation("best", "best on the given text alone, no FFN learns by itself", *NO_BLOCKS),

@@ -2,14 +2,15 @@
 
     python benchmarks/quality/texts.py
     python benchmarks/quality/run.py [--rows best,tyr] [--removed 12.5,25,37.5,50] [--seeds 0] [--no-recovery]
-        [--peers PYTHON] [settings of the pipeline ...]
+        [--peers PYTHON] [--written FILE] [settings of the pipeline ...]
     python benchmarks/quality/table.py
 
 Rows (rows.py) share the teacher, the tokens and whatever else they have in common, resume where they were cut off, and
 are not run twice. Without recovery a run ends with `-start`; it takes seconds to minutes where recovery takes the rest.
 Settings at the end hold for every row and win: `evaluate.speed=false` on a busy machine. --peers is the Python of the
-environment that peers.py describes; without it rows of other tools are left out. A row that fails does not stop the
-others; their names are told at the end, and the command's status is 1.
+environment that peers.py describes; without it rows of other tools are left out. --written is text that the teacher
+wrote elsewhere (`recipe=generate` on a faster machine); without it the teacher writes it here. A row that fails does
+not stop the others; their names are told at the end, and the command's status is 1.
 """
 
 import argparse
@@ -20,12 +21,13 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from rows import COMMON, ROWS, TEXTS, WRITTEN, Row
+from rows import COMMON, ROWS, TEXTS, Row, Written
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-UNSEEN = ("builtin:readmes", "jargon.txt")  # read by no row before it is measured
-REFERENCE = "builtin:topics"  # held-out text of the domain that every row sees
+UNSEEN = ("readmes", "jargon")  # read by no row before it is measured
+FETCHED = ("jargon",)  # no installation has it
+REFERENCE = "topics"  # held-out text of the domain that every row sees
 
 
 def main() -> None:
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--texts", type=Path, default=Path("runs/texts"), help="where texts.py wrote")
     parser.add_argument("--peers", help="the Python that has the other tools")
+    parser.add_argument("--written", type=Path, help="text that the teacher wrote")
     parser.add_argument("--no-recovery", action="store_true")
     asked, settings = parser.parse_known_args()
     settings += [f"runs={asked.runs}"]
@@ -56,7 +59,9 @@ def main() -> None:
                 if ROWS[name].peer:
                     start = [f"model.start={peer_start(ROWS[name].peer, removed, asked.runs, asked.peers, common)}"]
                 if ROWS[name].writes:
-                    start += own_text(asked.runs, common)
+                    wanted = ROWS[name].writes
+                    written = asked.written or own_text(wanted, asked.runs, common)
+                    start += mixed(written, wanted.weight, asked.texts)
                 chosen = row_settings(ROWS[name], removed, not asked.no_recovery, [*common, *start])
                 print(f"== {run}", flush=True)
                 if pipeline(f"run={run}", *chosen).returncode:
@@ -70,9 +75,21 @@ def run_name(row: str, removed: float, seed: int, recovery: bool) -> str:
 
 
 def text_settings(texts: Path) -> list[str]:
-    """Give the evaluation texts of every row."""
-    readmes, jargon = UNSEEN
-    return [f"data.evaluation.path=[{readmes},{texts / jargon},{REFERENCE}]"]
+    """Give the texts of every row."""
+    read = ",".join(located(name, texts) for name in TEXTS)
+    measured = ",".join(located(name, texts) for name in (*UNSEEN, REFERENCE))
+    return [
+        f"data.calibration.path=[{read}]", f"data.recovery.path=[{read}]", f"data.evaluation.path=[{measured}]"
+    ]  # fmt: skip
+
+
+def located(name: str, texts: Path) -> str:
+    """Give the path of a text: a file that texts.py wrote, else the one of this installation, if it has one."""
+    files = [texts / f"{name}{ending}" for ending in (".jsonl", ".txt")]
+    found = next((str(file) for file in files if file.is_file()), None)
+    if found is None and name in FETCHED:
+        raise SystemExit(f"error: --texts: {texts} has no {name}.txt; benchmarks/quality/texts.py writes it")
+    return found or f"builtin:{name}"
 
 
 def row_settings(row: Row, removed: float, recovery: bool, settings: Sequence[str]) -> list[str]:
@@ -97,16 +114,20 @@ def composed(overrides: Sequence[str]) -> dict:
         return OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
 
 
-def own_text(runs: Path, settings: Sequence[str]) -> list[str]:
-    """Let the teacher write its text, once; give the settings by which half of what a row reads is of it."""
-    pipeline("run=quality/text", *COMMON, *settings, "recipe=generate", f"generate.tokens={WRITTEN}").check_returncode()
-    return mixed(runs / "quality" / "text" / "generated.jsonl")
+def own_text(wanted: Written, runs: Path, settings: Sequence[str]) -> Path:
+    """Let the teacher write its text, once."""
+    asked = [f"generate.{name}={getattr(wanted, name)}" for name in ("tokens", "length", "batch")]
+    name = f"quality/text-{wanted.tokens}"
+    pipeline(f"run={name}", *COMMON, *settings, "recipe=generate", *asked).check_returncode()
+    return runs / name / "generated.jsonl"
 
 
-def mixed(written: Path) -> list[str]:
-    """Give the settings by which calibration and recovery read a text and those of every row, one half each."""
-    path, weights = f"path=[{TEXTS[1:-1]},{written}]", "weights=[1,1,2]"
-    return [f"data.{purpose}.{each}" for purpose in ("calibration", "recovery") for each in (path, weights)]
+def mixed(written: Path, weight: int, texts: Path) -> list[str]:
+    """Give the settings by which calibration and recovery read a written text and those of every row."""
+    path = ",".join([*(located(name, texts) for name in TEXTS), str(written)])
+    weights = ",".join([*("1" for _ in TEXTS), str(weight)])
+    each = (f"path=[{path}]", f"weights=[{weights}]")
+    return [f"data.{purpose}.{setting}" for purpose in ("calibration", "recovery") for setting in each]
 
 
 def peer_start(peer: str, removed: float, runs: Path, python: str, settings: Sequence[str]) -> Path:

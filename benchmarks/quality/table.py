@@ -70,7 +70,7 @@ def table(found: Sequence[Figures]) -> str:
     head = ["", "parameters", "without embeddings", "KV bytes a token", "prefill tokens/s", "decode tokens/s"]
     for text in texts:
         head += [f"{text}: before", "after", "next word"]
-    head += ["seconds to cut", "tokens learnt from"]
+    head += ["seconds to cut", "tokens learnt from", "computed on"]
     by_row = {name: [each for each in found if each["row"] == name] for name in ROWS}
     lines = {name: _line(each, texts) for name, each in by_row.items() if each}
     for place in [6 + 3 * number + state for number in range(len(texts)) for state in (0, 1)]:
@@ -93,7 +93,7 @@ def _dense(found: Sequence[Figures], texts: Sequence[str]) -> list[str]:
     for text in texts:
         dense = [each["texts"][text]["dense"] for each in found if text in each["texts"]]
         cells += [_number([dense[0]["perplexity"]], ".2f"), "", _share([dense[0]["next_word"]])]
-    return [*cells, "", ""]
+    return [*cells, "", "", ""]
 
 
 def _line(seeds: Sequence[Figures], texts: Sequence[str]) -> list[str]:
@@ -111,7 +111,8 @@ def _line(seeds: Sequence[Figures], texts: Sequence[str]) -> list[str]:
         cells.append(f"{words['before']} → {words['after']}")
     learnt = sorted({each["recovery_tokens"] for each in seeds if "recovery_tokens" in each})
     seconds = _number([each["cut_seconds"] for each in seeds], ".0f")
-    return [*cells, seconds, " to ".join(f"{tokens / 1000:g}k" for tokens in learnt) or NONE]
+    places = sorted({each["device"].get("name", each["device"]["kind"]) for each in seeds})
+    return [*cells, seconds, " to ".join(f"{tokens / 1000:g}k" for tokens in learnt) or NONE, ", ".join(places)]
 
 
 def _sizes(seeds: Sequence[Figures], who: str) -> list[str]:

@@ -1,21 +1,30 @@
 """A text of another domain than the built-in ones: the Jargon File 4.4.7, prose about programmers' words.
 
-    python benchmarks/quality/texts.py [--out runs/texts] [--folder UNPACKED]
+    python benchmarks/quality/texts.py [--out runs/texts] [--folder UNPACKED] [--freeze]
 
 It is in the public domain (its preface: "to be freely used, shared, and modified"). Debian has it as the package
 `jargon-text`; it is fetched with `apt-get download` and unpacked without being installed, or read from --folder, where
 somebody unpacked it before (`dpkg -x FILE.deb UNPACKED`). Written is jargon.txt: the lexicon without its contents and
 appendices, one paragraph a line, without the marks of cross references.
+
+--freeze also writes down the built-in texts, topics.jsonl, docstrings.jsonl and readmes.jsonl, as they are in this
+installation: with the folder another machine, of another Python and other packages, reads the same text.
 """
 
 import argparse
 import gzip
+import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from pipeline.data.builtin import BUILTINS
 
 PACKAGE = "jargon-text"
 INSIDE = Path("usr/share/doc/jargon-text/jargon.txt.gz")
@@ -28,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/texts"))
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--freeze", action="store_true", help="write down the built-in texts too")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         source = (asked.folder or fetched(Path(scratch))) / INSIDE
@@ -39,6 +49,15 @@ def main() -> None:
         target.write_text(text)
         os.utime(target, (0, int(source.stat().st_mtime)))  # one text, one time: runs that read it find each other
     print(f"{target}: {len(text) / 1e6:.2f} MB, {text.count(chr(10) * 2)} paragraphs, public domain")
+    for name in BUILTINS if asked.freeze else ():
+        print(frozen(name, asked.out))
+
+
+def frozen(name: str, folder: Path) -> Path:
+    """Write a built-in text down, a record a document; give the file."""
+    target = folder / f"{name}.jsonl"
+    target.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in BUILTINS[name]()))
+    return target
 
 
 def fetched(folder: Path) -> Path:

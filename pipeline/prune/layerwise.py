@@ -76,7 +76,7 @@ def in_step(
     modules = dict(student[0].named_modules(prefix="model"))
     large, small = layers_of(dict(teacher[0].named_modules(prefix="model")), teacher[1]), layers_of(modules, student[1])
     dense, thin = recorded(teacher[0], large, batches), recorded(student[0], small, batches)
-    after = 0
+    shared, after = torch.tensor(channels, device=home), 0
     for index, layer in enumerate(small):
         until = hosts[index + 1] if index + 1 < len(hosts) else len(large)
         for number in range(after, until):
@@ -86,7 +86,7 @@ def in_step(
         with _silent(branch):
             _pass(thin, layer, index, place, home)
         read = torch.cat([_counted(step.hidden, step) for step in thin])
-        wanted = torch.cat([_counted(step.hidden[..., list(channels)], step) for step in dense])
+        wanted = torch.cat([_counted(step.hidden[..., shared], step) for step in dense])
         yield index, read, wanted
         _add(thin, nn.Sequential(*branch), place, home)
 

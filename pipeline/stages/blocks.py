@@ -33,6 +33,7 @@ EVERY_RANK = True
 RESUMES = True  # what a layer has learnt is on disk
 LEARNT = "learnt"  # folder of a folder a layer
 PARTIAL = ".partial"
+STREAMS = 8  # of the text at once, copies included
 ERRORS = "errors"  # tensor [2] beside a layer's matrices
 
 
@@ -75,6 +76,9 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     asked, text = config.blocks, Packed(inputs["tokens"] / "calibration")
     batches = beginning(text, asked.tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
     lessons = Lessons(asked.epochs, asked.batch, asked.learning_rate, config.seed, device.compute_dtype)
+    if _fits(origin, start, len(batches) * config.score.batch * text.sequence, device):
+        for model, _ in (teacher, student):
+            model.to(device.torch)
     hosts, done = [plan.host for plan in blueprint.layers], ranks.share(_done(out) if ranks.rank == 0 else None)
     passes = in_step(teacher, student, hosts, blueprint.channels, batches, device.torch)
     learnt, errors = {}, []
@@ -99,6 +103,13 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     means = [sum(each[when] for each in errors) / len(errors) for when in ("before", "after")]
     told = f"{means[0]:.4f} before, {means[1]:.4f} after"
     machine.say(f"blocks: {len(errors)} FFNs learnt, mean distance from the teacher's stream {told}")
+
+
+def _fits(origin: Checkpoint, start: Checkpoint, tokens: int, device) -> bool:
+    """Whether both models and the streams of so many tokens leave half of the device free: no copies over the bus."""
+    width = origin.anatomy.sizes.hidden
+    streams = STREAMS * tokens * width * device.compute_dtype.itemsize
+    return origin.bytes() + start.bytes() + streams < 0.5 * device.total_memory()
 
 
 def _branch(

@@ -10,6 +10,7 @@ import torch
 
 from pipeline import line
 from pipeline.config import validate
+from pipeline.data.sources import locate, read
 from pipeline.model.blueprint import Blueprint, everything
 from pipeline.prune.surgery import cut
 from pipeline.runtime.checkpoint import open_checkpoint
@@ -41,12 +42,14 @@ OF_A_RECIPE = {row.settings[0]: name for name, row in rows.ROWS.items() if row.g
 def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
     row = rows.ROWS[name]
     save_tiny(tiny_model("llama"), tmp_path / "start")
-    start = [f"model.start={tmp_path / 'start'}"] if row.peer else []
+    (tmp_path / "jargon.txt").write_text("word " * 999)
+    start = run.text_settings(tmp_path)
+    start += [f"model.start={tmp_path / 'start'}"] if row.peer else []
     if row.writes:
         (tmp_path / "written.jsonl").write_text(json.dumps({"text": "word " * 999}) + "\n")
-        start += run.mixed(tmp_path / "written.jsonl")
+        start += run.mixed(tmp_path / "written.jsonl", row.writes.weight, tmp_path)
     config = validate(
-        run.composed(run.row_settings(row, 37.5, recovery, ["data.evaluation.path=builtin:topics", *start]))
+        run.composed(run.row_settings(row, 37.5, recovery, [*start, "data.evaluation.path=builtin:topics"]))
     )
     stages = line.check(config)
     trains = {"distill"} & set(stages) | ({"settle"} if config.settle.norm != "none" else set())
@@ -177,7 +180,7 @@ def test_cells_are_means_over_seeds_with_half_their_range(tmp_path):
     assert cells["next word"] == "20.8 ± 4.2 % → 41.7 %"
     assert cells["without embeddings"] == "3.0 M (−25.0%)" and cells["KV bytes a token"] == "48"
     assert cells["prefill tokens/s"] == "100" and cells["decode tokens/s"] == "40"
-    assert cells["seconds to cut"] == "5" and cells["tokens learnt from"] == "120k"
+    assert cells["seconds to cut"] == "5" and cells["tokens learnt from"] == "120k" and cells["computed on"] == "cpu"
     best = cells_of(tmp_path, "best")
     assert best["readmes: before"] == "**15.00 (1.50×)**" and best["decode tokens/s"] == table.NONE
     assert cells_of(tmp_path, "Dense")["readmes: before"] == "10.00"
@@ -208,6 +211,16 @@ def test_rows_measured_on_different_text_are_not_put_side_by_side(tmp_path):
     view(tmp_path, "best-25-0", dense=11.0)
     with pytest.raises(ValueError, match="on readmes the dense model has a perplexity"):
         results.collect(tmp_path, tmp_path / "saved.json")
+
+
+def test_a_frozen_text_is_read_in_place_of_the_installations_own(tmp_path):
+    assert run.located("topics", tmp_path) == "builtin:topics"
+    with pytest.raises(SystemExit, match="has no jargon.txt; .*texts.py writes it"):
+        run.located("jargon", tmp_path)
+    file = texts.frozen("topics", tmp_path)
+    assert run.located("topics", tmp_path) == str(file)
+    pieces = [list(read(locate(path), "text")) for path in ("builtin:topics", str(file))]
+    assert pieces[0] == pieces[1] and len(pieces[0]) > 10
 
 
 def test_the_jargon_file_becomes_paragraphs_without_marks():
