@@ -37,6 +37,9 @@ def main() -> None:
             calibrate_chip(validate(values) if chosen else for_the_chip_found(values, sys.argv[2:]))
         return
     _compose()
+    ranks = sys.modules.get("pipeline.runtime.ranks")  # not loaded where Hydra only answered, as to --help
+    if ranks is not None:
+        ranks.leave()
 
 
 @contextmanager

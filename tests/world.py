@@ -71,8 +71,9 @@ def settings(world: Path, **changed) -> list[str]:
 
 def environment() -> dict[str, str]:
     """The environment of a command: this checkout importable, one thread, no network."""
+    there = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     return os.environ | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *there]),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "offline",

@@ -20,15 +20,15 @@ pytestmark = [
 ]
 
 
-def on_npu(*arguments: str, cwd: Path, ranks: int = 1) -> str:
-    """Run the pipeline as tests/npu/run.py; give all it said."""
+def on_npu(*arguments: str, cwd: Path, ranks: int = 1, **told: str) -> str:
+    """Run the pipeline as tests/npu/run.py, `told` in its environment; give all it said."""
     start = [sys.executable, str(RUN)]
     if ranks > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         start = [*torchrun, str(RUN)]
     done = subprocess.run(
-        [*start, *arguments], cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=500,
+        [*start, *arguments], cwd=cwd, env=environment() | told, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, f"{' '.join(arguments)}\nexit {done.returncode}\n{done.stdout[-6000:]}"
     return done.stdout
@@ -70,6 +70,18 @@ def test_the_line_on_two_npus_under_zero_3_computes_what_one_cpu_computes(tmp_pa
     torch.testing.assert_close(npu, cpu, rtol=5e-2, atol=1e-6)
     assert len(losses(world / "on-npu")) == 8
     torch.testing.assert_close(losses(world / "on-npu"), losses(world / "on-cpu"), rtol=1e-4, atol=1e-6)
+
+
+def test_ffns_learn_the_same_where_the_models_do_not_fit_on_the_npu(tmp_path):
+    world = make_world(tmp_path, "glm4")
+    learn = ("blocks.epochs=2", "blocks.tokens=1024", "blocks.batch=64", "stages=[score,shape,depth,plan,cut,blocks]")
+    told = {}
+    for name, memory in (("whole", 64 << 30), ("by-layer", 1 << 10)):
+        chosen = settings(world, artifacts=world / name, device="npu")
+        on_npu(f"run={name}", *chosen, *learn, cwd=world, SIMULATED_NPU_MEMORY=str(memory))
+        told[name] = errors(world / name)
+    assert (told["whole"][:, 1] < told["whole"][:, 0]).all()
+    torch.testing.assert_close(told["whole"], told["by-layer"], rtol=1e-6, atol=0)
 
 
 def test_where_no_chip_is_chosen_the_student_is_made_for_the_npu_found(tmp_path):

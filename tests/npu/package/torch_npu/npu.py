@@ -1,5 +1,6 @@
 """The part of `torch.npu` that PyTorch, DeepSpeed and Hugging Face ask of a device module."""
 
+import os
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from .build import extension
 _device = extension()
 device_count = _device.device_count
 current_device = _device.current_device
-TOTAL_MEMORY = 64 * 2**30
+TOTAL_MEMORY = int(os.environ.get("SIMULATED_NPU_MEMORY", 64 * 2**30))
 
 
 class device:
