@@ -161,12 +161,12 @@ class _Stretch:
         return self.used + units * self.size <= self.width
 
     def remove(self, going: Tensor) -> Tensor:
-        """Remove units together; give the rise of the error by each, in their order."""
+        """Remove units together; give the rise of the error by each, in their order, NaN where C_PP lost its rank."""
         columns = (going[:, None] * self.size + torch.arange(self.size, device=going.device)).flatten()
         old, new = slice(self.used), slice(self.used, self.used + len(columns))
         a, b, k = self.a[:, old], self.b[:, old], self.k[old, old]
         rows = self.inverse[columns] - a[columns] @ a.T  # C_P: [p, r]
-        factor = torch.linalg.cholesky_ex(rows[:, columns]).L  # cholesky would make the host wait for every step
+        factor, fault = torch.linalg.cholesky_ex(rows[:, columns])  # cholesky would make the host wait for every step
 
         def solved(values: Tensor) -> Tensor:  # [p, m] to (L⁻¹ values)ᵀ [m, p]
             return torch.linalg.solve_triangular(factor, values, upper=False).T
@@ -188,7 +188,7 @@ class _Stretch:
         self.k[old, new], self.k[new, old], self.k[new, new] = crossed, crossed.T, fresh_k
         self.used += len(columns)
         self.gone[going] = True
-        return fresh_k.diagonal().unflatten(0, (-1, self.size)).sum(1)
+        return fresh_k.diagonal().unflatten(0, (-1, self.size)).sum(1).masked_fill(fault != 0, torch.nan)
 
     def applied(self) -> "_Stretch":
         """Give the state of the columns that are left, all removals applied."""

@@ -62,16 +62,16 @@ def test_a_recovery_cut_off_on_a_gpu_goes_on_digit_for_digit(tmp_path, precision
     )
     command = [sys.executable, "-m", "pipeline", "run=again", *settings(world, artifacts=again, **chosen)]
     with (world / "log").open("w") as log:
-        run = subprocess.Popen(command, cwd=world, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+        doomed = subprocess.Popen(command, cwd=world, env=environment(), stdout=log, stderr=subprocess.STDOUT)
     try:
         for _ in range(12000):  # until the recovery has left a checkpoint
             if list((again / ".partial").glob("distill-*/checkpoints/step-*")):
                 break
-            assert run.poll() is None, (world / "log").read_text()
+            assert doomed.poll() is None, (world / "log").read_text()
             time.sleep(0.01)
     finally:
-        run.kill()
-        run.wait()
+        doomed.kill()
+        doomed.wait()
     said = pipeline("run=again", *settings(world, artifacts=again, **chosen), cwd=world).stdout
     assert "distill: goes on after step" in said
     assert losses(again) == losses(world / "artifacts")

@@ -129,3 +129,19 @@ def test_units_that_do_not_fit_are_refused():
         obs_order(moments, weight, 4, 7)
     with pytest.raises(ValueError, match="units of 5 columns"):
         obs_order(moments, weight, 5, 1)
+
+
+def test_a_gram_matrix_without_rank_is_told_and_never_ordered_by_noise():
+    """Rank 3 and next to no damping: rounding makes blocks of the inverse negative on the way."""
+    told = 0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        x, weight = torch.randn(3, 40, dtype=torch.float64), torch.randn(8, 40, dtype=torch.float64)
+        try:
+            errors = obs_order(x.T @ x, weight, 1, 38, damping=1e-16).errors
+        except ValueError as fault:
+            assert "raise restore.damping" in str(fault)
+            told += 1
+        else:
+            assert errors.isfinite().all()
+    assert told

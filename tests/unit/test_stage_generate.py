@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from pipeline.data import sources
 from pipeline.evaluation.writing import sample, user_turn, word_starts, written
@@ -53,6 +54,10 @@ def test_texts_begin_with_words_or_with_the_users_turn_and_hold_no_special_token
     assert tokenizer.decode(user_turn(tokenizer)) == "<user> "
     ids = tokenizer("One.", add_special_tokens=False)["input_ids"]
     assert written([*ids, tokenizer.eos_token_id, *ids], tokenizer) == "One.\n\nOne."
+    tokenizer.add_tokens([AddedToken("<turn>", special=True)])  # special, and no name of the tokenizer's
+    turn = tokenizer.convert_tokens_to_ids("<turn>")
+    assert turn not in tokenizer.all_special_ids
+    assert written([*ids, turn, *ids], tokenizer) == "One.\n\nOne."
 
 
 def test_the_line_writes_text_that_can_be_calibrated_on_whatever_the_ranks(world):
