@@ -63,7 +63,8 @@ def draw_bars(found: Sequence[Figures], path: Path) -> None:
             if after:
                 axes.plot(after, place, "o", color=COLOURS[1], markersize=4.5)
         axes.set_xscale("log")
-        axes.set_xlim(1.0, axes.get_xlim()[1] * 1.25)
+        axes.set_xlim(1.0, axes.get_xlim()[1] ** 1.15)  # room for the number beside the longest bar
+        axes.margins(y=0.01)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}" if axes.get_xlim()[1] < 10 else "")
         axes.tick_params(labelsize=7, which="both")
