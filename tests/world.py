@@ -1,5 +1,6 @@
 """A small world to run the real commands in: a tiny model with its tokenizer, texts, and the command itself."""
 
+import json
 import os
 import subprocess
 import sys
@@ -78,6 +79,13 @@ def environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "offline",
     }
+
+
+def losses(artifacts: Path) -> list[float]:
+    """Give the loss of every step of the one recovery among artifacts."""
+    (folder,) = artifacts.glob("distill-*")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
 
 
 def pipeline(*arguments: str, cwd: Path, ranks: int = 0, check: bool = True, **changed) -> subprocess.CompletedProcess:

@@ -5,13 +5,12 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.world import environment, make_world, pipeline, settings
+from tests.world import environment, losses, make_world, pipeline, settings
 
 pytestmark = [
     pytest.mark.slow,
@@ -19,12 +18,6 @@ pytestmark = [
 ]
 LEARN = ("blocks.epochs=2", "blocks.tokens=1024", "blocks.batch=64")
 STEPS = 100
-
-
-def losses(artifacts: Path) -> list[float]:
-    (folder,) = artifacts.glob("distill-*")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.world import environment, make_world, pipeline, settings
+from tests.world import environment, losses, make_world, pipeline, settings
 
 RUN = Path(__file__).with_name("run.py")
 
@@ -32,12 +32,6 @@ def on_npu(*arguments: str, cwd: Path, ranks: int = 1, **told: str) -> str:
     )  # fmt: skip
     assert done.returncode == 0, f"{' '.join(arguments)}\nexit {done.returncode}\n{done.stdout[-6000:]}"
     return done.stdout
-
-
-def losses(artifacts: Path) -> torch.Tensor:
-    (folder,) = artifacts.glob("distill-*")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return torch.tensor([row["loss"] for row in rows if "loss" in row])
 
 
 def errors(artifacts: Path) -> torch.Tensor:
@@ -68,8 +62,9 @@ def test_the_line_on_two_npus_under_zero_3_computes_what_one_cpu_computes(tmp_pa
     npu, cpu = (errors(world / where) for where in ("on-npu", "on-cpu"))
     assert (npu[:, 1] < npu[:, 0]).all()
     torch.testing.assert_close(npu, cpu, rtol=5e-2, atol=1e-6)
-    assert len(losses(world / "on-npu")) == 8
-    torch.testing.assert_close(losses(world / "on-npu"), losses(world / "on-cpu"), rtol=1e-4, atol=1e-6)
+    npu, cpu = (torch.tensor(losses(world / where)) for where in ("on-npu", "on-cpu"))
+    assert len(npu) == 8
+    torch.testing.assert_close(npu, cpu, rtol=1e-4, atol=1e-6)
 
 
 def test_ffns_learn_the_same_where_the_models_do_not_fit_on_the_npu(tmp_path):

@@ -5,8 +5,9 @@ Schemas are those of torch_npu 2.13.0; what a call may not do on the real operat
 
 import torch
 from torch import Tensor
+from torch.library import Library
 
-LIBRARY = torch.library.Library("npu", "DEF")
+LIBRARY = Library("npu", "DEF")
 TEMPLATE = 2048  # side of the mask of the compressed sparse modes
 
 
