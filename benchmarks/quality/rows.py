@@ -42,6 +42,7 @@ class Row:
 
     `trains` names the stage that spends the recovery tokens; `peer` is the tool whose start is recovered. Where the
     teacher `writes` for it, calibration and recovery read that too, in place of as many tokens of the text of all rows.
+    `broad` is the weight of text of many kinds (broad.py) beside each of TEXTS.
     """
 
     label: str
@@ -52,6 +53,7 @@ class Row:
     trains: str = "distill"
     peer: str | None = None
     writes: Written | None = None
+    broad: int = 0
 
 
 def _recipe(name: str, label: str, *settings: str, group: str = "recipes", **more) -> Row:
@@ -76,6 +78,8 @@ BLOCKS = ("blocks.epochs=3", "blocks.tokens=65536")
 BY_LOSS = ("budget.axes=all", "plan.widths=measured")  # where widths go by layer, all channels stay
 HALF = Written(49152, weight=2)  # half of what a row reads
 MOST = Written(2097152, weight=6, length=512, batch=512)  # three quarters
+QUARTER = Written(2097152, weight=2, length=512, batch=512)
+BROAD = 4  # half of what a row reads
 MILLION = ("blocks.epochs=1", "blocks.tokens=1048576", "blocks.batch=1024")  # for an accelerator
 TWO_MILLION = ("blocks.epochs=1", "blocks.tokens=2097152", "blocks.batch=1024")
 TWICE = ("distill.tokens=120000",)
@@ -133,6 +137,26 @@ ROWS: dict[str, Row] = {
     "best_two_million_longer": _ablation(
         "best", "... from two million tokens, twice the recovery", *TWO_MILLION, writes=MOST, recovered=TWICE
     ),
+    "best_broad": _ablation("best", "best on text of many kinds", writes=HALF, broad=BROAD),
+    "best_broad_millions": _ablation(
+        "best", "... FFNs learn from two million tokens", *TWO_MILLION, writes=QUARTER, broad=BROAD
+    ),
+    "best_broad_millions_longer": _ablation(
+        "best", "... the same, twice the recovery", *TWO_MILLION, writes=QUARTER, broad=BROAD, recovered=TWICE
+    ),
+    "best_broad_millions_by_layer": _ablation(
+        "best", "... from two million, widths by measured loss", *TWO_MILLION, *BY_LOSS, writes=QUARTER, broad=BROAD
+    ),
+    "best_broad_millions_by_layer_longer": _ablation(
+        "best",
+        "... the same, twice the recovery",
+        *TWO_MILLION,
+        *BY_LOSS,
+        writes=QUARTER,
+        broad=BROAD,
+        recovered=TWICE,
+    ),
+    "pangu_broad": _ablation("pangu_light", "Pangu Light on text of many kinds", broad=BROAD),
     "best_by_layer": _ablation("best", "best, widths by measured loss", *BY_LOSS, writes=HALF),
     "best_no_blocks": _ablation("best", "best, no FFN learns by itself", *NO_BLOCKS, writes=HALF),
     "best_no_blocks_longer": _ablation(

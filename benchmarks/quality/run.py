@@ -26,7 +26,7 @@ from rows import COMMON, ROWS, TEXTS, Row, Written
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 UNSEEN = ("readmes", "jargon")  # read by no row before it is measured
-FETCHED = ("jargon",)  # no installation has it
+FETCHED = {"jargon": "texts.py", "broad": "broad.py"}  # no installation has them
 REFERENCE = "topics"  # held-out text of the domain that every row sees
 
 
@@ -58,10 +58,7 @@ def main() -> None:
                 start = []
                 if ROWS[name].peer:
                     start = [f"model.start={peer_start(ROWS[name].peer, removed, asked.runs, asked.peers, common)}"]
-                if ROWS[name].writes:
-                    wanted = ROWS[name].writes
-                    written = asked.written or own_text(wanted, asked.runs, common)
-                    start += mixed(written, wanted.weight, asked.texts)
+                start += mix(ROWS[name], asked, common)
                 chosen = row_settings(ROWS[name], removed, not asked.no_recovery, [*common, *start])
                 print(f"== {run}", flush=True)
                 if pipeline(f"run={run}", *chosen).returncode:
@@ -88,7 +85,7 @@ def located(name: str, texts: Path) -> str:
     files = [texts / f"{name}{ending}" for ending in (".jsonl", ".txt")]
     found = next((str(file) for file in files if file.is_file()), None)
     if found is None and name in FETCHED:
-        raise SystemExit(f"error: --texts: {texts} has no {name}.txt; benchmarks/quality/texts.py writes it")
+        raise SystemExit(f"error: --texts: {texts} has no {name}; benchmarks/quality/{FETCHED[name]} writes it")
     return found or f"builtin:{name}"
 
 
@@ -122,11 +119,16 @@ def own_text(wanted: Written, runs: Path, settings: Sequence[str]) -> Path:
     return runs / name / "generated.jsonl"
 
 
-def mixed(written: Path, weight: int, texts: Path) -> list[str]:
-    """Give the settings by which calibration and recovery read a written text and those of every row."""
-    path = ",".join([*(located(name, texts) for name in TEXTS), str(written)])
-    weights = ",".join([*("1" for _ in TEXTS), str(weight)])
-    each = (f"path=[{path}]", f"weights=[{weights}]")
+def mix(row: Row, asked: argparse.Namespace, settings: Sequence[str]) -> list[str]:
+    """Give the settings by which calibration and recovery read what a row reads beside the texts of all rows."""
+    weights = {located(name, asked.texts): 1 for name in TEXTS}
+    if row.broad:
+        weights[located("broad", asked.texts)] = row.broad
+    if row.writes:
+        weights[str(asked.written or own_text(row.writes, asked.runs, settings))] = row.writes.weight
+    if len(weights) == len(TEXTS):
+        return []
+    each = (f"path=[{','.join(weights)}]", f"weights=[{','.join(map(str, weights.values()))}]")
     return [f"data.{purpose}.{setting}" for purpose in ("calibration", "recovery") for setting in each]
 
 

