@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.evaluation import tasks
-from pipeline.evaluation.perplexity import quality, tally
+from pipeline.evaluation.perplexity import quality, tallies
 from pipeline.evaluation.samples import cache_bytes_per_token, continue_greedily, opening
 from pipeline.evaluation.words import Question, questions, right
 from pipeline.runtime.artifacts import fingerprint
@@ -22,13 +22,13 @@ from pipeline.runtime.machine import Machine
 def settings(config: Config) -> dict:
     """Give what determines the figures of any model: how much is measured, and on which kind of device.
 
-    Batches and chunks change speed and memory, not the figures.
+    Batches and chunks change speed and memory, not the figures. The losses are told by sequence.
     """
     samples = config.report.model_dump(include={"samples", "sample_prompt", "sample_tokens"})
     device = config.device.model_dump(include={"kind", "attention"})
     files = {task: fingerprint(Path(task)) for task in config.evaluate.tasks if tasks.is_file(task)}
     asked = config.evaluate.model_dump(include={"tokens", "words", "words_context", "tasks"})
-    return {"evaluate": asked, "task_files": files, "samples": samples, "device": device}
+    return {"evaluate": asked, "task_files": files, "samples": samples, "device": device, "by": "sequence"}
 
 
 class Bench:
@@ -59,14 +59,17 @@ class Bench:
         return told
 
     def measure(self, model: torch.nn.Module, who: str, facts: dict[str, dict]) -> dict[str, dict]:
-        """Give loss, perplexity, accuracy, bits per byte and next-word accuracy by text, over all ranks."""
+        """Give loss, perplexity, accuracy, bits per byte and next-word accuracy by text, over all ranks.
+
+        Beside them stand the `losses` of the sequences, in their order: the mean of each in nats.
+        """
         told = {}
         for name, packed in self.texts.items():
-            total, words = self._tally(model, packed, self.questions[name], f"{who} on {name}")
-            numbers = asdict(quality(total, facts[name]["bytes"]))
+            sums, words = self._tally(model, packed, self.questions[name], f"{who} on {name}")
+            numbers = asdict(quality(sums.sum(0), facts[name]["bytes"]))
             if words[1]:
                 numbers["next_word"] = float(words[0] / words[1])
-            told[name] = numbers
+            told[name] = numbers | {"losses": (sums[:, 0] / sums[:, 2]).tolist()}
             self.machine.say(f"{who} on {name}: perplexity {numbers['perplexity']:.3f}")
             self.machine.track.log({f"{who}/{name}/{key}": value for key, value in numbers.items()}, None, "evaluate")
         return told
@@ -105,14 +108,17 @@ class Bench:
         return prompts
 
     def _tally(self, model, packed: Packed, asked_words: list[Question], label: str) -> tuple[Tensor, Tensor]:
-        """Give the tally [3] and the word count [2] of all ranks together."""
+        """Give the tallies [sequences, 3] and the word count [2] of all ranks together."""
         ranks, asked = self.machine.ranks, self.config.evaluate
         rows = range(ranks.rank, self._rows(packed), ranks.world)
         batches = self.machine.progress(_batches(packed, rows, asked.batch), -(-len(rows) // asked.batch), label)
-        total = tally(model, batches, asked.chunk)
+        sums = torch.zeros(self._rows(packed), 3, dtype=torch.float64)
+        for place, found in enumerate(tallies(model, batches, asked.chunk)):
+            mine = rows[place * asked.batch : (place + 1) * asked.batch]
+            sums[mine.start : mine.stop : mine.step] = found
         words = right(model, asked_words[ranks.rank :: ranks.world], asked.batch)
-        ranks.sum_([total, words])
-        return total, words
+        ranks.sum_([sums, words])
+        return sums, words
 
     def _rows(self, packed: Packed) -> int:
         return min(len(packed), max(1, self.config.evaluate.tokens // packed.sequence))

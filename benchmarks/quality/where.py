@@ -9,7 +9,6 @@ told beside that is the standard error over sequences, which the table's 8 seque
 """
 
 import argparse
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.data.packing import Packed
-from pipeline.evaluation.perplexity import logits_of
+from pipeline.evaluation.perplexity import logits_of, over
 from pipeline.runtime.checkpoint import load_model, load_tokenizer
 
 ALIKE = 3  # tokens in a row
@@ -40,7 +39,7 @@ def main() -> None:
     if not found:
         raise SystemExit(f"error: --text: {asked.run} measured on no text called {asked.text}")
     packed = Packed(found[0])
-    rows = torch.tensor([packed[row].tolist() for row in range(max(1, asked.tokens // packed.sequence))[: len(packed)]])
+    rows = torch.tensor([packed[row].tolist() for row in range(max(2, asked.tokens // packed.sequence))[: len(packed)]])
     tokenizer = load_tokenizer(asked.run / "teacher")
     words = {id_: tokenizer.decode([id_]) for id_ in rows.unique().tolist()}
     losses = [
@@ -87,9 +86,8 @@ def told(names: Sequence[str], dense: Tensor, student: Tensor) -> list[str]:
         means = [f"{float(each[here].mean()):.2f}" for each in (dense, extra)]
         lines.append((share, f"| {name} | {float(here.double().mean()):.1%} | {' | '.join(means)} | {share:.0%} |"))
     head = ["| token | of all | dense, nats | extra, nats | share of extra |", "|---|---:|---:|---:|---:|"]
-    times = math.exp(float(extra.mean()))
-    error = times * float(extra.mean(1).std()) / math.sqrt(len(extra))
-    last = f"perplexity {times:.3f} ± {error:.3f} times, {len(extra)} sequences"
+    whole = over(student.double().mean(1).tolist(), dense.double().mean(1).tolist())
+    last = f"perplexity {whole.times:.3f} ± {whole.error:.3f} times, {len(extra)} sequences"
     return [*head, *(line for _, line in sorted(lines, reverse=True)), "", last]
 
 

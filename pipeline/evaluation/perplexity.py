@@ -5,7 +5,7 @@ predicted from the tokens before it in the same sequence.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,29 +22,57 @@ class Quality:
     bits_per_byte: float
 
 
-@torch.inference_mode()
 def tally(model: torch.nn.Module, batches: Iterable[Tensor], chunk: int) -> Tensor:
     """Give [3] float64 on the CPU: summed negative log-likelihood in nats, correct first choices, predicted tokens.
 
-    `batches` are token ids [b, t]. The log-softmax runs in float32 (or better) over `chunk` tokens at once, so the full
-    logits [b, t, v] never exist. Tallies of disjoint batches add up.
+    Arguments as of `tallies`. Tallies of disjoint batches add up.
     """
-    total = torch.zeros(3, dtype=torch.float64)
+    return torch.cat([torch.zeros(1, 3, dtype=torch.float64), *tallies(model, batches, chunk)]).sum(0)
+
+
+@torch.inference_mode()
+def tallies(model: torch.nn.Module, batches: Iterable[Tensor], chunk: int) -> Iterator[Tensor]:
+    """Give for each batch the tally of each of its sequences, [b, 3] float64 on the CPU.
+
+    `batches` are token ids [b, t]. The log-softmax runs in float32 (or better) over `chunk` tokens at once, so the full
+    logits [b, t, v] never exist.
+    """
     device = next(model.parameters()).device
     for ids in batches:
         ids = ids.to(device)
         states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)  # [b(t-1), h]
         parts = zip(states.split(chunk), ids[:, 1:].flatten().split(chunk))
-        sums = torch.stack([_sums(logits_of(model, here), wanted) for here, wanted in parts])  # [part, 2]
-        total[:2] += sums.cpu().double().sum(0)
-        total[2] += len(states)
-    return total
+        found = torch.cat([_found(logits_of(model, here), wanted) for here, wanted in parts])  # [b(t-1), 2]
+        sums = found.cpu().double().view(len(ids), ids.shape[1] - 1, 2).sum(1)
+        yield torch.cat([sums, torch.full((len(ids), 1), ids.shape[1] - 1.0, dtype=torch.float64)], 1)
 
 
-def _sums(logits: Tensor, wanted: Tensor) -> Tensor:
+def _found(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Give [tokens, 2]: the negative log-likelihood of each, and whether it is the first choice."""
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = torch.nn.functional.cross_entropy(exact, wanted, reduction="sum")
-    return torch.stack([loss, (logits.argmax(-1) == wanted).sum().to(loss.dtype)])
+    losses = torch.nn.functional.cross_entropy(exact, wanted, reduction="none")
+    return torch.stack([losses, (logits.argmax(-1) == wanted).to(losses.dtype)], 1)
+
+
+@dataclass(frozen=True)
+class Over:
+    """A model's perplexity over that of another on the same sequences, and its standard error over them."""
+
+    times: float
+    error: float
+
+
+def over(losses: Sequence[float], others: Sequence[float]) -> Over | None:
+    """Compare mean losses in nats by sequence, equally long sequences in the same order; none of a single sequence.
+
+    Sequences that are hard are so for both models, so the error is that of the mean of differences, carried through
+    exp: e^d s / sqrt(n), s the deviation of the n differences and d their mean.
+    """
+    if len(losses) < 2:
+        return None
+    differences = torch.tensor(losses, dtype=torch.float64) - torch.tensor(others, dtype=torch.float64)
+    times = math.exp(float(differences.mean()))
+    return Over(times, times * float(differences.std()) / math.sqrt(len(losses)))
 
 
 def logits_of(model: torch.nn.Module, states: Tensor) -> Tensor:

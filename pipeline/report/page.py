@@ -116,8 +116,8 @@ def _quality(report: Report, drawings: Mapping[str, Drawing]) -> str:
     told = f"{_won_back(report)} Each row is one held-out text; the axis is logarithmic.".strip()
     caption = (
         "Packed sequences that do not overlap. Every token but the first of a sequence is predicted from those before "
-        "it in that sequence; perplexity is exp of the mean loss. A last word is right when the greedy continuation "
-        "gives the whole of it."
+        "it in that sequence; perplexity is exp of the mean loss, and ± the standard error over sequences. A last word "
+        "is right when the greedy continuation gives the whole of it."
     )
     tasks = ""
     if report["tasks"].get("teacher"):

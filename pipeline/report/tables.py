@@ -41,6 +41,8 @@ def quality_table(report: Report, caption: str) -> str:
         for key, label, show in MEASURES:
             if all(key in text[model] for model in who):
                 body.append(line(label, [show.format(text[model][key]) for model in who], who))
+            if key == "perplexity" and "over_teacher" in text["student"]:
+                body.append(line("... over the teacher's", ["", *(_times(text[model]) for model in who[1:])], who))
     return table([NAMES[model] for model in who], body, caption)
 
 
@@ -89,6 +91,11 @@ def table(columns: Iterable[str], body: Sequence[str], caption: str) -> str:
         f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr><th></th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
+
+
+def _times(figures: Mapping[str, Any]) -> str:
+    times, error = (figures["over_teacher"][key] for key in ("times", "error"))
+    return f"{times:.2f} ± {error:.2f}"
 
 
 def _heading(name: str, told: str, columns: int) -> str:

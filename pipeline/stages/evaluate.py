@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline import measuring
 from pipeline.config import Config
 from pipeline.evaluation import tasks
+from pipeline.evaluation.perplexity import over
 from pipeline.evaluation.speed import speeds
 from pipeline.model.anatomy import Sizes
 from pipeline.runtime.checkpoint import load_tokenizer, open_checkpoint
@@ -32,7 +33,10 @@ def settings(config: Config) -> dict:
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
-    """Write evaluation.json: sizes, quality per text, next-word accuracy, tasks, continuations and speed."""
+    """Write evaluation.json: sizes, quality per text, next-word accuracy, tasks, continuations and speed.
+
+    Beside a perplexity stands how many times the teacher's it is, with the standard error over sequences.
+    """
     first = machine.ranks.rank == 0
     dense = json.loads((inputs["dense"] / "dense.json").read_text())
     bench = measuring.Bench(config, inputs["tokens"], load_tokenizer(inputs["teacher"]), machine)
@@ -43,6 +47,10 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     measured["student"] = bench.measure(model, "student", dense["facts"])
     if not first:
         return
+    for figures in (measured[who] for who in ("start", "student") if who in measured):
+        for name, text in figures.items():
+            compared = over(text["losses"], measured["teacher"][name]["losses"])
+            text |= {"over_teacher": asdict(compared)} if compared else {}
     shown = {"teacher": dense, "student": bench.show(model)}
     folders = {"teacher": inputs["teacher"], "student": inputs["export"]}
     samples = zip(bench.prompts(), *(each["samples"] for each in shown.values()), strict=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.evaluation import tasks
-from pipeline.evaluation.perplexity import logits_of, quality, tally
+from pipeline.evaluation.perplexity import logits_of, over, quality, tallies, tally
 from pipeline.evaluation.samples import cache_bytes_per_token, continuation, continue_greedily, opening
 from pipeline.evaluation.speed import speeds
 from pipeline.evaluation.words import Question, questions, right
@@ -38,6 +38,24 @@ def test_tallies_of_two_ranks_add_up_to_the_tally_of_one():
     model, ids = tiny_model("llama"), tokens(4, 10)
     halves = tally(model, [ids[0::2]], 64) + tally(model, [ids[1::2]], 64)
     torch.testing.assert_close(halves, tally(model, ids.split(3), 64))
+
+
+def test_tallies_are_those_of_each_sequence_by_itself():
+    model, ids = tiny_model("llama"), tokens(5, 10)
+    found = torch.cat(list(tallies(model, ids.split(2), 4)))
+    torch.testing.assert_close(found, torch.stack([tally(model, [row[None]], 64) for row in ids]))
+
+
+def test_a_perplexity_over_another_has_the_error_of_paired_differences():
+    """What both models find hard is no error: only by how much the differences of sequences differ counts."""
+    hard = [1.0, 5.0, 2.0, 9.0]
+    same = over([each + math.log(1.5) for each in hard], hard)
+    assert same.times == pytest.approx(1.5, rel=1e-12) and same.error == pytest.approx(0.0, abs=1e-12)
+    found = over([each + extra for each, extra in zip(hard, (0.1, 0.3, 0.1, 0.3), strict=True)], hard)
+    deviation = math.sqrt(4 * 0.1**2 / 3)
+    assert found.times == pytest.approx(math.exp(0.2), rel=1e-12)
+    assert found.error == pytest.approx(math.exp(0.2) * deviation / 2, rel=1e-9)
+    assert over([1.0], [0.5]) is None
 
 
 def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity():

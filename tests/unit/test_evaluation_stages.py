@@ -97,11 +97,17 @@ def test_the_perplexity_is_that_of_the_models_own_logits_on_the_texts_rows(world
         decoded = byte_tokenizer().batch_decode(ids[:, 1:], skip_special_tokens=True)
         assert text["bytes"] == sum(len(row.encode()) for row in decoded)
         for who, folder in (("teacher", made["teacher"]), ("start", made["start"]), ("student", made["start"])):
-            logits = load_model(folder, torch.float32, "sdpa")(ids).logits[:, :-1].flatten(0, 1)
-            loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).item()
+            logits = load_model(folder, torch.float32, "sdpa")(ids).logits[:, :-1].transpose(1, 2)
+            losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(1)
+            loss = losses.mean().item()
+            assert text[who]["losses"] == pytest.approx(losses.tolist(), rel=1e-4)
             assert text[who]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
             assert text[who]["bits_per_byte"] == pytest.approx(loss * 8 * 31 / math.log(2) / text["bytes"], rel=1e-4)
             assert 0 <= text[who]["next_word"] <= 1
+        times, told = text["student"]["perplexity"] / text["teacher"]["perplexity"], text["student"]["over_teacher"]
+        extra = torch.tensor(text["student"]["losses"]) - torch.tensor(text["teacher"]["losses"])
+        assert told["times"] == pytest.approx(times, rel=1e-6)
+        assert told["error"] == pytest.approx(times * float(extra.std()) / math.sqrt(8), rel=1e-4)
 
 
 def test_sizes_are_those_of_the_folders(world, found):
@@ -143,7 +149,10 @@ def test_two_ranks_give_the_numbers_of_one(world, found):
     for name, text in found["texts"].items():
         assert both["texts"][name]["bytes"] == text["bytes"]
         for who in ("teacher", "start", "student"):
-            assert both["texts"][name][who] == pytest.approx(text[who], rel=1e-5)
+            told, alone = both["texts"][name][who], text[who]
+            assert told.pop("losses") == pytest.approx(alone["losses"], rel=1e-5)
+            assert told.pop("over_teacher", {}) == pytest.approx(alone.get("over_teacher", {}), rel=1e-3)
+            assert told == pytest.approx({key: alone[key] for key in told}, rel=1e-5)
 
 
 def test_the_report_has_its_page_pictures_and_no_time_of_stages_without_a_manifest(world, found, capsys):

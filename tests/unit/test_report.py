@@ -279,6 +279,19 @@ def test_benchmark_tasks_stand_beside_each_other_with_their_errors():
     assert "Benchmark tasks" not in page(plain, example_drawings(plain))
 
 
+def test_a_perplexity_over_the_teachers_stands_with_its_error_where_there_is_one():
+    """Of one sequence there is no error, and no line; without recovery the start has no column."""
+    report, alone = example_report(), example_report(recovered=False)
+    assert "over the teacher" not in page(report, example_drawings(report))
+    for each in (report, alone):
+        for who, times in (("start", 4.0), ("student", 1.25)):
+            if who in each["perplexity"]["news"]:
+                each["perplexity"]["news"][who]["over_teacher"] = {"times": times, "error": 0.031}
+    for each, cells in ((report, "4.00 ± 0.03 1.25 ± 0.03"), (alone, "1.25 ± 0.03")):
+        words = " ".join(" ".join(Balanced(page(each, example_drawings(each))).words).split())
+        assert f"... over the teacher's {cells} bits per byte" in words
+
+
 def test_the_comparison_gives_both_sides_and_their_relation():
     found = {row.label: row for row in rows(example_report())}
     assert (found["parameters"].teacher, found["parameters"].student) == ("2.00\xa0M", "1.50\xa0M")
