@@ -140,22 +140,13 @@ ROWS: dict[str, Row] = {
     "best_broad": _ablation("best", "best on text of many kinds", writes=HALF, broad=BROAD),
     "best_broad_by_layer": _ablation("best", "... widths by measured loss", *BY_LOSS, writes=HALF, broad=BROAD),
     "best_broad_millions": _ablation(
-        "best",
-        "best on text of many kinds, FFNs learn from two million tokens",
-        *TWO_MILLION,
-        writes=QUARTER,
-        broad=BROAD,
+        "best", "best on two million tokens of many kinds", *TWO_MILLION, writes=QUARTER, broad=BROAD
     ),
     "best_broad_millions_longer": _ablation(
         "best", "... the same, twice the recovery", *TWO_MILLION, writes=QUARTER, broad=BROAD, recovered=TWICE
     ),
     "best_broad_millions_by_layer": _ablation(
-        "best",
-        "... widths by measured loss, from two million tokens",
-        *TWO_MILLION,
-        *BY_LOSS,
-        writes=QUARTER,
-        broad=BROAD,
+        "best", "... and widths by measured loss", *TWO_MILLION, *BY_LOSS, writes=QUARTER, broad=BROAD
     ),
     "best_broad_millions_by_layer_longer": _ablation(
         "best",

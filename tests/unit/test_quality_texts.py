@@ -56,7 +56,7 @@ def test_what_rows_are_measured_on_is_left_out_and_the_rest_is_read(tmp_path, mo
     words = [f"word{number}" for number in range(20)]
     texts, folder = tmp_path / "texts", tmp_path / "unpacked"
     texts.mkdir()
-    (texts / "jargon.txt").write_text(f"before {' '.join(words[:13])} after")
+    (texts / "jargon.txt").write_text(" ".join(words[:13]))
     (texts / "readmes.jsonl").write_text(json.dumps({"text": "nothing of it"}))
     stays, goes = ", ".join(words[1:]) + " more" * 40, "; ".join(words).upper() + " more" * 40
     (folder / "here").mkdir(parents=True)
