@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
+from pipeline.distill.blocks import BETAS, FLOOR, WARMUP
 from pipeline.distill.schedule import learning_rate
 from pipeline.evaluation.perplexity import tally
 from pipeline.runtime.checkpoint import load_model, load_tokenizer
@@ -33,7 +34,6 @@ from pipeline.runtime.device import open_device
 WAYS = {"ffn": (1, False, False), "layer": (1, True, False), "window": (3, True, False), "fisher": (1, False, True)}
 MEASURED = 8192  # tokens of a text
 FISHER = 64  # sequences
-WARMUP, FLOOR = 0.05, 0.01
 
 
 def main() -> None:
@@ -87,7 +87,7 @@ def matrices(layers: nn.ModuleList, whole: bool) -> list[nn.Parameter]:
 def train(layers, pass_on: "Layers", read: Tensor, wanted: Tensor, learns, metric: Tensor | None, asked) -> None:
     """Once through the text, by Adam, at a share of each matrix's root mean square that falls along a cosine."""
     peaks = [asked.rate * float(weight.detach().square().mean().sqrt()) for weight in learns]
-    optimizer = torch.optim.Adam([{"params": [weight]} for weight in learns], betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam([{"params": [weight]} for weight in learns], betas=BETAS)
     batches = torch.randperm(len(read), generator=torch.Generator().manual_seed(0)).split(asked.batch)
     for step, chosen in enumerate(batches):
         share = learning_rate("cosine", step, len(batches), 1.0, WARMUP, FLOOR)

@@ -14,7 +14,6 @@ import gzip
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import zlib
@@ -26,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from run import UNSEEN
+from texts import fetched
 
 from pipeline.data.builtin import BUILTINS
 
@@ -152,10 +152,7 @@ def unpacked(kind: Kind, folder: Path | None, scratch: Path) -> Path:
         if not (folder / kind.package).is_dir():
             raise SystemExit(f"error: --folder: {folder / kind.package} does not exist; unpack the package there")
         return folder / kind.package
-    subprocess.run(["apt-get", "download", kind.package], cwd=scratch, check=True)
-    (deb,) = scratch.glob(f"{kind.package}_*.deb")
-    subprocess.run(["dpkg", "-x", str(deb), str(scratch / kind.package)], check=True)
-    return scratch / kind.package
+    return fetched(kind.package, scratch)
 
 
 def spread(passages: list[str], characters: int) -> list[str]:

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--freeze", action="store_true", help="write down the built-in texts too")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        source = (asked.folder or fetched(Path(scratch))) / INSIDE
+        source = (asked.folder or fetched(PACKAGE, Path(scratch))) / INSIDE
         if not source.is_file():
             raise SystemExit(f"error: --folder: {source} does not exist; unpack {PACKAGE} there with dpkg -x")
         text = cleaned(gzip.decompress(source.read_bytes()).decode())
@@ -60,12 +60,12 @@ def frozen(name: str, folder: Path) -> Path:
     return target
 
 
-def fetched(folder: Path) -> Path:
-    """Download the package and unpack it into `folder`."""
-    subprocess.run(["apt-get", "download", PACKAGE], cwd=folder, check=True)
-    (deb,) = folder.glob(f"{PACKAGE}_*.deb")
-    subprocess.run(["dpkg", "-x", str(deb), str(folder / "unpacked")], check=True)
-    return folder / "unpacked"
+def fetched(package: str, folder: Path) -> Path:
+    """Download a package of Debian and unpack it into a folder of its name in `folder`."""
+    subprocess.run(["apt-get", "download", package], cwd=folder, check=True)
+    (deb,) = folder.glob(f"{package}_*.deb")
+    subprocess.run(["dpkg", "-x", str(deb), str(folder / package)], check=True)
+    return folder / package
 
 
 def cleaned(text: str) -> str:

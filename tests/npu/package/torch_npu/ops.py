@@ -4,17 +4,16 @@ Schemas are those of torch_npu 2.13.0; what a call may not do on the real operat
 """
 
 import torch
-from torch import Tensor
-from torch.library import Library
+from torch import Tensor, library
 
-LIBRARY = Library("npu", "DEF")
 TEMPLATE = 2048  # side of the mask of the compressed sparse modes
 
 
 def _operator(schema: str):
     def register(function):
-        LIBRARY.define(schema)
-        LIBRARY.impl(schema.partition("(")[0], function, "CompositeImplicitAutograd")
+        name, bracket, rest = schema.partition("(")
+        library.define(f"npu::{name}", bracket + rest)
+        library.impl(f"npu::{name}", "CompositeImplicitAutograd", function)
         return function
 
     return register
