@@ -21,8 +21,9 @@ def collect(runs: Path, saved: Path) -> list[Figures]:
     fresh: dict[tuple, Figures] = {}
     for path in sorted((runs / "quality").glob("*/evaluation.json")):
         name = NAME.fullmatch(path.parent.name)
-        if name:
-            here = figures(path.parent, name)
+        run = json.loads((path.parent / "run.json").read_text())
+        if name and "evaluate" in run["stages"]:  # else begun anew, and what was measured is of the run before
+            here = figures(path.parent, name, run)
             fresh[key(here)] = merged(fresh.get(key(here)), here)
     found = known | {which: merged(known.get(which), here) for which, here in fresh.items()}
     _check_one_text(found.values())
@@ -33,14 +34,13 @@ def key(figures: Figures) -> tuple[str, float, int]:
     return figures["row"], figures["removed"], figures["seed"]
 
 
-def figures(view: Path, name: re.Match) -> Figures:
-    """Give the figures of one run.
+def figures(view: Path, name: re.Match, run: Figures) -> Figures:
+    """Give the figures of one run that was measured.
 
     A run without recovery tells what the model was `before` it. One with recovery tells what it is `after`, and also
     what it was before, unless weights were trained before the last cut (rounds, TRSP).
     """
     evaluation = json.loads((view / "evaluation.json").read_text())
-    run = json.loads((view / "run.json").read_text())
     config, recovered = run["config"], not name["bare"]
     settles = config["settle"]["norm"] != "none"
     trained_early = recovered and (config["recipe"]["rounds"] > 1 or settles)

@@ -129,12 +129,17 @@ def test_a_bar_is_the_mean_over_seeds_of_the_ratio_to_dense():
     assert drawing.ratios(found, "news", "after") == drawing.ratios(found, "law", "before") == {}
 
 
-def view(folder, name, dense=10.0, start=20.0, student=12.0, rounds=1, settle="none", speed=None):
+def view(folder, name, dense=10.0, start=20.0, student=12.0, rounds=1, settle="none", speed=None, measured=True):
     """A run's view as the pipeline leaves it, with figures of our own."""
     place, made = folder / "quality" / name, folder / "made"
-    for stage, artifact in {"teacher": "teacher-0", "cut": "cut-1", "distill": "distill-2"}.items():
-        (made / artifact).mkdir(parents=True, exist_ok=True)
-        (made / artifact / "manifest.json").write_text(json.dumps({"seconds": 5.0 if stage == "cut" else 60.0}))
+    stages = {"teacher": {"artifact": "teacher-0"}, "cut": {"artifact": "cut-1"}}
+    if not name.endswith("-start"):
+        stages["distill"] = {"artifact": "distill-2"}
+    if measured:
+        stages["evaluate"] = {"artifact": "evaluate-3"}
+    for stage, told in stages.items():
+        (made / told["artifact"]).mkdir(parents=True, exist_ok=True)
+        (made / told["artifact"] / "manifest.json").write_text(json.dumps({"seconds": 5.0 if stage == "cut" else 60.0}))
     place.mkdir(parents=True)
     (place / "teacher").symlink_to(made / "teacher-0")
     config = {
@@ -143,9 +148,6 @@ def view(folder, name, dense=10.0, start=20.0, student=12.0, rounds=1, settle="n
         "distill": {"tokens": 120000},
         "score": {"tokens": 32768},
     }
-    stages = {"teacher": {"artifact": "teacher-0"}, "cut": {"artifact": "cut-1"}}
-    if not name.endswith("-start"):
-        stages["distill"] = {"artifact": "distill-2"}
     (place / "run.json").write_text(json.dumps({"config": config, "stages": stages}))
     size = {"parameters": 8_000_000, "non_embedding_parameters": 4_000_000, "kv_bytes_per_token": 64, "shape": {}}
     quality = {
@@ -206,6 +208,15 @@ def test_saved_figures_stay_until_a_run_replaces_them(tmp_path):
     assert found["texts"]["readmes"]["before"]["perplexity"] == 18.0
     assert found["texts"]["readmes"]["after"]["perplexity"] == 12.0 and found["recovery_tokens"] == 120000
     assert found["models"]["student"]["speed"]["decode"] == 40.0
+
+
+def test_a_run_begun_anew_and_not_yet_measured_keeps_what_was_saved(tmp_path):
+    view(tmp_path / "whole", "minitron-25-0", student=12.0)
+    saved = tmp_path / "saved.json"
+    saved.write_text(json.dumps(results.collect(tmp_path / "whole", saved)))
+    view(tmp_path / "again", "minitron-25-0", student=99.0, measured=False)  # what it shows is of the run before
+    (found,) = results.collect(tmp_path / "again", saved)
+    assert found["texts"]["readmes"]["after"]["perplexity"] == 12.0
 
 
 def test_rows_measured_on_different_text_are_not_put_side_by_side(tmp_path):
