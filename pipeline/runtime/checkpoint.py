@@ -22,7 +22,7 @@ from .modelling import pruned_class
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CARRIED = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "tokeniz*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "generation_config.json", "*.model",
 )  # fmt: skip
 
@@ -229,6 +229,14 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str, trust_remote_co
     return model.eval()
 
 
-def load_tokenizer(folder: Path):
-    """Load the tokenizer of a model folder."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+def load_tokenizer(folder: Path, trust_remote_code: bool = False):
+    """Load the tokenizer of a model folder; ValueError where it is code of its own and that is not trusted."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except ValueError as fault:
+        if "trust_remote_code" not in str(fault):
+            raise
+        raise ValueError(
+            f"model.trust_remote_code is false, and the tokenizer in {folder} is code of its own; read it, and set "
+            "model.trust_remote_code=true to run it"
+        ) from None

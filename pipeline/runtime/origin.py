@@ -36,8 +36,12 @@ class Origin:
         return sum(path.stat().st_size for path in files)
 
 
-def locate(path: str, field: str = "model.path") -> Origin:
-    """Find the model that a setting names; ValueError, naming the setting, if there is none."""
+def locate(path: str, field: str = "model.path", allow_pickle: bool = False) -> Origin:
+    """Find the model that a setting names; ValueError, naming the setting, if there is none.
+
+    Of a hub id what a model needs is fetched, its own code with it (that runs only where it is trusted), and pickled
+    weights only where they are allowed.
+    """
     if path.startswith("package:"):
         return Origin(None, _packaged(path.removeprefix("package:"), field))
     place = Path(path).expanduser()
@@ -50,7 +54,7 @@ def locate(path: str, field: str = "model.path") -> Origin:
             raise ValueError(f"{field}: {place} is a file but not a .gguf; give a model folder or a .gguf file")
         return Origin(None, (place,))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
-        return Origin(_fetched(path, field), ())
+        return Origin(_fetched(path, field, allow_pickle), ())
     raise ValueError(f"{field}: {path} does not exist; give a model folder, a .gguf file, a hub id or package:NAME")
 
 
@@ -68,11 +72,12 @@ def _packaged(name: str, field: str) -> tuple[Path, ...]:
     return whole or found
 
 
-def _fetched(name: str, field: str) -> Path:
+def _fetched(name: str, field: str, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "*.json", "*.model", "merges.txt", "*.jinja", "vocab*"]
+    wanted = ["*.safetensors", "*.json", "*.model", "merges.txt", "*.jinja", "vocab*", "*.py"]
+    wanted += ["*.bin"] if allow_pickle else []
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:

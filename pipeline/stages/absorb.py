@@ -1,15 +1,13 @@
 """absorb: post-norms of the cut model become static scales, trained during recovery and folded at export."""
 
 import shutil
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.config import Config
 from pipeline.data.packing import Packed
-from pipeline.data.stream import stream
+from pipeline.data.stream import Beginning, beginning
 from pipeline.model.families import FAMILIES, Family
 from pipeline.model.settings import with_scales
 from pipeline.prune.absorption import fitted_scales, removed_scales
@@ -63,8 +61,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
 
 def _absorbed(config: Config, inputs: dict[str, Path], source: Checkpoint, machine) -> Stream:
     model = _decoder(inputs, machine).to(machine.device.torch)
-    batches, count = _batches(config, inputs, machine)
-    sums = inverse_rms(model, post_norm_modules(source.anatomy), machine.progress(batches, count, "absorb"))
+    batches = _batches(config, inputs, machine.ranks)
+    sums = inverse_rms(model, post_norm_modules(source.anatomy), machine.progress(batches, len(batches), "absorb"))
     machine.ranks.sum_(sums.values())
     means = {name: float(total / tokens) for name, (total, tokens) in sums.items()}
     return absorb_post_norms(source.anatomy, source, means)
@@ -72,7 +70,7 @@ def _absorbed(config: Config, inputs: dict[str, Path], source: Checkpoint, machi
 
 def _fitted(config: Config, inputs: dict[str, Path], source: Checkpoint, machine) -> Stream:
     anatomy, ranks = source.anatomy, machine.ranks
-    batches, _ = _batches(config, inputs, machine)
+    batches = _batches(config, inputs, machine.ranks)
     passes = fitted_scales(_decoder(inputs, machine), anatomy, batches, machine.device.torch, ranks.sum_)
     scales = dict(machine.progress(passes, len(post_norm_modules(anatomy)), "absorb"))
     return with_static_scales(anatomy, source, scales)
@@ -86,12 +84,10 @@ def _decoder(inputs: dict[str, Path], machine) -> nn.Module:
     return load_model(inputs["start"], machine.device.compute_dtype, machine.device.attention).get_decoder()
 
 
-def _batches(config: Config, inputs: dict[str, Path], machine) -> tuple[Iterator[Tensor], int]:
-    """Give this rank's batches of calibration text, and their number, the same for all ranks."""
-    ranks, batch = machine.ranks, config.score.batch
+def _batches(config: Config, inputs: dict[str, Path], ranks) -> Beginning:
+    """Give this rank's share of `reinit.absorb_tokens` calibration tokens."""
     text = Packed(inputs["tokens"] / "calibration")
-    count = max(1, config.reinit.absorb_tokens // (config.data.sequence * batch * ranks.world))
-    return islice(stream(text, batch, ranks.rank, ranks.world, 0, config.seed), count), count
+    return beginning(text, config.reinit.absorb_tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
 
 
 def _check_family(config: Config, family: Family | None) -> None:

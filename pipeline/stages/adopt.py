@@ -22,18 +22,18 @@ def check(config: Config) -> None:
     """Refuse a line that adopts a student and is given none, or one that is not there."""
     if config.model.start is None:
         raise ValueError(f"{FIELD} is not set; give the model folder that recipe {config.recipe.name} shall recover")
-    origin.locate(config.model.start, FIELD)
+    _located(config)
 
 
 def settings(config: Config) -> dict:
     """Give what determines the start: the digest of its files."""
-    return {"files": origin.locate(config.model.start, FIELD).digest(), "allow_pickle": config.model.allow_pickle}
+    return {"files": _located(config).digest(), "allow_pickle": config.model.allow_pickle}
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """Fill `out` with the model folder; ValueError if it has no family table or another vocabulary than the teacher."""
     shutil.rmtree(out, ignore_errors=True)
-    origin.adopt(origin.locate(config.model.start, FIELD), out)
+    origin.adopt(_located(config), out)
     teacher, student = (open_checkpoint(path, config.model.allow_pickle).anatomy for path in (inputs["teacher"], out))
     if teacher.sizes.vocabulary != student.sizes.vocabulary:
         raise ValueError(
@@ -42,3 +42,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         )
     total, inner = student.parameters()
     machine.say(f"adopt: {total / 1e6:.1f}M parameters, {inner / 1e6:.1f}M without embeddings")
+
+
+def _located(config: Config) -> origin.Origin:
+    return origin.locate(config.model.start, FIELD, config.model.allow_pickle)

@@ -25,7 +25,8 @@ def settings(config: Config) -> dict:
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """Write dense.json: what is asked of each text, the teacher's figures on it, and what it says to the prompts."""
-    bench = measuring.Bench(config, inputs["tokens"], load_tokenizer(inputs["teacher"]), machine)
+    tokenizer = load_tokenizer(inputs["teacher"], config.model.trust_remote_code)
+    bench = measuring.Bench(config, inputs["tokens"], tokenizer, machine)
     facts = bench.facts()
     model = bench.load(inputs["teacher"])
     found = {"facts": facts, "figures": bench.measure(model, "teacher", facts)}

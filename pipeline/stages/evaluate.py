@@ -39,7 +39,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """
     first = machine.ranks.rank == 0
     dense = json.loads((inputs["dense"] / "dense.json").read_text())
-    bench = measuring.Bench(config, inputs["tokens"], load_tokenizer(inputs["teacher"]), machine)
+    tokenizer = load_tokenizer(inputs["teacher"], config.model.trust_remote_code)
+    bench = measuring.Bench(config, inputs["tokens"], tokenizer, machine)
     measured = {"teacher": dense["figures"]}
     if "student" in inputs:
         measured["start"] = bench.measure(bench.load(inputs["start"]), "start", dense["facts"])

@@ -26,7 +26,7 @@ def settings(config: Config) -> dict:
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """Write generated.jsonl, a record a text; ranks take batches in turn, and a batch depends on its number alone."""
     asked, ranks, device = config.generate, machine.ranks, machine.device
-    tokenizer = load_tokenizer(inputs["teacher"])
+    tokenizer = load_tokenizer(inputs["teacher"], config.model.trust_remote_code)
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
     model = model.to(device.torch)
     total = -(-asked.tokens // (asked.batch * asked.length))

@@ -55,7 +55,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     longest = model.get("max_position_embeddings")
     if longest is not None and data.sequence > longest:
         raise ValueError(f"data.sequence is {data.sequence}, more than the model's {longest} positions; lower it")
-    tokenizer = load_tokenizer(inputs["teacher"])
+    tokenizer = load_tokenizer(inputs["teacher"], config.model.trust_remote_code)
     around, parts, apart = frame(tokenizer), _parts(config), split.Unseen()
     for line in _told(parts):
         machine.say(line)

@@ -3,13 +3,15 @@
 import io
 import json
 import sys
+from fnmatch import fnmatch
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from tqdm.auto import tqdm
 
-from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.runtime.checkpoint import load_model, load_tokenizer, open_checkpoint, write_checkpoint
 from pipeline.runtime.origin import adopt, locate
 from tests.tiny import save_tiny, tensors_of, tiny_model, tokens
 
@@ -33,6 +35,49 @@ def test_openpangu_is_read_as_the_llama_with_biases_that_it_is(tmp_path):
     assert type(adopted).__name__ == "LlamaForCausalLM"
     assert torch.equal(logits(adopted), logits(model))
     assert "self_attn.o_proj.bias" in open_checkpoint(tmp_path / "teacher").anatomy.optional
+
+
+TOKENIZER = """
+from transformers import PreTrainedTokenizer
+
+class PanguTokenizer(PreTrainedTokenizer):
+    vocab_size = 96
+    def get_vocab(self): return {chr(32 + place): place for place in range(96)}
+    def _tokenize(self, text): return list(text)
+    def _convert_token_to_id(self, token): return ord(token) - 32
+    def _convert_id_to_token(self, index): return chr(32 + index)
+    def save_vocabulary(self, save_directory, filename_prefix=None): return ()
+"""
+
+
+def test_a_tokenizer_of_its_own_code_is_run_where_that_is_trusted_and_handed_on(tmp_path):
+    folder = save_tiny(tiny_model("llama", dtype=torch.float32), tmp_path / "pangu")
+    named = {"AutoTokenizer": ["tokenization_openpangu.PanguTokenizer", None]}
+    told = {"tokenizer_class": "PanguTokenizer", "auto_map": named}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    (folder / "tokenization_openpangu.py").write_text(TOKENIZER)
+    adopt(locate(str(folder)), tmp_path / "teacher")
+    with pytest.raises(ValueError, match="^model.trust_remote_code is false, and the tokenizer .* is code of its own"):
+        load_tokenizer(tmp_path / "teacher")
+    model = open_checkpoint(tmp_path / "teacher")
+    write_checkpoint(tmp_path / "student", model.config, model.items(), 1 << 30, tmp_path / "teacher")
+    for place in ("teacher", "student"):
+        assert load_tokenizer(tmp_path / place, trust_remote_code=True)("A!")["input_ids"] == [33, 1]
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_hub_model_is_fetched_with_its_code_and_pickles_only_where_allowed(pickled, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(name, allow_patterns):
+        asked.extend(allow_patterns)
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert locate("somebody/pangu", allow_pickle=pickled).folder == tmp_path
+    there = ("model.safetensors", "tokenization_openpangu.py", "pytorch_model.bin")
+    fetched = [name for name in there if any(fnmatch(name, pattern) for pattern in asked)]
+    assert fetched == list(there[: 2 + pickled])
 
 
 def test_a_folder_is_adopted_by_links_and_never_changed(tmp_path):

@@ -1,6 +1,7 @@
 """The ways to put scales in the place of post-norms, through the stage; and what is refused before any work."""
 
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +52,17 @@ def test_fitted_scales_are_written_and_nothing_else_changes(world, kept):
             assert torch.equal(after[name], before[name]), name
     for name, scale in gains(found).items():  # within the rounding of bf16, in which the stage may compute
         assert (scale - wanted[name]).norm() / wanted[name].norm() < 3e-2, name
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_any_number_of_ranks_measures_the_same_text(world, kept, world_size):
+    asked = configured(*settings(world), "reinit.absorb_tokens=640", "score.batch=3")  # no multiple of a step of ranks
+
+    def read(size):
+        batches = [absorb._batches(asked, kept, SimpleNamespace(rank=rank, world=size)) for rank in range(size)]
+        return sorted(tuple(row.tolist()) for share in batches for batch in share for row in batch)
+
+    assert read(world_size) == read(1) and len(read(1)) == 640 // asked.data.sequence
 
 
 def test_removed_scales_are_ones_whatever_the_tokens(world, kept):
