@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+from pipeline.runtime.device import missing
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -26,13 +27,18 @@ def test_triton_kernels_mean_what_the_references_mean():
     passes("kernels_triton.py", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.skipif(missing("cuda") is not None, reason="there is no GPU")
 def test_triton_kernels_mean_the_same_compiled_for_a_gpu():
     passes("kernels_triton.py", KERNELS_DEVICE="cuda")
 
 
 def test_ascend_operators_mean_what_the_references_mean():
     passes("kernels_ascend.py")
+
+
+@pytest.mark.skipif(missing("npu") is not None, reason="there is no NPU")
+def test_torch_npus_own_operators_mean_the_same():
+    passes("kernels_ascend.py", KERNELS_DEVICE="npu", TORCH_NPU_FALLBACK_CPU_DISABLE="1")
 
 
 TOGETHER = """

@@ -1,4 +1,5 @@
-"""The whole line on a GPU: every stage runs there, and computes what it computes on the CPU."""
+"""The whole line on an accelerator, an NPU where there is one, else a GPU: every stage runs there and computes what it
+computes on the CPU. On an NPU no operator may fall back to the CPU."""
 
 import json
 import shutil
@@ -10,43 +11,50 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.runtime.device import chip_name, missing
 from tests.world import environment, losses, make_world, pipeline, settings
 
+KIND = next((kind for kind in ("npu", "cuda") if missing(kind) is None), None)
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.skipif(KIND is None, reason="there is neither an NPU nor a GPU"),
 ]
 LEARN = ("blocks.epochs=2", "blocks.tokens=1024", "blocks.batch=64")
 STEPS = 100
 
 
+@pytest.fixture(autouse=True)
+def on_the_chip(monkeypatch):
+    monkeypatch.setenv("TORCH_NPU_FALLBACK_CPU_DISABLE", "1")
+
+
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
-def test_the_line_on_a_gpu_computes_what_the_cpu_computes(tmp_path, zero):
+def test_the_line_on_an_accelerator_computes_what_the_cpu_computes(tmp_path, zero):
     world = make_world(tmp_path, "glm4")  # sandwich norms, so that every stage has work
-    pipeline("run=gpu", *settings(world, device="cuda"), *LEARN, f"deepspeed={zero}", cwd=world)
-    record = json.loads((world / "runs/gpu/run.json").read_text())
-    assert record["device"] == torch.cuda.get_device_name()
-    assert (world / "runs/gpu/report.html").exists()
+    pipeline("run=chip", *settings(world, device=KIND), *LEARN, f"deepspeed={zero}", cwd=world)
+    record = json.loads((world / "runs/chip/run.json").read_text())
+    assert record["device"] == chip_name(KIND, 0)
+    assert (world / "runs/chip/report.html").exists()
 
     # The CPU scores again, and recovers again from the same start.
     again = shutil.ignore_patterns("score-*", "distill-*")
     shutil.copytree(world / "artifacts", world / "on-cpu", ignore=again, symlinks=True)
     chosen = settings(world, artifacts=world / "on-cpu")
     pipeline("run=cpu", *chosen, *LEARN, f"deepspeed={zero}", "stages=[score,distill]", cwd=world)
-    gpu, cpu = (load_file(world / "runs" / run / "scores/scores.safetensors") for run in ("gpu", "cpu"))
-    assert gpu.keys() == cpu.keys()
-    for name in gpu:  # both in their compute type, which may be bfloat16
-        torch.testing.assert_close(gpu[name], cpu[name], rtol=5e-2, atol=1e-6, msg=name)
-    gpu, cpu = losses(world / "artifacts"), losses(world / "on-cpu")
-    assert len(gpu) == 8
-    assert gpu == pytest.approx(cpu, rel=1e-3, abs=1e-6)
+    chip, cpu = (load_file(world / "runs" / run / "scores/scores.safetensors") for run in ("chip", "cpu"))
+    assert chip.keys() == cpu.keys()
+    for name in chip:  # both in their compute type, which may be bfloat16
+        torch.testing.assert_close(chip[name], cpu[name], rtol=5e-2, atol=1e-6, msg=name)
+    chip, cpu = losses(world / "artifacts"), losses(world / "on-cpu")
+    assert len(chip) == 8
+    assert chip == pytest.approx(cpu, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_recovery_cut_off_on_a_gpu_goes_on_digit_for_digit(tmp_path, precision):
+def test_a_recovery_cut_off_on_an_accelerator_goes_on_digit_for_digit(tmp_path, precision):
     world = make_world(tmp_path)
     chosen = {
-        "device": "cuda", "device__deterministic": True, "distill__precision": precision,
+        "device": KIND, "device__deterministic": True, "distill__precision": precision,
         "distill__tokens": STEPS * 8 * 32, "distill__micro_batch": 8,
     }  # fmt: skip
     pipeline("run=straight", *settings(world, **chosen), cwd=world)
