@@ -31,7 +31,7 @@ def padded(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any],
     check_padded(config)
     widths = _common_widths(student)
     layers = (widths,) * len(student.sizes.layers)
-    edited = {key: value for key, value in config.items() if key != "pruned"} | {
+    edited = {key: value for key, value in config.items() if key not in ("pruned", "auto_map")} | {
         "num_attention_heads": widths.heads,
         "num_key_value_heads": widths.groups,
         "intermediate_size": widths.neurons,

@@ -30,7 +30,8 @@ def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
     for field in PER_LAYER_LISTS:
         if isinstance(config.get(field), list):
             edited[field] = [config[field][host] for host in hosts]
-    edited.pop("pruned", None)
+    for field in ("pruned", "auto_map"):  # of the source, where it was a student of its own form
+        edited.pop(field, None)
     edited |= class_fields(edited, student)
     pruned = _pruned(config, edited, student)
     return edited | ({"pruned": pruned} if pruned else {})

@@ -208,6 +208,7 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], limit: float) -> Iterator[dic
 def load_model(folder: Path, dtype: torch.dtype, attention: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a model folder on the CPU, in evaluation mode; a pruned one by this project's own modelling code.
 
+    `attention` is an implementation of transformers, or auto for the one its class prefers.
     ValueError if tensors are missing, unexpected or of another shape than the class needs.
     """
     config = read_config(folder)
@@ -216,9 +217,8 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str, trust_remote_co
     own = "pruned" in config
     loader = pruned_class(config["pruned"]["base"]) if own else AutoModelForCausalLM
     extra = {"config": loader.config_class(**config)} if own else {"trust_remote_code": trust_remote_code}
-    model, told = loader.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, output_loading_info=True, local_files_only=True, **extra
-    )
+    extra |= {} if attention == "auto" else {"attn_implementation": attention}
+    model, told = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True, **extra)
     faults = {
         kind: sorted(map(str, told[kind]))[:3]
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")

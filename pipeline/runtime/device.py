@@ -30,7 +30,10 @@ NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # /proc/cpuinfo flags of x86 
 
 @dataclass(frozen=True)
 class Device:
-    """What one rank computes on: `name` is the chip's own, `backend` its collective library; memory is in bytes."""
+    """What one rank computes on: `name` is the chip's own, `backend` its collective library; memory is in bytes.
+
+    `attention` is auto where the model's class decides: sdpa where it takes it, else eager (Gemma 2 caps its scores).
+    """
 
     kind: str
     torch: torch.device
@@ -90,7 +93,7 @@ def open_device(kind: str, attention: str, deterministic: bool, local_rank: int,
         torch=place,
         backend=BACKENDS[kind],
         compute_dtype=torch.bfloat16 if bf16_is_native(kind) else torch.float32,
-        attention="sdpa" if attention == "auto" else attention,
+        attention=attention,
         name=chip_name(kind, local_rank),
     )
 

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from pipeline.model.families import FAMILIES
+from pipeline.model.settings import PER_LAYER_LISTS
 
 from .artifacts import fingerprint
 from .checkpoint import CARRIED, write_checkpoint
@@ -100,8 +103,8 @@ def _link(origin: Path, folder: Path) -> None:
             link = folder / path.name
             link.unlink(missing_ok=True)
             link.symlink_to(path.resolve())
-    config = json.loads((origin / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(_plain(config), indent=2) + "\n")
+    config = _plain(json.loads((origin / "config.json").read_text()))
+    (folder / "config.json").write_text(json.dumps(config | _by_layer(config), indent=2) + "\n")
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
@@ -111,6 +114,18 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in ("auto_map", "bias")}
     biased = bool(config.get("bias", config.get("attention_bias", False)))
     return kept | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": biased}
+
+
+def _by_layer(config: dict[str, Any]) -> dict[str, list]:
+    """Give what the class says of each layer where the config does not (Gemma 2 and 3: which see a window only).
+
+    The class counts layers from the first, so a student without some of them has to say it.
+    """
+    if config.get("model_type") not in FAMILIES:  # refused where its weights are read
+        return {}
+    whole = AutoConfig.for_model(**config)
+    said = {field: getattr(whole, field, None) for field in PER_LAYER_LISTS if config.get(field) is None}
+    return {field: value for field, value in said.items() if isinstance(value, list)}
 
 
 def _unpack(parts: tuple[Path, ...], folder: Path) -> None:

@@ -25,7 +25,7 @@ def test_auto_takes_the_first_kind_that_can_run():
 def test_a_device_names_its_backend_attention_and_accelerator(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     device = opened()
-    assert (device.backend, device.attention, device.torch) == ("gloo", "sdpa", torch.device("cpu"))
+    assert (device.backend, device.attention, device.torch) == ("gloo", "auto", torch.device("cpu"))
     assert devices.os.environ["DS_ACCELERATOR"] == "cpu"
     assert opened(attention="eager").attention == "eager"
 

@@ -3,15 +3,16 @@
 import copy
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.model import decilm
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
-from pipeline.model.forms import own, padded
+from pipeline.model.forms import own, padded, stock
 from pipeline.model.settings import student_config, with_scales
 from pipeline.prune.pad import pad
 from pipeline.prune.reinit import absorb_post_norms, post_norm_modules
@@ -138,6 +139,18 @@ def test_own_code_takes_a_student_whose_layers_are_alike_too(tmp_path):
     model = load_model(folder, torch.float64, "eager")
     assert "auto_map" in model.config.to_dict() and type(model).__name__ == "PrunedForCausalLM"
     assert torch.equal(logits(model), logits(load_model(source.folder, torch.float64, "eager")))
+
+
+@pytest.mark.parametrize("form", [stock, padded])
+def test_a_student_of_a_model_of_our_own_code_does_not_ask_for_that_code(form, tmp_path):
+    source = open_checkpoint(exported(own, student("llama", tmp_path / "s"), tmp_path / "o"))
+    blueprint = everything(source.anatomy.sizes)
+    blueprint = replace(blueprint, layers=blueprint.layers[:1]) if form is stock else blueprint
+    config = student_config(source.config, source.anatomy, blueprint)
+    write_checkpoint(tmp_path / "again", config, cut(source.anatomy, blueprint, source), 1e9)
+    folder = exported(form, open_checkpoint(tmp_path / "again"), tmp_path / "e")
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+    assert not {"pruned", "auto_map"} & json.loads((folder / "config.json").read_text()).keys()
 
 
 def scaled(kind, folder):

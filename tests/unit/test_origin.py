@@ -37,6 +37,20 @@ def test_openpangu_is_read_as_the_llama_with_biases_that_it_is(tmp_path):
     assert "self_attn.o_proj.bias" in open_checkpoint(tmp_path / "teacher").anatomy.optional
 
 
+@pytest.mark.parametrize(("kind", "said"), [("gemma2", {}), ("gemma3_text", {"sliding_window_pattern": 3})])
+def test_which_layers_see_a_window_is_written_down_where_a_folder_leaves_it_to_its_class(kind, said, tmp_path):
+    """Else a student that lost a layer would count windows from its own first layer."""
+    folder = save_tiny(tiny_model(kind, dtype=torch.float32), tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    del config["layer_types"]
+    (folder / "config.json").write_text(json.dumps(config | said))
+    adopt(locate(str(folder)), tmp_path / "teacher")
+    source, model = open_checkpoint(tmp_path / "teacher"), load_model(tmp_path / "teacher", torch.float32, "auto")
+    assert list(source.anatomy.layer_types) == source.config["layer_types"] == model.config.layer_types
+    assert source.config["layer_types"] == load_model(folder, torch.float32, "auto").config.layer_types
+    assert len(set(source.anatomy.layer_types)) == 2
+
+
 TOKENIZER = """
 from transformers import PreTrainedTokenizer
 
