@@ -1,11 +1,14 @@
-# make demo: the whole line on a real 135M-parameter model.  make test: the whole suite.  Both set everything up first.
+# make demo: the whole line on a real 135M-parameter model.  make test: the whole suite.  make bench: rows of the side-by-side
+# table (an hour each on two cores), and the table.  All set everything up first.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
+ROWS   ?= best,pangu_light,minitron
+SHARE  ?= 25
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check bench clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements/demo.txt
@@ -24,6 +27,11 @@ test: setup
 check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports
+
+bench: setup
+	$(RUN) benchmarks/quality/texts.py
+	$(RUN) benchmarks/quality/run.py --rows $(ROWS) --removed $(SHARE)
+	$(RUN) benchmarks/quality/table.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

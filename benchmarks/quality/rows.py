@@ -75,6 +75,7 @@ def _peer(name: str, label: str) -> Row:
 PRINCIPAL = ("basis.kind=principal", "plan.channels=leading")
 ALL_AXES = ("budget.axes=all", *PRINCIPAL)
 BLOCKS = ("blocks.epochs=3", "blocks.tokens=65536")
+ONCE = ("blocks.epochs=1", "blocks.tokens=196608")  # as many steps as BLOCKS
 BY_LOSS = ("budget.axes=all", "plan.widths=measured")  # where widths go by layer, all channels stay
 HALF = Written(49152, weight=2)  # half of what a row reads
 MOST = Written(2097152, weight=6, length=512, batch=512)  # three quarters
@@ -138,6 +139,9 @@ ROWS: dict[str, Row] = {
         "best", "... from two million tokens, twice the recovery", *TWO_MILLION, writes=MOST, recovered=TWICE
     ),
     "best_broad": _ablation("best", "best on text of many kinds", writes=HALF, broad=BROAD),
+    "best_broad_once": _ablation(
+        "best", "... FFNs learn from three times the tokens, once", *ONCE, writes=HALF, broad=BROAD
+    ),
     "best_broad_by_layer": _ablation("best", "... widths by measured loss", *BY_LOSS, writes=HALF, broad=BROAD),
     "best_broad_millions": _ablation(
         "best", "best on two million tokens of many kinds", *TWO_MILLION, writes=QUARTER, broad=BROAD
