@@ -14,7 +14,8 @@ from tests.tiny_text import byte_tokenizer, configured, run_tokens
 
 TURN = "{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('no role ' + m.role) }}{% endif %}"
 TEMPLATES = {  # a template that writes no special token, one that ends in EOS and a line end, one that begins with BOS
-    "bare": "{% for m in messages %}" + TURN + "<{{ m.role }}> {{ m.content }}\n{% endfor %}",
+    "bare": "{% for m in messages %}" + TURN + "<{{ m.role }}> {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}",
     "closed": "{% for m in messages %}" + TURN + "<{{ m.role }}> {{ m.content }}{{ eos_token }}\n{% endfor %}",
     "opened": "{{ bos_token }}{% for m in messages %}" + TURN + "<{{ m.role }}> {{ m.content }}\n{% endfor %}",
 }
