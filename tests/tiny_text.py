@@ -40,10 +40,10 @@ def configured(*overrides: str) -> Config:
     return validate(OmegaConf.to_container(composed, resolve=True))
 
 
-def run_tokens(config: Config, folder: Path) -> dict:
+def run_tokens(config: Config, folder: Path, tokenizer: PreTrainedTokenizerFast | None = None) -> dict:
     """Run the tokens stage into folder/out for a teacher of 300 entries and 64 positions, and give its tokens.json."""
     teacher, out = folder / "teacher", folder / "out"
-    byte_tokenizer().save_pretrained(teacher)
+    (tokenizer or byte_tokenizer()).save_pretrained(teacher)
     (teacher / "config.json").write_text(json.dumps({"vocab_size": 300, "max_position_embeddings": 64}))
     tokens.check(config)
     out.mkdir(exist_ok=True)

@@ -17,10 +17,14 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class Frame:
-    """Special tokens around text: `after` each document; `first` in every row where the tokenizer opens with BOS."""
+    """Special tokens around text: `after` each document; `first` in every row where the tokenizer opens with BOS.
+
+    A document that brings them itself, as chats do, has none twice; `closing` is how `after` is written.
+    """
 
     after: int
     first: int | None
+    closing: str
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ def frame(tokenizer) -> Frame:
     if end is None and begin is None:
         raise ValueError("the tokenizer has neither an EOS nor a BOS token; set eos_token in its tokenizer_config.json")
     opens = begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
-    return Frame(begin if end is None else end, begin if opens else None)
+    after = begin if end is None else end
+    return Frame(after, begin if opens else None, tokenizer.convert_ids_to_tokens(after))
 
 
 def build(
@@ -67,7 +72,7 @@ def build(
         counts = {"documents": 0, "bytes": 0, "tokens": 0}
         start = shards.rows
         batches = _batches(_blocks(domain.pieces))
-        tokens = _encoded(progress(batches, None, f"tokens {domain.name}"), tokenizer, around.after, vocabulary, counts)
+        tokens = _encoded(progress(batches, None, f"tokens {domain.name}"), tokenizer, around, vocabulary, counts)
         for rows in _rows(tokens, sequence, around.first):
             shards.append(rows)
         if shards.rows == start:
@@ -110,13 +115,17 @@ def _batches(blocks: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _encoded(
-    batches: Iterable[list[Piece]], tokenizer, after: int, vocabulary: int, counts: dict
+    batches: Iterable[list[Piece]], tokenizer, around: Frame, vocabulary: int, counts: dict
 ) -> Iterator[np.ndarray]:
+    begins = True  # a document
     for batch in batches:
         texts = [block.text for block in batch]
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         for block, ids in zip(batch, encoded):
-            tokens = np.asarray(ids + [after] if block.ends else ids, dtype=np.int64)
+            ids = ids[1:] if begins and ids[:1] == [around.first] else ids  # every row has it
+            closes = block.ends and not block.text.rstrip().endswith(around.closing)
+            tokens = np.asarray(ids + [around.after] if closes else ids, dtype=np.int64)
+            begins = block.ends
             if len(tokens) and tokens.max() >= vocabulary:
                 fault = f"the tokenizer gives id {tokens.max()}, but the model's vocabulary has {vocabulary} entries"
                 raise ValueError(f"{fault}; model.path needs the tokenizer the model was trained with")

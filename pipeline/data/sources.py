@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.data.builtin import BUILTINS, version
+from pipeline.data.chats import FORMS, turns, written
 
 PIECE = 1 << 16  # characters: the longest piece of a text file held at once
 EDGE = 1 << 16  # bytes of a file's head and tail that its fingerprint reads
+HELD = {str: "text", list: "turns"}
 TABLES = {".json", ".csv", ".tsv"}  # text, but not prose: learning from their punctuation is never what was meant
 LOCAL = TABLES | {".txt", ".text", ".md", ".rst", ".jsonl", ".parquet"}  # endings that no hub id has
 HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<configuration>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?")
@@ -82,8 +84,11 @@ def _kind(path: Path) -> str:
     return {".jsonl": "jsonl", ".parquet": "parquet"}.get(ending, "text")
 
 
-def check(corpus: Corpus, field: str) -> None:
-    """Look at sizes, heads and columns, reading no text; ValueError where `read` could not succeed. Asks no network."""
+def check(corpus: Corpus, field: str) -> bool:
+    """Look at sizes, heads and columns, reading no text; ValueError where `read` could not succeed. Asks no network.
+
+    Gives whether the records are chats; of a hub data set that is not known.
+    """
     try:
         if corpus.files and not sum(path.stat().st_size for path in corpus.files):
             raise ValueError(f"{corpus.given} is empty")
@@ -91,12 +96,12 @@ def check(corpus: Corpus, field: str) -> None:
             for path in corpus.files:
                 _check_text(path)
         elif corpus.kind == "jsonl":
-            for path in corpus.files:
-                next(_lines(path, field), None)
+            return _alike(corpus, [_begins_with_turns(path, field) for path in corpus.files])
         elif corpus.kind == "parquet":
-            _check_parquet(corpus, field)
+            return _check_parquet(corpus, field)
         elif corpus.kind == "saved":
-            _saved(corpus, field)
+            return _holds_turns(corpus.given, field, _saved(corpus, field).features.arrow_schema)
+        return False
     except OSError as fault:
         raise ValueError(f"{fault.filename or corpus.given} cannot be read: {fault.strerror or fault}") from None
 
@@ -112,11 +117,22 @@ def _check_text(path: Path) -> None:
         raise ValueError(f"{path} is not text: it has NUL bytes; give plain text, .jsonl or .parquet")
 
 
-def _check_parquet(corpus: Corpus, field: str) -> None:
+def _begins_with_turns(path: Path, field: str) -> bool:
+    place, value = next((record for record in _lines(path, field) if record[1]), ("", ""))
+    return isinstance(value, list) and bool(turns(value, place))
+
+
+def _alike(corpus: Corpus, files: list[bool]) -> bool:
+    if len(set(files)) > 1:
+        raise ValueError(f"{corpus.given} mixes files of text and of turns; give them as two paths")
+    return any(files)
+
+
+def _check_parquet(corpus: Corpus, field: str) -> bool:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
-    rows = 0
+    rows, hold_turns = 0, []
     for path in corpus.files:
         try:
             table = parquet.ParquetFile(path)
@@ -124,16 +140,30 @@ def _check_parquet(corpus: Corpus, field: str) -> None:
             raise ValueError(f"{path} is not a whole parquet file; fetch it again") from None
         with table:
             _check_column(str(path), field, table.schema_arrow.names)
-            if table.schema_arrow.field(field).type not in (arrow.string(), arrow.large_string()):
-                raise ValueError(f"{path}: column {field!r} holds no text; set data.text_field")
+            hold_turns.append(_holds_turns(str(path), field, table.schema_arrow))
             rows += table.metadata.num_rows
     if not rows:
         raise ValueError(f"{corpus.given} has no rows")
+    return _alike(corpus, hold_turns)
+
+
+def _holds_turns(place: str, field: str, schema) -> bool:
+    """Whether a column of an Arrow schema holds turns; ValueError where it holds no text either."""
+    from pyarrow import types
+
+    kind = schema.field(field).type
+    if types.is_string(kind) or types.is_large_string(kind):
+        return False
+    listed = (types.is_list(kind) or types.is_large_list(kind)) and types.is_struct(kind.value_type)
+    if listed and any(set(form) <= {part.name for part in kind.value_type} for form in FORMS):
+        return True
+    raise ValueError(f"{place}: column {field!r} holds no text and no turns, but {kind!s:.80}; set data.text_field")
 
 
 def _check_column(place: str, field: str, columns: Iterable[str]) -> None:
     if field not in columns:
-        raise ValueError(f"{place} has no column {field!r} but {', '.join(columns)}; set data.text_field")
+        told = f"{place} has no column {field!r} but {', '.join(columns)}"
+        raise ValueError(f"{told}; set data.text_field to the one that holds text or turns")
 
 
 def _saved(corpus: Corpus, field: str):
@@ -161,25 +191,34 @@ def _table(corpus: Corpus, field: str, table):
     _check_column(corpus.given, field, table.column_names)
     if not len(table):
         raise ValueError(f"{corpus.given} has no rows")
-    if table.features[field].dtype not in ("string", "large_string"):
-        raise ValueError(f"{corpus.given}: column {field!r} holds no text; set data.text_field")
+    _holds_turns(corpus.given, field, table.features.arrow_schema)
     return table.select_columns([field])
 
 
-def read(corpus: Corpus, field: str) -> Iterator[Piece]:
-    """Every piece in a fixed order: whole records, but paragraphs of text files (a file is a document)."""
+def read(corpus: Corpus, field: str, tokenizer: Any = None) -> Iterator[Piece]:
+    """Every piece in a fixed order: whole records, but paragraphs of text files (a file is a document).
+
+    Records of turns are written out by the tokenizer's chat template; ValueError where a corpus holds text too.
+    """
     if corpus.kind == "text":
         for path in corpus.files:
             yield from _paragraphs(path)
     else:
-        for text in _records(corpus, field):
-            if text.strip():
-                yield Piece(text, True)
+        first = None
+        for place, value in _records(corpus, field):
+            if not value or isinstance(value, str) and not value.strip():
+                continue
+            first = first or type(value)
+            if type(value) is not first:
+                fault = f"{place} holds {HELD[type(value)]}, and records before it {HELD[first]}: {value!r:.80}"
+                raise ValueError(f"{fault}; give them as two paths")
+            yield Piece(value if first is str else written(value, tokenizer, place), True)
 
 
-def _records(corpus: Corpus, field: str) -> Iterator[str]:
+def _records(corpus: Corpus, field: str) -> Iterator[tuple[str, str | list | None]]:
+    """Every record's place, as a fault names it, and what its column holds."""
     if corpus.kind == "builtin":
-        yield from BUILTINS[corpus.key]()
+        yield from ((corpus.given, text) for text in BUILTINS[corpus.key]())
     elif corpus.kind == "jsonl":
         for path in corpus.files:
             yield from _lines(path, field)
@@ -188,17 +227,17 @@ def _records(corpus: Corpus, field: str) -> Iterator[str]:
 
         for path in corpus.files:
             with parquet.ParquetFile(path) as table:
-                for rows in table.iter_batches(batch_size=1024, columns=[field]):
-                    yield from (text for text in rows.column(0).to_pylist() if text is not None)
+                rows = (row for some in table.iter_batches(1024, columns=[field]) for row in some.column(0).to_pylist())
+                for number, row in enumerate(rows, start=1):
+                    yield f"{path} row {number}: column {field!r}", row
     else:
         table = _saved(corpus, field) if corpus.kind == "saved" else _hub(corpus, field)
-        for rows in table.iter(batch_size=1024):
-            for text in rows[field]:
-                if text is not None:
-                    yield text
+        rows = (row for some in table.iter(batch_size=1024) for row in some[field])
+        for number, row in enumerate(rows, start=1):
+            yield f"{corpus.given} row {number}: column {field!r}", row
 
 
-def _lines(path: Path, field: str) -> Iterator[str]:
+def _lines(path: Path, field: str) -> Iterator[tuple[str, str | list | None]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -210,10 +249,10 @@ def _lines(path: Path, field: str) -> Iterator[str]:
             if not isinstance(record, dict):
                 raise ValueError(f"{path}:{number} is not a JSON object, as a .jsonl line is")
             _check_column(f"{path}:{number}", field, record)
-            if not isinstance(record[field], str | None):
-                raise ValueError(f"{path}:{number}: column {field!r} holds no text; set data.text_field")
-            if record[field] is not None:
-                yield record[field]
+            place, value = f"{path}:{number}: column {field!r}", record[field]
+            if not isinstance(value, str | list | None):
+                raise ValueError(f"{place} holds no text and no turns, but {value!r:.80}; set data.text_field")
+            yield place, value
 
 
 def _paragraphs(path: Path) -> Iterator[Piece]:

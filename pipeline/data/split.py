@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 from pipeline.data.sources import Corpus, Piece, read
 
@@ -62,13 +63,14 @@ def _part(purpose: str, corpus: Corpus, users: set[str], evaluation: float, cali
     return Part(corpus, start, stop)
 
 
-def passages(part: Part, field: str) -> Iterator[Piece]:
+def passages(part: Part, field: str, tokenizer: Any = None) -> Iterator[Piece]:
     """The pieces of a part, contiguous; a document that is cut at the part's edge ends there."""
+    pieces = read(part.corpus, field, tokenizer)
     if part.whole:
-        yield from read(part.corpus, field)
+        yield from pieces
     else:
-        total = sum(len(piece.text) for piece in read(part.corpus, field))
-        yield from _chosen(_inside(read(part.corpus, field), round(part.start * total), round(part.stop * total)))
+        total = sum(len(piece.text) for piece in read(part.corpus, field, tokenizer))
+        yield from _chosen(_inside(pieces, round(part.start * total), round(part.stop * total)))
 
 
 def _inside(pieces: Iterable[Piece], start: int, stop: int) -> Iterator[tuple[Piece, bool]]:

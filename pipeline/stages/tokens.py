@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.data import sources, split
@@ -18,21 +20,36 @@ SHARD_BYTES = 1 << 26  # a shard is also what packing holds in memory
 
 
 def check(config: Config) -> None:
-    """Refuse texts that could not be read or split, before any work; reads heads and small files, asks no network."""
+    """Refuse texts that could not be read or split, before any work; reads heads and small files, asks no network.
+
+    Chats are written out where the teacher's tokenizer is at hand, as in a model folder.
+    """
+    folder, trusted = Path(config.model.path).expanduser(), config.model.trust_remote_code
+    there = (folder / "tokenizer_config.json").is_file()
+    _look(config, lambda: load_tokenizer(folder, trusted) if there else None)
+
+
+def _look(config: Config, tokenizer_of: Callable[[], Any]) -> None:
+    """Refuse texts, by heads and small files; the tokenizer is asked for where there are chats, None leaves these."""
+    field, tokenizer = config.data.text_field, None
     for purpose, parts in _parts(config).items():
         for part in parts:
             try:
-                sources.check(part.corpus, config.data.text_field)
-                _check_length(part, config.data.text_field, config.data.sequence)
+                if sources.check(part.corpus, field):
+                    tokenizer = tokenizer_of() if tokenizer is None else tokenizer
+                    if tokenizer is None:
+                        continue
+                    next(sources.read(part.corpus, field, tokenizer), None)
+                _check_length(part, field, config.data.sequence, tokenizer)
             except ValueError as fault:
                 raise ValueError(f"data.{purpose}.path: {fault}") from None
 
 
-def _check_length(part: split.Part, field: str, sequence: int) -> None:
+def _check_length(part: split.Part, field: str, sequence: int, tokenizer: Any) -> None:
     """Refuse a small file that has not `sequence` tokens however it is tokenised: one a byte, two around a piece."""
     files = part.corpus.files
     if files and sum(path.stat().st_size for path in files) < SMALL:
-        most = sum(len(piece.text.encode()) + 2 for piece in split.passages(part, field))
+        most = sum(len(piece.text.encode()) + 2 for piece in split.passages(part, field, tokenizer))
         if most < sequence:
             fault = f"{part} has at most {most} tokens, fewer than one sequence of {sequence}"
             raise ValueError(f"{fault}; give a longer text, a larger share, or a smaller data.sequence")
@@ -56,12 +73,13 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     if longest is not None and data.sequence > longest:
         raise ValueError(f"data.sequence is {data.sequence}, more than the model's {longest} positions; lower it")
     tokenizer = load_tokenizer(inputs["teacher"], config.model.trust_remote_code)
+    _look(config, lambda: tokenizer)
     around, parts, apart = frame(tokenizer), _parts(config), split.Unseen()
     for line in _told(parts):
         machine.say(line)
 
     def pack(purpose: str, folder: str, several, weights, kept) -> dict:
-        pieces = [kept(split.passages(part, data.text_field)) for part in several]
+        pieces = [kept(split.passages(part, data.text_field, tokenizer)) for part in several]
         domains = [Domain(*each) for each in zip(map(str, several), pieces, weights or [None] * len(several))]
         shutil.rmtree(out / folder, ignore_errors=True)  # of an attempt that was cut off
         row, vocabulary = data.sequence, model["vocab_size"]

@@ -50,7 +50,7 @@ def test_places_that_do_not_exist(given, match):
         ("a.jsonl", b"not json\n", "a.jsonl:1 is not a JSON object"),
         ("a.jsonl", b"[1, 2]\n", "a.jsonl:1 is not a JSON object"),
         ("a.jsonl", b'{"body": "x"}\n', "a.jsonl:1 has no column 'text' but body; set data.text_field"),
-        ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: column 'text' holds no text; set data.text_field"),
+        ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: column 'text' holds no text and no turns, but 3; set data"),
         ("a.parquet", b"PAR1 cut", "a.parquet is not a whole parquet file; fetch it again"),
     ],
 )
@@ -63,7 +63,7 @@ def test_files_that_hold_no_text(tmp_path, name, content, match):
     "columns, match",
     [
         ({"body": ["x"]}, "has no column 'text' but body; set data.text_field"),
-        ({"text": [1]}, "column 'text' holds no text; set data.text_field"),
+        ({"text": [1]}, "column 'text' holds no text and no turns, but int64; set data.text_field"),
         ({"text": pyarrow.array([], pyarrow.string())}, "a.parquet has no rows"),
     ],
 )
@@ -76,7 +76,7 @@ def test_saved_data_sets_that_hold_no_text(tmp_path):
     datasets.Dataset.from_dict({"body": ["x"]}).save_to_disk(tmp_path / "other")
     refused(tmp_path / "other", "other has no column 'text' but body; set data.text_field")
     datasets.Dataset.from_dict({"text": [1]}).save_to_disk(tmp_path / "numbers")
-    refused(tmp_path / "numbers", "column 'text' holds no text; set data.text_field")
+    refused(tmp_path / "numbers", "column 'text' holds no text and no turns, but int64; set data.text_field")
     datasets.Dataset.from_dict({"text": ["x"]}).save_to_disk(tmp_path / "broken")
     (tmp_path / "broken" / "state.json").write_text("{")
     refused(tmp_path / "broken", "broken is not a whole saved data set")

@@ -1,12 +1,9 @@
-"""Every YAML in conf/ composes and validates, Python holds no other field, and the README's command lines are real."""
+"""Every YAML in conf/ composes and validates, and Python holds no other field."""
 
-import re
-import shlex
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from pipeline.__main__ import for_the_chip_found
@@ -39,25 +36,6 @@ def test_python_holds_no_default_that_the_yaml_lacks():
     for section, fields in config.model_dump(mode="json").items():
         if isinstance(fields, dict):
             assert fields.keys() == values[section].keys(), section
-
-
-def readme_commands() -> list[list[str]]:
-    """The words after `-m pipeline` of every command line in the README's blocks, placeholders filled in."""
-    blocks = re.split(r"^```.*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)[1::2]
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    words = [shlex.split(line) for line in lines]
-    return [each[each.index("pipeline") + 1 :] for each in words if "pipeline" in each and "-m" in each]
-
-
-@pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
-def test_the_readmes_command_lines_compose_and_validate(command):
-    assert command
-    overrides = [word for word in command if "=" in word]
-    for override in OverridesParser.create().parse_overrides(overrides):
-        values = override.sweep_iterator() if override.is_sweep_override() else [override.input_line]
-        for value in values:
-            chosen = value if "=" in str(value) else f"{override.key_or_group}={value}"
-            validate(composed(chosen))
 
 
 def test_an_unknown_key_is_refused_by_its_name():

@@ -37,8 +37,9 @@ def test_rows_are_the_documents_tokens_joined_by_eos_and_the_remainder_dropped(t
 
 def test_a_tokenizer_that_opens_with_bos_opens_every_row_with_it(tmp_path):
     tokenizer = byte_tokenizer(bos=True)
-    assert frame(tokenizer) == Frame(tokenizer.eos_token_id, tokenizer.bos_token_id)
-    plain = pack(tmp_path / "plain", whole(DOCUMENTS), tokenizer, 15, around=Frame(tokenizer.eos_token_id, None))
+    assert frame(tokenizer) == Frame(tokenizer.eos_token_id, tokenizer.bos_token_id, "</s>")
+    around = Frame(tokenizer.eos_token_id, None, "</s>")
+    plain = pack(tmp_path / "plain", whole(DOCUMENTS), tokenizer, 15, around=around)
     opened = pack(tmp_path / "opened", whole(DOCUMENTS), tokenizer, 16)
     assert (rows(opened)[:, 0] == tokenizer.bos_token_id).all()
     assert (rows(opened)[:, 1:] == rows(plain)).all()

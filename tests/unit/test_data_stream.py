@@ -25,7 +25,7 @@ def packed(folder, *sizes, weights=None):
     for number, size in enumerate(sizes):
         text = "".join(chr(next(rows)) * SEQUENCE for _ in range(size))
         domains.append(Domain(str(number), [Piece(text, False), Piece("", True)], weights and weights[number]))
-    build(folder, domains, letters, Frame(0, None), SEQUENCE, 1 << 16, 5 * 4 * SEQUENCE, lambda items, *_: items)
+    build(folder, domains, letters, Frame(0, None, "\0"), SEQUENCE, 1 << 16, 5 * 4 * SEQUENCE, lambda items, *_: items)
     return Packed(folder)
 
 
