@@ -27,14 +27,16 @@ MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SHARD_BYTES = 1 << 30       # of a checkpoint: also what rank 0 holds in memory while writing one
 FUSED_ADAM = ("cpu", "cuda")  # kinds of device where torch has AdamW in one pass
+COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}  # DeepSpeed's setting -> type of the parameters
 
 
 class Engine:
     """Trains a module whose forward gives (loss, parts) and whose `parameters_by_name` gives what is trained.
 
-    Every method is called by all ranks in the same order. The module comes whole on every rank, in the compute type or
-    in float32, and ZeRO-3 partitions it here: until then each process holds teacher and student once, which bounds
-    their size by a rank's memory. (A Hugging Face model built under DeepSpeed's own partitioning is mis-initialised.)
+    Every method is called by all ranks in the same order. The module comes whole on every rank's host, in the compute
+    type or in float32, so that each process holds teacher and student there once. Under ZeRO-3 its parameters are
+    partitioned here, one after another: a device never holds more than its parts and what is gathered for the module
+    that runs. (A Hugging Face model built under DeepSpeed's own partitioning is mis-initialised.)
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Engine:
         if self._lent_rank:  # DeepSpeed asks for it, also where no launcher set it, as long as it trains
             os.environ["LOCAL_RANK"] = str(ranks.local_rank)
         try:
-            self._engine = _initialize(module, optimizer, settings)
+            self._engine = _initialize(module, device, optimizer, settings)
         except BaseException:
             self._take_rank_back()
             raise
@@ -275,14 +277,32 @@ class Engine:
                 parameter.data.copy_(self._masters[id(parameter)].data)
 
 
-def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]):
+def _initialize(module: nn.Module, device: Device, optimizer: torch.optim.Optimizer, settings: dict[str, Any]):
     """Give a DeepSpeed engine on the process group that exists."""
     import deepspeed  # here, not above: it chooses its accelerator when imported, after the device was opened
 
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)  # its calls
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled by a C++ compiler at run time
+    deepspeed.init_distributed(dist_init_required=False)
+    if settings["zero_optimization"]["stage"] == 3:
+        _partition(module, device, settings)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
+
+
+def _partition(module: nn.Module, device: Device, settings: Mapping[str, Any]) -> None:
+    """Keep of every parameter this rank's part on the device, in the compute type; put buffers there whole.
+
+    One parameter is on the device at a time, as rank 0 has it. DeepSpeed's `initialize` would put all of them there
+    before it partitions; what comes partitioned it neither moves nor casts.
+    """
+    from deepspeed import zero
+
+    kind = next((kind for name, kind in COMPUTE.items() if settings.get(name, {}).get("enabled")), torch.float32)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(kind)
+    zero.Init(module=module, config_dict_or_path=settings)
+    module.to(device.torch)  # only buffers: the parameters are empty now
 
 
 def _laid_over(settings: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ LOGIT_BUFFERS = 6  # fp32 buffers the loss works in, beside a chunk's products o
 LOGIT_WINDOW = 1 << 25  # logits such a buffer holds at most
 LOGIT_PASSES = 16  # times logits are read or written in fp32 to get the loss and its gradient
 MOST_DEVICES = 4096
-
+LIVE_PARAMETERS = 1_000_000_000  # that ZeRO-3 gathers at once, beside the running module's: DeepSpeed's default
 
 PURPOSES = {"distill": "recovery", "settle": "settling"}
 
@@ -112,16 +112,20 @@ def memory_parts(teacher: ModelShape | None, student: ModelShape, run: Recovery,
     """Give the bytes on one device by purpose, as DeepSpeed shares them out at a ZeRO stage.
 
     The optimizer holds an fp32 copy and two moments (12 bytes a parameter) and in bf16 the fp32 gradient of its part at
-    the step (4); plain fp32 without ZeRO needs no copy (8).
+    the step (4); plain fp32 without ZeRO needs no copy (8). Stage 3 shares out both models' weights, also while it
+    starts, when one parameter at a time is whole; later it gathers what runs and fetches ahead, at most
+    `LIVE_PARAMETERS` and the output matrices. Buckets for gradients are of the share that is left free.
     """
     size, stage = ELEMENT_BYTES[run.precision], run.zero_stage
     own, frozen = student.parameters(), teacher.parameters() if teacher else 0
     optimizer = 16 if run.precision != "fp32" else 12 if stage else 8
+    heads = sum(model.vocabulary * model.hidden for model in (student, teacher) if model)
     return {
         "weights": own * size / (devices if stage >= 3 else 1),
         "gradients": own * size / (devices if stage >= 2 else 1),
         "optimizer": own * optimizer / (devices if stage >= 1 else 1),
         "teacher": frozen * size / (devices if stage >= 3 else 1),
+        "gathered": size * min(own + frozen, LIVE_PARAMETERS + heads) if stage >= 3 and devices > 1 else 0,
         "activations": run.rows * activation_bytes(student, run.precision, run.checkpointing),
         "teacher_activations": run.rows * size * (6 * teacher.hidden + 4 * teacher.neurons) if teacher else 0,
         "loss": _loss_bytes(student, run, 2 if teacher else 1),

@@ -18,7 +18,14 @@ from pipeline.search.cost import (
     serving_bytes,
 )
 from pipeline.search.shapes import ModelShape
-from pipeline.search.training import Recovery, activation_bytes, memory_parts, step_parts, training_needs
+from pipeline.search.training import (
+    LIVE_PARAMETERS,
+    Recovery,
+    activation_bytes,
+    memory_parts,
+    step_parts,
+    training_needs,
+)
 from tests.chips import chip
 
 TINY = ModelShape(3, 48, 6, 2, 8, 80, 101, False)
@@ -128,6 +135,16 @@ def test_a_higher_zero_stage_shares_out_more_of_the_state_and_loses_none():
     held = {stage: parts[stage]["weights"] + parts[stage]["gradients"] + parts[stage]["optimizer"] for stage in parts}
     assert held == {0: 20 * own, 1: 4 * own + 16 * own / 8, 2: 2 * own + 18 * own / 8, 3: 20 * own / 8}
     assert [parts[stage]["teacher"] for stage in range(4)] == [2 * frozen] * 3 + [2 * frozen / 8]
+
+
+def test_stage_3_on_several_devices_counts_what_it_gathers_and_no_more_than_there_is():
+    def gathered(teacher, student, stage, devices):
+        return memory_parts(teacher, student, Recovery(1, 128, 8, 1, "bf16", stage, True, 128), devices)["gathered"]
+
+    limit = 2 * (LIVE_PARAMETERS + 128256 * (LLAMA_8B.hidden + STUDENT.hidden))
+    assert [gathered(LLAMA_8B, STUDENT, stage, 8) for stage in range(4)] == [0, 0, 0, limit]
+    assert gathered(LLAMA_8B, STUDENT, 3, 1) == 0, "one device's part is the whole"
+    assert gathered(None, TINY, 3, 8) == 2 * TINY.parameters()
 
 
 def test_the_fewest_devices_that_hold_a_run_are_found():
