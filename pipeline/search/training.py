@@ -109,22 +109,28 @@ def training_needs(
 
 
 def memory_parts(teacher: ModelShape | None, student: ModelShape, run: Recovery, devices: int) -> dict[str, float]:
-    """Give the bytes on one device by purpose, as DeepSpeed shares them out at a ZeRO stage.
+    """Give the bytes on one device by purpose, as DeepSpeed shares them out at a ZeRO stage."""
+    size, frozen = ELEMENT_BYTES[run.precision], teacher.parameters() if teacher else 0
+    return state_bytes(student.parameters(), frozen, run.precision, run.zero_stage, devices) | {
+        "activations": run.rows * activation_bytes(student, run.precision, run.checkpointing),
+        "teacher_activations": run.rows * size * (6 * teacher.hidden + 4 * teacher.neurons) if teacher else 0,
+        "loss": _loss_bytes(student, run, 2 if teacher else 1),
+    }
+
+
+def state_bytes(own: int, frozen: int, precision: str, stage: int, devices: int) -> dict[str, float]:
+    """Give the bytes on one device of parameters that are trained, `own`, and of a teacher's, by purpose.
 
     The optimizer holds an fp32 copy and two moments (12 bytes a parameter) and in bf16 the fp32 gradient of its part at
     the step (4); plain fp32 without ZeRO needs no copy (8).
     """
-    size, stage = ELEMENT_BYTES[run.precision], run.zero_stage
-    own, frozen = student.parameters(), teacher.parameters() if teacher else 0
-    optimizer = 16 if run.precision != "fp32" else 12 if stage else 8
+    size = ELEMENT_BYTES[precision]
+    optimizer = 16 if precision != "fp32" else 12 if stage else 8
     return {
         "weights": own * size / (devices if stage >= 3 else 1),
         "gradients": own * size / (devices if stage >= 2 else 1),
         "optimizer": own * optimizer / (devices if stage >= 1 else 1),
         "teacher": frozen * size / (devices if stage >= 3 else 1),
-        "activations": run.rows * activation_bytes(student, run.precision, run.checkpointing),
-        "teacher_activations": run.rows * size * (6 * teacher.hidden + 4 * teacher.neurons) if teacher else 0,
-        "loss": _loss_bytes(student, run, 2 if teacher else 1),
     }
 
 

@@ -27,7 +27,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """Write dense.json: what is asked of each text, the teacher's figures on it, and what it says to the prompts."""
     bench = measuring.Bench(config, inputs["tokens"], load_tokenizer(inputs["teacher"]), machine)
     facts = bench.facts()
-    model = bench.load(inputs["teacher"])
-    found = {"facts": facts, "figures": bench.measure(model, "teacher", facts)}
-    if machine.ranks.rank == 0:
-        (out / "dense.json").write_text(json.dumps(found | bench.show(model), indent=1) + "\n")
+    with bench.placed(inputs["teacher"]) as model:
+        found = {"facts": facts, "figures": bench.measure(model, "teacher", facts)}
+        if machine.ranks.rank == 0:
+            (out / "dense.json").write_text(json.dumps(found | bench.show(model), indent=1) + "\n")

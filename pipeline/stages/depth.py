@@ -12,6 +12,7 @@ from pipeline.prune.measure import only_layers
 from pipeline.prune.plan import kept_layers
 from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.runtime.placing import placed
 from pipeline.search.budgets import Depth, Loss, evolved_depth, greedy_depth
 
 MAKES = "depth"
@@ -66,7 +67,6 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
 def _measured(config: Config, inputs: dict[str, Path], out: Path, total: int, count: int, machine) -> Depth:
     device, ranks = machine.device, machine.ranks
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
-    model = model.to(device.torch)
     text = Packed(inputs["tokens"] / "calibration")
     asked = config.plan
     batches = beginning(text, asked.depth_tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
@@ -86,14 +86,15 @@ def _measured(config: Config, inputs: dict[str, Path], out: Path, total: int, co
             next(bar, None)
         return losses[name]
 
-    if needs(config):
-        influence = Scores.load(inputs["scores"] / "scores.safetensors").layers
-        kept = tuple(kept_layers(influence, count, "influence", asked.keep_first))
-        found = Depth(kept, loss(kept), ())
-    else:
-        found = greedy_depth(total, count, loss, asked.keep_first)
-    if asked.depth == "evolved":
-        found = _evolved(config, found, total, loss, machine)
+    with placed(model, device, config.device.stream):
+        if needs(config):
+            influence = Scores.load(inputs["scores"] / "scores.safetensors").layers
+            kept = tuple(kept_layers(influence, count, "influence", asked.keep_first))
+            found = Depth(kept, loss(kept), ())
+        else:
+            found = greedy_depth(total, count, loss, asked.keep_first)
+        if asked.depth == "evolved":
+            found = _evolved(config, found, total, loss, machine)
     for _ in bar:  # sets that were measured before were not measured again
         pass
     return found
