@@ -1,6 +1,7 @@
 """What the stages dense and evaluate do alike: measure a model on held-out text, and let it go on from there."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pipeline.evaluation.words import Question, questions, right
 from pipeline.runtime.artifacts import fingerprint
 from pipeline.runtime.checkpoint import load_model
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.placing import placed
 
 
 def settings(config: Config) -> dict:
@@ -40,10 +42,13 @@ class Bench:
         self.questions = {name: self._questions(packed) for name, packed in self.texts.items()}
 
     def load(self, folder: Path) -> torch.nn.Module:
-        """Give the model of a folder on this device."""
+        """Give the model of a folder, on the host."""
         device = self.machine.device
-        model = load_model(folder, device.compute_dtype, device.attention, self.config.model.trust_remote_code)
-        return model.to(device.torch)
+        return load_model(folder, device.compute_dtype, device.attention, self.config.model.trust_remote_code)
+
+    def placed(self, folder: Path) -> AbstractContextManager[torch.nn.Module]:
+        """Give the model of a folder as it makes forward passes on this device."""
+        return placed(self.load(folder), self.machine.device, self.config.device.stream)
 
     def facts(self) -> dict[str, dict]:
         """Give what stands beside every number of a text: length and stride of sequences, tokens, bytes predicted."""

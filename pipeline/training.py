@@ -23,6 +23,8 @@ from pipeline.model.families import HEAD
 from pipeline.runtime.artifacts import need_space, write_atomically
 from pipeline.runtime.checkpoint import Checkpoint, load_model, write_checkpoint
 from pipeline.runtime.engine import Engine
+from pipeline.runtime.placing import need_memory
+from pipeline.search.training import state_bytes
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -67,7 +69,7 @@ def train_model(
     parameters = sum(math.prod(shape) for shape in origin.anatomy.shapes().values())
     need_space(out, parameters * (STATE_BYTES * (asked.keep + 1) + WEIGHT_BYTES))
     text, held = hold_out(text, max(1, asked.validate_tokens // config.data.sequence), section)
-    engine = _engine(config, asked, module, machine, count)
+    engine = _engine(section, config, asked, module, machine, count)
     try:
         done = engine.load(out / CHECKPOINTS)  # of this part
         if done is None:
@@ -146,7 +148,22 @@ def steps_of(section: str, asked: Training, sequence: int) -> int:
     return asked.tokens // per_step
 
 
-def _engine(config: Config, asked: Training, module: Callable, machine, count: int) -> Engine:
+def need_training_memory(section: str, config: Config, module: nn.Module, precision: str, machine) -> None:
+    """Raise ValueError where weights, gradients and optimizer alone are more than a device has.
+
+    What raw DeepSpeed settings change of ZeRO, such as offloading, is not known here, and nothing is refused then.
+    """
+    if "zero_optimization" in config.deepspeed.extra:
+        return
+    own = sum(parameter.numel() for _, parameter in module.parameters_by_name())
+    frozen = sum(parameter.numel() for parameter in module.parameters()) - own
+    stage, ranks = config.deepspeed.stage, machine.ranks.world
+    needed = state_bytes(own, frozen, precision, stage, ranks)
+    what = f"{section} under ZeRO {stage} on {ranks} {'rank' if ranks == 1 else 'ranks'}"
+    need_memory(machine.device, needed, what, "raise deepspeed.stage, start more ranks")
+
+
+def _engine(section: str, config: Config, asked: Training, module: Callable, machine, count: int) -> Engine:
     device = machine.device
     bf16 = asked.precision == "bf16" or (asked.precision == "auto" and device.compute_dtype == torch.bfloat16)
     load = partial(
@@ -155,8 +172,10 @@ def _engine(config: Config, asked: Training, module: Callable, machine, count: i
         attention=device.attention,
         trust_remote_code=config.model.trust_remote_code,
     )
+    trained = module(load)
+    need_training_memory(section, config, trained, "bf16" if bf16 else "fp32", machine)
     return Engine(
-        module(load),
+        trained,
         device,
         machine.ranks,
         stage=config.deepspeed.stage,

@@ -36,6 +36,7 @@ class Device(Section):
     chip: Chip | None
     attention: Literal["auto", "sdpa", "eager"]
     deterministic: bool
+    stream: Literal["auto"] | bool
     timeout: Count
 
     @property

@@ -3,6 +3,7 @@
 Order of choice: Ascend NPU, then CUDA, then CPU. The rest of the pipeline gets a `Device` and names devices by tensors.
 """
 
+import gc
 import importlib
 import os
 import platform
@@ -65,6 +66,15 @@ class Device:
         if self.kind == "cpu":
             return min(psutil.virtual_memory().total, _container_limit())
         return _module(self.kind).get_device_properties(self.torch).total_memory
+
+    def free_memory(self) -> int:
+        """The memory that nothing uses, what the allocator keeps for itself included."""
+        if self.kind == "cpu":
+            return psutil.virtual_memory().available
+        gc.collect()  # models of earlier stages
+        module = _module(self.kind)
+        kept = module.memory_reserved(self.torch) - module.memory_allocated(self.torch)
+        return module.mem_get_info(self.torch)[0] + kept
 
 
 def open_device(kind: str, attention: str, deterministic: bool, local_rank: int, seed: int) -> Device:

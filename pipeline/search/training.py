@@ -111,24 +111,34 @@ def training_needs(
 def memory_parts(teacher: ModelShape | None, student: ModelShape, run: Recovery, devices: int) -> dict[str, float]:
     """Give the bytes on one device by purpose, as DeepSpeed shares them out at a ZeRO stage.
 
+    Stage 3 gathers what runs and fetches ahead, at most `LIVE_PARAMETERS` and the output matrices. Buckets for
+    gradients are of the share that is left free.
+    """
+    size, own, frozen = ELEMENT_BYTES[run.precision], student.parameters(), teacher.parameters() if teacher else 0
+    heads = sum(model.vocabulary * model.hidden for model in (student, teacher) if model)
+    gathers = run.zero_stage >= 3 and devices > 1
+    return state_bytes(own, frozen, run.precision, run.zero_stage, devices) | {
+        "gathered": size * min(own + frozen, LIVE_PARAMETERS + heads) if gathers else 0,
+        "activations": run.rows * activation_bytes(student, run.precision, run.checkpointing),
+        "teacher_activations": run.rows * size * (6 * teacher.hidden + 4 * teacher.neurons) if teacher else 0,
+        "loss": _loss_bytes(student, run, 2 if teacher else 1),
+    }
+
+
+def state_bytes(own: int, frozen: int, precision: str, stage: int, devices: int) -> dict[str, float]:
+    """Give the bytes on one device of parameters that are trained, `own`, and of a teacher's, by purpose.
+
     The optimizer holds an fp32 copy and two moments (12 bytes a parameter) and in bf16 the fp32 gradient of its part at
     the step (4); plain fp32 without ZeRO needs no copy (8). Stage 3 shares out both models' weights, also while it
-    starts, when one parameter at a time is whole; later it gathers what runs and fetches ahead, at most
-    `LIVE_PARAMETERS` and the output matrices. Buckets for gradients are of the share that is left free.
+    starts, when one parameter at a time is whole.
     """
-    size, stage = ELEMENT_BYTES[run.precision], run.zero_stage
-    own, frozen = student.parameters(), teacher.parameters() if teacher else 0
-    optimizer = 16 if run.precision != "fp32" else 12 if stage else 8
-    heads = sum(model.vocabulary * model.hidden for model in (student, teacher) if model)
+    size = ELEMENT_BYTES[precision]
+    optimizer = 16 if precision != "fp32" else 12 if stage else 8
     return {
         "weights": own * size / (devices if stage >= 3 else 1),
         "gradients": own * size / (devices if stage >= 2 else 1),
         "optimizer": own * optimizer / (devices if stage >= 1 else 1),
         "teacher": frozen * size / (devices if stage >= 3 else 1),
-        "gathered": size * min(own + frozen, LIVE_PARAMETERS + heads) if stage >= 3 and devices > 1 else 0,
-        "activations": run.rows * activation_bytes(student, run.precision, run.checkpointing),
-        "teacher_activations": run.rows * size * (6 * teacher.hidden + 4 * teacher.neurons) if teacher else 0,
-        "loss": _loss_bytes(student, run, 2 if teacher else 1),
     }
 
 

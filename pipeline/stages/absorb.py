@@ -14,6 +14,7 @@ from pipeline.prune.absorption import fitted_scales, removed_scales
 from pipeline.prune.measure import inverse_rms
 from pipeline.prune.reinit import Stream, absorb_post_norms, post_norm_modules, with_static_scales
 from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint, read_config, write_checkpoint
+from pipeline.runtime.placing import placed
 
 MAKES = "start"
 NEEDS = ("start", "tokens")
@@ -60,9 +61,9 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
 
 
 def _absorbed(config: Config, inputs: dict[str, Path], source: Checkpoint, machine) -> Stream:
-    model = _decoder(inputs, machine).to(machine.device.torch)
     batches = _batches(config, inputs, machine.ranks)
-    sums = inverse_rms(model, post_norm_modules(source.anatomy), machine.progress(batches, len(batches), "absorb"))
+    with placed(_decoder(inputs, machine), machine.device, config.device.stream) as model:
+        sums = inverse_rms(model, post_norm_modules(source.anatomy), machine.progress(batches, len(batches), "absorb"))
     machine.ranks.sum_(sums.values())
     means = {name: float(total / tokens) for name, (total, tokens) in sums.items()}
     return absorb_post_norms(source.anatomy, source, means)

@@ -20,6 +20,7 @@ from pipeline.prune.gram import gram
 from pipeline.prune.rotate import check_rotatable, principal_basis, rotate, rotate_tied, tied_basis, tied_gain
 from pipeline.runtime.artifacts import need_space
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.placing import placed
 
 MAKES = "source"
 NEEDS = ("teacher", "tokens")
@@ -62,7 +63,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     batches = beginning(text, asked.tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
     counts = torch.zeros(anatomy.sizes.vocabulary, dtype=torch.float64)
     watched = _counted(machine.progress(batches, len(batches), "basis"), counts)
-    grams = gram(model.get_decoder().to(device.torch), anatomy, watched, (), stream=True)
+    with placed(model.get_decoder(), device, config.device.stream) as decoder:
+        grams = gram(decoder, anatomy, watched, (), stream=True)
     ranks.sum_([*grams.tensors(), counts])
     if ranks.rank:
         return

@@ -28,7 +28,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     tokenizer = load_tokenizer(inputs["teacher"], config.model.trust_remote_code)
     bench = measuring.Bench(config, inputs["tokens"], tokenizer, machine)
     facts = bench.facts()
-    model = bench.load(inputs["teacher"])
-    found = {"facts": facts, "figures": bench.measure(model, "teacher", facts)}
-    if machine.ranks.rank == 0:
-        (out / "dense.json").write_text(json.dumps(found | bench.show(model), indent=1) + "\n")
+    with bench.placed(inputs["teacher"]) as model:
+        found = {"facts": facts, "figures": bench.measure(model, "teacher", facts)}
+        if machine.ranks.rank == 0:
+            (out / "dense.json").write_text(json.dumps(found | bench.show(model), indent=1) + "\n")

@@ -1,7 +1,6 @@
 """depth: the layers that stay, by the measured loss of the model without the others: one after another, or evolved."""
 
 import json
-from functools import cache
 from pathlib import Path
 
 from pipeline.config import Config
@@ -11,12 +10,16 @@ from pipeline.evaluation.perplexity import tally
 from pipeline.model.scores import Scores
 from pipeline.prune.measure import only_layers
 from pipeline.prune.plan import kept_layers
+from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.runtime.placing import placed
 from pipeline.search.budgets import Depth, Loss, evolved_depth, greedy_depth
 
 MAKES = "depth"
 NEEDS = ("teacher", "tokens", "shape")
 EVERY_RANK = True
+RESUMES = True  # every loss is written down as soon as it is measured
+LOSSES = "losses.json"
 
 
 def needed(config: Config) -> bool:
@@ -44,13 +47,14 @@ def settings(config: Config) -> dict:
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """Write depth.json: the layers `kept`, their `loss` in nats per token, and every choice `tried` with its loss.
 
+    losses.json has the losses by the layers that stay, in the order of measuring.
     Where all layers stay nothing is measured, and `loss` is null.
     """
     anatomy = open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy
     total = len(anatomy.sizes.layers)
     count = json.loads((inputs["shape"] / "shape.json").read_text())["layers"]
     whole = count == total
-    found = Depth(tuple(range(total)), None, ()) if whole else _measured(config, inputs, total, count, machine)
+    found = Depth(tuple(range(total)), None, ()) if whole else _measured(config, inputs, out, total, count, machine)
     if machine.ranks.rank == 0:
         tried = [{"kept": kept, "loss": value} for kept, value in found.tried]
         (out / "depth.json").write_text(json.dumps({"kept": found.kept, "loss": found.loss, "tried": tried}))
@@ -60,32 +64,37 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         machine.say(f"depth: {len(found.tried)} choices of layers measured, loss {found.loss:.3f}")
 
 
-def _measured(config: Config, inputs: dict[str, Path], total: int, count: int, machine) -> Depth:
+def _measured(config: Config, inputs: dict[str, Path], out: Path, total: int, count: int, machine) -> Depth:
     device, ranks = machine.device, machine.ranks
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
-    model = model.to(device.torch)
     text = Packed(inputs["tokens"] / "calibration")
     asked = config.plan
     batches = beginning(text, asked.depth_tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
-    trials = _trials(config, total, count)
+    losses: dict[str, float] = ranks.share(_told(out / LOSSES) if ranks.rank == 0 else None)
+    trials = max(0, _trials(config, total, count) - len(losses))
     bar = machine.progress(range(trials), trials, "depth")
 
-    @cache
     def loss(kept: tuple[int, ...]) -> float:
-        with only_layers(model, total, kept):
-            sums = tally(model, batches, config.evaluate.chunk)
-        ranks.sum_([sums])
-        next(bar, None)
-        return float(sums[0] / sums[2])
+        name = " ".join(map(str, kept))
+        if name not in losses:
+            with only_layers(model, total, kept):
+                sums = tally(model, batches, config.evaluate.chunk)
+            ranks.sum_([sums])
+            losses[name] = float(sums[0] / sums[2])
+            if ranks.rank == 0:
+                write_atomically(out / LOSSES, json.dumps(losses, indent=1) + "\n")
+            next(bar, None)
+        return losses[name]
 
-    if needs(config):
-        influence = Scores.load(inputs["scores"] / "scores.safetensors").layers
-        kept = tuple(kept_layers(influence, count, "influence", asked.keep_first))
-        found = Depth(kept, loss(kept), ())
-    else:
-        found = greedy_depth(total, count, loss, asked.keep_first)
-    if asked.depth == "evolved":
-        found = _evolved(config, found, total, loss, machine)
+    with placed(model, device, config.device.stream):
+        if needs(config):
+            influence = Scores.load(inputs["scores"] / "scores.safetensors").layers
+            kept = tuple(kept_layers(influence, count, "influence", asked.keep_first))
+            found = Depth(kept, loss(kept), ())
+        else:
+            found = greedy_depth(total, count, loss, asked.keep_first)
+        if asked.depth == "evolved":
+            found = _evolved(config, found, total, loss, machine)
     for _ in bar:  # sets that were measured before were not measured again
         pass
     return found
@@ -108,3 +117,7 @@ def _trials(config: Config, total: int, count: int) -> int:
         return greedy
     children = config.depth.generations * config.depth.offspring
     return children + (1 if config.depth.start == "influence" else greedy)
+
+
+def _told(path: Path) -> dict[str, float]:
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -14,6 +14,8 @@ from pipeline.evaluation.perplexity import over
 from pipeline.evaluation.speed import speeds
 from pipeline.model.anatomy import Sizes
 from pipeline.runtime.checkpoint import load_tokenizer, open_checkpoint
+from pipeline.runtime.device import Device
+from pipeline.runtime.placing import need_memory
 
 MAKES = "evaluation"
 NEEDS = ("teacher", "start", "export", "tokens", "dense")
@@ -35,24 +37,29 @@ def settings(config: Config) -> dict:
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """Write evaluation.json: sizes, quality per text, next-word accuracy, tasks, continuations and speed.
 
-    Beside a perplexity stands how many times the teacher's it is, with the standard error over sequences.
+    Beside a perplexity stands how many times the teacher's it is, with the standard error over sequences. ValueError
+    before any pass where a model that is to be timed is too large for the device.
     """
     first = machine.ranks.rank == 0
+    if config.evaluate.speed:
+        _need_memory(config, inputs, machine.device)
     dense = json.loads((inputs["dense"] / "dense.json").read_text())
     tokenizer = load_tokenizer(inputs["teacher"], config.model.trust_remote_code)
     bench = measuring.Bench(config, inputs["tokens"], tokenizer, machine)
     measured = {"teacher": dense["figures"]}
     if "student" in inputs:
-        measured["start"] = bench.measure(bench.load(inputs["start"]), "start", dense["facts"])
-    model = bench.load(inputs["export"])
-    measured["student"] = bench.measure(model, "student", dense["facts"])
+        with bench.placed(inputs["start"]) as model:
+            measured["start"] = bench.measure(model, "start", dense["facts"])
+        del model  # before there is another
+    with bench.placed(inputs["export"]) as model:
+        measured["student"] = bench.measure(model, "student", dense["facts"])
+        shown = {"teacher": dense} | ({"student": bench.show(model)} if first else {})
     if not first:
         return
     for figures in (measured[who] for who in ("start", "student") if who in measured):
         for name, text in figures.items():
             compared = over(text["losses"], measured["teacher"][name]["losses"])
             text |= {"over_teacher": asdict(compared)} if compared else {}
-    shown = {"teacher": dense, "student": bench.show(model)}
     folders = {"teacher": inputs["teacher"], "student": inputs["export"]}
     samples = zip(bench.prompts(), *(each["samples"] for each in shown.values()), strict=True)
     found = {
@@ -70,9 +77,15 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         "samples": [prompt | {"teacher": dense_, "student": student} for prompt, dense_, student in samples],
     }
     if config.evaluate.speed:
-        timed = {"teacher": bench.load(inputs["teacher"]).to("cpu"), "student": model.to("cpu")}
+        timed = {"teacher": bench.load(inputs["teacher"]), "student": model.to("cpu")}
         found["speed"] = _speed(timed, bench.prompt(config.evaluate.speed_prefill), config.evaluate, machine)
     (out / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _need_memory(config: Config, inputs: dict[str, Path], device: Device) -> None:
+    models = (open_checkpoint(inputs[name], config.model.allow_pickle).anatomy for name in ("teacher", "export"))
+    weights = max(anatomy.parameters()[0] for anatomy in models) * device.compute_dtype.itemsize
+    need_memory(device, {"weights": weights}, "evaluate.speed=true", "set evaluate.speed=false")
 
 
 def _sizes(folder: Path, allow_pickle: bool) -> dict:

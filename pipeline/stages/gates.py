@@ -17,6 +17,7 @@ from pipeline.evaluation.perplexity import tally
 from pipeline.prune.measure import only_layers
 from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.runtime.placing import need_memory
 
 MAKES = "depth"
 NEEDS = ("teacher", "tokens", "shape")
@@ -48,10 +49,13 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     rounds.json holds, for every layer picked, the gates that told it and the mean loss while they were learnt.
     """
     device, ranks, asked = machine.device, machine.ranks, config.gates
-    total = len(open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy.sizes.layers)
+    anatomy = open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy
+    total = len(anatomy.sizes.layers)
     count = json.loads((inputs["shape"] / "shape.json").read_text())["layers"]
     if not config.plan.keep_first <= count <= total:
         raise ValueError(f"shape.layers is {count}; it must lie between {config.plan.keep_first} and {total}")
+    weights = anatomy.parameters()[0] * device.compute_dtype.itemsize
+    need_memory(device, {"weights": weights}, "plan.depth=gates", "set plan.depth=influence, loss or evolved")
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
     model = model.to(device.torch).requires_grad_(False)
     head, how = LanguageHead(model, asked.chunk), Learning(asked.form, asked.penalty, asked.learning_rate)

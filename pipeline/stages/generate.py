@@ -10,6 +10,7 @@ from pipeline.data.packing import frame
 from pipeline.evaluation.writing import sample, user_turn, word_starts, written
 from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import load_model, load_tokenizer
+from pipeline.runtime.placing import placed
 
 MAKES = "generated"
 NEEDS = ("teacher",)
@@ -28,21 +29,21 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     asked, ranks, device = config.generate, machine.ranks, machine.device
     tokenizer = load_tokenizer(inputs["teacher"], config.model.trust_remote_code)
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
-    model = model.to(device.torch)
     total = -(-asked.tokens // (asked.batch * asked.length))
     files = [out / f"batch-{number:05d}.jsonl" for number in range(total)]
     chats = round(asked.chat * total) if user_turn(tokenizer) else 0
     mine = [number for number in range(ranks.rank, total, ranks.world) if not files[number].exists()]
-    for number in machine.progress(mine, len(mine), "generate"):
-        draw = torch.Generator(device.torch).manual_seed(config.seed * total + number)
-        chat = (number + 1) * chats // total > number * chats // total  # spread evenly
-        starts = _starts(tokenizer, asked.batch, chat, draw).to(device.torch)
-        ids = sample(model, starts, asked.length, asked.temperature, draw)
-        if not chat:
-            ids = torch.cat([starts[:, -1:], ids], 1)  # the drawn word is part of the text
-        texts = [written(row, tokenizer) for row in ids.tolist()]
-        records = [json.dumps({config.data.text_field: text}, ensure_ascii=False) + "\n" for text in texts if text]
-        write_atomically(files[number], "".join(records))
+    with placed(model, device, config.device.stream):
+        for number in machine.progress(mine, len(mine), "generate"):
+            draw = torch.Generator(device.torch).manual_seed(config.seed * total + number)
+            chat = (number + 1) * chats // total > number * chats // total  # spread evenly
+            starts = _starts(tokenizer, asked.batch, chat, draw).to(device.torch)
+            ids = sample(model, starts, asked.length, asked.temperature, draw)
+            if not chat:
+                ids = torch.cat([starts[:, -1:], ids], 1)  # the drawn word is part of the text
+            texts = [written(row, tokenizer) for row in ids.tolist()]
+            records = [json.dumps({config.data.text_field: text}, ensure_ascii=False) + "\n" for text in texts if text]
+            write_atomically(files[number], "".join(records))
     ranks.wait("generate")
     if ranks.rank == 0:
         with open(out / FILE, "w", encoding="utf-8") as whole:

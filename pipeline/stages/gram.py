@@ -11,6 +11,7 @@ from pipeline.model.anatomy import Anatomy
 from pipeline.prune.gram import gram, projections
 from pipeline.runtime.artifacts import need_space
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_tensors
+from pipeline.runtime.placing import placed
 
 MAKES = "grams"
 NEEDS = ("teacher", "tokens")
@@ -35,20 +36,20 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     bytes_of = [_bytes(anatomy, layer) for layer in range(len(anatomy.sizes.layers))]
     need_space(out, sum(bytes_of))
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
-    decoder = model.get_decoder().to(device.torch)
     text = Packed(inputs["tokens"] / "calibration")
     batches = beginning(text, config.restore.tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
     if ranks.rank == 0:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-    for layers in _passes(bytes_of, config.restore.memory):
-        label = f"gram of layers {layers[0]} to {layers[-1]}"
-        sums = gram(decoder, anatomy, machine.progress(batches, len(batches), label), layers, stream=False)
-        ranks.sum_(sums.tensors())
-        if ranks.rank == 0:
-            for layer in layers:
-                names = [module.format(layer=layer) for module in projections(anatomy).values()]
-                write_tensors(out / f"layer-{layer:05d}.safetensors", {name: sums.inputs[name] for name in names})
+    with placed(model.get_decoder(), device, config.device.stream) as decoder:
+        for layers in _passes(bytes_of, config.restore.memory):
+            label = f"gram of layers {layers[0]} to {layers[-1]}"
+            sums = gram(decoder, anatomy, machine.progress(batches, len(batches), label), layers, stream=False)
+            ranks.sum_(sums.tensors())
+            if ranks.rank == 0:
+                for layer in layers:
+                    names = [module.format(layer=layer) for module in projections(anatomy).values()]
+                    write_tensors(out / f"layer-{layer:05d}.safetensors", {name: sums.inputs[name] for name in names})
 
 
 def _bytes(anatomy: Anatomy, layer: int) -> int:

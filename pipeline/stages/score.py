@@ -9,11 +9,14 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
+from pipeline.model.anatomy import Anatomy
 from pipeline.prune.coupled import magnitude
 from pipeline.prune.fluctuation import biased_anatomy, fluctuation, moments
 from pipeline.prune.measure import measure
 from pipeline.prune.taylor import gradients, saliency
 from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint, write_tensors
+from pipeline.runtime.device import Device
+from pipeline.runtime.placing import need_memory, placed
 
 MAKES = "scores"
 NEEDS = ("teacher", "tokens")
@@ -30,32 +33,43 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """Write scores.safetensors over `score.tokens` calibration tokens, added over ranks: eq. 1-4, or others in place of
     2 and 3; and, where biases will compensate, means/: the mean inputs of W_O and W_down by module name.
 
-    ValueError before any pass for a family that has no biases to compensate with.
+    ValueError before any pass for a family that has no biases to compensate with, and for slopes of a model that is too
+    large for the device.
     """
     device, ranks = machine.device, machine.ranks
     source = open_checkpoint(inputs["teacher"], config.model.allow_pickle)
     if config.reinit.bias_compensation:
         biased_anatomy(source.anatomy)
+    slopes = config.score.kind == "taylor"
+    if slopes:
+        _need_memory(source.anatomy, device)
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
-    model = model.to(device.torch)
     text = Packed(inputs["tokens"] / "calibration")
     batches = beginning(text, config.score.tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
     if batches.wanted * config.data.sequence < config.score.tokens - config.data.sequence:
         machine.say(f"score: the calibration text has {len(text)} sequences of {config.data.sequence}; all are used")
-    sums = measure(
-        model.get_decoder(),
-        source.anatomy,
-        machine.progress(batches, len(batches), "score"),
-        config.score.aggregation,
-        config.score.norms,
-    )
-    ranks.sum_(sums.tensors())
-    scores = sums.scores()
-    found = _by_kind(config, source, model, batches, out, machine)
+    with placed(model, device, False if slopes else config.device.stream):
+        sums = measure(
+            model.get_decoder(),
+            source.anatomy,
+            machine.progress(batches, len(batches), "score"),
+            config.score.aggregation,
+            config.score.norms,
+        )
+        ranks.sum_(sums.tensors())
+        scores = sums.scores()
+        found = _by_kind(config, source, model, batches, out, machine)
     if found is not None:
         scores = replace(scores, heads=found[0], neurons=found[1])
     if ranks.rank == 0:
         scores.save(out / "scores.safetensors")
+
+
+def _need_memory(anatomy: Anatomy, device: Device) -> None:
+    """Raise ValueError where the device cannot hold the model and, in float32, the slopes of its layers."""
+    whole, inner = anatomy.parameters()
+    needed = {"weights": whole * device.compute_dtype.itemsize, "slopes": inner * 4}
+    need_memory(device, needed, "score.kind=taylor", "set score.kind=activation, fluctuation or magnitude")
 
 
 def _by_kind(

@@ -21,6 +21,7 @@ from pipeline.prune.reinit import compensate_gain, stabilise_gains
 from pipeline.prune.surgery import as_it_is, cut
 from pipeline.runtime.artifacts import need_space, write_atomically
 from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.placing import placed
 from pipeline.search import picture
 from pipeline.search.chip import Chip
 from pipeline.search.pareto import Limits, Serving
@@ -75,7 +76,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     def measure(shape: ModelShape) -> float:
         batches = (_batch(text, rows[at : at + config.score.batch]) for at in range(0, len(rows), config.score.batch))
         model = _student(config, shape, source, scores, out / SCRATCH, machine)
-        total = tally(model, batches, config.evaluate.chunk)
+        with placed(model, machine.device, config.device.stream):
+            total = tally(model, batches, config.evaluate.chunk)
         del model  # it may still read its file
         shutil.rmtree(out / SCRATCH)
         return float(total[0] / total[2])
@@ -133,8 +135,7 @@ def _student(
         stream = stabilise_gains(anatomy, blueprint, source, stream)
     shutil.rmtree(scratch, ignore_errors=True)
     write_checkpoint(scratch, student_config(source.config, anatomy, blueprint), stream, config.export.shard_bytes)
-    model = load_model(scratch, device.compute_dtype, device.attention, config.model.trust_remote_code)
-    return model.to(device.torch)
+    return load_model(scratch, device.compute_dtype, device.attention, config.model.trust_remote_code)
 
 
 def _remembered(measure: Callable[[ModelShape], float], path: Path) -> Callable[[ModelShape], float]:

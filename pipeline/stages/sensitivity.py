@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data.packing import Packed
@@ -16,6 +17,7 @@ from pipeline.prune.measure import only_layers
 from pipeline.prune.plan import layers_that_stay, shuffled
 from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.runtime.placing import placed
 from pipeline.search.curves import removals
 
 MAKES = "sensitivities"
@@ -58,10 +60,9 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     scores = shuffled(scores, config.plan.policy["drawn"], config.seed)
     kept = layers_that_stay(inputs, scores.layers, config.plan.policy)
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
-    model = model.to(device.torch)
     text = Packed(inputs["tokens"] / "calibration")
     batches = beginning(text, config.plan.depth_tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
-    wanted = [final_states(model, ids.to(device.torch)).cpu() for ids in batches]
+    wanted: list[Tensor] = []
 
     def loss(layer: int, groups: int, neurons: int) -> float:
         sums = torch.zeros(2, dtype=torch.float64)
@@ -76,12 +77,14 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     choices = [(None, None, 0)]
     for layer in kept:
         choices += [(layer, *choice) for choice in _choices(config, anatomy.sizes.layers[layer])]
-    for layer, kind, removed in machine.progress(choices[len(rows) :], len(choices) - len(rows), "sensitivity"):
-        gone = {"groups": 0, "neurons": 0} | ({kind: removed} if kind else {})
-        value = loss(kept[0] if layer is None else layer, **gone)
-        rows.append({"layer": layer, "kind": kind, "removed": removed, "loss": value})
-        if ranks.rank == 0:
-            write_atomically(out / FILE, json.dumps(rows))
+    with placed(model, device, config.device.stream):
+        wanted += [final_states(model, ids.to(device.torch)).cpu() for ids in batches]
+        for layer, kind, removed in machine.progress(choices[len(rows) :], len(choices) - len(rows), "sensitivity"):
+            gone = {"groups": 0, "neurons": 0} | ({kind: removed} if kind else {})
+            value = loss(kept[0] if layer is None else layer, **gone)
+            rows.append({"layer": layer, "kind": kind, "removed": removed, "loss": value})
+            if ranks.rank == 0:
+                write_atomically(out / FILE, json.dumps(rows))
     worst = max(rows, key=lambda row: row["loss"])
     machine.say(
         f"sensitivity: {len(rows) - 1} narrowings of one layer measured, KL {rows[0]['loss']:.4f} before and at most "

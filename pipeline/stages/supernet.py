@@ -36,6 +36,7 @@ from pipeline.runtime.checkpoint import (
     write_tensors,
 )
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.placing import placed
 from pipeline.search.evolution import Generation, Place, Widths, candidate_widths, evolve
 from pipeline.search.sites import Site, even_start, given_start, sites_of
 
@@ -117,7 +118,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine: Machine) ->
     ways = {"composed": (rounds[-1]["losses"][-1], _composed)}
     if asked.weights != "composed":
         again = _solved_again(bench, widths)
-        ways["solved_again"] = (loss(len(asked.tokens) - 1), lambda *_: again)
+        with placed(model, device, config.device.stream):
+            ways["solved_again"] = (loss(len(asked.tokens) - 1), lambda *_: again)
     taken = min(ways, key=lambda way: ways[way][0]) if asked.weights == "better" else asked.weights
     if ranks.rank == 0:
         solved = ways[taken][1](bench, widths)
@@ -145,10 +147,11 @@ def _selection(bench: Bench, text: Packed) -> Loss:
     folder = bench.work / f"teacher-{ranks.rank}-of-{ranks.world}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    model.to(bench.machine.device.torch)
-    for index, ids in enumerate(batches):
-        kept = final_states(model, ids.to(bench.machine.device.torch)).cpu()
-        write_tensors(folder / f"{index:05d}.safetensors", {str(index): kept})
+    device = bench.machine.device
+    with placed(model, device, config.device.stream):
+        for index, ids in enumerate(batches):
+            kept = final_states(model, ids.to(device.torch)).cpu()
+            write_tensors(folder / f"{index:05d}.safetensors", {str(index): kept})
     states = open_tensors(folder)
 
     def loss(selection: int) -> float:
@@ -179,7 +182,6 @@ def _round(bench: Bench, number: int, centre: Widths, loss: Loss) -> list[Genera
         widths = candidate_widths(width, site.most, site.least, granularity, asked.steps, site.least)
         places.append(Place(site.kind, widths, site.weights))
     stored = open_tensors(_supernet(bench, number, places))
-    bench.model.to(machine.device.torch)
 
     def measured(widths: Widths, selection: int) -> float:
         compose(bench.model, stored, dict(zip(bench.sites, widths, strict=True)), bench.present)
@@ -189,11 +191,12 @@ def _round(bench: Bench, number: int, centre: Widths, loss: Loss) -> list[Genera
         places, centre, measured, asked.generations, asked.offspring, asked.survivors, asked.swaps,
         bench.config.seed + number, found[-1] if found else None,
     )  # fmt: skip
-    for each in machine.progress(search, asked.generations + 1 - len(found), f"search {number + 1}"):
-        found.append(each)
-        machine.track.log({"supernet/kl": each.loss}, number * (asked.generations + 1) + each.number, "supernet")
-        if ranks.rank == 0:
-            write_atomically(told, json.dumps([[one.number, one.widths, one.loss] for one in found]))
+    with placed(bench.model, machine.device, bench.config.device.stream):
+        for each in machine.progress(search, asked.generations + 1 - len(found), f"search {number + 1}"):
+            found.append(each)
+            machine.track.log({"supernet/kl": each.loss}, number * (asked.generations + 1) + each.number, "supernet")
+            if ranks.rank == 0:
+                write_atomically(told, json.dumps([[one.number, one.widths, one.loss] for one in found]))
     if ranks.rank == 0 and number:
         shutil.rmtree(bench.work / f"supernet-{number - 1}", ignore_errors=True)
     return found
@@ -240,7 +243,6 @@ def _solved_again(bench: Bench, widths: Widths) -> dict[str, Narrowed]:
         return found[site.name].weight
 
     _pass(bench, solve, "solve again")
-    bench.model.to(bench.machine.device.torch)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
 from pipeline.prune.plan import kept_layers
 from pipeline.runtime.checkpoint import load_model
+from pipeline.runtime.device import open_device
+from pipeline.runtime.machine import Machine
+from pipeline.runtime.track import Track
 from pipeline.stages import depth
+from tests.processes import on_ranks
 from tests.tiny_text import configured
 from tests.world import make_world, settings
 
@@ -66,6 +71,49 @@ def test_enough_generations_find_the_best_of_all_sets(world):
 def test_a_seed_finds_the_same_again(world):
     first, again = (made(world, f"artifacts={world / place}", "seed=7") for place in ("one", "two"))
     assert first["depth"] != again["depth"] and found(first) == found(again)
+
+
+def chosen(ranks, place, interrupted_at, *inputs):
+    """Run the stage into a folder, to its end or until so many sets were measured; give how many were."""
+    measured = []
+
+    def counted(*arguments):
+        if len(measured) == interrupted_at:
+            raise RuntimeError("interrupted")
+        measured.append(arguments)
+        return tally(*arguments)
+
+    depth.tally = counted
+    given = dict(zip(("teacher", "tokens", "shape"), map(Path, inputs), strict=True))
+    Path(place).mkdir(exist_ok=True)
+    machine = Machine(open_device("cpu", "auto", False, ranks.local_rank, 0), ranks, Track(None))
+    config = configured(*CHOSEN, "depth.start=loss", f"score.batch={8 // ranks.world}")
+    try:
+        depth.run(config, given, Path(place), machine)
+    except RuntimeError as fault:
+        assert str(fault) == "interrupted"
+    finally:
+        depth.tally = tally
+    return len(measured)
+
+
+def chosen_twice(ranks, place, *inputs):
+    """Give how many sets a straight run measures, and one that is interrupted inside its evolution, in two attempts."""
+    straight = chosen(ranks, f"{place}/straight", None, *inputs)
+    first = chosen(ranks, f"{place}/killed", straight - 2, *inputs)
+    assert not (Path(place) / "killed" / "depth.json").exists()
+    return straight, first, chosen(ranks, f"{place}/killed", None, *inputs)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_interrupted_choice_measures_no_set_twice_and_ends_the_same(world, tmp_path, world_size):
+    folders = made(world, "stages=[score,shape]")
+    inputs = tuple(str(folders[name].absolute()) for name in ("teacher", "tokens", "shape"))
+    told = on_ranks(chosen_twice, tmp_path, world_size, arguments=(str(tmp_path), *inputs))
+    straight = told[0][0]
+    assert told == [[straight, straight - 2, 2]] * world_size and straight > 5 + 4 + 3
+    for file in ("depth.json", depth.LOSSES):
+        assert (tmp_path / "killed" / file).read_text() == (tmp_path / "straight" / file).read_text(), file
 
 
 def test_the_digest_of_the_greedy_choice_knows_nothing_of_evolution():
