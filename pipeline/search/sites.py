@@ -64,11 +64,12 @@ def even_start(sites: Sequence[Site], weights: int) -> Widths:
 
 
 def given_start(sites: Sequence[Site], shape: Mapping[str, int]) -> Widths:
-    """Give the widths of a shape for every site; ValueError where it keeps a part of a KV group's heads."""
+    """Give every site the width of a shape, or its own if less; ValueError for a part of a KV group's heads."""
     each = {site.heads for site in sites if site.kind == "attention"}
     if each != {shape["heads"] // shape["groups"]}:
         raise ValueError(
             f"shape.heads is {shape['heads']} for {shape['groups']} groups; plan.widths=evolved keeps KV groups whole, "
             f"with {sorted(each)} heads: set shape.heads to that many times shape.groups, or use restore.sequence"
         )
-    return tuple(shape["groups" if site.kind == "attention" else "neurons"] for site in sites)
+    asked = {"attention": shape["groups"], "ffn": shape["neurons"]}
+    return tuple(min(asked[site.kind], site.most) for site in sites)
