@@ -8,6 +8,7 @@ import torch
 from pipeline import line
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
+from pipeline.distill.language import LanguageHead
 from pipeline.model.anatomy import LayerSizes
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
@@ -53,7 +54,7 @@ def test_a_kind_replaces_the_scores_of_heads_and_neurons_alone(world, kind):
     model, anatomy = load_model(folders["teacher"], torch.float64, "eager"), source.anatomy
     batches = beginning(Packed(folders["tokens"] / "calibration"), 1024, 8, 0, 1, 0)
     heads, neurons = {
-        "taylor": lambda: saliency(anatomy, source, gradients(model, anatomy, batches)),
+        "taylor": lambda: saliency(anatomy, source, gradients(model, anatomy, batches, LanguageHead(model, 64))),
         "fluctuation": lambda: fluctuation(anatomy, source, moments(model.model, anatomy, batches)),
         "magnitude": lambda: magnitude(anatomy, source),
     }[kind]()
