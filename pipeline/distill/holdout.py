@@ -32,21 +32,24 @@ def hold_out(packed: Any, rows: int, section: str) -> tuple[Heads, Tensor]:
     """Give a packed text without the tails of its domains, and the tails [n, sequence].
 
     `packed` has `domains`, `sequence`, a length, and rows by index. Each domain gives its last rows, as many of `rows`
-    as its size is of the whole. ValueError, naming the `section` of the settings, where that is over half the text.
+    as its size is of the whole, and keeps one; where that comes to none, the largest gives one. ValueError, naming the
+    `section` of the settings, where that is over half the text, or no domain has a sequence to spare.
     """
     sizes = [domain["sequences"] for domain in packed.domains]
+    largest = max(range(len(sizes)), key=lambda domain: (sizes[domain], domain))
     if 2 * rows > sum(sizes):
         raise ValueError(
             f"{section}.validate_tokens holds out {rows} of the {sum(sizes)} sequences of the recovery text, more than "
             "half; lower it or give more text"
         )
+    if sizes[largest] < 2:
+        raise ValueError(f"{section}.validate_tokens holds out text, and every domain is one sequence; give more text")
     tails = [max(0, min(size - 1, round(rows * size / sum(sizes)))) for size in sizes]
+    if not any(tails):
+        tails[largest] = 1
     ends = np.cumsum(sizes)
     kept = np.concatenate([np.arange(end - size, end - tail) for end, size, tail in zip(ends, sizes, tails)])
     held = np.concatenate([np.arange(end - tail, end) for end, tail in zip(ends, tails)])
-    if not len(held):
-        held, kept = kept[-1:], kept[:-1]
-        tails[-1] = 1
     domains = tuple(domain | {"sequences": size - tail} for domain, size, tail in zip(packed.domains, sizes, tails))
     return Heads(packed, domains, kept), torch.from_numpy(np.stack([packed[int(row)] for row in held]).astype(np.int64))
 

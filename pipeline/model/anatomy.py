@@ -20,6 +20,12 @@ class LayerSizes:
     groups: int
     neurons: int
 
+    def within(self, own: "LayerSizes") -> "LayerSizes":
+        """Give these widths where a layer has as much, else its own: KV groups, query heads of each, neurons."""
+        groups = min(self.groups, own.groups)
+        each = min(self.heads // self.groups, own.heads // own.groups)
+        return LayerSizes(groups * each, groups, min(self.neurons, own.neurons))
+
 
 @dataclass(frozen=True)
 class Sizes:

@@ -77,6 +77,7 @@ def in_step(
     large, small = layers_of(dict(teacher[0].named_modules(prefix="model")), teacher[1]), layers_of(modules, student[1])
     dense, thin = recorded(teacher[0], large, batches), recorded(student[0], small, batches)
     shared, after = torch.tensor(channels, device=home), 0
+    none = next(student[0].parameters()).new_empty(0, len(channels))  # all that a rank without a batch has
     for index, layer in enumerate(small):
         until = hosts[index + 1] if index + 1 < len(hosts) else len(large)
         for number in range(after, until):
@@ -85,8 +86,8 @@ def in_step(
         branch = [modules[name] for name in ffn_modules(student[1], index)]
         with _silent(branch):
             _pass(thin, layer, index, place, home)
-        read = torch.cat([_counted(step.hidden, step) for step in thin])
-        wanted = torch.cat([_counted(step.hidden[..., shared], step) for step in dense])
+        read = torch.cat([none, *(_counted(step.hidden, step) for step in thin)])
+        wanted = torch.cat([none, *(_counted(step.hidden[..., shared], step) for step in dense)])
         yield index, read, wanted
         _add(thin, nn.Sequential(*branch), place, home)
 

@@ -3,13 +3,12 @@
 A KV group is coupled with its own queries, head h with group h // q; a neuron is its gate and up rows and down column.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from pipeline.model.anatomy import Anatomy
 
@@ -17,13 +16,15 @@ from .coupled import AXES, coupled
 from .measure import Batch
 
 IGNORED = -100
+Head = Callable[[Tensor, Tensor], Tensor]  # final hidden states [b, s, h], labels [b, s] -> mean loss of labels, nats
 
 
-def gradients(model: nn.Module, anatomy: Anatomy, batches: Iterable[Batch]) -> dict[str, Tensor]:
+def gradients(model: nn.Module, anatomy: Anatomy, batches: Iterable[Batch], head: Head) -> dict[str, Tensor]:
     """Give ∂L/∂w, L the next-token loss summed over all tokens, of every layer tensor with heads or neurons, by name.
 
-    `model` maps ids [batch, sequence] to logits. Sums are float32 on the model's device and add over batches and ranks;
-    memory: one float32 copy of the layers, and one gradient in the model's own dtype at a time.
+    `model` is a causal language model and `head` its next-token loss. Sums are float32 on the model's device and add
+    over batches and ranks; memory: one float32 copy of the layers, one gradient in the model's own dtype at a time, and
+    what the head takes.
     """
     wanted = {
         pattern.format(layer=layer)
@@ -44,7 +45,7 @@ def gradients(model: nn.Module, anatomy: Anatomy, batches: Iterable[Batch]) -> d
             ids, mask = batch if isinstance(batch, tuple) else (batch, None)
             mask = None if mask is None else mask.to(place, torch.bool)
             with torch.enable_grad():
-                _loss(model, ids.to(place), mask).backward()
+                _loss(model, head, ids.to(place), mask).backward()
     return sums
 
 
@@ -67,8 +68,7 @@ def _collect(total: Tensor, parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _loss(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    wanted = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(~mask[:, 1:], IGNORED)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return cross_entropy(wide.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
+def _loss(model: nn.Module, head: Head, ids: Tensor, mask: Tensor | None) -> Tensor:
+    states = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+    labels = ids[:, 1:] if mask is None else ids[:, 1:].masked_fill(~mask[:, 1:], IGNORED)
+    return head(states, labels) * (labels != IGNORED).sum()

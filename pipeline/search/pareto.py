@@ -211,7 +211,17 @@ class _Sieve:
     prior: np.ndarray
 
 
+def check_alike(teacher: ModelShape) -> None:
+    """Refuse a teacher whose layers differ: the chip model takes all layers to be alike."""
+    if teacher.own:
+        raise ValueError(
+            "model.path is a model whose layers differ in width, and the chip model takes all to be alike: no speed of "
+            "it can be predicted; set recipe.shape=given, and shape.* or budget.parameters alone"
+        )
+
+
 def _sift(chip: Chip, teacher: ModelShape, serving: Serving, limits: Limits, multiples: Multiples | None) -> _Sieve:
+    check_alike(teacher)
     grid = Grid(teacher, multiples or multiples_for(teacher, serving.tensor_parallel))
     decoding = _grid_seconds(chip, teacher, serving.decoding(), grid)
     reading = _grid_seconds(chip, teacher, serving.reading(), grid)

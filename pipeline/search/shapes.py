@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.model.anatomy import Sizes
+from pipeline.model.anatomy import LayerSizes, Sizes
 
 AXES = ("layers", "hidden", "heads", "groups", "neurons")
 WIDTHS = (512, 256, 128, 64, 32, 16)  # 256 bf16 elements are one aligned 512-byte burst; 16 is the cube's edge
@@ -17,7 +17,10 @@ FILL = 4.0  # weight of unused budget beside imbalance
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A Llama-like decoder in plain numbers: SwiGLU, grouped queries, two norms a layer, one at the end, no biases."""
+    """A Llama-like decoder in plain numbers: SwiGLU, grouped queries, two norms a layer, one at the end, no biases.
+
+    Where layers differ, `own` says what each of the teacher has; of that a student keeps no more than the five numbers.
+    """
 
     layers: int
     hidden: int
@@ -27,40 +30,37 @@ class ModelShape:
     neurons: int
     vocabulary: int
     tied: bool
+    own: tuple[LayerSizes, ...] = ()  # empty where all layers are alike
 
     @staticmethod
     def of(sizes: Sizes, tied: bool) -> "ModelShape":
-        """Give the shape of a model; its widest layer stands for layers of unequal width."""
-        widest = max(sizes.layers, key=lambda widths: (widths.heads, widths.groups, widths.neurons))
+        """Give the shape of a model; of layers that differ it says the most groups, heads of a group, and neurons."""
+        groups = max(widths.groups for widths in sizes.layers)
         return ModelShape(
             layers=len(sizes.layers),
             hidden=sizes.hidden,
-            heads=widest.heads,
-            groups=widest.groups,
+            heads=groups * max(widths.heads // widths.groups for widths in sizes.layers),
+            groups=groups,
             head_size=sizes.head_size,
-            neurons=widest.neurons,
+            neurons=max(widths.neurons for widths in sizes.layers),
             vocabulary=sizes.vocabulary,
             tied=tied,
+            own=() if sizes.uniform else sizes.layers,
         )
 
     def changed(self, axes: Mapping[str, int]) -> "ModelShape":
         """Give the same model with these of its five axes changed."""
         return replace(self, **{axis: axes[axis] for axis in AXES})
 
-    def attention_parameters(self) -> int:
-        """Q, K, V and O of one layer."""
-        return 2 * self.hidden * (self.heads + self.groups) * self.head_size
-
-    def neuron_parameters(self) -> int:
-        """Gate, up and down of one layer."""
-        return 3 * self.hidden * self.neurons
-
-    def layer_parameters(self) -> int:
-        return self.attention_parameters() + self.neuron_parameters() + 2 * self.hidden
+    def each(self) -> tuple[LayerSizes, ...]:
+        """What each layer of the teacher keeps at most, [layer of the teacher]; where they are alike, what each has."""
+        widest = LayerSizes(self.heads, self.groups, self.neurons)
+        return tuple(widest.within(own) for own in self.own) or (widest,) * self.layers
 
     def non_embedding_parameters(self) -> int:
-        """Everything but the vocabulary matrices."""
-        return self.layers * self.layer_parameters() + self.hidden
+        """Everything but the vocabulary matrices; of layers that differ the largest count, whichever will stay."""
+        rows = (2 * (each.heads + each.groups) * self.head_size + 3 * each.neurons + 2 for each in self.each())
+        return self.hidden * (sum(sorted(rows, reverse=True)[: self.layers]) + 1)  # rows of h weights
 
     def embedding_parameters(self) -> int:
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
@@ -254,10 +254,13 @@ class Grid:
     def __init__(self, teacher: ModelShape, multiples: Multiples):
         values = possible_values(teacher, multiples)
         self.layers, self.hidden, self.attention, self.neurons = (np.array(axis) for axis in values.values())
-        bundles = self.attention.sum(axis=1)[:, None] * teacher.head_size  # [(heads, groups), 1]
-        width = 2 * bundles + 3 * self.neurons + 2  # weights of a layer per hidden channel, [(heads, groups), neurons]
-        hidden = self.hidden[:, None, None]
-        self.counts = self.layers[:, None, None, None] * (hidden * width) + hidden
+        pairs = [LayerSizes(heads, groups, 0) for heads, groups in values["attention"]]
+        kept = [[pair.within(own) for pair in pairs] for own in teacher.each()]
+        bundles = np.array([[pair.heads + pair.groups for pair in layer] for layer in kept]) * teacher.head_size
+        neurons = np.minimum(self.neurons, np.array([[own.neurons] for own in teacher.each()]))  # [layer, neurons]
+        width = 2 * bundles[:, :, None] + 3 * neurons[:, None] + 2  # of a layer per hidden channel
+        most = np.sort(width, axis=0)[::-1].cumsum(axis=0)  # of 1, 2, ... layers, [layers, (heads, groups), neurons]
+        self.counts = self.hidden[:, None, None] * (most[self.layers - 1][:, None] + 1)
 
     def rows(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Give the shapes under a mask, [shapes, 5] in the order of AXES, and their parameters, [shapes]."""

@@ -27,16 +27,16 @@ def sites_of(sizes: Sizes, kept: Sequence[int], modules: Mapping[str, str], mult
     """Give the sites of the layers that stay, in the order of the stream.
 
     `modules` names W_O and W_down, with a place for the layer, by the axis they read (`n d`, `f`). Neurons go in
-    multiples, or in what those have in common with a width that is none.
+    multiples, or in what those have in common with all widths, where one is none: what one layer gives, another takes.
     """
     sites = []
+    least = gcd(multiple, *(sizes.layers[layer].neurons for layer in kept))
     for layer in kept:
         widths = sizes.layers[layer]
         each = widths.heads // widths.groups
         group = 2 * sizes.hidden * sizes.head_size * (each + 1)
         attention, ffn = (modules[axis].format(layer=layer) for axis in ("n d", "f"))
         sites.append(Site(attention, layer, "attention", each, each * sizes.head_size, widths.groups, 1, group))
-        least = gcd(widths.neurons, multiple)
         sites.append(Site(ffn, layer, "ffn", 0, 1, widths.neurons, least, 3 * sizes.hidden))
     return sites
 
@@ -52,7 +52,7 @@ def even_start(sites: Sequence[Site], weights: int) -> Widths:
     left = weights
     for kind in ("attention", "ffn"):
         some = [site for site in sites if site.kind == kind]
-        low, most, step = sum(site.least for site in some), sum(site.most for site in some), some[0].least
+        low, most, step = sum(site.least for site in some), sum(site.most for site in some), some[0].least  # all alike
         wanted = round(share * most) if kind == "attention" else left // some[0].weights
         total = low + max(0, min(wanted, most) - low) // step * step
         chosen = spread(total, [site.most for site in some], step, step)
@@ -64,11 +64,12 @@ def even_start(sites: Sequence[Site], weights: int) -> Widths:
 
 
 def given_start(sites: Sequence[Site], shape: Mapping[str, int]) -> Widths:
-    """Give the widths of a shape for every site; ValueError where it keeps a part of a KV group's heads."""
+    """Give every site the width of a shape, or its own if less; ValueError for a part of a KV group's heads."""
     each = {site.heads for site in sites if site.kind == "attention"}
     if each != {shape["heads"] // shape["groups"]}:
         raise ValueError(
             f"shape.heads is {shape['heads']} for {shape['groups']} groups; plan.widths=evolved keeps KV groups whole, "
             f"with {sorted(each)} heads: set shape.heads to that many times shape.groups, or use restore.sequence"
         )
-    return tuple(shape["groups" if site.kind == "attention" else "neurons"] for site in sites)
+    asked = {"attention": shape["groups"], "ffn": shape["neurons"]}
+    return tuple(min(asked[site.kind], site.most) for site in sites)

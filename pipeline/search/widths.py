@@ -65,7 +65,7 @@ def adaptive_widths(
 
     def at(shift: float) -> list[LayerSizes]:
         wanted = widths_at(original.layers, (sparsities + shift).clamp(0.0, MOST), multiple)
-        return [_within(*pair) for pair in zip(wanted, now, strict=True)]
+        return [layer.within(own) for layer, own in zip(wanted, now, strict=True)]
 
     lowest = _least_shift(original, at, weights)
     widths, wider = at(lowest), at(lowest - 1.0 / FINE)
@@ -119,8 +119,3 @@ def _least_shift(sizes: Sizes, at: Callable[[float], list[LayerSizes]], weights:
             f"the layers may hold {weights} weights together and cannot hold fewer than {least}; allow more"
         )
     return shifts[place] / FINE
-
-
-def _within(wanted: LayerSizes, now: LayerSizes) -> LayerSizes:
-    groups = min(wanted.groups, now.groups)
-    return LayerSizes(groups * (now.heads // now.groups), groups, min(wanted.neurons, now.neurons))

@@ -91,7 +91,8 @@ def _widths(
     if made and made.exists():
         widths = [LayerSizes(**each) for each in json.loads(made.read_text())]
         return [widths[host] for host in hosts]
-    even = [LayerSizes(shape["heads"], shape["groups"], shape["neurons"])] * len(hosts)
+    widest = LayerSizes(shape["heads"], shape["groups"], shape["neurons"])
+    even = [widest.within(anatomy.sizes.layers[host]) for host in hosts]
     if config.plan.widths == "uniform":
         return even
     origin = _original(config, inputs)

@@ -9,6 +9,7 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
+from pipeline.distill.language import LanguageHead
 from pipeline.model.anatomy import Anatomy
 from pipeline.prune.coupled import magnitude
 from pipeline.prune.fluctuation import biased_anatomy, fluctuation, moments
@@ -89,7 +90,8 @@ def _by_kind(
         if kind == "fluctuation":
             return fluctuation(anatomy, source, seen)
     if kind == "taylor":
-        slopes = gradients(model, anatomy, machine.progress(batches, len(batches), "taylor"))
+        head = LanguageHead(model, config.evaluate.chunk)
+        slopes = gradients(model, anatomy, machine.progress(batches, len(batches), "taylor"), head)
         ranks.sum_(slopes.values())
         return saliency(anatomy, source, slopes)
     return magnitude(anatomy, source) if kind == "magnitude" else None

@@ -55,7 +55,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     need_space(out, source.bytes())
     anatomy, place = source.anatomy, with_float64(device.torch)
     shape = json.loads((inputs["shape"] / "shape.json").read_text())
-    wanted = LayerSizes(shape["heads"], shape["groups"], shape["neurons"])
+    widest = LayerSizes(shape["heads"], shape["groups"], shape["neurons"])
+    widths = [widest.within(own) for own in anatomy.sizes.layers]
     scores = Scores.load(inputs["scores"] / "scores.safetensors")
     kept = layers_that_stay(inputs, scores.layers, config.plan.policy)
     heads, neurons = list(scores.heads), list(scores.neurons)
@@ -64,7 +65,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
 
     def narrowed(name: str, gram: Tensor) -> Narrowed:
         axis, layer = solved[name]
-        weight, whole = source[f"{name}.weight"].to(place), anatomy.sizes.layers[layer]
+        weight, whole, wanted = source[f"{name}.weight"].to(place), anatomy.sizes.layers[layer], widths[layer]
         if axis == "f":
             return narrow_units(weight, gram, 1, wanted.neurons, asked.local, asked.at_once, asked.damping)
         return narrow_heads(weight, gram, anatomy.sizes.head_size, whole, wanted, asked.local, asked.damping)
@@ -92,4 +93,4 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         stream = ((name, changed[name] if name in changed else source[name]) for name in source)
         write_checkpoint(out, source.config, stream, config.export.shard_bytes, inputs["teacher"])
         replace(scores, heads=tuple(heads), neurons=tuple(neurons)).save(out / "scores.safetensors")
-        (out / "widths.json").write_text(json.dumps([asdict(wanted)] * len(heads)))
+        (out / "widths.json").write_text(json.dumps([asdict(each) for each in widths]))

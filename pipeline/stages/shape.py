@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.search.chip import Chip
-from pipeline.search.pareto import Limits, Serving, shape_within
+from pipeline.search.pareto import Limits, Serving, check_alike, shape_within
 from pipeline.search.shapes import ModelShape, depth_for, given_shape, multiples_for, neurons_for, shape_for
 from pipeline.search.widths import even_widths, partway, weights_within
 
@@ -19,7 +19,8 @@ CHOICES = {"all": shape_for, "layers": depth_for, "neurons": neurons_for}  # by 
 
 
 def check(config: Config) -> None:
-    """Refuse a shape that is given and asked to keep to what a chip is predicted to do, too."""
+    """Refuse a shape that is given and asked to keep to what a chip is predicted to do, too, and what a chip cannot be
+    predicted to do with the teacher, where its config.json is at hand."""
     if config.recipe.shape == "given" and config.shape.given and config.budget.predicted:
         raise ValueError(f"shape.* gives the shape and budget.* limits it by {list(config.budget.predicted)}; give one")
     axes, widths = config.budget.axes, config.plan.widths
@@ -33,6 +34,10 @@ def check(config: Config) -> None:
             f"plan.widths={config.plan.widths} gives each layer its own widths and budget.* limits the shape by "
             f"{list(config.budget.predicted)}, predicted of equal ones; set budget.parameters alone"
         )
+    folder = Path(config.model.path).expanduser()
+    if (config.recipe.shape == "search" or config.budget.predicted) and (folder / "config.json").is_file():
+        anatomy = open_checkpoint(folder, config.model.allow_pickle).anatomy
+        check_alike(ModelShape.of(anatomy.sizes, anatomy.tied))
 
 
 def needed(config: Config) -> bool:

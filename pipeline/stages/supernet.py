@@ -142,8 +142,8 @@ def _selection(bench: Bench, text: Packed) -> Loss:
     draw = torch.Generator().manual_seed(config.seed)
     rows = [pool[i] for i in torch.randperm(len(pool), generator=draw).tolist()]
     counts = [max(1, min(tokens // text.sequence, len(rows))) for tokens in config.supernet.tokens]
-    mine = torch.tensor([text[row].tolist() for row in rows[ranks.rank : counts[-1] : ranks.world]], dtype=torch.int64)
-    batches = mine.reshape(-1, text.sequence).split(config.score.batch)
+    mine, size = [text[row].tolist() for row in rows[ranks.rank : counts[-1] : ranks.world]], config.score.batch
+    batches = [torch.tensor(mine[at : at + size]) for at in range(0, len(mine), size)]  # none, of fewer rows than ranks
     folder = bench.work / f"teacher-{ranks.rank}-of-{ranks.world}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -152,14 +152,14 @@ def _selection(bench: Bench, text: Packed) -> Loss:
         for index, ids in enumerate(batches):
             kept = final_states(model, ids.to(device.torch)).cpu()
             write_tensors(folder / f"{index:05d}.safetensors", {str(index): kept})
-    states = open_tensors(folder)
+    states = open_tensors(folder) if batches else {}
 
     def loss(selection: int) -> float:
         sums = torch.zeros(2, dtype=torch.float64)
         left = len(range(ranks.rank, counts[selection], ranks.world))
         with only_layers(model, len(bench.source.anatomy.sizes.layers), bench.kept):
             for index, ids in enumerate(batches):
-                here = ids[: max(0, left - index * config.score.batch)]
+                here = ids[: max(0, left - index * size)]
                 if len(here):
                     sums += divergence(model, here, states[str(index)][: here.numel()], config.evaluate.chunk)
         ranks.sum_([sums])

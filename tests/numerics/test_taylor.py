@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from pipeline.distill.language import LanguageHead
 from pipeline.model.anatomy import anatomy_of
 from pipeline.prune.taylor import gradients, saliency
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
@@ -10,6 +13,10 @@ from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
 
 def anatomy(model):
     return anatomy_of(config_of(model), tensors_of(model))
+
+
+def slopes(model, batches, chunk=5):
+    return gradients(model, anatomy(model), batches, LanguageHead(model, chunk))
 
 
 def loss_of(model, ids):
@@ -20,7 +27,7 @@ def loss_of(model, ids):
 @pytest.mark.parametrize("kind", CLASSES)
 def test_gradients_are_those_of_autograd(kind):
     model, ids = tiny_model(kind), tokens(3, 8)
-    sums = gradients(model, anatomy(model), [ids[:2], ids[2:]])
+    sums = slopes(model, [ids[:2], ids[2:]])
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     loss_of(model, ids).backward()
     wanted = {
@@ -33,10 +40,31 @@ def test_gradients_are_those_of_autograd(kind):
         torch.testing.assert_close(sums[name], gradient, rtol=1e-5, atol=1e-6)
 
 
+class Largest(TorchDispatchMode):
+    """Notes the most numbers that any tensor as wide as the vocabulary holds while it lasts."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        made = operator(*args, **(kwargs or {}))
+        wide = [each.numel() for each in tree_leaves(made) if isinstance(each, torch.Tensor) and 96 in each.shape]
+        self.numbers = max(self.numbers, *wide, 0)
+        return made
+
+
+@pytest.mark.parametrize("chunk", [40, 64])
+def test_no_more_logits_than_a_chunk_of_tokens_exist_at_once(chunk):
+    """The output matrix itself is 96 x 32."""
+    model = tiny_model("llama")
+    with Largest() as seen:
+        slopes(model, [tokens(6, 24)], chunk)
+    assert seen.numbers == 96 * chunk
+
+
 @pytest.mark.parametrize("kind", ["llama", "phi3", "qwen2"])
 def test_saliency_sums_each_structure_over_its_own_weights(kind):
     model = tiny_model(kind)
-    source, sums = tensors_of(model), gradients(model, anatomy(model), [tokens()])
+    source, sums = tensors_of(model), slopes(model, [tokens()])
     heads, neurons = saliency(anatomy(model), source, sums)
 
     def terms(name):
@@ -62,7 +90,7 @@ def test_saliency_sums_each_structure_over_its_own_weights(kind):
 def test_queries_are_credited_to_the_group_they_read():
     """Keys and values of group 1 weigh nothing: the heads that read it, 2 and 3, have only their own Q and O left."""
     model = tiny_model("llama")
-    source, sums = tensors_of(model), gradients(model, anatomy(model), [tokens()])
+    source, sums = tensors_of(model), slopes(model, [tokens()])
     before = saliency(anatomy(model), source, sums)[0][0]
     for name in ("k_proj", "v_proj"):
         sums[f"model.layers.0.self_attn.{name}.weight"][8:] = 0.0
@@ -72,7 +100,7 @@ def test_queries_are_credited_to_the_group_they_read():
 
 def test_one_weights_term_is_the_change_of_loss_that_removing_it_starts_with():
     model, ids = tiny_model("llama"), tokens()
-    sums = gradients(model, anatomy(model), [ids])
+    sums = slopes(model, [ids])
     name = "model.layers.3.mlp.down_proj.weight"
     weight = model.get_parameter(name)
     row, column = divmod(int((weight * sums[name]).abs().argmax()), weight.shape[1])
@@ -89,14 +117,14 @@ def test_padding_counts_for_nothing_and_ranks_add():
     model, ids = tiny_model("llama"), tokens(2, 10)
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
-    padded = gradients(model, anatomy(model), [(ids, mask)])
-    parts = [gradients(model, anatomy(model), [part]) for part in (ids[:1], ids[1:, :6])]
+    padded = slopes(model, [(ids, mask)])
+    parts = [slopes(model, [part]) for part in (ids[:1], ids[1:, :6])]
     for name, total in padded.items():
         torch.testing.assert_close(parts[0][name] + parts[1][name], total, rtol=1e-5, atol=1e-6)
 
 
 def test_parameters_that_were_frozen_stay_frozen():
     model = tiny_model("llama").requires_grad_(False)
-    sums = gradients(model, anatomy(model), [tokens()])
+    sums = slopes(model, [tokens()])
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert all(total.abs().sum() > 0 for total in sums.values())

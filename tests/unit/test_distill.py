@@ -162,18 +162,22 @@ class Text:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "rows", "held"), [((10,), 3, [7, 8, 9]), ((6, 12), 3, [5, 16, 17]), ((1, 1, 9), 1, [10])]
+    ("sizes", "rows", "held"),
+    [((10,), 3, [7, 8, 9]), ((6, 12), 3, [5, 16, 17]), ((1, 1, 9), 1, [10]), ((5, 5, 1), 1, [9]), ((4, 4, 4), 1, [11])],
 )
 def test_held_out_rows_are_the_tails_and_no_training_row(sizes, rows, held):
     kept, tails = hold_out(Text(*sizes), rows, "distill")
     assert tails[:, 0].tolist() == held
     assert sorted(int(kept[row][0]) for row in range(len(kept))) == sorted(set(range(sum(sizes))) - set(held))
-    assert sum(domain["sequences"] for domain in kept.domains) == len(kept)
+    left = [domain["sequences"] for domain in kept.domains]
+    assert sum(left) == len(kept) and min(left) > 0
 
 
 def test_more_than_half_the_text_is_never_held_out():
     with pytest.raises(ValueError, match="distill.validate_tokens holds out 6 of the 10"):
         hold_out(Text(10), 6, "distill")
+    with pytest.raises(ValueError, match="distill.validate_tokens .* every domain is one sequence"):
+        hold_out(Text(1, 1), 1, "distill")
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

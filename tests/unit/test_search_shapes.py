@@ -1,15 +1,20 @@
 """Shapes: exact sizes, only possible and aligned ones, balanced within the budget."""
 
 import time
+from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from pipeline.model.anatomy import LayerSizes, Sizes, anatomy_of
+from pipeline.search.pareto import Limits, Serving, shape_within
 from pipeline.search.shapes import (
     AXES,
     ModelShape,
     Multiples,
+    depth_for,
     given_shape,
     multiples_for,
     neurons_for,
@@ -18,6 +23,8 @@ from pipeline.search.shapes import (
     possible_values,
     shape_for,
 )
+from tests.chips import chip
+from tests.tiny import config_of, tensors_of, tiny_model
 
 SMOLLM2 = ModelShape(30, 576, 9, 3, 64, 1536, 49152, True)
 LLAMA_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, False)
@@ -153,3 +160,42 @@ def test_the_ffn_alone_is_as_wide_as_the_budget_and_alignment_admit(teacher):
     assert neurons_for(teacher, 1.0) == teacher and neurons_for(SMOLLM2, 0.75).neurons == 1024  # a third of 1536
     with pytest.raises(ValueError, match=r"budget.parameters is 0.01; .* narrowest FFN keeps 0\."):
         neurons_for(teacher, 0.01)
+
+
+UNEQUAL = Sizes(96, 32, 8, (LayerSizes(4, 2, 24), LayerSizes(2, 1, 40), LayerSizes(4, 2, 20), LayerSizes(2, 1, 24)))
+
+
+def test_layers_that_differ_count_as_they_are_and_as_a_shape_leaves_them():
+    """By the tensors of a checkpoint: every shape holds what the largest choice of layers would leave of it."""
+    model = tiny_model("llama")
+    anatomy = anatomy_of(config_of(model), tensors_of(model)).narrowed(UNEQUAL, ("full_attention",) * 4)
+    teacher = ModelShape.of(UNEQUAL, False)
+    assert (teacher.heads, teacher.groups, teacher.neurons) == (4, 2, 40)
+    assert (teacher.parameters(), teacher.non_embedding_parameters()) == anatomy.parameters()
+    every = list(possible_shapes(teacher, 0.0, 1.0))
+    assert len(every) == 4 * 2 * 4 * 3
+    for shape in every:
+        widest = LayerSizes(shape.heads, shape.groups, shape.neurons)
+        students = (
+            replace(UNEQUAL, hidden=shape.hidden, layers=tuple(widest.within(UNEQUAL.layers[host]) for host in hosts))
+            for hosts in combinations(range(4), shape.layers)
+        )
+        counts = [anatomy.narrowed(sizes, ("full_attention",) * shape.layers).parameters()[1] for sizes in students]
+        assert shape.non_embedding_parameters() == max(counts)
+    whole = teacher.non_embedding_parameters()
+    window = [shape for shape in every if 0.4 * whole <= shape.non_embedding_parameters() <= 0.6 * whole]
+    assert list(possible_shapes(teacher, 0.4, 0.6)) == window
+
+
+@pytest.mark.parametrize("choose", [shape_for, depth_for, neurons_for])
+def test_a_budget_is_of_what_layers_that_differ_really_hold(choose):
+    teacher = ModelShape.of(UNEQUAL, False)
+    shape = choose(teacher, 0.8)
+    assert 0.5 < shape.non_embedding_parameters() / teacher.non_embedding_parameters() <= 0.8005
+
+
+def test_no_speed_is_predicted_of_layers_that_differ():
+    serving = Serving(1, 16, 32, "bf16", 1, "decode")
+    with pytest.raises(ValueError, match="the chip model takes all to be alike"):
+        shape_within(chip("910B4"), ModelShape.of(UNEQUAL, True), serving, Limits(parameters=0.8))
+    shape_within(chip("910B4"), SMOLLM2, serving, Limits(parameters=0.8))

@@ -48,6 +48,18 @@ def test_a_width_that_is_no_multiple_steps_by_what_both_divide():
     assert sites_of(odd, [0], MODULES, 32)[1].least == 8
 
 
+@pytest.mark.parametrize("multiple", [16, 8])
+@pytest.mark.parametrize("share", [0.95, 0.7, 0.5])
+def test_layers_of_unequal_widths_start_in_steps_that_all_of_them_can_take(multiple, share):
+    odd = Sizes(96, 32, 8, tuple(LayerSizes(6, 2, neurons) for neurons in (24, 20, 24)))
+    sites = sites_of(odd, range(3), MODULES, multiple)
+    allowed = int(share * layer_weights(odd, odd.layers))
+    start = even_start(sites, allowed)
+    assert {site.least for site in sites[1::2]} == {4} and all(width % 4 == 0 for width in start[1::2])
+    assert all(site.least <= width <= site.most for site, width in zip(sites, start, strict=True))
+    assert allowed - 3 * 32 * 4 < layer_weights(odd, widths_of(sites, start)) <= allowed
+
+
 def test_a_given_shape_starts_as_it_is_and_keeps_groups_whole():
     sites = sites_of(SMOL, range(2), MODULES, 32)
     shape = {"heads": 6, "groups": 2, "neurons": 1152}

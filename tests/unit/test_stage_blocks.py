@@ -85,6 +85,15 @@ def test_both_streams_are_those_of_the_whole_models(kind, hosts):
     assert len(seen) == len(hosts)
 
 
+def test_without_a_batch_the_streams_have_no_row():
+    """As on a rank beyond the sequences of the text."""
+    model = tiny_model("llama")
+    known = (model.get_decoder(), anatomy_of(config_of(model), tensors_of(model)))
+    layers, *both = zip(*in_step(known, known, range(4), range(24), [], torch.device("cpu")), strict=True)
+    assert layers == (0, 1, 2, 3) and {each.shape for rows in both for each in rows} == {(0, 24)}
+    assert {each.dtype for rows in both for each in rows} == {torch.float64}
+
+
 def test_every_projection_reads_every_batch_once():
     both = [tiny_model("gemma2", seed) for seed in (0, 1)]
     known = [(model.get_decoder(), anatomy_of(config_of(model), tensors_of(model))) for model in both]

@@ -185,13 +185,16 @@ def test_killed_between_rounds_or_inside_one_and_taken_up_it_ends_the_same(world
             assert torch.equal(tensor, open_tensors(resumed)[name]), name
 
 
-def test_two_ranks_find_what_one_finds(world):
+@pytest.mark.parametrize("tokens", [{}, {"score": "32", "restore": "32", "supernet": "[32,32]"}])
+def test_two_ranks_find_what_one_finds(world, tokens):
+    """Also where all text is one sequence, of which the second rank has none."""
     chosen = [*TYR, "supernet.rounds=1", "supernet.generations=1"]
+    chosen += [f"{section}.tokens={count}" for section, count in tokens.items()]
     one = made(world, [*chosen, "score.batch=8"])
     stages = f"stages=[{','.join(CUT)}]"
-    values = settings(world, **NONE, artifacts=world / "two")
-    pipeline("run=two", *chosen, "score.batch=4", stages, *values, cwd=world, ranks=2)
-    (two,) = (world / "two").glob("supernet-*")
+    values = settings(world, **NONE, artifacts=world / f"two-{len(tokens)}")
+    pipeline("run=two", *values, *chosen, "score.batch=4", stages, cwd=world, ranks=2)
+    (two,) = (world / f"two-{len(tokens)}").glob("supernet-*")
     facts = [json.loads((folder / "supernet.json").read_text()) for folder in (one["restored"], two)]
     assert facts[0]["start"] == facts[1]["start"]
     starts = [each["rounds"][0]["losses"][0] for each in facts]

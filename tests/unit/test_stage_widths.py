@@ -8,6 +8,8 @@ import torch
 from pipeline import line
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
+from pipeline.distill.language import LanguageHead
+from pipeline.model.anatomy import LayerSizes
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
 from pipeline.prune.coupled import magnitude
@@ -20,6 +22,8 @@ from tests.world import make_world, pipeline, settings
 WIDE = {"num_key_value_heads": 4, "intermediate_size": 128}  # eight multiples of neurons, four groups
 NO_SHAPE = {"shape__layers": None, "shape__neurons": None}
 CUT = "stages=[score,shape,plan,cut]"
+SEQUENCE = ["stages=[score,shape,sequence,plan,cut]", "plan.clap=false"]
+TYR = ["stages=[score,shape,supernet,plan,cut]", "recipe=tyr", "supernet.generations=0", "supernet.multiple=8"]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ def test_a_kind_replaces_the_scores_of_heads_and_neurons_alone(world, kind):
     model, anatomy = load_model(folders["teacher"], torch.float64, "eager"), source.anatomy
     batches = beginning(Packed(folders["tokens"] / "calibration"), 1024, 8, 0, 1, 0)
     heads, neurons = {
-        "taylor": lambda: saliency(anatomy, source, gradients(model, anatomy, batches)),
+        "taylor": lambda: saliency(anatomy, source, gradients(model, anatomy, batches, LanguageHead(model, 64))),
         "fluctuation": lambda: fluctuation(anatomy, source, moments(model.model, anatomy, batches)),
         "magnitude": lambda: magnitude(anatomy, source),
     }[kind]()
@@ -97,6 +101,48 @@ def test_a_given_shape_says_how_many_weights_its_layers_share(world):
     equal, own = (open_checkpoint(made(world, *which, **given)["start"]).anatomy for which in ((CUT,), chosen))
     assert own.sizes.hidden == 24 and len(own.sizes.layers) == 3 and not own.sizes.uniform
     assert 0.9 * equal.parameters()[1] < own.parameters()[1] <= equal.parameters()[1]
+
+
+@pytest.fixture(scope="module")
+def unequal(world):
+    """A student whose layers differ, to begin with as any teacher."""
+    folder = made(world, "plan.widths=threshold", "plan.clap=false", "budget.parameters=0.7", CUT)["start"]
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((world / "model" / file).read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("overrides", "shape"),
+    [
+        ([], {"layers": 3}),
+        (["plan.clap=false"], {"layers": 3, "neurons": 88}),
+        ([*SEQUENCE, "restore.sequence=true", "reinit.slnp=false"], {"layers": 3, "neurons": 88}),
+        (TYR, {"neurons": 88}),
+    ],
+)
+def test_what_a_shape_leaves_out_each_layer_keeps_as_its_own(world, unequal, overrides, shape):
+    given = {f"shape__{axis}": width for axis, width in shape.items()}
+    folders = made(world, CUT, *overrides, model__path=unequal, **given)
+    teacher, start = (open_checkpoint(folders[name]).anatomy.sizes for name in ("teacher", "start"))
+    hosts = [plan.host for plan in Blueprint.load(folders["blueprint"] / "blueprint.json").layers]
+    most = shape.get("neurons", 128)
+    own = [teacher.layers[host] for host in hosts]
+    assert min(each.neurons for each in own) < 88 < max(each.neurons for each in own)
+    assert start.layers == tuple(LayerSizes(each.heads, each.groups, min(each.neurons, most)) for each in own)
+
+
+@pytest.mark.parametrize("axes", ["all", "layers", "neurons"])
+def test_a_budget_is_of_what_a_teacher_of_unequal_layers_really_has(world, unequal, axes):
+    folders = made(world, f"budget.axes={axes}", "budget.parameters=0.7", CUT, model__path=unequal)
+    teacher, start = (open_checkpoint(folders[name]).anatomy.parameters()[1] for name in ("teacher", "start"))
+    assert 0.4 < start / teacher <= 0.7005
+
+
+def test_no_speed_is_asked_of_a_teacher_of_unequal_layers(world, unequal):
+    for asked in ("budget.speedup=1.5", "recipe.shape=search"):
+        with pytest.raises(ValueError, match="the chip model takes all to be alike"):
+            line.check(configured(*settings(world, model__path=unequal, **NO_SHAPE), asked))
 
 
 def test_compensating_biases_bring_the_cut_model_nearer_on_average(world):
