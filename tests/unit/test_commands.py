@@ -1,5 +1,5 @@
 """Every command line of the README and docs/ is real as a whole: together its settings compose, validate and pass the
-check of the line they start. The files they name are made up, the model is a tiny one's configuration, and the device
+check of the line they start. The files they name are made up, the model is a tiny one, and the device
 this machine's."""
 
 import json
@@ -9,11 +9,12 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from pipeline import line
 from pipeline.config import Config, validate
-from tests.tiny import config_of, tiny_model
+from tests.tiny import save_tiny, tiny_model
 from tests.unit.test_conf import ROOT, composed
 
 BESIDE = ("doctor", "calibrate-chip", "--help")  # commands that run no line
@@ -71,8 +72,7 @@ def try_out(command: list[str], folder: Path, monkeypatch) -> int:
     monkeypatch.chdir(folder)
     for name, value in {"RANK": 0, "WORLD_SIZE": ranks, "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
-    (folder / "model").mkdir()
-    (folder / "model" / "config.json").write_text(json.dumps(config_of(tiny_model("llama"))))
+    save_tiny(tiny_model("llama", dtype=torch.float32), folder / "model")
     for overrides in points(arguments):
         values = composed(*overrides)
         values["model"]["path"], values["device"]["kind"] = str(folder / "model"), "auto"
