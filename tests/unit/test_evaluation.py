@@ -144,6 +144,15 @@ def test_questions_are_the_last_words_of_sentences_and_what_stands_before_them(t
     assert questions(["No sentence ends here"], encode, limit=8, context=4) == []
 
 
+@pytest.mark.parametrize("limit", [1, 3, 7, 100, 199, 300])
+def test_questions_are_spread_evenly_over_the_sentences(limit):
+    texts = [f"Enough stands before it, and {chr(0x100 + place)} now ends. " for place in range(199)]
+    asked = questions(texts, lambda text: [ord(letter) for letter in text], limit, 20)
+    places = [next(id_ for id_ in each.context if id_ >= 0x100) - 0x100 for each in asked]
+    count = min(limit, 199)
+    assert places == [place * 199 // count for place in range(count)]
+
+
 def test_tasks_without_the_harness_are_refused_with_the_remedy():
     if tasks.installed():
         pytest.skip("lm_eval is installed here")
