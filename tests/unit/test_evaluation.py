@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import asdict
 from itertools import islice
 from statistics import median
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.evaluation import tasks
-from pipeline.evaluation.perplexity import logits_of, over, quality, tallies, tally
+from pipeline.evaluation.perplexity import finite, logits_of, over, quality, tallies, tally
 from pipeline.evaluation.samples import cache_bytes_per_token, continuation, continue_greedily, opening
 from pipeline.evaluation.speed import speeds
 from pipeline.evaluation.words import Question, questions, right
@@ -64,6 +65,16 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity():
     found = quality(tally(model, [ids], 5), text_bytes=32)
     assert found.perplexity == pytest.approx(96, rel=1e-12)
     assert found.bits_per_byte == pytest.approx(16 * math.log2(96) / 32, rel=1e-12)
+
+
+@pytest.mark.parametrize("nats", [710.0, 800.0, math.inf, math.nan])
+def test_a_perplexity_beyond_all_numbers_is_infinite_and_null_in_json(nats):
+    found = quality(torch.tensor([nats * 4, 0.0, 4.0], dtype=torch.float64), 10)
+    compared = over([nats, nats + 1.0], [0.0, 0.5])
+    assert found.perplexity == compared.times == compared.error == math.inf
+    told = json.dumps(finite({"q": asdict(found), "losses": [nats, 2.0]}), allow_nan=False)
+    assert json.loads(told)["q"]["perplexity"] is None and json.loads(told)["losses"][1] == 2.0
+    assert over([2.0, 3.0], json.loads(told)["losses"]).times >= 0.0 and over([700.0, 700.0], [0.0, 0.0]).error == 0.0
 
 
 def test_a_text_without_a_predicted_token_is_refused():
