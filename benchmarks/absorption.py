@@ -15,6 +15,8 @@ from pathlib import Path
 
 from ablation import Report, parser, reports, run_rows, write_table
 
+from pipeline.report.facts import infinite
+
 PREFIX = "absorption"
 ROWS = {
     "keep": ("kept", "reinit.absorb=false"),
@@ -101,6 +103,7 @@ def _cell(texts: Mapping, text: str, state: str) -> str:
     if text not in texts:
         return NONE
     perplexity, right = (texts[text][state][what] for what in ("perplexity", "next_word"))
+    perplexity = infinite(perplexity)
     form = ",.1f" if perplexity < 1000 else ",.0f" if perplexity < 1e7 else ".1e"
     told = format(perplexity, form)
     return told if right is None else f"{told}, {right:.0%}"

@@ -9,10 +9,12 @@ benchmarks/results/hidden_widths.md, the figures beside it as JSON: perplexity o
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 from ablation import Report, parser, reports, run_rows, write_table
+
+from pipeline.evaluation.perplexity import finite
+from pipeline.report.facts import perplexity_of
 
 PREFIX = "hidden"
 WIDTHS = (544, 512, 448)
@@ -70,17 +72,14 @@ def write(runs: Path, results: Path) -> None:
     told = "Perplexity over the dense model's, as it was cut; settings in the script."
     write_table(results / "hidden_widths.md", "The hidden axis alone, SmolLM2-135M", told, columns, lines)
     figures = [{"row": row, "seed": seed} | each for (row, seed), each in found.items()]
-    (results / "hidden_widths.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (results / "hidden_widths.json").write_text(json.dumps(finite(figures), indent=1) + "\n")
 
 
 def _figures(report: Report) -> dict:
-    def ratio(text: Mapping) -> float:
-        return text["student"]["perplexity"] / text["teacher"]["perplexity"]
-
     return {
         "inner": report["non_embedding_parameters"]["student"],
         "all": report["parameters"]["student"],
-        "ratios": {name: ratio(text) for name, text in report["perplexity"].items()},
+        "ratios": {name: each["student"] / each["teacher"] for name, each in perplexity_of(report).items()},
     }
 
 

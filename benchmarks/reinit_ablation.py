@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ablation import parser, reports, run_rows, write_table
 
+from pipeline.evaluation.perplexity import finite
 from pipeline.report.facts import perplexity_of
 
 PREFIX = "reinit"
@@ -65,7 +66,7 @@ def write(runs: Path, results: Path) -> None:
         for (row, seed), report in found.items()
         for domain in domains
     ]
-    (results / "reinit_ablation.json").write_text(json.dumps(figures, indent=1))
+    (results / "reinit_ablation.json").write_text(json.dumps(finite(figures), indent=1))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pipeline.search.chip import Chip
 from pipeline.search.pareto import Limits, Serving, shape_within
 from pipeline.search.shapes import ModelShape
 from pipeline.search.training import Recovery, training_needs
+from pipeline.training import steps_of
 
 
 def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
@@ -53,7 +54,7 @@ def _student(config: Config, made: Mapping[str, Path], teacher: ModelShape) -> t
 def _training(config: Config, section: str, chunk: int) -> Recovery:
     asked = getattr(config, section)
     return Recovery(
-        tokens=asked.tokens,
+        steps=steps_of(section, asked, config.data.sequence),
         sequence=config.data.sequence,
         batch=asked.batch,
         micro_batch=asked.micro_batch,

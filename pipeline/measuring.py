@@ -24,13 +24,15 @@ from pipeline.runtime.placing import placed
 def settings(config: Config) -> dict:
     """Give what determines the figures of any model: how much is measured, and on which kind of device.
 
-    Batches and chunks change speed and memory, not the figures. The losses are told by sequence.
+    Batches and chunks change speed and memory, not the figures. The losses are told by sequence, and questions are
+    asked evenly over each text.
     """
     samples = config.report.model_dump(include={"samples", "sample_prompt", "sample_tokens"})
     device = config.device.model_dump(include={"kind", "attention"})
     files = {task: fingerprint(Path(task)) for task in config.evaluate.tasks if tasks.is_file(task)}
     asked = config.evaluate.model_dump(include={"tokens", "words", "words_context", "tasks"})
-    return {"evaluate": asked, "task_files": files, "samples": samples, "device": device, "by": "sequence"}
+    how = {"by": "sequence", "asked": "evenly"}
+    return {"evaluate": asked, "task_files": files, "samples": samples, "device": device} | how
 
 
 class Bench:

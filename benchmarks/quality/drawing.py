@@ -5,13 +5,14 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from results import Figures
+from results import Figures, over_dense
 from rows import ROWS
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1d1b18")  # Okabe and Ito
 WAYS = {"recipes": "-", "ablations": "-", "baselines": "--", "peers": ":"}
 MARKERS = "osD^vP"
 MOST = 100  # times the dense perplexity; what is beyond is gone, and would press the rest together
+GONE = 1e30  # times: where a line leaves the panel for that is beyond all numbers
 STATES = {"before": "before recovery", "after": "after recovery"}
 
 
@@ -59,9 +60,10 @@ def draw_bars(found: Sequence[Figures], path: Path) -> None:
             before, after = (ratios(rows, text, state).get(removed) for state in STATES)
             if before:
                 axes.barh(place, min(before, MOST) - 1.0, left=1.0, height=0.62, color=COLOURS[0], alpha=0.55)
-                axes.text(min(before, MOST), place, f" {before:.2f}", va="center", fontsize=7)
+                told = format(before, ".2f" if before < 1e5 else ".0e")
+                axes.text(min(before, MOST), place, f" {told}", va="center", fontsize=7)
             if after:
-                axes.plot(after, place, "o", color=COLOURS[1], markersize=4.5)
+                axes.plot(min(after, MOST), place, "o", color=COLOURS[1], markersize=4.5)
         axes.set_xscale("log")
         axes.set_xlim(1.0, axes.get_xlim()[1] ** 1.15)  # room for the number beside the longest bar
         axes.margins(y=0.01)
@@ -82,8 +84,7 @@ def ratios(found: Sequence[Figures], text: str, state: str) -> dict[float, float
     for each in found:
         states = each["texts"].get(text, {})
         if state in states:
-            ratio = states[state]["perplexity"] / states["dense"]["perplexity"]
-            points.setdefault(each["removed"], []).append(ratio)
+            points.setdefault(each["removed"], []).append(over_dense(states, state))
     return {removed: sum(values) / len(values) for removed, values in sorted(points.items())}
 
 
@@ -92,7 +93,7 @@ def _line(axes: Axes, found: Sequence[Figures], text: str, state: str, number: i
     row = ROWS[found[0]["row"]]
     axes.plot(
         points.keys(),
-        points.values(),
+        [min(ratio, GONE) for ratio in points.values()],
         WAYS[row.group],
         marker=MARKERS[number // len(COLOURS) % len(MARKERS)],
         color=COLOURS[number % len(COLOURS)],

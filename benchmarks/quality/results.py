@@ -1,6 +1,7 @@
 """What the runs of the table left behind, as figures: read from evaluation.json and run.json, kept in one JSON file."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -94,6 +95,16 @@ def _seconds(view: Path, stages: Mapping[str, Figures]) -> dict[str, float]:
     return seconds
 
 
+def perplexity(state: Figures) -> float:
+    """Give a state's perplexity; null, as JSON has it, is one beyond all numbers."""
+    return math.inf if state["perplexity"] is None else state["perplexity"]
+
+
+def over_dense(states: Figures, state: str) -> float:
+    """Give a state's perplexity over the dense model's."""
+    return perplexity(states[state]) / perplexity(states["dense"])
+
+
 def merged(old: Figures | None, new: Figures) -> Figures:
     """Give the figures of two runs of one row; where both tell, those with recovery, else the newer."""
     if old is None:
@@ -113,7 +124,7 @@ def _check_one_text(found: Iterable[Figures]) -> None:
     first: dict[str, tuple[Figures, float]] = {}
     for each in found:
         for text, states in each["texts"].items():
-            dense = states["dense"]["perplexity"]
+            dense = perplexity(states["dense"])
             reference, value = first.setdefault(text, (each, dense))
             if abs(dense / value - 1.0) > SAME:
                 raise ValueError(

@@ -8,17 +8,18 @@ written anew, and the plots beside it. Without runs it writes the same table fro
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from drawing import draw, draw_bars
-from results import Figures, collect
+from results import Figures, collect, over_dense, perplexity
 from rows import GROUPS, ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- quality: begin, written by benchmarks/quality/table.py -->", "<!-- quality: end -->"
 LINES, BARS = "quality-recipes.png", "quality-ablations.png"
-NONE = "·"
+NONE, GONE = "·", "∞"
 
 
 def main() -> None:
@@ -92,7 +93,7 @@ def _dense(found: Sequence[Figures], texts: Sequence[str]) -> list[str]:
     cells = ["Dense", *_sizes(found, "teacher")]
     for text in texts:
         dense = [each["texts"][text]["dense"] for each in found if text in each["texts"]]
-        cells += [_number([dense[0]["perplexity"]], ".2f"), "", _share([dense[0]["next_word"]])]
+        cells += [_number([perplexity(dense[0])], ".2f"), "", _share([dense[0]["next_word"]])]
     return [*cells, "", "", ""]
 
 
@@ -104,9 +105,9 @@ def _line(seeds: Sequence[Figures], texts: Sequence[str]) -> list[str]:
         words = {}
         for when in ("before", "after"):
             there = [each for each in states if when in each]
-            ratio = [each[when]["perplexity"] / each["dense"]["perplexity"] for each in there]
-            perplexity = _number([each[when]["perplexity"] for each in there], ".2f")
-            cells.append(f"{perplexity} ({_number(ratio, '.2f')}×)" if there else NONE)
+            own = _number([perplexity(each[when]) for each in there], ".2f")
+            ratio = _number([over_dense(each, when) for each in there], ".2f")
+            cells.append(f"{own} ({ratio}×)" if there else NONE)
             words[when] = _share([each[when]["next_word"] for each in there])
         cells.append(f"{words['before']} → {words['after']}")
     learnt = sorted({each["recovery_tokens"] for each in seeds if "recovery_tokens" in each})
@@ -137,6 +138,8 @@ def _share(values: Sequence[float | None]) -> str:
 def _number(values: Sequence[float], form: str) -> str:
     if not values:
         return NONE
+    if not all(map(math.isfinite, values)):
+        return GONE
     form = ".1e" if max(values) >= 1e5 and form == ".2f" else form  # a model that is gone
     spread = format((max(values) - min(values)) / 2.0, form)
     return format(sum(values) / len(values), form) + (f" ± {spread}" if float(spread) else "")
@@ -146,7 +149,7 @@ def _embolden(lines: Sequence[list[str]], place: int) -> None:
     """Set the least value of a column of perplexities in bold."""
     known = [cells for cells in lines if cells[place] != NONE]
     if len(known) > 1:
-        least = min(known, key=lambda cells: float(cells[place].split()[0]))
+        least = min(known, key=lambda cells: float(cells[place].split()[0].replace(GONE, "inf")))
         least[place] = f"**{least[place]}**"
 
 

@@ -5,11 +5,15 @@ predicted from the tokens before it in the same sequence.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+LARGEST = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class Quality:
     """How well a model predicts a text. `loss` is the mean negative log-likelihood of a token in nats."""
 
     loss: float
-    perplexity: float
+    perplexity: float  # infinite where it is beyond all floats, or the loss is no number
     accuracy: float  # share of tokens that are the model's first choice
     bits_per_byte: float
 
@@ -56,23 +60,30 @@ def _found(logits: Tensor, wanted: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Over:
-    """A model's perplexity over that of another on the same sequences, and its standard error over them."""
+    """A model's perplexity over that of another on the same sequences, and its standard error over them.
+
+    Infinite where they are beyond all floats, or no numbers.
+    """
 
     times: float
     error: float
 
 
-def over(losses: Sequence[float], others: Sequence[float]) -> Over | None:
+def over(losses: Sequence[float | None], others: Sequence[float | None]) -> Over | None:
     """Compare mean losses in nats by sequence, equally long sequences in the same order; none of a single sequence.
+
+    A loss of null is no number (`finite`).
 
     Sequences that are hard are so for both models, so the error is that of the mean of differences, carried through
     exp: e^d s / sqrt(n), s the deviation of the n differences and d their mean.
     """
     if len(losses) < 2:
         return None
-    differences = torch.tensor(losses, dtype=torch.float64) - torch.tensor(others, dtype=torch.float64)
-    times = math.exp(float(differences.mean()))
-    return Over(times, times * float(differences.std()) / math.sqrt(len(losses)))
+    both = ([math.nan if loss is None else loss for loss in each] for each in (losses, others))
+    ours, theirs = (torch.tensor(each, dtype=torch.float64) for each in both)
+    times = _exp(float((ours - theirs).mean()))
+    error = times * float((ours - theirs).std()) / math.sqrt(len(losses))
+    return Over(times, error if math.isfinite(times) else math.inf)
 
 
 def logits_of(model: torch.nn.Module, states: Tensor) -> Tensor:
@@ -88,4 +99,17 @@ def quality(total: Tensor, text_bytes: int) -> Quality:
     if not tokens or not text_bytes:
         raise ValueError("evaluation text has no predicted token; data.evaluation must hold one sequence at least")
     loss = nats / tokens
-    return Quality(loss, math.exp(loss), hits / tokens, nats / math.log(2) / text_bytes)
+    return Quality(loss, _exp(loss), hits / tokens, nats / math.log(2) / text_bytes)
+
+
+def finite(figures: Any) -> Any:
+    """Give figures as JSON can hold them: null in the place of every number that is infinite or none."""
+    if isinstance(figures, Mapping):
+        return {name: finite(each) for name, each in figures.items()}
+    if isinstance(figures, list | tuple):
+        return [finite(each) for each in figures]
+    return None if isinstance(figures, float) and not math.isfinite(figures) else figures
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats <= LARGEST else math.inf

@@ -29,9 +29,8 @@ def questions(
     continuation of its context's ids is left out, as is a sentence with less than half a context before it.
     """
     found = [(text, hit) for text in texts for hit in LAST_WORD.finditer(text) if hit.start() >= context // 2]
-    step = max(1, len(found) // limit) if limit else 1
-    kept = []
-    for text, hit in found[::step][:limit]:
+    count, kept = min(limit, len(found)), []
+    for text, hit in (found[place * len(found) // count] for place in range(count)):
         before = text[max(0, hit.start() - context) : hit.start() - 1]
         before = before[before.find(" ") + 1 :]
         head = tuple(encode(before))

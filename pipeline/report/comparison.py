@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .facts import MODELS, Report, perplexity_of
+from .facts import MODELS, Report, perplexity_of, times
 
 MINUS = "\N{MINUS SIGN}"
 SPACE = "\N{NO-BREAK SPACE}"
@@ -41,8 +41,8 @@ def rows(report: Report) -> list[Row]:
         before, after = teacher[key], student[key]
         found.append(Row(label, widths(before), widths(after), change(mean(before), mean(after))))
     for name, values in perplexity_of(report).items():
-        times = f"×{values['student'] / values['teacher']:.2f}"
-        found.append(Row(f"perplexity, {name}", f"{values['teacher']:.2f}", f"{values['student']:.2f}", times))
+        change_ = f"×{times(values['student'] / values['teacher'])}"
+        found.append(Row(f"perplexity, {name}", times(values["teacher"]), times(values["student"]), change_))
     for kind in ("prefill", "decode") if report["speed"] else ():
         before, after = (report["speed"][who][kind] for who in ("teacher", "student"))
         found.append(Row(f"{kind}, tokens/s", rate(before), rate(after), f"×{after / before:.2f}"))
@@ -59,7 +59,7 @@ def summary(report: Report) -> str:
     ]
     for name, values in perplexity_of(report).items():
         if "start" in values:
-            table.append(f"before recovery the perplexity on {name} was {values['start']:.2f}")
+            table.append(f"before recovery the perplexity on {name} was {times(values['start'])}")
     return "\n".join([*table, *filter(None, [unsteady(report)])])
 
 

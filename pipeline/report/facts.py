@@ -1,5 +1,6 @@
 """The report as a value: everything report.json holds, gathered from what the stages left behind."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,11 +69,21 @@ def widths(shape: Mapping[str, int]) -> str:
 
 
 def perplexity_of(report: Report) -> dict[str, dict[str, float]]:
-    """Give the bare perplexities: text -> teacher, start where it was recovered from, student."""
+    """Give the bare perplexities: text -> teacher, start where it was recovered from, student; infinite where null."""
     return {
-        name: {who: text[who]["perplexity"] for who in ("teacher", "start", "student") if who in text}
+        name: {who: infinite(text[who]["perplexity"]) for who in ("teacher", "start", "student") if who in text}
         for name, text in report["perplexity"].items()
     }
+
+
+def infinite(value: float | None) -> float:
+    """Give a figure that JSON holds: null is one beyond all numbers."""
+    return math.inf if value is None else value
+
+
+def times(value: float, form: str = ".2f") -> str:
+    """Give a perplexity or a ratio of two in words: in powers of ten from a million on, ∞ beyond all numbers."""
+    return format(value, form if value < 1e6 else ".1e") if math.isfinite(value) else "∞"
 
 
 def cut_facts(sizes: Sizes, blueprint: Blueprint, scores: Scores) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from pipeline.model.scores import Scores
 from .anatomy_map import anatomy_map, fate
 from .axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, legend, number, panel, scale
 from .drawing import Area, Box, Dot, Drawing, Line, Mark, Text
-from .facts import Curve, faster, widths
+from .facts import Curve, faster, times, widths
 
 BARS = 120
+GONE = 1e9  # a perplexity far above that of any vocabulary: larger ones say no more, and would press the rest together
 NAMED = 4  # cuts whose names have room beside their lines
 
 
@@ -138,11 +139,12 @@ def thinned(points: Curve, most: int) -> Curve:
 def perplexities(domains: Mapping[str, Mapping[str, float]]) -> Drawing:
     """Draw, for each evaluation text, the perplexity of teacher, start and student on one logarithmic axis.
 
-    `domains` maps a text's name to {"teacher", "start", "student"} -> perplexity; `start` may be absent.
+    `domains` maps a text's name to {"teacher", "start", "student"} -> perplexity; `start` may be absent. What is beyond
+    GONE stands there.
     """
     step, top = 46.0, 46.0
-    values = [value for row in domains.values() for value in row.values()]
-    x = scale(values, 8, WIDTH - 12, log=True)
+    shown = {name: {who: min(value, GONE) for who, value in row.items()} for name, row in domains.items()}
+    x = scale([value for row in shown.values() for value in row.values()], 8, WIDTH - 12, log=True)
     floor = top + step * len(domains)
     marks: list[Mark] = [Text(0, 14, "Perplexity, lower is better", "ink", 12.5, bold=True)]
     for value in x.ticks(5):
@@ -152,12 +154,13 @@ def perplexities(domains: Mapping[str, Mapping[str, float]]) -> Drawing:
         y = top + step * i + 32
         marks.append(Text(0, y - 14, name, "ink", 11))
         marks.append(Line(((x(x.low), y), (x(x.high), y)), "grid"))
+        at = {who: x(value) for who, value in shown[name].items()}
         if "start" in row:
-            marks.append(Line(((x(row["start"]), y), (x(row["student"]), y)), "kept", 2.2))
-            tip = f"{name}, before recovery: {row['start']:.2f}"
-            marks.append(Dot(x(row["start"]), y, 4.2, "kept", tip, hollow=True))
-        marks.append(Dot(x(row["student"]), y, 4.6, "kept", f"{name}, student: {row['student']:.2f}"))
-        marks.append(Dot(x(row["teacher"]), y, 4.6, "ink", f"{name}, teacher: {row['teacher']:.2f}"))
+            marks.append(Line(((at["start"], y), (at["student"], y)), "kept", 2.2))
+            tip = f"{name}, before recovery: {times(row['start'])}"
+            marks.append(Dot(at["start"], y, 4.2, "kept", tip, hollow=True))
+        marks.append(Dot(at["student"], y, 4.6, "kept", f"{name}, student: {times(row['student'])}"))
+        marks.append(Dot(at["teacher"], y, 4.6, "ink", f"{name}, teacher: {times(row['teacher'])}"))
     keys = [
         ("teacher", lambda a, b: Dot(a + 5, b, 4.2, "ink")),
         ("student", lambda a, b: Dot(a + 5, b, 4.2, "kept")),
@@ -165,9 +168,8 @@ def perplexities(domains: Mapping[str, Mapping[str, float]]) -> Drawing:
     if any("start" in row for row in domains.values()):
         keys.append(("before recovery", lambda a, b: Dot(a + 5, b, 4.0, "kept", hollow=True)))
     marks += legend(keys, 0, 31)
-    told = "; ".join(
-        f"{name}: " + ", ".join(f"{who} {value:.4g}" for who, value in row.items()) for name, row in domains.items()
-    )
+    said = ((name, (f"{who} {times(value, '.4g')}" for who, value in row.items())) for name, row in domains.items())
+    told = "; ".join(f"{name}: {', '.join(each)}" for name, each in said)
     return Drawing(WIDTH, floor + 24, f"Perplexity. {told}.", tuple(marks))
 
 

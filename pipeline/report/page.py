@@ -10,7 +10,7 @@ from .blocks import blocks_section
 from .comparison import MINUS, count, percent, rate, size, unsteady, whole
 from .drawing import COLOURS, Drawing, svg
 from .exported import export_section
-from .facts import Report, perplexity_of
+from .facts import Report, perplexity_of, times
 from .figures import duration
 from .layout import beside, panels, paragraph, section
 from .rounds import rounds_section
@@ -49,10 +49,10 @@ def _lede(report: Report) -> str:
     told = [f"The student has {amount} parameters {'than' if smaller else 'as'} its teacher"]
     told[0] += f" ({percent(inner)} outside the embeddings)." if inner else "."
     name, values = next(iter(perplexity_of(report).items()))
-    cut = f", and right after the cut it was {values['start']:.2f}" if "start" in values else ""
+    cut = f", and right after the cut it was {times(values['start'])}" if "start" in values else ""
     told.append(
-        f"Its perplexity on held-out text ({name}) is {values['student']:.2f}; "
-        f"the teacher’s is {values['teacher']:.2f}{cut}."
+        f"Its perplexity on held-out text ({name}) is {times(values['student'])}; "
+        f"the teacher’s is {times(values['teacher'])}{cut}."
     )
     if report["speed"]:
         decode, prefill = (_ratio(report, kind) for kind in ("decode", "prefill"))
@@ -76,10 +76,10 @@ def _headline(report: Report) -> str:
         return f"{show(values['teacher'])} → {show(values['student'])}"
 
     name, values = next(iter(perplexity_of(report).items()))
-    before = f", {values['start']:.1f} before recovery" if "start" in values else ""
+    before = f", {times(values['start'], '.1f')} before recovery" if "start" in values else ""
     entries = [
         ("Parameters", signed("parameters"), pair(report["parameters"], count)),
-        (f"Perplexity, {name}", f"{values['student']:.1f}", f"teacher {values['teacher']:.1f}{before}"),
+        (f"Perplexity, {name}", times(values["student"], ".1f"), f"teacher {times(values['teacher'], '.1f')}{before}"),
     ]
     if report["speed"]:
         decode = {who: report["speed"][who]["decode"] for who in ("teacher", "student")}
@@ -132,7 +132,7 @@ def _won_back(report: Report) -> str:
     shares = [
         f"{math.log(values['start'] / values['student']) / math.log(values['start'] / values['teacher']):.0%} on {name}"
         for name, values in perplexity_of(report).items()
-        if values.get("start", 0.0) > max(values["student"], values["teacher"])
+        if math.inf > values.get("start", 0.0) > max(values["student"], values["teacher"])
     ]
     return f"Of the loss that the cut added, recovery took back {', '.join(shares)}." if shares else ""
 

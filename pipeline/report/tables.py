@@ -6,14 +6,14 @@ from html import escape
 from typing import Any
 
 from .comparison import rows, size, whole
-from .facts import Report, faster, widths
+from .facts import Report, faster, infinite, times, widths
 
 NAMES = {"teacher": "teacher", "start": "before recovery", "student": "student"}
 MEASURES = (
-    ("perplexity", "perplexity", "{:.2f}"),
-    ("bits_per_byte", "bits per byte", "{:.3f}"),
-    ("accuracy", "next token right", "{:.1%}"),
-    ("next_word", "last word of a sentence right", "{:.1%}"),
+    ("perplexity", "perplexity", ".2f"),
+    ("bits_per_byte", "bits per byte", ".3f"),
+    ("accuracy", "next token right", ".1%"),
+    ("next_word", "last word of a sentence right", ".1%"),
 )
 
 
@@ -38,9 +38,9 @@ def quality_table(report: Report, caption: str) -> str:
             f"{size(text['bytes'])}"
         )
         body.append(_heading(name, told, len(who)))
-        for key, label, show in MEASURES:
+        for key, label, form in MEASURES:
             if all(key in text[model] for model in who):
-                body.append(line(label, [show.format(text[model][key]) for model in who], who))
+                body.append(line(label, [times(infinite(text[model][key]), form) for model in who], who))
             if key == "perplexity" and "over_teacher" in text["student"]:
                 body.append(line("... over the teacher's", ["", *(_times(text[model]) for model in who[1:])], who))
     return table([NAMES[model] for model in who], body, caption)
@@ -94,8 +94,7 @@ def table(columns: Iterable[str], body: Sequence[str], caption: str) -> str:
 
 
 def _times(figures: Mapping[str, Any]) -> str:
-    times, error = (figures["over_teacher"][key] for key in ("times", "error"))
-    return f"{times:.2f} ± {error:.2f}"
+    return " ± ".join(times(infinite(figures["over_teacher"][key])) for key in ("times", "error"))
 
 
 def _heading(name: str, told: str, columns: int) -> str:

@@ -31,9 +31,9 @@ PURPOSES = {"distill": "recovery", "settle": "settling"}
 
 @dataclass(frozen=True)
 class Recovery:
-    """The settings of a training run that decide its cost; `batch` is in sequences and counts all devices."""
+    """What decides the cost of a training run; `batch` is in sequences and counts all devices."""
 
-    tokens: int
+    steps: int
     sequence: int
     batch: int
     micro_batch: int
@@ -49,8 +49,8 @@ class Recovery:
         return self.micro_batch * self.sequence
 
     @property
-    def steps(self) -> int:
-        return ceil(self.tokens / (self.batch * self.sequence))
+    def tokens(self) -> int:
+        return self.steps * self.batch * self.sequence
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from pipeline import measuring
 from pipeline.config import Config
 from pipeline.evaluation import tasks
+from pipeline.evaluation.perplexity import finite
 from pipeline.runtime.checkpoint import load_tokenizer
 
 MAKES = "dense"
@@ -31,4 +32,4 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     with bench.placed(inputs["teacher"]) as model:
         found = {"facts": facts, "figures": bench.measure(model, "teacher", facts)}
         if machine.ranks.rank == 0:
-            (out / "dense.json").write_text(json.dumps(found | bench.show(model), indent=1) + "\n")
+            (out / "dense.json").write_text(json.dumps(finite(found | bench.show(model)), indent=1) + "\n")

@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline import measuring
 from pipeline.config import Config
 from pipeline.evaluation import tasks
-from pipeline.evaluation.perplexity import over
+from pipeline.evaluation.perplexity import finite, over
 from pipeline.evaluation.speed import speeds
 from pipeline.model.anatomy import Sizes
 from pipeline.runtime.checkpoint import load_tokenizer, open_checkpoint
@@ -79,7 +79,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     if config.evaluate.speed:
         timed = {"teacher": bench.load(inputs["teacher"]), "student": model.to("cpu")}
         found["speed"] = _speed(timed, bench.prompt(config.evaluate.speed_prefill), config.evaluate, machine)
-    (out / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "evaluation.json").write_text(json.dumps(finite(found), indent=1) + "\n")
 
 
 def _need_memory(config: Config, inputs: dict[str, Path], device: Device) -> None:

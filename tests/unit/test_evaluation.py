@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import asdict
 from itertools import islice
 from statistics import median
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.evaluation import tasks
-from pipeline.evaluation.perplexity import logits_of, over, quality, tallies, tally
+from pipeline.evaluation.perplexity import finite, logits_of, over, quality, tallies, tally
 from pipeline.evaluation.samples import cache_bytes_per_token, continuation, continue_greedily, opening
 from pipeline.evaluation.speed import speeds
 from pipeline.evaluation.words import Question, questions, right
@@ -64,6 +65,16 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_as_its_perplexity():
     found = quality(tally(model, [ids], 5), text_bytes=32)
     assert found.perplexity == pytest.approx(96, rel=1e-12)
     assert found.bits_per_byte == pytest.approx(16 * math.log2(96) / 32, rel=1e-12)
+
+
+@pytest.mark.parametrize("nats", [710.0, 800.0, math.inf, math.nan])
+def test_a_perplexity_beyond_all_numbers_is_infinite_and_null_in_json(nats):
+    found = quality(torch.tensor([nats * 4, 0.0, 4.0], dtype=torch.float64), 10)
+    compared = over([nats, nats + 1.0], [0.0, 0.5])
+    assert found.perplexity == compared.times == compared.error == math.inf
+    told = json.dumps(finite({"q": asdict(found), "losses": [nats, 2.0]}), allow_nan=False)
+    assert json.loads(told)["q"]["perplexity"] is None and json.loads(told)["losses"][1] == 2.0
+    assert over([2.0, 3.0], json.loads(told)["losses"]).times >= 0.0 and over([700.0, 700.0], [0.0, 0.0]).error == 0.0
 
 
 def test_a_text_without_a_predicted_token_is_refused():
@@ -142,6 +153,15 @@ def test_questions_are_the_last_words_of_sentences_and_what_stands_before_them(t
         assert context + word + "." in TEXT
     assert questions([TEXT], encode, limit=0, context=60) == []
     assert questions(["No sentence ends here"], encode, limit=8, context=4) == []
+
+
+@pytest.mark.parametrize("limit", [1, 3, 7, 100, 199, 300])
+def test_questions_are_spread_evenly_over_the_sentences(limit):
+    texts = [f"Enough stands before it, and {chr(0x100 + place)} now ends. " for place in range(199)]
+    asked = questions(texts, lambda text: [ord(letter) for letter in text], limit, 20)
+    places = [next(id_ for id_ in each.context if id_ >= 0x100) - 0x100 for each in asked]
+    count = min(limit, 199)
+    assert places == [place * 199 // count for place in range(count)]
 
 
 def test_tasks_without_the_harness_are_refused_with_the_remedy():

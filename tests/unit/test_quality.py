@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -151,7 +152,7 @@ def view(folder, name, dense=10.0, start=20.0, student=12.0, rounds=1, settle="n
     (place / "run.json").write_text(json.dumps({"config": config, "stages": stages}))
     size = {"parameters": 8_000_000, "non_embedding_parameters": 4_000_000, "kv_bytes_per_token": 64, "shape": {}}
     quality = {
-        who: {"perplexity": perplexity, "next_word": 5.0 / perplexity}
+        who: {"perplexity": None if math.isinf(perplexity) else perplexity, "next_word": 5.0 / perplexity}
         for who, perplexity in {"teacher": dense, "start": start, "student": student}.items()
     }
     rate = {"prefill": 100.0, "decode": 10.0}
@@ -188,6 +189,20 @@ def test_cells_are_means_over_seeds_with_half_their_range(tmp_path):
     best = cells_of(tmp_path, "best")
     assert best["readmes: before"] == "**15.00 (1.50×)**" and best["decode tokens/s"] == table.NONE
     assert cells_of(tmp_path, "Dense")["readmes: before"] == "10.00"
+
+
+def test_a_row_beyond_all_numbers_is_told_and_drawn_beside_the_others(tmp_path):
+    view(tmp_path, "minitron-25-0", start=math.inf, student=12.0)
+    view(tmp_path, "minitron-25-1", start=30.0, student=1e300)
+    view(tmp_path, "minitron-50-0", start=math.inf, student=math.inf)
+    view(tmp_path, "best-25-0", start=15.0, student=11.0)
+    cells = cells_of(tmp_path, "Minitron")
+    assert cells["readmes: before"] == "∞ (∞×)" and cells["after"] == "5.0e+299 ± 5.0e+299 (5.0e+298 ± 5.0e+298×)"
+    assert cells_of(tmp_path, "best")["readmes: before"] == "**15.00 (1.50×)**"
+    found = results.collect(tmp_path, tmp_path / "saved.json")
+    json.dumps(found, allow_nan=False)
+    drawing.draw(found, tmp_path / "lines.png")
+    drawing.draw_bars(found, tmp_path / "bars.png")
 
 
 def test_a_row_that_learns_before_its_last_cut_takes_its_state_before_from_a_run_without_recovery(tmp_path):

@@ -19,7 +19,7 @@ from pipeline.report.blocks import errors_by_layer
 from pipeline.report.comparison import rows, summary
 from pipeline.report.drawing import Box, Dot, Drawing, Line, save_png, svg
 from pipeline.report.exported import export_section
-from pipeline.report.facts import cut_facts, gather, recovery_curves, recovery_facts
+from pipeline.report.facts import cut_facts, gather, perplexity_of, recovery_curves, recovery_facts
 from pipeline.report.figures import curve, cut_figures, duration, perplexities, stage_costs, thinned
 from pipeline.report.page import page
 from pipeline.report.rounds import cuts, layers_by_round, round_facts, rounds_section
@@ -109,9 +109,7 @@ def example_report(blueprint=BLUEPRINTS["donating"], recovered=True, stages=STAG
 
 def example_drawings(report, blueprint=BLUEPRINTS["donating"]):
     drawings = cut_figures(SIZES, blueprint, example_scores())
-    values = {name: {who: text[who]["perplexity"] for who in text if who in ("teacher", "start", "student")}
-              for name, text in report["perplexity"].items()}  # fmt: skip
-    drawings["perplexity"] = perplexities(values)
+    drawings["perplexity"] = perplexities(perplexity_of(report))
     if report["recovery"]:
         drawings["loss"] = curve("Distillation loss", CURVES["loss"], "tokens", "3 → 2", dots=True)
     if report["stages"]:
@@ -290,6 +288,22 @@ def test_a_perplexity_over_the_teachers_stands_with_its_error_where_there_is_one
     for each, cells in ((report, "4.00 ± 0.03 1.25 ± 0.03"), (alone, "1.25 ± 0.03")):
         words = " ".join(" ".join(Balanced(page(each, example_drawings(each))).words).split())
         assert f"... over the teacher's {cells} bits per byte" in words
+
+
+@pytest.mark.parametrize(("told", "shown"), [(None, "∞"), (1e304, "1.0e+304")])
+def test_a_model_that_is_gone_is_told_and_drawn_without_a_row_of_digits(told, shown, tmp_path):
+    report = example_report()
+    text = report["perplexity"]["news"]
+    for who in ("start", "student"):
+        text[who] |= {"perplexity": told, "over_teacher": {"times": told, "error": None}}
+    (row,) = (row for row in rows(report) if row.label.startswith("perplexity"))
+    assert (row.student, row.change) == (shown, "×∞" if told is None else "×5.0e+302")
+    assert f"on news was {shown}" in summary(report)
+    drawing = perplexities(perplexity_of(report))
+    assert f"student {shown}" in drawing.alt
+    whole = page(report, example_drawings(report))
+    assert whole.count(shown) > 4 and "nan" not in svg(drawing) and "0" * 30 not in whole and "None" not in whole
+    save_png(drawing, tmp_path / "drawn.png")
 
 
 def test_the_comparison_gives_both_sides_and_their_relation():

@@ -31,7 +31,7 @@ from tests.chips import chip
 TINY = ModelShape(3, 48, 6, 2, 8, 80, 101, False)
 LLAMA_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, False)
 STUDENT = ModelShape(26, 3584, 24, 8, 128, 9728, 128256, False)
-RUN = Recovery(10**9, 4096, 256, 1, "bf16", 2, True, 1024)
+RUN = Recovery(953, 4096, 256, 1, "bf16", 2, True, 1024)
 
 
 def llama(shape: ModelShape, dtype: torch.dtype):
@@ -162,8 +162,8 @@ def test_a_run_takes_about_eight_flops_a_weight_and_token_and_two_for_the_teache
     flops = 8 * STUDENT.non_embedding_parameters() + 2 * LLAMA_8B.non_embedding_parameters()  # 6, and 2 recomputed
     ideal = RUN.tokens * flops / (8 * npu.peak_flops("bf16") * npu.cube_efficiency) / 3600
     assert ideal < needs.hours < 1.5 * ideal
-    twice = training_needs(npu, LLAMA_8B, STUDENT, Recovery(2 * 10**9, 4096, 256, 1, "bf16", 2, True, 1024), 8)
-    assert twice.steps == 1908 and twice.hours == pytest.approx(needs.hours * 1908 / 954)
+    twice = training_needs(npu, LLAMA_8B, STUDENT, Recovery(1906, 4096, 256, 1, "bf16", 2, True, 1024), 8)
+    assert twice.tokens == 2 * needs.tokens == 2 * 953 * 256 * 4096 and twice.hours == pytest.approx(2 * needs.hours)
 
 
 def test_without_a_teacher_its_share_is_gone_and_nothing_else():
@@ -179,7 +179,7 @@ def test_without_a_teacher_its_share_is_gone_and_nothing_else():
 
 def test_scoring_tokens_add_the_teachers_forward_passes():
     npu = chip("910B1")
-    with_scores = Recovery(10**9, 4096, 256, 1, "bf16", 2, True, 1024, score_tokens=8 * 4096 * 100)
+    with_scores = Recovery(953, 4096, 256, 1, "bf16", 2, True, 1024, score_tokens=8 * 4096 * 100)
     extra = (
         training_needs(npu, LLAMA_8B, STUDENT, with_scores, 8).hours
         - training_needs(npu, LLAMA_8B, STUDENT, RUN, 8).hours
@@ -190,7 +190,7 @@ def test_scoring_tokens_add_the_teachers_forward_passes():
 
 def test_checkpointing_trades_time_for_memory():
     npu = chip("910B1")
-    kept = Recovery(10**9, 4096, 256, 1, "bf16", 2, False, 1024)
+    kept = Recovery(953, 4096, 256, 1, "bf16", 2, False, 1024)
     assert activation_bytes(STUDENT, "bf16", True) < activation_bytes(STUDENT, "bf16", False) / 5
     assert (
         step_parts(npu, LLAMA_8B, STUDENT, RUN, 8)["student"] > step_parts(npu, LLAMA_8B, STUDENT, kept, 8)["student"]
@@ -202,6 +202,6 @@ def test_a_run_that_cannot_be_split_or_held_is_refused_with_the_remedy():
         ValueError, match=r"distill\.batch is 256, not a multiple of distill\.micro_batch \(1\) times 3"
     ):
         training_needs(chip("910B1"), LLAMA_8B, STUDENT, RUN, 3)
-    narrow = Recovery(10**9, 4096, 2, 1, "bf16", 0, False, 1024)
+    narrow = Recovery(953, 4096, 2, 1, "bf16", 0, False, 1024)
     with pytest.raises(ValueError, match=r"distill\.batch is 2 .* raise deepspeed\.stage \(now 0\)"):
         training_needs(chip("910B4"), LLAMA_8B, STUDENT, narrow)

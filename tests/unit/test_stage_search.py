@@ -23,6 +23,7 @@ from pipeline.runtime.track import Track
 from pipeline.search.pareto import Serving, describe
 from pipeline.search.shapes import ModelShape
 from pipeline.stages import cut, plan, score, search, shape, tokens
+from pipeline.training import steps_of
 from tests.chips import chip
 from tests.tiny_text import configured
 from tests.world import make_world
@@ -197,6 +198,14 @@ def test_a_dry_run_tells_of_the_trainings_of_its_line_and_of_no_other(world):
     assert "; recipe trsp has no distill: no weights are trained after the cut to {'layers': 2," in trsp
     both = told(*world, "recipe=trsp", "recipe.line=[score,shape,gates,settle,plan,cut,distill,export]")
     assert both.startswith("settling needs 1 x ") and "; recovery needs 1 x " in both and "no distill" not in both
+
+
+def test_a_dry_run_counts_the_steps_that_training_takes(world):
+    """Tokens that fill no step are not learnt from."""
+    asked = configure(world[0], "distill.tokens=1000", "distill.batch=8", "distill.micro_batch=4")
+    steps = steps_of("distill", asked.distill, asked.data.sequence)
+    said = told(*world, "distill.tokens=1000", "distill.batch=8", "distill.micro_batch=4")
+    assert steps == 3 and "hours for 768 tokens: 3 steps of" in said
 
 
 def test_a_dry_run_of_a_line_without_training_asks_for_no_chip(world):
