@@ -36,10 +36,16 @@ def main() -> None:
             chosen = values["device"]["chip"] is not None
             calibrate_chip(validate(values) if chosen else for_the_chip_found(values, sys.argv[2:]))
         return
+    sys.argv[1:] = arranged(sys.argv[1:])
     _compose()
     ranks = sys.modules.get("pipeline.runtime.ranks")  # not loaded where Hydra only answered, as to --help
     if ranks is not None:
         ranks.leave()
+
+
+def arranged(words: Sequence[str]) -> list[str]:
+    """Give the words of a command with --multirun first: argparse, which Hydra uses, wants all overrides together."""
+    return sorted(words, key=lambda word: word not in ("-m", "--multirun"))
 
 
 @contextmanager

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from pipeline import line
+from pipeline.__main__ import arranged
 from pipeline.config import Config, validate
 from tests.tiny import save_tiny, tiny_model
 from tests.unit.test_conf import ROOT, composed
@@ -81,6 +83,14 @@ def try_out(command: list[str], folder: Path, monkeypatch) -> int:
             made_up(config, folder)
             line.check(config)
     return len(points(arguments))
+
+
+@pytest.mark.parametrize("command", [each for each in documented() if not {"doctor", "calibrate-chip"} & set(each)])
+def test_hydra_takes_the_words_of_a_documented_command(command):
+    words = command[command.index("pipeline") + 1 :]
+    parsed, unknown = get_args_parser().parse_known_args(arranged(words))
+    assert not unknown and parsed.overrides == [word for word in words if "=" in word]
+    assert parsed.multirun == ("--multirun" in words)
 
 
 @pytest.mark.parametrize("command", documented(), ids=" ".join)
