@@ -8,9 +8,10 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+from arguments import at_least, described, several, some_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Report = dict[str, Any]
@@ -18,19 +19,25 @@ Report = dict[str, Any]
 
 def parser(document: str, rows: Mapping[str, Any]) -> argparse.ArgumentParser:
     """Give the parser of the options that all ablations have; what it does not know are settings of the pipeline."""
-    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--rows", default=list(rows), type=partial(_names, rows))
+    parser = described(document)
+    parser.add_argument("--seeds", default="0", type=several(at_least(0)))
+    parser.add_argument("--rows", default=list(rows), type=some_of(rows))
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the table and its figures go")
     return parser
 
 
-def _names(rows: Mapping[str, Any], text: str) -> list[str]:
-    unknown = [name for name in text.split(",") if name not in rows]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"names {unknown}; rows are {', '.join(rows)}")
-    return text.split(",")
+def unseen(texts: Path, settings: Sequence[str]) -> list[str]:
+    """Give the setting of the texts that rows are measured on, none where the command has its own.
+
+    SystemExit where the folder lacks the one that no installation has: no row could be measured.
+    """
+    if any(setting.startswith("data.evaluation.path=") for setting in settings):
+        return []
+    jargon = texts / "jargon.txt"
+    if not jargon.is_file():
+        sys.exit(f"error: --texts: {texts} has no jargon.txt; benchmarks/quality/texts.py writes it")
+    return [f"data.evaluation.path=[builtin:readmes,{jargon},builtin:topics]"]
 
 
 def run_rows(
@@ -41,7 +48,7 @@ def run_rows(
     A row that fails does not stop the others; their names are told at the end, and the command's status is 1.
     """
     failed = []
-    for seed in asked.seeds.split(","):
+    for seed in asked.seeds:
         for row in asked.rows:
             name = f"{prefix}-{row}-{seed}"
             print(f"== {name}", flush=True)

@@ -13,7 +13,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ablation import Report, parser, reports, run_rows, write_table
+from ablation import Report, parser, reports, run_rows, unseen, write_table
+from arguments import at_least
+from composing import with_settings
 
 from pipeline.report.facts import infinite
 
@@ -49,17 +51,16 @@ NONE = "·"
 
 def main() -> None:
     options = parser(__doc__, ROWS)
-    options.add_argument("--tokens", type=int, default=16384, help="of recovery")
+    options.add_argument("--tokens", type=at_least(1), default=16384, help="of recovery")
     options.add_argument("--texts", type=Path, default=Path("runs/texts"), help="where quality/texts.py wrote")
-    asked, settings = options.parse_known_args()
+    asked, settings = with_settings(options)
     chosen = {row: row_settings(row, asked.tokens, asked.texts, settings) for row in ROWS}
     run_rows(PREFIX, chosen, asked, lambda: write(asked.runs, asked.results))
 
 
 def row_settings(row: str, tokens: int, texts: Path, settings: list[str]) -> list[str]:
     """Give the settings of a row; those of the command come last and win."""
-    unseen = f"data.evaluation.path=[builtin:readmes,{texts / 'jargon.txt'},builtin:topics]"
-    return [*COMMON, unseen, f"distill.tokens={tokens}", ROWS[row][1], *settings]
+    return [*COMMON, *unseen(texts, settings), f"distill.tokens={tokens}", ROWS[row][1], *settings]
 
 
 def write(runs: Path, results: Path) -> None:

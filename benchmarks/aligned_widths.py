@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from arguments import at_least, described
+from composing import composed
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -81,8 +81,7 @@ def beside(layer: Layer) -> list[Layer]:
 
 
 def chip_named(name: str) -> Chip:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return Chip(**OmegaConf.to_container(compose("config", [f"device/chip={name}"]).device.chip))
+    return Chip(**composed([f"device/chip={name}"])["device"]["chip"])
 
 
 def predicted(chip: Chip, layer: Layer, rows: int, row_major: bool) -> float:
@@ -175,10 +174,11 @@ def table(a: argparse.Namespace, rows: list[dict], facts: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--chip", default="910B1")
+    chips = sorted(file.stem for file in (ROOT / "conf/device/chip").glob("*.yaml"))
+    parser = described(__doc__)
+    parser.add_argument("--rounds", type=at_least(1), default=30)
+    parser.add_argument("--threads", type=at_least(1), default=1)
+    parser.add_argument("--chip", choices=chips, default="910B1")
     parser.add_argument("--smoke", action="store_true", help="two rounds, nothing written")
     a = parser.parse_args()
     a.rounds = 2 if a.smoke else a.rounds

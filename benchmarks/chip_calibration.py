@@ -1,6 +1,6 @@
 """How well the chip model predicts this processor: matrix products it was not fitted to, and whole models.
 
-    python benchmarks/chip_calibration.py [rounds] [threads] [rounds of models] [chip file]
+    python benchmarks/chip_calibration.py [rounds] [threads] [rounds-of-models] [chip-file]
 
 Products: `pipeline.search.calibrate`. Models: SmolLM2's shape and students of it with random bf16 weights, prefill of
 512 tokens and decoding at a context of 256, batch 1, the models in turn and the shortest time of each kept.
@@ -10,13 +10,13 @@ The time a layer takes beyond its operations is fitted to the teacher's decoding
 import datetime
 import json
 import platform
-import sys
 from dataclasses import replace
 from math import exp
 from pathlib import Path
 
 import torch
 import yaml
+from arguments import at_least, described
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from pipeline.search.calibrate import calibrate, clock, misfit, with_layer_overhead, write_chip
@@ -72,22 +72,30 @@ def shortest_passes(models: dict, rounds: int) -> dict[tuple[str, str], float]:
     return shortest
 
 
-def main(rounds: int = 6, threads: int = 1, model_rounds: int = 18, path: str | None = None) -> None:
-    torch.set_num_threads(threads)
+def main() -> None:
+    parser = described(__doc__)
+    parser.add_argument("rounds", nargs="?", type=at_least(1), default=6)
+    parser.add_argument("threads", nargs="?", type=at_least(1), default=1)
+    parser.add_argument("model_rounds", nargs="?", type=at_least(1), default=18, metavar="rounds-of-models")
+    parser.add_argument("chip_file", nargs="?", type=Path, metavar="chip-file", help="where the fitted chip is written")
+    asked = parser.parse_args()
+    if asked.chip_file and not asked.chip_file.parent.is_dir():
+        parser.error(f"chip-file: {asked.chip_file.parent} is no folder; make it, or write the file elsewhere")
+    torch.set_num_threads(asked.threads)
     base = Chip(**yaml.safe_load((ROOT / "conf/device/chip/CPU.yaml").read_text()))
-    found = calibrate(base, base.name, torch.device("cpu"), lambda: None, rounds)
-    origin = f"{processor()}, {threads} thread(s), torch {torch.__version__}, {datetime.date.today()}"
+    found = calibrate(base, base.name, torch.device("cpu"), lambda: None, asked.rounds)
+    origin = f"{processor()}, {asked.threads} thread(s), torch {torch.__version__}, {datetime.date.today()}"
     print(origin, {name: round(value, 3) for name, value in found.summary().items()})
     for timing in found.held_out:
         error = exp(misfit(found.chip, timing)) - 1
         size = f"{timing.precision} {timing.m:5d} x {timing.n} x {timing.k}"
         print(f"{size}: {1e6 * timing.seconds:8.0f} us {error:+.0%}")
     shapes = {"teacher": TEACHER, **STUDENTS}
-    measured = shortest_passes({name: build(shape) for name, shape in shapes.items()}, model_rounds)
+    measured = shortest_passes({name: build(shape) for name, shape in shapes.items()}, asked.model_rounds)
     decoding = measured["teacher", "decode"]
     found = replace(found, chip=with_layer_overhead(found.chip, TEACHER, WORKS["decode"], decoding))
-    if path:
-        write_chip(found, Path(path), origin)
+    if asked.chip_file:
+        write_chip(found, asked.chip_file, origin)
     rows = []
     for (name, word), seconds in measured.items():
         predicted = pass_seconds(found.chip, shapes[name], WORKS[word])
@@ -104,9 +112,10 @@ def main(rounds: int = 6, threads: int = 1, model_rounds: int = 18, path: str | 
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
-    report = {"origin": origin, "rounds": [rounds, model_rounds], "products": found.summary(), "models": rows}
+    rounds = [asked.rounds, asked.model_rounds]
+    report = {"origin": origin, "rounds": rounds, "products": found.summary(), "models": rows}
     (results / "chip_calibration.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main(*(int(word) for word in sys.argv[1:4]), *sys.argv[4:5])
+    main()

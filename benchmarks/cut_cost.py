@@ -7,7 +7,6 @@ tokens, in batches of the same size, is timed before and after them, and the mea
 measure on a machine that does nothing else. Without settings `recipe=best` is measured.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import time
 from pathlib import Path
 
 import torch
+from arguments import at_least, described
+from composing import with_settings
 
 from pipeline.runtime.checkpoint import load_model
 
@@ -24,17 +25,17 @@ BATCH, SEQUENCE = 8, 512
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=32768, help="that second moments, and the bare pass, read")
-    asked, settings = parser.parse_known_args()
+    parser = described(__doc__)
+    parser.add_argument("--tokens", type=at_least(SEQUENCE), default=32768, help="of second moments and the bare pass")
+    asked, settings = with_settings(parser)
     with tempfile.TemporaryDirectory() as place:
         folders = [f"artifacts={place}/artifacts", f"runs={place}/runs", "run=cost"]
         tokens = [f"restore.tokens={asked.tokens}", f"basis.tokens={asked.tokens}", f"score.batch={BATCH}"]
         command = [sys.executable, "-m", "pipeline", *folders, *tokens, *(settings or ["recipe=best"])]
-        subprocess.run([*command, "stages=[]"], check=True)
+        _run([*command, "stages=[]"])
         model = load_model(Path(place) / "runs" / "cost" / "teacher", torch.bfloat16, "sdpa").get_decoder()
         bare = [_bare(model, asked.tokens)]
-        subprocess.run([*command, f"stages=[{','.join(STAGES)}]"], check=True)
+        _run([*command, f"stages=[{','.join(STAGES)}]"])
         bare.append(_bare(model, asked.tokens))
         spent = {}
         for manifest in sorted((Path(place) / "artifacts").glob("*/manifest.json")):
@@ -45,6 +46,13 @@ def main() -> None:
         print(f"{stage:8} {seconds:7.1f} s  {seconds / mean:5.2f} bare passes")
     print(f"bare     {bare[0]:7.1f} s before, {bare[1]:.1f} s after, over {asked.tokens} tokens")
     print(f"together {sum(passes.values()):7.1f} s  {sum(passes.values()) / mean:5.2f} bare passes")
+
+
+def _run(command: list[str]) -> None:
+    """Run the pipeline; where it fails, it has said why, and its status is this command's."""
+    status = subprocess.run(command).returncode
+    if status:
+        sys.exit(status)
 
 
 def _bare(model: torch.nn.Module, tokens: int) -> float:

@@ -19,13 +19,15 @@ import time
 from pathlib import Path
 
 import torch
+from arguments import at_least, described
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from fused import chosen  # noqa: E402
 from pipeline.distill.loss import linear_distillation  # noqa: E402
-from pipeline.runtime.device import open_device  # noqa: E402
+from pipeline.runtime.device import missing, open_device  # noqa: E402
 
 AGREE = 0.02  # largest relative difference of losses and gradient norms: products are in bfloat16
 
@@ -77,17 +79,24 @@ def measure(a: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = described(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda", "npu"), default="cpu")
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--vocabulary", type=int, default=49152)
-    parser.add_argument("--student", type=int, default=448)
-    parser.add_argument("--teacher", type=int, default=576)
-    parser.add_argument("--chunk", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=at_least(1), default=2048)
+    parser.add_argument("--vocabulary", type=at_least(1), default=49152)
+    parser.add_argument("--student", type=at_least(1), default=448)
+    parser.add_argument("--teacher", type=at_least(1), default=576)
+    parser.add_argument("--chunk", type=at_least(1), default=1024)
+    parser.add_argument("--rounds", type=at_least(1), default=3)
     parser.add_argument("--kernels", nargs="*", choices=("reference", "triton"), default=[])
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     a = parser.parse_args()
+    if fault := missing(a.device):
+        parser.error(f"--device: {a.device} cannot run here: {fault}; or choose cpu")
+    for kernel in a.kernels:
+        try:
+            chosen("kl_of_logits", a.device, kernel)
+        except ValueError as fault:
+            parser.error(f"--kernels: {fault}")
     if a.variant:
         print(json.dumps(measure(a)))
         return

@@ -11,7 +11,8 @@ benchmarks/results/hidden_widths.md, the figures beside it as JSON: perplexity o
 import json
 from pathlib import Path
 
-from ablation import Report, parser, reports, run_rows, write_table
+from ablation import Report, parser, reports, run_rows, unseen, write_table
+from composing import with_settings
 
 from pipeline.evaluation.perplexity import finite
 from pipeline.report.facts import perplexity_of
@@ -46,7 +47,7 @@ NONE = "·"
 def main() -> None:
     options = parser(__doc__, ROWS)
     options.add_argument("--texts", type=Path, default=Path("runs/texts"), help="where quality/texts.py wrote")
-    asked, settings = options.parse_known_args()
+    asked, settings = with_settings(options)
     chosen = {row: row_settings(row, asked.texts, settings) for row in ROWS}
     run_rows(PREFIX, chosen, asked, lambda: write(asked.runs, asked.results))
 
@@ -54,8 +55,7 @@ def main() -> None:
 def row_settings(row: str, texts: Path, settings: list[str]) -> list[str]:
     """Give the settings of a row; those of the command come last and win."""
     way, width = ROWS[row]
-    unseen = f"data.evaluation.path=[builtin:readmes,{texts / 'jargon.txt'},builtin:topics]"
-    return [*COMMON, unseen, f"shape.hidden={width}", *WAYS[way][1], *settings]
+    return [*COMMON, *unseen(texts, settings), f"shape.hidden={width}", *WAYS[way][1], *settings]
 
 
 def write(runs: Path, results: Path) -> None:

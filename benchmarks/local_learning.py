@@ -15,12 +15,12 @@ teacher's stream. Printed is the perplexity over the teacher's on texts of your 
           -log p(y) in the stream and y drawn from the teacher, half and half with the plain one
 """
 
-import argparse
 import math
 from copy import deepcopy
 from pathlib import Path
 
 import torch
+from arguments import at_least, described, existing, folder_with, several, some_of
 from torch import Tensor, nn
 
 from pipeline.data.packing import Packed
@@ -29,7 +29,7 @@ from pipeline.distill.blocks import BETAS, FLOOR, WARMUP
 from pipeline.distill.schedule import learning_rate
 from pipeline.evaluation.perplexity import tally
 from pipeline.runtime.checkpoint import load_model, load_tokenizer
-from pipeline.runtime.device import open_device
+from pipeline.runtime.device import BACKENDS, missing, open_device
 
 WAYS = {"ffn": (1, False, False), "layer": (1, True, False), "window": (3, True, False), "fisher": (1, False, True)}
 MEASURED = 8192  # tokens of a text
@@ -37,22 +37,24 @@ FISHER = 64  # sequences
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--texts", required=True, help="files to measure on, by commas")
-    parser.add_argument("--ways", default=",".join(WAYS))
-    parser.add_argument("--tokens", type=int, default=65536)
-    parser.add_argument("--batch", type=int, default=1, help="sequences of a step")
+    parser = described(__doc__)
+    parser.add_argument("--run", type=folder_with("teacher", "start", "tokens/calibration"), required=True)
+    parser.add_argument("--texts", type=several(existing), required=True, help="files to measure on, by commas")
+    parser.add_argument("--ways", type=some_of(WAYS), default=",".join(WAYS))
+    parser.add_argument("--tokens", type=at_least(1), default=65536)
+    parser.add_argument("--batch", type=at_least(1), default=1, help="sequences of a step")
     parser.add_argument("--rate", type=float, default=0.015, help="of a matrix's root mean square")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", choices=("auto", *BACKENDS), default="auto")
     asked = parser.parse_args()
+    if asked.device != "auto" and (fault := missing(asked.device)):
+        parser.error(f"--device: {asked.device} cannot run here: {fault}; or leave it auto")
     place = open_device(asked.device, "auto", False, 0, 0).torch
     teacher = loaded(asked.run / "teacher", place)
-    texts = {name: encoded(Path(name), asked.run / "teacher") for name in asked.texts.split(",")}
+    texts = {file: encoded(file, asked.run / "teacher") for file in asked.texts}
     ids = torch.cat(list(beginning(Packed(asked.run / "tokens" / "calibration"), asked.tokens, 1, 0, 1, 0))).to(place)
     dense = measured(teacher, texts)
     told("as it is cut", measured(loaded(asked.run / "start", place), texts), dense)
-    for way in asked.ways.split(","):
+    for way in asked.ways:
         together, whole, weighed = WAYS[way]
         student = loaded(asked.run / "start", place)
         metrics = fisher(teacher, ids[:FISHER]) if weighed else None
@@ -152,7 +154,7 @@ def encoded(file: Path, teacher: Path) -> Tensor:
     return torch.tensor(ids[: len(ids) // 512 * 512]).view(-1, 512)
 
 
-def measured(model, texts: dict[str, Tensor]) -> list[float]:
+def measured(model, texts: dict[Path, Tensor]) -> list[float]:
     """Give the perplexity on each text."""
     tallies = [tally(model, rows.split(4), 2048) for rows in texts.values()]
     return [math.exp(float(each[0] / each[2])) for each in tallies]

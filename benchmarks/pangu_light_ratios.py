@@ -9,6 +9,7 @@ hidden 5632, 64/8 heads of 128, 27648 neurons. Workload as published: half 128 -
 from pathlib import Path
 
 import yaml
+from arguments import described
 
 from pipeline.search.chip import Chip
 from pipeline.search.cost import generation_rate, largest_batch
@@ -28,6 +29,7 @@ SPEEDUPS = (2585 / 1631, 3403 / 1631, 6831 / 1631)
 
 
 def main() -> None:
+    described(__doc__).parse_args()
     chip = Chip(**yaml.safe_load((Path(__file__).parents[1] / "conf/device/chip/910B1.yaml").read_text()))
 
     def rate(shape: ModelShape, batch: int) -> float:

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from ablation import parser, reports, run_rows, write_table
+from composing import with_settings
 
 from pipeline.evaluation.perplexity import finite
 from pipeline.report.facts import perplexity_of
@@ -41,7 +42,7 @@ COMMON = [
 
 
 def main() -> None:
-    asked, settings = parser(__doc__, ROWS).parse_known_args()
+    asked, settings = with_settings(parser(__doc__, ROWS))
     chosen = {row: [*COMMON, *own, *settings] for row, (_, own) in ROWS.items()}
     run_rows(PREFIX, chosen, asked, lambda: write(asked.runs, asked.results))
 

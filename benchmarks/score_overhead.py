@@ -7,11 +7,10 @@ The two are run in turn (A B A B ...); the figure is the median of the paired ra
 
 import resource
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
+from arguments import at_least, described, folder_with
 
 from pipeline.prune.measure import measure
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
@@ -19,10 +18,14 @@ from pipeline.runtime.checkpoint import load_model, open_checkpoint
 BATCH, SEQUENCE, PAIRS = 8, 512, 5
 
 
-def main(folder: str, tokens: int = 8192) -> None:
-    anatomy = open_checkpoint(Path(folder)).anatomy
-    body = load_model(Path(folder), torch.bfloat16, "sdpa").get_decoder()
-    ids = torch.randint(0, anatomy.sizes.vocabulary, (tokens // SEQUENCE, SEQUENCE))
+def main() -> None:
+    parser = described(__doc__)
+    parser.add_argument("folder", type=folder_with("config.json"), help="a Hugging Face model")
+    parser.add_argument("tokens", nargs="?", type=at_least(SEQUENCE), default=8192)
+    asked = parser.parse_args()
+    anatomy = open_checkpoint(asked.folder).anatomy
+    body = load_model(asked.folder, torch.bfloat16, "sdpa").get_decoder()
+    ids = torch.randint(0, anatomy.sizes.vocabulary, (asked.tokens // SEQUENCE, SEQUENCE))
     batches = ids.split(BATCH)
 
     def bare() -> None:
@@ -42,7 +45,8 @@ def main(folder: str, tokens: int = 8192) -> None:
         one, other = _seconds(bare), _seconds(scored)
         ratios.append(other / one)
         print(f"processor seconds: bare {one:.2f}, scored {other:.2f}, ratio {other / one:.3f}", flush=True)
-    print(f"median ratio {statistics.median(ratios):.3f} over {tokens} tokens; peak memory +{added / 1024:.0f} MiB")
+    told = f"peak memory +{added / 1024:.0f} MiB"
+    print(f"median ratio {statistics.median(ratios):.3f} over {asked.tokens} tokens; {told}")
 
 
 def _seconds(work) -> float:
@@ -52,4 +56,4 @@ def _seconds(work) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main()

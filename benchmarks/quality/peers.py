@@ -14,14 +14,19 @@ is changed but what it removes, and the result is stored in the teacher's type a
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import torch
+from arguments import at_least, described, folder_with, several
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -170,7 +175,13 @@ CUTS: dict[str, Callable[[Model, argparse.Namespace], Model]] = {
     "optipfair-width-data": optipfair_width_data,
     "torch-pruning": torch_pruning,
 }
-PEERS = (*CUTS, "mergekit")
+PEERS = {  # and the module that each is
+    "optipfair-depth": "optipfair",
+    "optipfair-width": "optipfair",
+    "optipfair-width-data": "optipfair",
+    "torch-pruning": "torch_pruning",
+    "mergekit": "mergekit",
+}
 
 
 def _load(folder: Path) -> Model:
@@ -183,15 +194,22 @@ def _stored(folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, required=True)
+    parser = described(__doc__)
+    parser.add_argument("--teacher", type=folder_with("config.json"), required=True)
     parser.add_argument("--peer", choices=PEERS, required=True)
     parser.add_argument("--keep", type=float, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=Path)
-    parser.add_argument("--tokens-read", type=int, default=32768)
-    parser.add_argument("--drop", type=lambda text: [int(number) for number in text.split(",")])
+    parser.add_argument("--tokens-read", type=at_least(1), default=32768)
+    parser.add_argument("--drop", type=several(at_least(0)))
     asked = parser.parse_args()
+    if importlib.util.find_spec(PEERS[asked.peer]) is None:
+        parser.error(f"--peer: {asked.peer} needs {PEERS[asked.peer]}; run this by a Python that has it, see --help")
+    if not 0.0 < asked.keep < 1.0:
+        parser.error(f"--keep: {asked.keep} is no share between 0 and 1")
+    reads = asked.peer == "optipfair-width-data" or (asked.peer == "optipfair-depth" and asked.drop is None)
+    if reads and not (asked.tokens and any(asked.tokens.glob("*.npy"))):
+        parser.error(f"--tokens: {asked.peer} looks at text; give a folder of packed tokens, not {asked.tokens}")
     torch.manual_seed(0)
     logging.disable_progress_bar()
     whole, asked.out = asked.out, asked.out.with_name(asked.out.name + ".partial")  # renamed when it is complete

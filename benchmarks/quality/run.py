@@ -14,46 +14,47 @@ not stop the others; their names are told at the end, and the command's status i
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from arguments import at_least, described, existing, percentage, several, some_of
+from composing import composed, with_settings
 from rows import COMMON, ROWS, TEXTS, Row, Written
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 UNSEEN = ("readmes", "jargon")  # read by no row before it is measured
 FETCHED = {"jargon": "texts.py", "broad": "broad.py"}  # no installation has them
 REFERENCE = "topics"  # held-out text of the domain that every row sees
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(ROWS))
-    parser.add_argument("--removed", default="12.5,25,37.5,50", help="per cent outside the embeddings")
-    parser.add_argument("--seeds", default="0")
+    parser = described(__doc__)
+    parser.add_argument("--rows", type=some_of(ROWS), default=",".join(ROWS))
+    parser.add_argument("--removed", type=several(percentage), default="12.5,25,37.5,50", help="outside the embeddings")
+    parser.add_argument("--seeds", type=several(at_least(0)), default="0")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--texts", type=Path, default=Path("runs/texts"), help="where texts.py wrote")
     parser.add_argument("--peers", help="the Python that has the other tools")
-    parser.add_argument("--written", type=Path, help="text that the teacher wrote")
+    parser.add_argument("--written", type=existing, help="text that the teacher wrote")
     parser.add_argument("--no-recovery", action="store_true")
-    asked, settings = parser.parse_known_args()
+    asked, settings = with_settings(parser)
     settings += [f"runs={asked.runs}"]
-    names = asked.rows.split(",")
-    unknown = [name for name in names if name not in ROWS]
-    if unknown:
-        parser.error(f"--rows names {unknown}; rows are {', '.join(ROWS)}")
+    names = asked.rows
+    if asked.peers and not shutil.which(asked.peers):
+        parser.error(f"--peers: {asked.peers} is no program; give the Python that peers.py describes")
     if not asked.peers and any(ROWS[name].peer for name in names):
         names = [name for name in names if not ROWS[name].peer]
         print("rows of other tools are left out: --peers names no Python that has them", flush=True)
     failed = []
-    for seed in asked.seeds.split(","):
-        for removed in map(float, asked.removed.split(",")):
+    for seed in asked.seeds:
+        for removed in asked.removed:
             for name in names:
-                run = run_name(name, removed, int(seed), not asked.no_recovery)
+                run = run_name(name, removed, seed, not asked.no_recovery)
                 common = [*text_settings(asked.texts), f"seed={seed}", *settings]
                 start = []
                 if ROWS[name].peer:
@@ -103,12 +104,6 @@ def row_settings(row: Row, removed: float, recovery: bool, settings: Sequence[st
         wanted["line"] = [*recipe["line"][:place], "distill", *recipe["line"][place:]]
     changed = [name for name in wanted if wanted[name] != recipe[name]]
     return [*chosen, *(f"recipe.{name}=[{','.join(wanted[name])}]" for name in changed)]
-
-
-def composed(overrides: Sequence[str]) -> dict:
-    """Give the composed configuration, not validated."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
 
 
 def own_text(wanted: Written, runs: Path, settings: Sequence[str]) -> Path:

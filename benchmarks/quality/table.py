@@ -9,9 +9,13 @@ written anew, and the plots beside it. Without runs it writes the same table fro
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from arguments import described, existing
 from drawing import draw, draw_bars
 from results import Figures, collect, over_dense, perplexity
 from rows import GROUPS, ROWS
@@ -23,10 +27,10 @@ NONE, GONE = "·", "∞"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = described(__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--saved", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--docs", type=document, default=ROOT / "docs" / "results.md")
     asked = parser.parse_args()
     found = [each for each in collect(asked.runs, asked.saved) if each["row"] in ROWS]
     if not found:
@@ -47,9 +51,19 @@ def main() -> None:
     print(f"{asked.docs}: {len(found)} rows, {len(pictures)} plots; {asked.saved}")
 
 
-def between(document: str, text: str) -> str:
+def document(text: str) -> Path:
+    """Give the path of a document that has a part for the table."""
+    path = existing(text)
+    try:
+        between(path.read_text(), "")
+    except ValueError as fault:
+        raise argparse.ArgumentTypeError(f"{text}: {fault}") from fault
+    return path
+
+
+def between(written: str, text: str) -> str:
     """Give a document with the part between its markers replaced; ValueError if it has none."""
-    before, begin, rest = document.partition(BEGIN)
+    before, begin, rest = written.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"the document has no part between {BEGIN!r} and {END!r}")
