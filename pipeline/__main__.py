@@ -49,10 +49,11 @@ def _clear_faults() -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, FileNotFoundError, TimeoutError, FloatingPointError, PeerFailed) as fault:
+    except (ValueError, OSError, FloatingPointError, PeerFailed) as fault:
         if os.environ.get("PIPELINE_TRACEBACK"):
             raise
-        print(f"error: {fault}", file=sys.stderr)
+        of_a_file = isinstance(fault, OSError) and fault.filename is not None
+        print(f"error: {f'{fault.filename}: {fault.strerror}' if of_a_file else fault}", file=sys.stderr)
         sys.exit(2)
 
 
