@@ -20,6 +20,20 @@ HERE = Path(__file__).resolve().parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """End with one line, from the first rank, and the exit status of an interrupt where the user stops the command."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if os.environ.get("PIPELINE_TRACEBACK"):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+@_stoppable()
 def main() -> None:
     """Run a pipeline, or one of the small commands beside it: doctor, calibrate-chip."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

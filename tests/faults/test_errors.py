@@ -1,6 +1,10 @@
 """Bad input gets one clear line, before anything heavy starts."""
 
 import errno
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +14,7 @@ from pipeline.__main__ import _clear_faults
 from pipeline.config import validate
 from tests.tiny import save_tiny, tiny_model
 from tests.unit.test_conf import composed
-from tests.world import make_world, pipeline, settings
+from tests.world import environment, make_world, pipeline, settings
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +102,15 @@ def test_a_disk_that_fills_up_is_one_line_that_names_the_folder(world, tmp_path,
     with pytest.raises(SystemExit, match="2"), _clear_faults():
         (tmp_path / "full" / ".partial" / "x").rmdir()
     assert capsys.readouterr().err == f"error: {tmp_path}/full/.partial/x: No such file or directory\n"
+
+
+def test_an_interrupt_is_one_line_and_an_exit_status_of_its_own(world, tmp_path):
+    command = [sys.executable, "-m", "pipeline", "run=stopped", *settings(world, artifacts=tmp_path, runs=tmp_path)]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), **piped) as process:
+        while not (tmp_path / ".partial").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and told.endswith("stopped; the same command goes on\n")
+    assert "Traceback" not in told
