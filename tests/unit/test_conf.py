@@ -69,3 +69,16 @@ def test_the_student_of_no_chip_is_refused_where_a_chip_decides():
 )
 def test_the_chip_matters_where_its_model_is_asked(override, predicts):
     assert validate(composed(override)).predicts == predicts
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        (["restore.order=obs"], "restore.order=obs ranks KV groups"),
+        (["data.split.evaluation=0.5", "data.split.calibration=0.5"], "data.split: evaluation + calibration is 1"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_told_without_all_the_others(overrides, start):
+    with pytest.raises(ValueError) as told:
+        validate(composed(*overrides))
+    assert str(told.value).startswith(start) and "got {" not in str(told.value)
