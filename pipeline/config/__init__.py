@@ -49,7 +49,7 @@ class Device(Section):
 
 
 class Config(Section):
-    run: Annotated[str, Field(pattern=r"^[\w.+=,-]+(/[\w.+=,-]+)*$")]
+    run: Annotated[str, Field(pattern=r"^\.*[\w+=,-][\w.+=,-]*(/\.*[\w+=,-][\w.+=,-]*)*$")]  # no part is dots alone
     runs: str
     artifacts: str
     stages: list[str] | None

@@ -82,3 +82,12 @@ def test_settings_that_do_not_go_together_are_told_without_all_the_others(overri
     with pytest.raises(ValueError) as told:
         validate(composed(*overrides))
     assert str(told.value).startswith(start) and "got {" not in str(told.value)
+
+
+def test_no_run_leaves_its_folder():
+    values = composed()
+    for name in ("..", ".", "a/../../b", "../a", "a/.", "a/...", "/a", "a/"):
+        with pytest.raises(ValueError, match="^run: "):
+            validate(values | {"run": name})
+    for name in ("a", "a.b", ".a", "a/..b", "v1.2/x=1,2"):
+        assert validate(values | {"run": name}).run == name
