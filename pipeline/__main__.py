@@ -20,6 +20,20 @@ HERE = Path(__file__).resolve().parent
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """End with one line, from the first rank, and the exit status of an interrupt where the user stops the command."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if os.environ.get("PIPELINE_TRACEBACK"):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+@_stoppable()
 def main() -> None:
     """Run a pipeline, or one of the small commands beside it: doctor, calibrate-chip."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -55,10 +69,11 @@ def _clear_faults() -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, FileNotFoundError, TimeoutError, FloatingPointError, PeerFailed) as fault:
+    except (ValueError, OSError, FloatingPointError, PeerFailed) as fault:
         if os.environ.get("PIPELINE_TRACEBACK"):
             raise
-        print(f"error: {fault}", file=sys.stderr)
+        of_a_file = isinstance(fault, OSError) and fault.filename is not None
+        print(f"error: {f'{fault.filename}: {fault.strerror}' if of_a_file else fault}", file=sys.stderr)
         sys.exit(2)
 
 

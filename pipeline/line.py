@@ -1,7 +1,8 @@
 """The line: a recipe's stages in order, each done once, each leaving one artifact."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -134,6 +135,9 @@ def run(config: Config, command: str) -> dict[str, Path]:
         config.device.kind, config.device.attention, config.device.deterministic, place()[2], config.seed
     )
     ranks = join(device, config.device.timeout)
+    with ranks.guard():
+        if ranks.rank == 0:  # which alone writes
+            _probe_folders(config)
     view = Path(config.runs) / config.run
     record = {"command": command, "config": config.model_dump(mode="json"), "device": device.name, "stages": {}}
     tracked = config.track
@@ -153,6 +157,27 @@ def run(config: Config, command: str) -> dict[str, Path]:
     if "report" in made:
         machine.say(f"report: {view / 'report.html'}")
     return made
+
+
+def _probe_folders(config: Config) -> None:
+    """Refuse folders that cannot be written to, before anything is worked out for them."""
+    for field in ("artifacts", "runs"):
+        folder = Path(getattr(config, field))
+        try:
+            artifacts.probe(folder)
+        except OSError as fault:
+            raise ValueError(f"{field} is {folder}: {fault.strerror}; give one where files can be locked") from None
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Name the folder in an error of the system that names no file, such as that of a full disk."""
+    try:
+        yield
+    except OSError as fault:
+        if fault.errno is not None and fault.filename is None:
+            fault.filename = str(folder)
+        raise
 
 
 def _walk(
@@ -203,9 +228,10 @@ def _take(
         made[stage.MAKES] = folder
         record["stages"][name + told] = {"artifact": folder.name, "made_now": fresh}
         if machine.ranks.rank == 0:
-            artifacts.show(Path(config.runs), config.run, record, {} if inner else _view(made))
-            if inner:
-                artifacts.show(Path(config.runs), config.run + inner, record, _view(made))
+            with _writing(Path(config.runs) / config.run):
+                artifacts.show(Path(config.runs), config.run, record, {} if inner else _view(made))
+                if inner:
+                    artifacts.show(Path(config.runs), config.run + inner, record, _view(made))
         _tell(machine.track, config.run, name, folder)
     return made
 
@@ -240,7 +266,7 @@ def _step(
         return found, False
     if not wanted:
         return None, False
-    with store.open(name, key, keep=getattr(stage, "RESUMES", False)) as partial:
+    with _writing(store.path(name, key)), store.open(name, key, keep=getattr(stage, "RESUMES", False)) as partial:
         if partial is None:
             return store.path(name, key), False
         began = time.monotonic()

@@ -1,5 +1,6 @@
 """The configuration as frozen values, mirroring conf/ field by field; an unknown or ill-typed field is refused."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
@@ -48,7 +49,7 @@ class Device(Section):
 
 
 class Config(Section):
-    run: Annotated[str, Field(pattern=r"^[\w.+=,-]+(/[\w.+=,-]+)*$")]
+    run: Annotated[str, Field(pattern=r"^\.*[\w+=,-][\w.+=,-]*(/\.*[\w+=,-][\w.+=,-]*)*$")]  # no part is dots alone
     runs: str
     artifacts: str
     stages: list[str] | None
@@ -174,8 +175,12 @@ def validate(values: dict) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as fault:
-        lines = [
-            f"{'.'.join(map(str, each['loc'])) or 'config'}: {each['msg']} (got {each['input']!r:.80})"
-            for each in fault.errors()
-        ]
-        raise ValueError("; ".join(lines)) from None
+        raise ValueError("; ".join(map(_line, fault.errors()))) from None
+
+
+def _line(fault: Mapping[str, Any]) -> str:
+    """Give one of pydantic's faults as a line; a rule of ours says itself what was wrong, and of which fields."""
+    place = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "value_error":
+        return f"{place}: {fault['ctx']['error']}" if place else str(fault["ctx"]["error"])
+    return f"{place}: {fault['msg']} (got {fault['input']!r:.80})"

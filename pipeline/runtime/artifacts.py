@@ -4,12 +4,14 @@ A stage fills `<root>/.partial/<stage>-<digest>/`, which survives a crash, under
 the finished folder gets a manifest.json and appears as `<root>/<stage>-<digest>/` by one rename: there it is whole.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -78,6 +80,12 @@ def existing(folder: Path) -> Path:
     while not there.exists():
         there = there.parent
     return there
+
+
+def probe(folder: Path) -> None:
+    """Return where the folder, or what will hold it, takes files and locks, and leave nothing; OSError elsewhere."""
+    with tempfile.TemporaryFile(dir=existing(folder)) as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def code_revision() -> str:

@@ -4,13 +4,11 @@
 the device that is asked for cannot run.
 """
 
-import fcntl
 import os
 import platform
 import re
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -20,7 +18,7 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from pipeline.runtime.artifacts import existing, size, space_free
+from pipeline.runtime.artifacts import probe, size, space_free
 from pipeline.runtime.device import BACKENDS, Device, missing, open_device
 from pipeline.runtime.track import logged_in
 
@@ -236,10 +234,8 @@ def _host(kind: str) -> Iterator[Row]:
 
 def _folders(runs: Path, artifacts: Path) -> Iterator[Row]:
     for name, folder in (("runs", runs), ("artifacts", artifacts)):
-        there = existing(folder)
         try:
-            with tempfile.TemporaryFile(dir=there) as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            probe(folder)
         except OSError as fault:
             yield Row(name, f"{folder}: {fault.strerror}", FAILS, f"set {name} to a folder where files can be locked")
             continue

@@ -92,7 +92,7 @@ class Ranks:
             yield
         except PeerFailed:
             raise
-        except Exception as fault:
+        except (Exception, KeyboardInterrupt) as fault:
             if self.world > 1:
                 with _store_may_be_gone():
                     self.store.set(FAILED, f"rank {self.rank} failed: {type(fault).__name__}: {fault}")

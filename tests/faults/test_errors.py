@@ -1,9 +1,20 @@
 """Bad input gets one clear line, before anything heavy starts."""
 
+import errno
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
 import pytest
 
+from pipeline import line
+from pipeline.__main__ import _clear_faults
+from pipeline.config import validate
 from tests.tiny import save_tiny, tiny_model
-from tests.world import make_world, pipeline, settings
+from tests.unit.test_conf import composed
+from tests.world import environment, make_world, pipeline, settings
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +78,39 @@ def test_modelling_code_in_a_checkpoint_is_refused_unless_asked_for(tmp_path):
     (world / "model" / "evil.py").write_text("raise SystemExit('executed')")
     done = pipeline("run=x", *settings(world), cwd=world, check=False)
     assert done.returncode == 2 and "model.trust_remote_code=true" in done.stdout and "executed" not in done.stdout
+
+
+@pytest.mark.parametrize("field", ["artifacts", "runs"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_any_stage(world, tmp_path, field):
+    file = world / "evaluation.txt"
+    for folder in (file, file / "inside", "/proc/here"):
+        places = {"artifacts": tmp_path / "artifacts", "runs": tmp_path / "runs"} | {field: folder}
+        values = validate(composed(*settings(world, **places)))
+        with pytest.raises(ValueError, match=f"^{field} is {folder}: "):
+            line.run(values, "a test")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_is_one_line_that_names_the_folder(world, tmp_path, monkeypatch, capsys):
+    def fill(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as write() does, naming no file
+
+    monkeypatch.setitem(line.STAGES, "teacher", SimpleNamespace(**vars(line.STAGES["teacher"]) | {"run": fill}))
+    with pytest.raises(SystemExit, match="2"), _clear_faults():
+        line.run(validate(composed(*settings(world, artifacts=tmp_path / "full", runs=tmp_path))), "a test")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/full/teacher-")
+    with pytest.raises(SystemExit, match="2"), _clear_faults():
+        (tmp_path / "full" / ".partial" / "x").rmdir()
+    assert capsys.readouterr().err == f"error: {tmp_path}/full/.partial/x: No such file or directory\n"
+
+
+def test_an_interrupt_is_one_line_and_an_exit_status_of_its_own(world, tmp_path):
+    command = [sys.executable, "-m", "pipeline", "run=stopped", *settings(world, artifacts=tmp_path, runs=tmp_path)]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), **piped) as process:
+        while not (tmp_path / ".partial").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and told.endswith("stopped; the same command goes on\n")
+    assert "Traceback" not in told

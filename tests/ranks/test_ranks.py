@@ -117,3 +117,15 @@ def test_the_place_of_a_process_is_torchruns(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "[0, 1]")
     with pytest.raises(ValueError, match="LOCAL_RANK is '\\[0, 1\\]', not a number"):
         place()
+
+
+def interrupted(ranks: Ranks) -> None:
+    with ranks.guard():
+        if ranks.rank == 1:
+            raise KeyboardInterrupt
+        ranks.wait("what rank 1 will not reach")
+
+
+def test_a_rank_that_the_user_stops_tells_the_others_at_once(tmp_path):
+    first, second = on_ranks(interrupted, tmp_path, timeout=120.0)
+    assert first.startswith("PeerFailed: rank 1 failed: KeyboardInterrupt") and second is None

@@ -69,3 +69,25 @@ def test_the_student_of_no_chip_is_refused_where_a_chip_decides():
 )
 def test_the_chip_matters_where_its_model_is_asked(override, predicts):
     assert validate(composed(override)).predicts == predicts
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        (["restore.order=obs"], "restore.order=obs ranks KV groups"),
+        (["data.split.evaluation=0.5", "data.split.calibration=0.5"], "data.split: evaluation + calibration is 1"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_told_without_all_the_others(overrides, start):
+    with pytest.raises(ValueError) as told:
+        validate(composed(*overrides))
+    assert str(told.value).startswith(start) and "got {" not in str(told.value)
+
+
+def test_no_run_leaves_its_folder():
+    values = composed()
+    for name in ("..", ".", "a/../../b", "../a", "a/.", "a/...", "/a", "a/"):
+        with pytest.raises(ValueError, match="^run: "):
+            validate(values | {"run": name})
+    for name in ("a", "a.b", ".a", "a/..b", "v1.2/x=1,2"):
+        assert validate(values | {"run": name}).run == name
