@@ -1,8 +1,13 @@
 """Bad input gets one clear line, before anything heavy starts."""
 
+import json
+import shutil
+
 import pytest
 
+from pipeline import line
 from tests.tiny import save_tiny, tiny_model
+from tests.tiny_text import configured
 from tests.world import make_world, pipeline, settings
 
 
@@ -67,3 +72,61 @@ def test_modelling_code_in_a_checkpoint_is_refused_unless_asked_for(tmp_path):
     (world / "model" / "evil.py").write_text("raise SystemExit('executed')")
     done = pipeline("run=x", *settings(world), cwd=world, check=False)
     assert done.returncode == 2 and "model.trust_remote_code=true" in done.stdout and "executed" not in done.stdout
+
+
+def edited(**fields):
+    """Give a harm: fields of config.json changed, or taken away where None."""
+
+    def harm(folder):
+        config = json.loads((folder / "config.json").read_text()) | fields
+        kept = {key: value for key, value in config.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(kept))
+
+    return harm
+
+
+def written(file, text):
+    return lambda folder: (folder / file).write_text(text)
+
+
+def without_tokenizer(folder):
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
+def cut_short(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+
+
+HARMS = {
+    "no model_type": (edited(model_type=None), "config.json has no model_type"),
+    "no width": (edited(hidden_size=None), "config.json: hidden_size is None, not a positive integer"),
+    "a width in words": (edited(vocab_size="many"), "config.json: vocab_size is many, not a positive integer"),
+    "no class": (edited(architectures=None), "config.json has no architectures"),
+    "a list": (written("config.json", "[]"), "config.json holds [], not a JSON object"),
+    "no JSON": (written("config.json", "{,"), "config.json is no JSON (Expecting property name"),
+    "quantised": (edited(quantization_config={"quant_method": "gptq"}), "unquantised weights"),
+    "another width": (edited(intermediate_size=20), "mlp.gate_proj.weight is [24, 32], and by config.json it would be"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no *.safetensors weights"),
+    "weights cut short": (cut_short, "model.safetensors is corrupt or truncated"),
+    "an index of nothing": (written("model.safetensors.index.json", "{}"), "index.json has no weight_map"),
+}
+TOKENIZERS = {
+    "no tokenizer": (without_tokenizer, "is missing or damaged"),
+    "an empty tokenizer": (written("tokenizer.json", "{}"), "is missing or damaged (KeyError: 'added_tokens')"),
+}
+
+
+@pytest.mark.parametrize("case", HARMS | TOKENIZERS)
+def test_a_damaged_folder_is_refused_in_one_line_before_any_work(world, case, tmp_path):
+    harm, told = (HARMS | TOKENIZERS)[case]
+    shutil.copytree(world / "model", tmp_path / "hurt")
+    harm(tmp_path / "hurt")
+    fields = {"model.path": []} | ({"model.start": ["recipe=recover"]} if case in HARMS else {})
+    for field, chosen in fields.items():
+        with pytest.raises(ValueError) as fault:
+            line.check(configured(*settings(world, run="x"), *chosen, f"{field}={tmp_path / 'hurt'}"))
+        message = str(fault.value)
+        assert message.startswith(f"{field}: ") and str(tmp_path / "hurt") in message and told in message, message
+        assert "\n" not in message
