@@ -99,6 +99,25 @@ def cut_short(folder):
     weights.write_bytes(weights.read_bytes()[:-64])
 
 
+IMPOSSIBLE = {
+    "layers": (["shape.layers=9"], "shape.layers is 9, outside 1..4"),
+    "neurons": (["shape.neurons=25"], "shape.neurons is 25, outside 1..24"),
+    "channels": (["shape.hidden=33"], "shape.hidden is 33, outside 1..32"),
+    "heads": (["shape.heads=3", "shape.groups=2"], "not a multiple of shape.groups"),
+    "budget": (["shape.layers=null", "shape.neurons=null", "budget.parameters=0.01"], "the smallest possible shape"),
+    "first layers": (["plan.keep_first=4"], "shape.layers is 3; it must lie between 4"),
+    "positions": (["data.sequence=128"], "more than the model's 64 positions"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_what_the_teacher_cannot_give_is_refused_before_any_work(world, case):
+    changes, told = IMPOSSIBLE[case]
+    chosen = dict(pair.split("=", 1) for pair in (*settings(world, run="x"), *changes))
+    with pytest.raises(ValueError, match=told):
+        line.check(configured(*[f"{key}={value}" for key, value in chosen.items()]))
+
+
 HARMS = {
     "no model_type": (edited(model_type=None), "config.json has no model_type"),
     "no width": (edited(hidden_size=None), "config.json: hidden_size is None, not a positive integer"),
