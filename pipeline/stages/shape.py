@@ -23,12 +23,13 @@ CHOICES = {"all": shape_for, "layers": depth_for, "neurons": neurons_for}  # by 
 
 
 def check(config: Config) -> None:
-    """Refuse a shape that is given and asked to keep to what a chip is predicted to do, too.
+    """Refuse a shape that is given and limited by a budget, too.
 
     Where the teacher is a folder, refuse a shape that cannot be cut from it, and what no chip can be predicted to do.
     """
-    if config.recipe.shape == "given" and config.shape.given and config.budget.predicted:
-        raise ValueError(f"shape.* gives the shape and budget.* limits it by {list(config.budget.predicted)}; give one")
+    limited = list(config.budget.predicted) + ["parameters"] * (config.budget.parameters is not None)
+    if config.recipe.shape == "given" and config.shape.given and limited:
+        raise ValueError(f"shape.* gives the shape and budget.* limits it by {limited}; give one")
     axes, widths = config.budget.axes, config.plan.widths
     if axes != "all" and config.budget.predicted:
         limits = list(config.budget.predicted)
