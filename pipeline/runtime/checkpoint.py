@@ -16,11 +16,14 @@ from transformers.utils import logging
 
 from pipeline.model import decilm
 from pipeline.model.anatomy import Anatomy, anatomy_of
+from pipeline.model.families import FAMILIES
 
 from .modelling import pruned_class
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PANGU = "PanguEmbedded"  # openPangu-Embedded 1B and 7B: a Llama with biases under a name of its own
+COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 CARRIED = (
     "tokeniz*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "generation_config.json", "*.model",
@@ -37,10 +40,7 @@ class Tensors(Mapping[str, Tensor]):
         self._open: dict[Path, Any] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        path = self._place[name]
-        if path not in self._open:
-            self._open[path] = _opened(path)
-        shard = self._open[path]
+        shard = self._shard(name)
         return shard[name] if isinstance(shard, dict) else shard.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -48,6 +48,17 @@ class Tensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._place)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Give the shape of a tensor from its file's header."""
+        shard = self._shard(name)
+        return tuple(shard[name].shape if isinstance(shard, dict) else shard.get_slice(name).get_shape())
+
+    def _shard(self, name: str) -> Any:
+        path = self._place[name]
+        if path not in self._open:
+            self._open[path] = _opened(path)
+        return self._open[path]
 
     def bytes(self) -> int:
         """Give the size of the weight files on disk."""
@@ -71,6 +82,16 @@ class Checkpoint(Mapping[str, Tensor]):
     def anatomy(self) -> Anatomy:
         """Give the anatomy; ValueError for an unknown family or a checkpoint that does not match its table."""
         return anatomy_of(self.config, self)
+
+    def check(self) -> None:
+        """Read the headers of all weights; ValueError where one has another shape than the config gives it."""
+        for name, shape in self.anatomy.shapes().items():
+            found = self._tensors.shape(name)
+            if found != shape:
+                raise ValueError(
+                    f"{self.folder}: {name} is {list(found)}, and by config.json it would be {list(shape)}; they do "
+                    "not belong together, fetch both again"
+                )
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -102,12 +123,41 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """Give the config.json of a model folder, openPangu-Embedded as the Llama that it is.
+
+    ValueError, naming the file and what to do, for one that is none or damaged, or of quantised weights.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(
-            f"model.path: {folder} has no config.json; give a model folder, a .gguf file or a hub id"
-        )
-    return json.loads(path.read_text())
+        raise ValueError(f"{folder} has no config.json; give a model folder, a .gguf file or a hub id")
+    config = _mapping(path)
+    if not isinstance(config.get("model_type"), str):
+        raise ValueError(f"{path} has no model_type; give a model folder of transformers, or fetch it again")
+    if config["model_type"] == PANGU:
+        kept = {key: value for key, value in config.items() if key not in ("auto_map", "bias")}
+        biased = bool(config.get("bias", config.get("attention_bias", False)))
+        config = kept | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": biased}
+    if config["model_type"] not in FAMILIES:  # refused where its weights are read
+        return config
+    for field in COUNTS:
+        if not isinstance(config.get(field), int) or config[field] < 1:
+            raise ValueError(f"{path}: {field} is {config.get(field)}, not a positive integer; fetch it again")
+    if not config.get("architectures"):
+        raise ValueError(f"{path} has no architectures; name the model's class there, or fetch it again")
+    if config.get("quantization_config"):
+        raise ValueError(f"{path} has a quantization_config; give the model's unquantised weights, or its GGUF")
+    return config
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """Give what a JSON file maps; ValueError, naming it, for anything else."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as fault:
+        raise ValueError(f"{path} is no JSON ({fault}); fetch it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {json.dumps(found):.40}, not a JSON object of fields; fetch it again")
+    return found
 
 
 def _places(folder: Path, allow_pickle: bool) -> Iterator[tuple[str, Path]]:
@@ -115,23 +165,23 @@ def _places(folder: Path, allow_pickle: bool) -> Iterator[tuple[str, Path]]:
     single = folder / SINGLE  # beside it there may be others, of no weights
     shards = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if (folder / INDEX).is_file():
-        listed = json.loads((folder / INDEX).read_text())["weight_map"]
+        listed = _mapping(folder / INDEX).get("weight_map")
+        if not isinstance(listed, dict):
+            raise ValueError(f"{folder / INDEX} has no weight_map; fetch it again")
         shards = sorted({folder / file for file in listed.values()})
         absent = [shard.name for shard in shards if not shard.is_file()]
         if absent:
-            raise ValueError(
-                f"model.path: {folder} lacks {', '.join(absent[:3])}, named in its index; fetch it again"
-            )
+            raise ValueError(f"{folder} lacks {', '.join(absent[:3])}, named in its index; fetch it again")
     for shard in shards:
         yield from ((name, shard) for name in _opened(shard).keys())  # noqa: SIM118
     if shards:
         return
     pickles = sorted(folder.glob("*.bin"))
     if not pickles:
-        raise ValueError(f"model.path: {folder} holds no *.safetensors weights")
+        raise ValueError(f"{folder} holds no *.safetensors weights")
     if not allow_pickle:
         raise ValueError(
-            f"model.path: {folder} holds only pickled weights ({pickles[0].name}); set model.allow_pickle=true to read "
+            f"{folder} holds only pickled weights ({pickles[0].name}); set model.allow_pickle=true to read "
             "them weights-only, or convert them to safetensors"
         )
     for shard in pickles:
@@ -230,13 +280,17 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str, trust_remote_co
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False):
-    """Load the tokenizer of a model folder; ValueError where it is code of its own and that is not trusted."""
+    """Load the tokenizer of a model folder; ValueError for none, a damaged one, or untrusted code of its own."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except ValueError as fault:
-        if "trust_remote_code" not in str(fault):
-            raise
+    except Exception as fault:  # a damaged file raises whatever its reader, in Python or Rust, stumbles over
+        if "trust_remote_code" in str(fault):
+            raise ValueError(
+                f"model.trust_remote_code is false, and the tokenizer in {folder} is code of its own; read it, and set "
+                "model.trust_remote_code=true to run it"
+            ) from None
+        reason = f"{type(fault).__name__}: {str(fault).strip().splitlines()[0] if str(fault).strip() else ''}"
         raise ValueError(
-            f"model.trust_remote_code is false, and the tokenizer in {folder} is code of its own; read it, and set "
-            "model.trust_remote_code=true to run it"
-        ) from None
+            f"the tokenizer in {folder} is missing or damaged ({reason:.120}); put its files (tokenizer.json or "
+            "tokenizer.model, tokenizer_config.json) there again"
+        ) from fault

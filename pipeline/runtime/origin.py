@@ -17,10 +17,8 @@ from pipeline.model.families import FAMILIES
 from pipeline.model.settings import PER_LAYER_LISTS
 
 from .artifacts import fingerprint
-from .checkpoint import CARRIED, write_checkpoint
+from .checkpoint import CARRIED, Checkpoint, open_checkpoint, read_config, write_checkpoint
 from .log import bars_on_terminals_only
-
-PANGU = "PanguEmbedded"  # openPangu-Embedded 1B and 7B: a Llama with biases under a name of its own
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,19 @@ def locate(path: str, field: str = "model.path", allow_pickle: bool = False) -> 
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
         return Origin(_fetched(path, field, allow_pickle), ())
     raise ValueError(f"{field}: {path} does not exist; give a model folder, a .gguf file, a hub id or package:NAME")
+
+
+def inspect(folder: Path, field: str, allow_pickle: bool) -> Checkpoint:
+    """Open the model folder that a setting names, its weights held against its config and table.
+
+    ValueError, naming the setting, where it is damaged or incomplete, or of no known family.
+    """
+    try:
+        checkpoint = open_checkpoint(folder, allow_pickle)
+        checkpoint.check()
+    except ValueError as fault:
+        raise ValueError(f"{field}: {fault}") from fault
+    return checkpoint
 
 
 def _packaged(name: str, field: str) -> tuple[Path, ...]:
@@ -103,17 +114,8 @@ def _link(origin: Path, folder: Path) -> None:
             link = folder / path.name
             link.unlink(missing_ok=True)
             link.symlink_to(path.resolve())
-    config = _plain(json.loads((origin / "config.json").read_text()))
+    config = read_config(origin)
     (folder / "config.json").write_text(json.dumps(config | _by_layer(config), indent=2) + "\n")
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """Give an openPangu-Embedded config as the Llama config it is; any other as it stands."""
-    if config.get("model_type") != PANGU:
-        return config
-    kept = {key: value for key, value in config.items() if key not in ("auto_map", "bias")}
-    biased = bool(config.get("bias", config.get("attention_bias", False)))
-    return kept | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": biased}
 
 
 def _by_layer(config: dict[str, Any]) -> dict[str, list]:

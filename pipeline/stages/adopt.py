@@ -19,10 +19,12 @@ def needed(config: Config) -> bool:
 
 
 def check(config: Config) -> None:
-    """Refuse a line that adopts a student and is given none, or one that is not there."""
+    """Refuse a line that adopts a student and is given none, or one not there or damaged."""
     if config.model.start is None:
         raise ValueError(f"{FIELD} is not set; give the model folder that recipe {config.recipe.name} shall recover")
-    _located(config)
+    folder = _located(config).folder
+    if folder is not None:
+        origin.inspect(folder, FIELD, config.model.allow_pickle)
 
 
 def settings(config: Config) -> dict:

@@ -4,7 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from pipeline.config import Config
+from pipeline.model.anatomy import Anatomy
+from pipeline.prune.plan import kept_layers
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.search.chip import Chip
 from pipeline.search.pareto import Limits, Serving, check_alike, shape_within
@@ -19,10 +23,13 @@ CHOICES = {"all": shape_for, "layers": depth_for, "neurons": neurons_for}  # by 
 
 
 def check(config: Config) -> None:
-    """Refuse a shape that is given and asked to keep to what a chip is predicted to do, too, and what a chip cannot be
-    predicted to do with the teacher, where its config.json is at hand."""
-    if config.recipe.shape == "given" and config.shape.given and config.budget.predicted:
-        raise ValueError(f"shape.* gives the shape and budget.* limits it by {list(config.budget.predicted)}; give one")
+    """Refuse a shape that is given and limited by a budget, too.
+
+    Where the teacher is a folder, refuse a shape that cannot be cut from it, and what no chip can be predicted to do.
+    """
+    limited = list(config.budget.predicted) + ["parameters"] * (config.budget.parameters is not None)
+    if config.recipe.shape == "given" and config.shape.given and limited:
+        raise ValueError(f"shape.* gives the shape and budget.* limits it by {limited}; give one")
     axes, widths = config.budget.axes, config.plan.widths
     if axes != "all" and config.budget.predicted:
         limits = list(config.budget.predicted)
@@ -35,9 +42,15 @@ def check(config: Config) -> None:
             f"{list(config.budget.predicted)}, predicted of equal ones; set budget.parameters alone"
         )
     folder = Path(config.model.path).expanduser()
-    if (config.recipe.shape == "search" or config.budget.predicted) and (folder / "config.json").is_file():
-        anatomy = open_checkpoint(folder, config.model.allow_pickle).anatomy
+    if not (folder / "config.json").is_file():
+        return
+    anatomy = open_checkpoint(folder, config.model.allow_pickle).anatomy
+    if config.recipe.shape == "search" or config.budget.predicted:
         check_alike(ModelShape.of(anatomy.sizes, anatomy.tied))
+    elif needed(config) and (config.stages is None or MAKES in config.stages):
+        student, _ = _student(config, anatomy)
+        if "plan" in config.recipe.line:
+            kept_layers(torch.zeros(len(anatomy.sizes.layers)), student.layers, "last", config.plan.keep_first)
 
 
 def needed(config: Config) -> bool:
@@ -62,6 +75,15 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     shape of equal layers that hold them. ValueError, naming the nearest possible shapes, for one that cannot be cut.
     """
     anatomy = open_checkpoint(inputs.get("original", inputs["teacher"]), config.model.allow_pickle).anatomy
+    teacher = ModelShape.of(anatomy.sizes, anatomy.tied)
+    student, own = _student(config, anatomy)
+    (out / "shape.json").write_text(json.dumps(student.axes() | own, indent=2))
+    kept = student.non_embedding_parameters() / teacher.non_embedding_parameters()
+    machine.say(f"shape: {student.axes()} keeps {kept:.1%} of the parameters outside the embeddings")
+
+
+def _student(config: Config, anatomy: Anatomy) -> tuple[ModelShape, dict[str, int]]:
+    """Give this round's shape and, where layers will have widths of their own within a budget, their `weights`."""
     done, rounds = config.recipe.part
     budget = config.budget.parameters or config.budget.fallback
     own = {}
@@ -79,6 +101,4 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         student = CHOICES[config.budget.axes](teacher, budget)
     if not own:
         student = partway(teacher, student, done, rounds)
-    (out / "shape.json").write_text(json.dumps(student.axes() | own, indent=2))
-    kept = student.non_embedding_parameters() / teacher.non_embedding_parameters()
-    machine.say(f"shape: {student.axes()} keeps {kept:.1%} of the parameters outside the embeddings")
+    return student, own

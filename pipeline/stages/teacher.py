@@ -5,16 +5,19 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.runtime import origin
-from pipeline.runtime.checkpoint import load_tokenizer, open_checkpoint
+from pipeline.runtime.checkpoint import Checkpoint, load_tokenizer
 
 MAKES = "teacher"
 NEEDS = ()
 EVERY_RANK = False
+FIELD = "model.path"
 
 
 def check(config: Config) -> None:
-    """Refuse a model that is not there, before any work."""
-    _located(config)
+    """Refuse a model that is not there, and a folder that is no whole model of a known family, before any work."""
+    folder = _located(config).folder
+    if folder is not None:
+        _inspected(folder, config)
 
 
 def settings(config: Config) -> dict:
@@ -26,22 +29,31 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """Fill `out` with the model folder; ValueError if its family has no table or its weights do not match it."""
     shutil.rmtree(out, ignore_errors=True)
     origin.adopt(_located(config), out)
-    checkpoint = open_checkpoint(out, config.model.allow_pickle)
-    if "auto_map" in checkpoint.config and not config.model.trust_remote_code and "pruned" not in checkpoint.config:
-        raise ValueError(
-            f"model.path: {config.model.path} brings modelling code of its own; read it, and set "
-            "model.trust_remote_code=true to run it"
-        )
+    checkpoint = _inspected(out, config)
     total, inner = checkpoint.anatomy.parameters()
-    vocabulary = len(load_tokenizer(out, config.model.trust_remote_code))
-    if vocabulary > checkpoint.config["vocab_size"]:
-        raise ValueError(
-            f"model.path: the tokenizer has {vocabulary} tokens and the model {checkpoint.config['vocab_size']}; "
-            "they do not belong together"
-        )
     kind = checkpoint.config["architectures"][0]
     machine.say(f"teacher: {kind}, {total / 1e6:.1f}M parameters, {inner / 1e6:.1f}M without embeddings")
 
 
+def _inspected(folder: Path, config: Config) -> Checkpoint:
+    """Open a model folder whose weights, config and tokenizer belong together; ValueError where they do not."""
+    checkpoint = origin.inspect(folder, FIELD, config.model.allow_pickle)
+    if "auto_map" in checkpoint.config and not config.model.trust_remote_code and "pruned" not in checkpoint.config:
+        raise ValueError(
+            f"{FIELD}: {config.model.path} brings modelling code of its own; read it, and set "
+            "model.trust_remote_code=true to run it"
+        )
+    try:
+        vocabulary = len(load_tokenizer(folder, config.model.trust_remote_code))
+    except ValueError as fault:
+        raise ValueError(f"{FIELD}: {fault}") from fault
+    if vocabulary > checkpoint.config["vocab_size"]:
+        raise ValueError(
+            f"{FIELD}: the tokenizer has {vocabulary} tokens and the model {checkpoint.config['vocab_size']}; "
+            "they do not belong together"
+        )
+    return checkpoint
+
+
 def _located(config: Config) -> origin.Origin:
-    return origin.locate(config.model.path, allow_pickle=config.model.allow_pickle)
+    return origin.locate(config.model.path, FIELD, config.model.allow_pickle)

@@ -25,6 +25,8 @@ def check(config: Config) -> None:
     Chats are written out where the teacher's tokenizer is at hand, as in a model folder.
     """
     folder, trusted = Path(config.model.path).expanduser(), config.model.trust_remote_code
+    if (folder / "config.json").is_file():
+        _check_positions(config.data.sequence, read_config(folder))
     there = (folder / "tokenizer_config.json").is_file()
     _look(config, lambda: load_tokenizer(folder, trusted) if there else None)
 
@@ -55,6 +57,12 @@ def _check_length(part: split.Part, field: str, sequence: int, tokenizer: Any) -
             raise ValueError(f"{fault}; give a longer text, a larger share, or a smaller data.sequence")
 
 
+def _check_positions(sequence: int, model: dict[str, Any]) -> None:
+    longest = model.get("max_position_embeddings")
+    if longest is not None and sequence > longest:
+        raise ValueError(f"data.sequence is {sequence}, more than the model's {longest} positions; lower it")
+
+
 def settings(config: Config) -> dict:
     """Give what determines the tokens beside the teacher: the texts' fingerprints, their parts, the length of a row."""
     data = config.data
@@ -69,9 +77,7 @@ def settings(config: Config) -> dict:
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """Write calibration/, recovery/, evaluation/<nn-name>/ and tokens.json."""
     data, model = config.data, read_config(inputs["teacher"])
-    longest = model.get("max_position_embeddings")
-    if longest is not None and data.sequence > longest:
-        raise ValueError(f"data.sequence is {data.sequence}, more than the model's {longest} positions; lower it")
+    _check_positions(data.sequence, model)
     tokenizer = load_tokenizer(inputs["teacher"], config.model.trust_remote_code)
     _look(config, lambda: tokenizer)
     around, parts, apart = frame(tokenizer), _parts(config), split.Unseen()

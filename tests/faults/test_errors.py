@@ -1,6 +1,8 @@
 """Bad input gets one clear line, before anything heavy starts."""
 
 import errno
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pipeline import line
 from pipeline.__main__ import _clear_faults
 from pipeline.config import validate
 from tests.tiny import save_tiny, tiny_model
+from tests.tiny_text import configured
 from tests.unit.test_conf import composed
 from tests.world import environment, make_world, pipeline, settings
 
@@ -114,3 +117,80 @@ def test_an_interrupt_is_one_line_and_an_exit_status_of_its_own(world, tmp_path)
         _, told = process.communicate(timeout=60)
     assert process.returncode == 130 and told.endswith("stopped; the same command goes on\n")
     assert "Traceback" not in told
+
+
+def edited(**fields):
+    """Give a harm: fields of config.json changed, or taken away where None."""
+
+    def harm(folder):
+        config = json.loads((folder / "config.json").read_text()) | fields
+        kept = {key: value for key, value in config.items() if value is not None}
+        (folder / "config.json").write_text(json.dumps(kept))
+
+    return harm
+
+
+def written(file, text):
+    return lambda folder: (folder / file).write_text(text)
+
+
+def without_tokenizer(folder):
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
+def cut_short(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+
+
+IMPOSSIBLE = {
+    "layers": (["shape.layers=9"], "shape.layers is 9, outside 1..4"),
+    "neurons": (["shape.neurons=25"], "shape.neurons is 25, outside 1..24"),
+    "channels": (["shape.hidden=33"], "shape.hidden is 33, outside 1..32"),
+    "heads": (["shape.heads=3", "shape.groups=2"], "not a multiple of shape.groups"),
+    "budget": (["shape.layers=null", "shape.neurons=null", "budget.parameters=0.01"], "the smallest possible shape"),
+    "first layers": (["plan.keep_first=4"], "shape.layers is 3; it must lie between 4"),
+    "positions": (["data.sequence=128"], "more than the model's 64 positions"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_what_the_teacher_cannot_give_is_refused_before_any_work(world, case):
+    changes, told = IMPOSSIBLE[case]
+    chosen = dict(pair.split("=", 1) for pair in (*settings(world, run="x"), *changes))
+    with pytest.raises(ValueError, match=told):
+        line.check(configured(*[f"{key}={value}" for key, value in chosen.items()]))
+
+
+HARMS = {
+    "no model_type": (edited(model_type=None), "config.json has no model_type"),
+    "no width": (edited(hidden_size=None), "config.json: hidden_size is None, not a positive integer"),
+    "a width in words": (edited(vocab_size="many"), "config.json: vocab_size is many, not a positive integer"),
+    "no class": (edited(architectures=None), "config.json has no architectures"),
+    "a list": (written("config.json", "[]"), "config.json holds [], not a JSON object"),
+    "no JSON": (written("config.json", "{,"), "config.json is no JSON (Expecting property name"),
+    "quantised": (edited(quantization_config={"quant_method": "gptq"}), "unquantised weights"),
+    "another width": (edited(intermediate_size=20), "mlp.gate_proj.weight is [24, 32], and by config.json it would be"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no *.safetensors weights"),
+    "weights cut short": (cut_short, "model.safetensors is corrupt or truncated"),
+    "an index of nothing": (written("model.safetensors.index.json", "{}"), "index.json has no weight_map"),
+}
+TOKENIZERS = {
+    "no tokenizer": (without_tokenizer, "is missing or damaged"),
+    "an empty tokenizer": (written("tokenizer.json", "{}"), "is missing or damaged (KeyError: 'added_tokens')"),
+}
+
+
+@pytest.mark.parametrize("case", HARMS | TOKENIZERS)
+def test_a_damaged_folder_is_refused_in_one_line_before_any_work(world, case, tmp_path):
+    harm, told = (HARMS | TOKENIZERS)[case]
+    shutil.copytree(world / "model", tmp_path / "hurt")
+    harm(tmp_path / "hurt")
+    fields = {"model.path": []} | ({"model.start": ["recipe=recover"]} if case in HARMS else {})
+    for field, chosen in fields.items():
+        with pytest.raises(ValueError) as fault:
+            line.check(configured(*settings(world, run="x"), *chosen, f"{field}={tmp_path / 'hurt'}"))
+        message = str(fault.value)
+        assert message.startswith(f"{field}: ") and str(tmp_path / "hurt") in message and told in message, message
+        assert "\n" not in message

@@ -171,18 +171,44 @@ def test_too_little_disk_is_refused_before_work(tmp_path):
         need_space(tmp_path / "not" / "yet", 10**18)
 
 
+def of(*folders):
+    """Give the record of a run that made these artifacts."""
+    return {"stages": {folder.name.split("-")[0]: {"artifact": folder.name} for folder in folders}}
+
+
 def test_the_view_links_to_artifacts_and_follows_newer_ones(tmp_path, store):
-    first, second = make(store, key="aa"), make(store, key="bb", text="other")
-    view = show(tmp_path / "runs", "sweep/one", {"stages": 1}, {"scores": first, "text": first / "scores.txt"})
+    first, second = make(store, key="a" * 12), make(store, key="b" * 12, text="other")
+    view = show(tmp_path / "runs", "sweep/one", of(first), {"scores": first, "text": first / "scores.txt"})
     assert (view / "scores" / "scores.txt").read_text() == (view / "text").read_text() == "content"
-    show(tmp_path / "runs", "sweep/one", {"stages": 2}, {"scores": second})
+    show(tmp_path / "runs", "sweep/one", of(second), {"scores": second})
     assert (view / "scores" / "scores.txt").read_text() == "other"
-    assert json.loads((view / "run.json").read_text()) == {"stages": 2}
-    assert {path.name for path in view.iterdir()} == {"run.json", "scores", "text"}
+    assert json.loads((view / "run.json").read_text()) == of(second)
+    assert {path.name for path in view.iterdir()} == {"run.json", "scores"}
+
+
+def test_the_view_is_of_one_run_and_no_file_is_lost(tmp_path, store):
+    score, old, new = make(store, key="a" * 12), make(store, "cut", "b" * 12), make(store, "cut", "c" * 12)
+    runs, notes = tmp_path / "runs", tmp_path / "notes"
+    notes.write_text("mine")
+    for name in ("one", "one/rounds/1"):
+        view = show(runs, name, of(score, old), {"scores": score, "student": old, "report.html": old / "scores.txt"})
+    view = runs / "one"
+    (view / "wandb").mkdir()
+    (view / "wandb" / "latest").symlink_to(old)
+    (view / "notes").symlink_to(notes)
+    (view / "main.log").write_text("told")
+    show(runs, "one", of(score), {"scores": score})  # another run of that name, which has come so far
+    kept = {"run.json", "scores", "rounds", "wandb", "notes", "main.log"}
+    assert {path.name for path in view.iterdir()} == kept
+    assert {path.name for path in (view / "rounds" / "1").iterdir()} == {"run.json", "scores"}
+    assert (view / "wandb" / "latest" / "scores.txt").read_text() == "content"
+    show(runs, "one", of(score, new), {})
+    assert {path.name for path in view.iterdir()} == kept and (old / "scores.txt").exists()
 
 
 def test_the_view_and_its_artifacts_can_be_moved_together(tmp_path, store):
-    view = show(tmp_path / "runs", "one", {}, {"scores": make(store)})
+    scores = make(store)
+    view = show(tmp_path / "runs", "one", of(scores), {"scores": scores})
     home = tmp_path.with_name(tmp_path.name + "-moved")
     tmp_path.rename(home)
     assert (home / view.relative_to(tmp_path) / "scores" / "scores.txt").read_text() == "content"
@@ -191,5 +217,6 @@ def test_the_view_and_its_artifacts_can_be_moved_together(tmp_path, store):
 
 def test_the_view_does_not_overwrite_what_it_did_not_make(tmp_path, store):
     (tmp_path / "runs" / "one" / "scores").mkdir(parents=True)
+    scores = make(store)
     with pytest.raises(ValueError, match="is in the way"):
-        show(tmp_path / "runs", "one", {}, {"scores": make(store)})
+        show(tmp_path / "runs", "one", of(scores), {"scores": scores})

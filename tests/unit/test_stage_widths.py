@@ -178,6 +178,7 @@ def test_a_family_without_biases_is_refused_before_it_is_scored(tmp_path):
     [
         (["plan.widths=adaptive", "plan.amplitude=0.3"], "plan.amplitude is 0.3, more than the step 0.25"),
         (["recipe=adapt_pruner", "recipe.rounds=16"], "more than the step 0.01562"),
+        (["shape.layers=2", "budget.parameters=0.5"], r"budget.\* limits it by \['parameters'\]; give one"),
         (["plan.widths=threshold", "budget.speedup=1.5"], "set budget.parameters alone"),
         (["plan.widths=threshold", "budget.axes=layers"], "makes all layers alike, and plan.widths=threshold does not"),
         (["recipe=adapt_pruner", "recipe.repeat=[plan,cut]"], "has no score, shape, which plan needs anew"),
