@@ -114,3 +114,16 @@ def test_an_interrupt_is_one_line_and_an_exit_status_of_its_own(world, tmp_path)
         _, told = process.communicate(timeout=60)
     assert process.returncode == 130 and told.endswith("stopped; the same command goes on\n")
     assert "Traceback" not in told
+
+
+def test_a_line_whose_stages_stand_in_no_possible_order_is_refused_before_any_work(world):
+    refused = {
+        "[score,shape,cut]": "without the blueprint it needs; put plan before it",
+        "[score,plan,shape,cut]": "comes to plan without the shape it needs; put shape",
+        "[score,shape,plan,cut,evaluate,dense,export]": "comes to evaluate without the export it needs; put export",
+    }
+    for stages, told in refused.items():
+        with pytest.raises(ValueError, match=told):
+            line.check(validate(composed(*settings(world, recipe__line=stages))))
+    part = settings(world, recipe__line="[score,shape,cut]", stages="[score]")
+    assert line.check(validate(composed(*part)))[-1] == "cut"
