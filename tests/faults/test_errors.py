@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline import line
-from pipeline.__main__ import _clear_faults
+from pipeline.__main__ import _clear_faults, main
 from pipeline.config import validate
 from tests.tiny import save_tiny, tiny_model
 from tests.unit.test_conf import composed
@@ -127,3 +127,26 @@ def test_a_line_whose_stages_stand_in_no_possible_order_is_refused_before_any_wo
             line.check(validate(composed(*settings(world, recipe__line=stages))))
     part = settings(world, recipe__line="[score,shape,cut]", stages="[score]")
     assert line.check(validate(composed(*part)))[-1] == "cut"
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("calibrate.roundz=1", "error: Could not override 'calibrate.roundz'."),
+        ("--strange", "error: "),
+        ("device/chip=none_such", "error: In 'device/auto': Could not find 'device/chip/none_such'"),
+        ("calibrate.rounds=0", "error: calibrate.rounds: "),
+    ],
+)
+def test_calibration_tells_what_it_cannot_take_in_one_line(argument, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pipeline", "calibrate-chip", argument])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    text = capsys.readouterr().err
+    assert text.startswith(told) and text.count("\n") == 1
+
+
+def test_calibration_says_how_it_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pipeline", "calibrate-chip", "--help"])
+    main()
+    assert capsys.readouterr().out.startswith("python -m pipeline calibrate-chip [calibrate.name=NAME]")
