@@ -11,6 +11,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -43,12 +44,7 @@ def main() -> None:
 
         sys.exit(doctor(sys.argv[2:]))
     if sys.argv[1:2] == ["calibrate-chip"]:
-        with _clear_faults(), hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            from pipeline.advice import calibrate_chip
-
-            values = OmegaConf.to_container(hydra.compose("config", overrides=sys.argv[2:]), resolve=True)
-            chosen = values["device"]["chip"] is not None
-            calibrate_chip(validate(values) if chosen else for_the_chip_found(values, sys.argv[2:]))
+        _calibrate_chip(sys.argv[2:])
         return
     sys.argv[1:] = arranged(sys.argv[1:])
     _compose()
@@ -62,6 +58,19 @@ def arranged(words: Sequence[str]) -> list[str]:
     return sorted(words, key=lambda word: word not in ("-m", "--multirun"))
 
 
+def _calibrate_chip(overrides: Sequence[str]) -> None:
+    """Fit a chip model to this device, or say how that is asked for."""
+    if not {"-h", "--help"}.isdisjoint(overrides):
+        print("python -m pipeline calibrate-chip [calibrate.name=NAME] [calibrate.folder=FOLDER] [SETTING=VALUE ...]")
+        return
+    with _clear_faults(), hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        from pipeline.advice import calibrate_chip
+
+        values = OmegaConf.to_container(hydra.compose("config", overrides=list(overrides)), resolve=True)
+        chosen = values["device"]["chip"] is not None
+        calibrate_chip(validate(values) if chosen else for_the_chip_found(values, overrides))
+
+
 @contextmanager
 def _clear_faults() -> Iterator[None]:
     """End with one clear line where the input, a peer or the numbers are at fault; PIPELINE_TRACEBACK=1 tells all."""
@@ -69,11 +78,12 @@ def _clear_faults() -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, OSError, FloatingPointError, PeerFailed) as fault:
+    except (ValueError, OSError, FloatingPointError, PeerFailed, CompactHydraException) as fault:
         if os.environ.get("PIPELINE_TRACEBACK"):
             raise
         of_a_file = isinstance(fault, OSError) and fault.filename is not None
-        print(f"error: {f'{fault.filename}: {fault.strerror}' if of_a_file else fault}", file=sys.stderr)
+        told = f"{fault.filename}: {fault.strerror}" if of_a_file else str(fault)
+        print("error:", *filter(None, map(str.strip, told.splitlines())), file=sys.stderr)
         sys.exit(2)
 
 

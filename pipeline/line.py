@@ -107,9 +107,23 @@ def check(config: Config) -> list[str]:
     if absent and not {"plan", "export"}.isdisjoint(config.recipe.line):  # other lines make no student
         told = f"recipe.line has no {', '.join(absent)}, which this configuration needs"
         raise ValueError(f"{told}; conf/recipe/pangu_light.yaml shows every stage in its place")
+    _check_order(config)
     if config.recipe.rounds > 1:
         _check_rounds(config)
     return [*FIRST, *config.recipe.line]
+
+
+def _check_order(config: Config) -> None:
+    """Refuse a line in which a wanted stage comes before, or without, one that makes what it needs."""
+    made: set[str] = set()
+    for name in (*FIRST, *config.recipe.line):
+        missing = [need for need in _needs(config, STAGES[name]) if need not in made]
+        if _idle(config, name) or (missing and not _wanted(config, name)):
+            continue
+        if missing:
+            maker = _makers(config).get(missing[0], "what makes it")
+            raise ValueError(f"recipe.line comes to {name} without the {missing[0]} it needs; put {maker} before it")
+        made.add(STAGES[name].MAKES)
 
 
 def _check_rounds(config: Config) -> None:
@@ -221,8 +235,7 @@ def _take(
     inner, told = ("", "") if number == rounds else (f"/rounds/{number}", f", round {number}")
     for name in names:
         stage = STAGES[name]
-        wanted = config.stages is None or name in (*FIRST, *config.stages)
-        folder, fresh = _step(config, name, stage, made, store, machine, wanted)
+        folder, fresh = _step(config, name, stage, made, store, machine, _wanted(config, name))
         if folder is None:
             continue
         made[stage.MAKES] = folder
@@ -302,6 +315,11 @@ def _needed(config: Config, name: str) -> bool:
 def _idle(config: Config, name: str) -> bool:
     """Whether a configuration does not ask for a stage."""
     return hasattr(STAGES[name], "needed") and not STAGES[name].needed(config)
+
+
+def _wanted(config: Config, name: str) -> bool:
+    """Whether a stage is to be done where it was not before."""
+    return config.stages is None or name in (*FIRST, *config.stages)
 
 
 def _tell(track: Track, run: str, stage: str, folder: Path) -> None:

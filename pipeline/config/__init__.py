@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from .fields import Count, Section
+from .fields import Count, Section, Seed
 from .inputs import Data, Generate, Model
 from .methods import Basis, Depth, Gates, Plan, Reinit, Restore, Score, Sensitivity, Supernet
 from .results import Evaluate, Export, Report, Track
@@ -53,7 +53,7 @@ class Config(Section):
     runs: str
     artifacts: str
     stages: list[str] | None
-    seed: int
+    seed: Seed
     dry_run: bool
     recipe: Recipe
     model: Model

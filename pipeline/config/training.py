@@ -33,7 +33,7 @@ class Training(Section):
     schedule: Literal["cosine", "constant_decay"]
     warmup: Share
     floor: Portion
-    betas: tuple[float, float]
+    betas: tuple[Share, Share]
     weight_decay: Weight
     clip: Positive
     precision: Literal["auto", "bf16", "fp32"]

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline import line
-from pipeline.__main__ import _clear_faults
+from pipeline.__main__ import _clear_faults, main
 from pipeline.config import validate
 from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import configured
@@ -194,3 +194,39 @@ def test_a_damaged_folder_is_refused_in_one_line_before_any_work(world, case, tm
         message = str(fault.value)
         assert message.startswith(f"{field}: ") and str(tmp_path / "hurt") in message and told in message, message
         assert "\n" not in message
+
+
+def test_a_line_whose_stages_stand_in_no_possible_order_is_refused_before_any_work(world):
+    refused = {
+        "[score,shape,cut]": "without the blueprint it needs; put plan before it",
+        "[score,plan,shape,cut]": "comes to plan without the shape it needs; put shape",
+        "[score,shape,plan,cut,evaluate,dense,export]": "comes to evaluate without the export it needs; put export",
+    }
+    for stages, told in refused.items():
+        with pytest.raises(ValueError, match=told):
+            line.check(validate(composed(*settings(world, recipe__line=stages))))
+    part = settings(world, recipe__line="[score,shape,cut]", stages="[score]")
+    assert line.check(validate(composed(*part)))[-1] == "cut"
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("calibrate.roundz=1", "error: Could not override 'calibrate.roundz'."),
+        ("--strange", "error: "),
+        ("device/chip=none_such", "error: In 'device/auto': Could not find 'device/chip/none_such'"),
+        ("calibrate.rounds=0", "error: calibrate.rounds: "),
+    ],
+)
+def test_calibration_tells_what_it_cannot_take_in_one_line(argument, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pipeline", "calibrate-chip", argument])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    text = capsys.readouterr().err
+    assert text.startswith(told) and text.count("\n") == 1
+
+
+def test_calibration_says_how_it_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pipeline", "calibrate-chip", "--help"])
+    main()
+    assert capsys.readouterr().out.startswith("python -m pipeline calibrate-chip [calibrate.name=NAME]")

@@ -91,3 +91,19 @@ def test_no_run_leaves_its_folder():
             validate(values | {"run": name})
     for name in ("a", "a.b", ".a", "a/..b", "v1.2/x=1,2"):
         assert validate(values | {"run": name}).run == name
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("distill.learning_rate=inf", "distill.learning_rate"),
+        ("distill.clip=nan", "distill.clip"),
+        ("distill.betas=[0.9,1.0]", "distill.betas.1"),
+        ("distill.betas=[-0.1,0.9]", "distill.betas.0"),
+        ("seed=-1", "seed"),
+        ("seed=4294967296", "seed"),
+    ],
+)
+def test_numbers_that_nothing_could_be_done_with_are_refused(override, field):
+    with pytest.raises(ValueError, match=rf"(^|; ){field}: "):
+        validate(composed(override))
