@@ -240,7 +240,7 @@ def _take(
             continue
         made[stage.MAKES] = folder
         record["stages"][name + told] = {"artifact": folder.name, "made_now": fresh}
-        if machine.ranks.rank == 0:
+        if machine.ranks.rank == 0 and not config.dry_run:  # which leaves the view as it is
             with _writing(Path(config.runs) / config.run):
                 artifacts.show(Path(config.runs), config.run, record, {} if inner else _view(made))
                 if inner:
