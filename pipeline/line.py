@@ -9,67 +9,14 @@ from typing import Any
 
 from pipeline import advice
 from pipeline.config import Config
+from pipeline.lineup import STAGES, check, idle, is_wanted, makers_of, needs_of
 from pipeline.runtime import artifacts
 from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import join, place
 from pipeline.runtime.track import Track, open_track
-from pipeline.stages import (
-    absorb,
-    adopt,
-    basis,
-    blocks,
-    cut,
-    dense,
-    depth,
-    distill,
-    evaluate,
-    export,
-    gates,
-    generate,
-    gram,
-    order,
-    plan,
-    report,
-    score,
-    search,
-    sensitivity,
-    sequence,
-    settle,
-    shape,
-    supernet,
-    teacher,
-    tokens,
-)
+from pipeline.runtime.view import show
 
-STAGES: dict[str, ModuleType] = {
-    "teacher": teacher,
-    "tokens": tokens,
-    "generate": generate,
-    "score": score,
-    "shape": shape,
-    "search": search,
-    "depth": depth,
-    "gates": gates,
-    "settle": settle,
-    "sequence": sequence,
-    "supernet": supernet,
-    "basis": basis,
-    "gram": gram,
-    "order": order,
-    "sensitivity": sensitivity,
-    "plan": plan,
-    "cut": cut,
-    "adopt": adopt,
-    "blocks": blocks,
-    "absorb": absorb,
-    "distill": distill,
-    "export": export,
-    "dense": dense,
-    "evaluate": evaluate,
-    "report": report,
-}
-FIRST = ("teacher", "tokens")  # every line begins with them
 VIEW = {
     "teacher": ("teacher", ""),
     "tokens": ("tokens", ""),
@@ -93,53 +40,6 @@ VIEW = {
     "figures": ("report", "figures"),
 }  # name in runs/<run>/ -> artifact, file in it
 TRACKED = {"plan": ("blueprint.json", "blueprint"), "report": ("report.html", "report")}
-
-
-def check(config: Config) -> list[str]:
-    """Refuse what cannot work, before anything starts; give the stages of the line in order."""
-    unknown = [name for name in config.recipe.line if name not in STAGES]
-    if unknown:
-        raise ValueError(f"recipe.line names {unknown}; stages are {list(STAGES)}")
-    for name in (*FIRST, *config.recipe.line):
-        if hasattr(STAGES[name], "check"):
-            STAGES[name].check(config)
-    absent = [name for name in STAGES if name not in (*FIRST, *config.recipe.line) and _needed(config, name)]
-    if absent and not {"plan", "export"}.isdisjoint(config.recipe.line):  # other lines make no student
-        told = f"recipe.line has no {', '.join(absent)}, which this configuration needs"
-        raise ValueError(f"{told}; conf/recipe/pangu_light.yaml shows every stage in its place")
-    _check_order(config)
-    if config.recipe.rounds > 1:
-        _check_rounds(config)
-    return [*FIRST, *config.recipe.line]
-
-
-def _check_order(config: Config) -> None:
-    """Refuse a line in which a wanted stage comes before, or without, one that makes what it needs."""
-    made: set[str] = set()
-    for name in (*FIRST, *config.recipe.line):
-        missing = [need for need in _needs(config, STAGES[name]) if need not in made]
-        if _idle(config, name) or (missing and not _wanted(config, name)):
-            continue
-        if missing:
-            maker = _makers(config).get(missing[0], "what makes it")
-            raise ValueError(f"recipe.line comes to {name} without the {missing[0]} it needs; put {maker} before it")
-        made.add(STAGES[name].MAKES)
-
-
-def _check_rounds(config: Config) -> None:
-    """Refuse rounds in which a stage would read what an earlier round, or the time before all, measured."""
-    repeat, line, makers = config.recipe.repeat, config.recipe.line, _makers(config)
-    for name in repeat:
-        if _idle(config, name):
-            continue
-        stale = [makers[need] for need in _needs(config, STAGES[name]) if makers[need] not in (*FIRST, *repeat)]
-        if stale:
-            raise ValueError(f"recipe.repeat has no {', '.join(stale)}, which {name} needs anew in every round; add it")
-    absent = [name for name in ("plan", "cut") if name not in repeat]
-    places = [line.index(name) for name in repeat]
-    absent += [name for name in line[min(places) : max(places)] if name not in repeat and not _idle(config, name)]
-    if absent:
-        raise ValueError(f"recipe.repeat has no {', '.join(absent)}, which belongs to every round; add it")
 
 
 def run(config: Config, command: str) -> dict[str, Path]:
@@ -235,16 +135,16 @@ def _take(
     inner, told = ("", "") if number == rounds else (f"/rounds/{number}", f", round {number}")
     for name in names:
         stage = STAGES[name]
-        folder, fresh = _step(config, name, stage, made, store, machine, _wanted(config, name))
+        folder, fresh = _step(config, name, stage, made, store, machine, is_wanted(config, name))
         if folder is None:
             continue
         made[stage.MAKES] = folder
         record["stages"][name + told] = {"artifact": folder.name, "made_now": fresh}
         if machine.ranks.rank == 0 and not config.dry_run:  # which leaves the view as it is
             with _writing(Path(config.runs) / config.run):
-                artifacts.show(Path(config.runs), config.run, record, {} if inner else _view(made))
+                show(Path(config.runs), config.run, record, {} if inner else _view(made))
                 if inner:
-                    artifacts.show(Path(config.runs), config.run + inner, record, _view(made))
+                    show(Path(config.runs), config.run + inner, record, _view(made))
         _tell(machine.track, config.run, name, folder)
     return made
 
@@ -259,15 +159,15 @@ def _step(
     wanted: bool,
 ) -> tuple[Path | None, bool]:
     """Find or make one stage's artifact; give its folder, or None if it does not apply, and whether it was made now."""
-    if _idle(config, name):
+    if idle(config, name):
         return None, False
-    missing = [need for need in _needs(config, stage) if need not in made]
+    missing = [need for need in needs_of(config, stage) if need not in made]
     if missing:
         if not wanted:
             return None, False
-        maker = _makers(config)[missing[0]]
+        maker = makers_of(config)[missing[0]]
         raise ValueError(f"stages: {name} needs {missing[0]}, which stage {maker} makes; add {maker} to stages")
-    inputs = {need: made[need] for need in (*_needs(config, stage), *getattr(stage, "OPTIONAL", ())) if need in made}
+    inputs = {need: made[need] for need in (*needs_of(config, stage), *getattr(stage, "OPTIONAL", ())) if need in made}
     if hasattr(stage, "applies") and not stage.applies(config, inputs):
         return None, False
     settings = machine.ranks.share(stage.settings(config) if machine.ranks.rank == 0 else None)
@@ -289,37 +189,6 @@ def _step(
         machine.ranks.wait(f"stage {name}")
         seconds = time.monotonic() - began
         return store.publish(name, key, settings, names, seconds, machine.device.peak_memory()), True
-
-
-def _makers(config: Config) -> dict[str, str]:
-    """Give the first stage that makes each artifact in this configuration, by artifact."""
-    makers: dict[str, str] = {}
-    for name, stage in STAGES.items():
-        if not hasattr(stage, "needed") or stage.needed(config):
-            makers.setdefault(stage.MAKES, name)
-    return makers
-
-
-def _needs(config: Config, stage: ModuleType) -> tuple[str, ...]:
-    """Give what a stage reads: always, as configured, and of its optional inputs those this configuration asks for."""
-    makers = _makers(config)
-    asked = (need for need in getattr(stage, "OPTIONAL", ()) if need in makers and _needed(config, makers[need]))
-    return (*stage.NEEDS, *(stage.needs(config) if hasattr(stage, "needs") else ()), *asked)
-
-
-def _needed(config: Config, name: str) -> bool:
-    """Whether a configuration asks for a stage that not every line needs."""
-    return hasattr(STAGES[name], "needed") and STAGES[name].needed(config)
-
-
-def _idle(config: Config, name: str) -> bool:
-    """Whether a configuration does not ask for a stage."""
-    return hasattr(STAGES[name], "needed") and not STAGES[name].needed(config)
-
-
-def _wanted(config: Config, name: str) -> bool:
-    """Whether a stage is to be done where it was not before."""
-    return config.stages is None or name in (*FIRST, *config.stages)
 
 
 def _tell(track: Track, run: str, stage: str, folder: Path) -> None:

@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -26,7 +25,6 @@ from pipeline.runtime.log import say
 from pipeline.runtime.ranks import PeerFailed, Ranks
 
 MANIFEST = "manifest.json"
-NAMED = re.compile(r"[a-z]+-[0-9a-f]{12}")  # an artifact's folder: its stage, its digest
 LIBRARIES = ("torch", "torch_npu", "transformers", "deepspeed", "safetensors", "tokenizers", "datasets", "numpy")
 MIB = 1 << 20
 WHOLE = 64 * MIB   # files up to this size are read whole by `fingerprint`
@@ -226,31 +224,6 @@ def damage(folder: Path) -> str | None:
         if path.stat().st_size != facts["bytes"]:
             return f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}"
     return None
-
-
-def show(runs: Path, name: str, record: dict, artifacts: Mapping[str, Path]) -> Path:
-    """Write the human view runs/<name>/: run.json and one link an artifact, each put in place by one rename.
-
-    What stands there is of one run: a link to an artifact that `record["stages"]` does not name is taken away, also in
-    rounds/N/. Only links to artifacts are, no file is.
-    """
-    view = Path(runs) / name
-    view.mkdir(parents=True, exist_ok=True)
-    named = {stage["artifact"] for stage in record["stages"].values()}
-    for path in (*view.iterdir(), *view.glob("rounds/*/*")):
-        parts = path.readlink().parts if path.is_symlink() else ()
-        if named.isdisjoint(parts) and any(map(NAMED.fullmatch, parts)):
-            path.unlink()
-    write_atomically(view / "run.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
-    for label, target in artifacts.items():
-        link = view / label
-        if link.exists() and not link.is_symlink():
-            raise ValueError(f"{link} is in the way of a link to {target}; move it or choose another run name")
-        fresh = view / f".{label}.{os.getpid()}"
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(os.path.relpath(target.resolve(), view.resolve()))
-        os.replace(fresh, link)
-    return view
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -7,9 +7,10 @@ import shutil
 import pytest
 
 from pipeline.runtime import artifacts
-from pipeline.runtime.artifacts import Store, damage, digest, fingerprint, need_space, show
+from pipeline.runtime.artifacts import Store, damage, digest, fingerprint, need_space
 from pipeline.runtime.lock import Lock
 from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.view import show
 
 FACTS = {"settings": {"tokens": 3}, "inputs": {"teacher": "teacher-0123456789ab"}, "seconds": 1.5, "peak_memory": 10}
 

@@ -1,6 +1,6 @@
 """Every command line of the README and docs/ is real as a whole: together its settings compose, validate and pass the
-check of the line they start. The files they name are made up, the model is a tiny one, and the device
-this machine's."""
+check of the line they start. The files they name are made up, the model is the demo's without its weights, the device
+that of this machine."""
 
 import json
 import re
@@ -12,11 +12,12 @@ import pytest
 import torch
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import line
 from pipeline.__main__ import arranged
 from pipeline.config import Config, validate
-from tests.tiny import save_tiny, tiny_model
+from tests.tiny import tensors_of, tokenizer_folder
 from tests.unit.test_conf import ROOT, composed
 
 BESIDE = ("doctor", "calibrate-chip", "--help")  # commands that run no line
@@ -58,6 +59,27 @@ def points(arguments: list[str]) -> list[list[str]]:
     return [list(point) for point in product(*swept)]
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """A folder with all that is said of the demo's model; of its weights the names and shapes, on no disk space."""
+    widths = {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**widths, **heads, tie_word_embeddings=True))
+    folder = tokenizer_folder(tmp_path_factory.mktemp("teacher"), "Some words to learn from.")
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(folder)
+    header, end = {}, 0
+    for name, tensor in tensors_of(model).items():
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + 2 * tensor.numel()]}
+        end += 2 * tensor.numel()
+    told = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(told).to_bytes(8, "little") + told)
+        file.truncate(8 + len(told) + end)
+    return folder
+
+
 def made_up(config: Config, folder: Path) -> None:
     """Put files where the texts of a configuration are said to be."""
     data = config.data
@@ -68,16 +90,15 @@ def made_up(config: Config, folder: Path) -> None:
             (folder / path).write_text(json.dumps({data.text_field: text}) if path.endswith(".jsonl") else text)
 
 
-def try_out(command: list[str], folder: Path, monkeypatch) -> int:
+def try_out(command: list[str], teacher: Path, folder: Path, monkeypatch) -> int:
     """Go through a command's runs up to the work; give how many there are."""
     arguments, ranks = command[command.index("pipeline") + 1 :], world(command)
     monkeypatch.chdir(folder)
     for name, value in {"RANK": 0, "WORLD_SIZE": ranks, "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
-    save_tiny(tiny_model("llama", dtype=torch.float32), folder / "model")
     for overrides in points(arguments):
         values = composed(*overrides)
-        values["model"]["path"], values["device"]["kind"] = str(folder / "model"), "auto"
+        values["model"]["path"], values["device"]["kind"] = str(teacher), "auto"
         config = validate(values)
         if not set(BESIDE) & set(arguments):
             made_up(config, folder)
@@ -94,8 +115,8 @@ def test_hydra_takes_the_words_of_a_documented_command(command):
 
 
 @pytest.mark.parametrize("command", documented(), ids=" ".join)
-def test_a_documented_command_passes_the_check_of_its_line(command, tmp_path, monkeypatch):
-    assert try_out(command, tmp_path, monkeypatch) >= 1
+def test_a_documented_command_passes_the_check_of_its_line(command, teacher, tmp_path, monkeypatch):
+    assert try_out(command, teacher, tmp_path, monkeypatch) >= 1
 
 
 IMPOSSIBLE = {
@@ -107,7 +128,7 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("told", IMPOSSIBLE)
-def test_settings_that_are_fine_alone_and_not_together_would_be_found(told, tmp_path, monkeypatch):
+def test_settings_that_are_fine_alone_and_not_together_would_be_found(told, teacher, tmp_path, monkeypatch):
     (command,) = commands("Text.\n```\n" + told.replace("run=x", "run=x \\\n ") + "  # a note\n```\nAnd so on.")
     with pytest.raises(ValueError, match=re.escape(IMPOSSIBLE[told])):
-        try_out(command, tmp_path, monkeypatch)
+        try_out(command, teacher, tmp_path, monkeypatch)
