@@ -108,7 +108,6 @@ ROWS: dict[str, Row] = {
     "pangu_no_clap": _ablation("pangu_light", "Pangu Light without CLAP", "plan.clap=false"),
     "pangu_no_slnp": _ablation("pangu_light", "Pangu Light without SLNP", "reinit.slnp=false"),
     "pangu_plain": _ablation("pangu_light", "Pangu Light without both", "plan.clap=false", "reinit.slnp=false"),
-    "pangu_blocks": _ablation("pangu_light", "Pangu Light, every FFN learns by itself before recovery", *BLOCKS),
     # the hidden axis; CLAP off, as a donor's heads are those of another layer in any basis
     "basis_untied": _ablation(
         "pangu_light", "... without CLAP, principal basis, untied", "plan.clap=false", *PRINCIPAL, "basis.tie=untied"
@@ -129,6 +128,7 @@ ROWS: dict[str, Row] = {
     "depth_loss": _ablation(
         "pangu_light", "... without CLAP, depth by measured loss", "plan.clap=false", "plan.depth=loss"
     ),
+    "pangu_blocks": _ablation("pangu_light", "Pangu Light, every FFN learns by itself before recovery", *BLOCKS),
     # best, one part exchanged
     "best_longer": _ablation("best", "best, twice the recovery", writes=HALF, recovered=TWICE),
     "best_million": _ablation("best", "best, FFNs learn from a million tokens", *MILLION, writes=MOST),
