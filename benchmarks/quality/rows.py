@@ -142,6 +142,9 @@ ROWS: dict[str, Row] = {
     "best_broad_once": _ablation(
         "best", "... FFNs learn from three times the tokens, once", *ONCE, writes=HALF, broad=BROAD
     ),
+    "best_broad_once_longer": _ablation(
+        "best", "... the same, twice the recovery", *ONCE, writes=HALF, broad=BROAD, recovered=TWICE
+    ),
     "best_broad_by_layer": _ablation("best", "... widths by measured loss", *BY_LOSS, writes=HALF, broad=BROAD),
     "best_broad_millions": _ablation(
         "best", "best on two million tokens of many kinds", *TWO_MILLION, writes=QUARTER, broad=BROAD
