@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from pipeline.config import Config
@@ -11,6 +12,7 @@ from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
 from pipeline.distill.language import LanguageHead
 from pipeline.model.anatomy import Anatomy
+from pipeline.model.scores import Scores
 from pipeline.prune.coupled import magnitude
 from pipeline.prune.fluctuation import biased_anatomy, fluctuation, moments
 from pipeline.prune.measure import measure
@@ -59,11 +61,21 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         )
         ranks.sum_(sums.tensors())
         scores = sums.scores()
+        _check_finite(scores)
         found = _by_kind(config, source, model, batches, out, machine)
     if found is not None:
         scores = replace(scores, heads=found[0], neurons=found[1])
     if ranks.rank == 0:
         scores.save(out / "scores.safetensors")
+
+
+def _check_finite(scores: Scores) -> None:
+    broken = next((name for name, values in scores.items() if not torch.isfinite(values).all()), None)
+    if broken:
+        raise ValueError(
+            f"model.path: scores of {broken} are not finite; some of its weights are not, or it overflows in the type "
+            "it is computed in; fetch it again"
+        )
 
 
 def _need_memory(anatomy: Anatomy, device: Device) -> None:

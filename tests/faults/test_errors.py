@@ -10,6 +10,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from pipeline import line
 from pipeline.__main__ import _clear_faults, main
@@ -142,6 +143,16 @@ def without_tokenizer(folder):
 def cut_short(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64])
+
+
+def test_weights_that_are_no_numbers_end_with_the_first_scores(world, tmp_path):
+    shutil.copytree(world / "model", tmp_path / "hurt")
+    weights = load_file(tmp_path / "hurt" / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(weights, tmp_path / "hurt" / "model.safetensors", {"format": "pt"})
+    chosen = settings(world, run="x", artifacts=tmp_path / "made", runs=tmp_path / "runs")
+    with pytest.raises(ValueError, match="^model.path: scores of .* are not finite"):
+        line.run(configured(*chosen, f"model.path={tmp_path / 'hurt'}", "stages=[score]"), "a test")
 
 
 IMPOSSIBLE = {
