@@ -1,9 +1,10 @@
 """The configuration as frozen values, mirroring conf/ field by field; an unknown or ill-typed field is refused."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import AfterValidator, PrivateAttr, ValidationError, model_validator
 
 from .fields import Count, Section, Seed
 from .inputs import Data, Generate, Model
@@ -48,8 +49,14 @@ class Device(Section):
         return self.chip.model_dump()
 
 
+def _named(run: str) -> str:
+    if not re.fullmatch(r"[\w.+=,-]+(/[\w.+=,-]+)*", run) or not all(part.strip(".") for part in run.split("/")):
+        raise ValueError(f"{run!r} names no folder; give letters, digits and . _ + = , - between /, no part of dots alone")
+    return run
+
+
 class Config(Section):
-    run: Annotated[str, Field(pattern=r"^\.*[\w+=,-][\w.+=,-]*(/\.*[\w+=,-][\w.+=,-]*)*$")]  # no part is dots alone
+    run: Annotated[str, AfterValidator(_named)]
     runs: str
     artifacts: str
     stages: list[str] | None
