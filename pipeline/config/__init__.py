@@ -51,7 +51,8 @@ class Device(Section):
 
 def _named(run: str) -> str:
     if not re.fullmatch(r"[\w.+=,-]+(/[\w.+=,-]+)*", run) or not all(part.strip(".") for part in run.split("/")):
-        raise ValueError(f"{run!r} names no folder; give letters, digits and . _ + = , - between /, no part of dots alone")
+        told = "give letters, digits and . _ + = , - between /, no part of dots alone"
+        raise ValueError(f"{run!r} names no folder; {told}")
     return run
 
 
