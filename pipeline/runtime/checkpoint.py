@@ -81,6 +81,9 @@ class Checkpoint(Mapping[str, Tensor]):
     @property
     def anatomy(self) -> Anatomy:
         """Give the anatomy; ValueError for an unknown family or a checkpoint that does not match its table."""
+        if "model_type" not in self.config:
+            told = "give a model folder of transformers, or fetch it again"
+            raise ValueError(f"{self.folder / 'config.json'} has no model_type; {told}")
         return anatomy_of(self.config, self)
 
     def check(self) -> None:
@@ -123,7 +126,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Give the config.json of a model folder, openPangu-Embedded as the Llama that it is.
+    """Give the config.json of a model or training checkpoint, openPangu-Embedded as the Llama that it is.
 
     ValueError, naming the file and what to do, for one that is none or damaged, or of quantised weights.
     """
@@ -131,13 +134,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; give a model folder, a .gguf file or a hub id")
     config = _mapping(path)
-    if not isinstance(config.get("model_type"), str):
-        raise ValueError(f"{path} has no model_type; give a model folder of transformers, or fetch it again")
-    if config["model_type"] == PANGU:
+    if config.get("model_type") == PANGU:
         kept = {key: value for key, value in config.items() if key not in ("auto_map", "bias")}
         biased = bool(config.get("bias", config.get("attention_bias", False)))
         config = kept | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": biased}
-    if config["model_type"] not in FAMILIES:  # refused where its weights are read
+    if config.get("model_type") not in FAMILIES:  # refused where its anatomy is asked for
         return config
     for field in COUNTS:
         if not isinstance(config.get(field), int) or config[field] < 1:
