@@ -5,11 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from pipeline import line
 from pipeline.config import validate
 from pipeline.line import STAGES
-from tests.tiny import save_tiny, tiny_model
+from tests.tiny import save_tiny, tiny_model, tokenizer_folder
 from tests.unit.test_conf import composed
 from tests.world import ROOT, environment, make_world, settings
 
@@ -26,7 +27,9 @@ def configuration(row, *more):
 
 
 def test_rows_differ_only_in_what_becomes_of_post_norms(tmp_path):
-    model = save_tiny(tiny_model("gemma3_text"), tmp_path / "model")
+    sizes = {"num_hidden_layers": 18, "intermediate_size": 2048, "layer_types": None, "max_position_embeddings": 512}
+    model = save_tiny(tiny_model("gemma3_text", dtype=torch.bfloat16, **sizes), tmp_path / "model")
+    tokenizer_folder(model, "Some words to learn from.")
     found = {row: configuration(row, f"model.path={model}") for row in absorption.ROWS}
     for config in found.values():
         line.check(config)
