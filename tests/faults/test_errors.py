@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -111,7 +112,8 @@ def test_a_disk_that_fills_up_is_one_line_that_names_the_folder(world, tmp_path,
 def test_an_interrupt_is_one_line_and_an_exit_status_of_its_own(world, tmp_path):
     command = [sys.executable, "-m", "pipeline", "run=stopped", *settings(world, artifacts=tmp_path, runs=tmp_path)]
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment(), **piped) as process:
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # as at a terminal, also where the tests do not
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), preexec_fn=hears, **piped) as process:
         while not (tmp_path / ".partial").exists() and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
