@@ -4,10 +4,11 @@ import json
 import sys
 
 import pytest
+import torch
 
 from pipeline import line
 from pipeline.config import validate
-from tests.tiny import save_tiny, tiny_model
+from tests.tiny import save_tiny, tiny_model, tokenizer_folder
 from tests.unit.test_conf import composed
 from tests.world import ROOT
 
@@ -17,7 +18,8 @@ import hidden_widths
 
 
 def test_rows_differ_only_in_the_hidden_axis(tmp_path):
-    model = save_tiny(tiny_model("llama"), tmp_path / "model")
+    wide = tiny_model("llama", hidden_size=576, max_position_embeddings=512, dtype=torch.bfloat16)
+    model = tokenizer_folder(save_tiny(wide, tmp_path / "model"), "Some words to learn from.")
     more = ["data.evaluation.path=builtin:topics", f"model.path={model}"]
     found = [validate(composed(*hidden_widths.row_settings(row, ROOT, more))) for row in hidden_widths.ROWS]
     for config in found:

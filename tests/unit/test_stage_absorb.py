@@ -88,11 +88,11 @@ def test_a_model_without_norms_on_both_sides_is_refused_by_name_and_left_alone_b
     folder = save_tiny(tiny_model(kind, dtype=torch.float32), tmp_path / "model")
     asked = configured(f"model.path={folder}", f"reinit.absorb={way}")
     with pytest.raises(ValueError, match=f"^reinit.absorb={way}.*{kind}.*reinit.absorb=auto or false$"):
-        line.check(asked)
+        absorb.check(asked)
     with pytest.raises(ValueError, match=f"^reinit.absorb={way}.*{kind}"):  # of a model that was not at hand before
         absorb.applies(asked, {"start": folder})
     auto = configured(f"model.path={folder}")
-    line.check(auto)
+    absorb.check(auto)
     assert not absorb.applies(auto, {"start": folder})
 
 
