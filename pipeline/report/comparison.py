@@ -41,8 +41,8 @@ def rows(report: Report) -> list[Row]:
         before, after = teacher[key], student[key]
         found.append(Row(label, widths(before), widths(after), change(mean(before), mean(after))))
     for name, values in perplexity_of(report).items():
-        change_ = f"×{times(values['student'] / values['teacher'])}"
-        found.append(Row(f"perplexity, {name}", times(values["teacher"]), times(values["student"]), change_))
+        ratio = f"×{times(values['student'] / values['teacher'])}"
+        found.append(Row(f"perplexity, {name}", times(values["teacher"]), times(values["student"]), ratio))
     for kind in ("prefill", "decode") if report["speed"] else ():
         before, after = (report["speed"][who][kind] for who in ("teacher", "student"))
         found.append(Row(f"{kind}, tokens/s", rate(before), rate(after), f"×{after / before:.2f}"))

@@ -1,4 +1,4 @@
-"""DeepSpeed, and nothing of it elsewhere: one engine that trains a module under ZeRO 0 to 3.
+"""DeepSpeed, with states.py and nowhere else: one engine that trains a module under ZeRO 0 to 3.
 
 Checkpoints hold what determines the rest of the run under the parameters' own names: float32 master weights and both
 Adam moments, whole. So they are read without unpickling anything, and training goes on from them digit for digit, or
@@ -12,7 +12,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,9 @@ from torch import Tensor, nn
 from pipeline.runtime.checkpoint import open_checkpoint, write_checkpoint
 from pipeline.runtime.device import Device
 from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.states import FUSED_ADAM, MASTER, States
 
-MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SHARD_BYTES = 1 << 30       # of a checkpoint: also what rank 0 holds in memory while writing one
-FUSED_ADAM = ("cpu", "cuda")  # kinds of device where torch has AdamW in one pass
 COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}  # DeepSpeed's setting -> type of the parameters
 
 
@@ -80,7 +77,6 @@ class Engine:
         }
         settings = _laid_over(settings, extra)
         stage, bf16 = settings["zero_optimization"]["stage"], settings["bf16"]["enabled"]
-        self._stage = stage
         self._clip = settings["gradient_clipping"]
         self._clips_itself = stage == 0 and not bf16  # there DeepSpeed clips and does not tell the norm
         if self._clips_itself:
@@ -94,8 +90,7 @@ class Engine:
             self._take_rank_back()
             raise
         self._optimizer = self._engine.optimizer
-        self._masters = self._own_masters() if stage == 0 else {}
-        self._open_moments()
+        self._states = States(self._named, self._engine, stage, device, ranks)
 
     def backward(self, batch: Tensor) -> dict[str, Tensor]:
         """Add one micro-batch's gradients; give its loss and parts, detached, of this rank alone."""
@@ -141,21 +136,21 @@ class Engine:
         missing = [name for name in self._named if name not in weights]
         if missing:
             raise ValueError(f"the start has no tensor {missing[0]}, which the student trains; make the start again")
-        with self._rewriting():
-            for name, parameter in self._named.items():
-                self._write(parameter, MASTER, weights[name].to(self._device.torch, torch.float32))
+        with self._states.rewriting():
+            for name in self._named:
+                self._states.write(name, MASTER, weights[name].to(self._device.torch, torch.float32))
 
     def student_state(self) -> Iterator[tuple[str, Tensor]]:
         """Give the trained weights one by one, whole, float32, on the host."""
-        for name, parameter in self._named.items():
-            yield name, self._read(parameter, MASTER).cpu()
+        for name in self._named:
+            yield name, self._states.read(name, MASTER).cpu()
 
     def save(self, folder: Path, step: int, keep: int) -> Path:
         """Write the state after `step` optimizer steps as folder/step-<n>, whole or not; keep the last `keep`."""
         final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
         if self._ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            write_checkpoint(partial, {"step": step}, self._state(), SHARD_BYTES)
+            write_checkpoint(partial, {"step": step}, self._states.items(), SHARD_BYTES)
             for path in partial.iterdir():
                 _sync(path)
             _sync(partial)
@@ -165,7 +160,7 @@ class Engine:
             for old in _checkpoints(folder)[:-keep]:
                 shutil.rmtree(old)
         else:
-            for _ in self._state():
+            for _ in self._states.items():
                 pass
         self._ranks.wait("checkpoint")
         return final
@@ -179,17 +174,12 @@ class Engine:
         if not found:
             return None
         saved = open_checkpoint(folder / found[0])
-        wanted = {f"{kind}/{name}" for kind in (MASTER, *MOMENTS) for name in self._named}
+        wanted = set(self._states.names())
         if wanted != set(saved):
             odd = sorted(wanted ^ set(saved))[0]
             raise ValueError(f"{saved.folder} is a checkpoint of another model ({odd}); delete {folder} to start anew")
         step = saved.config["step"]
-        with self._rewriting():
-            for name, parameter in self._named.items():
-                for kind in (MASTER, *MOMENTS):
-                    self._write(parameter, kind, saved[f"{kind}/{name}"].to(self._device.torch))
-            for state in self._engine.basic_optimizer.state.values():
-                state["step"].fill_(step)
+        self._states.restore(saved, step)
         return step
 
     def close(self) -> None:
@@ -200,81 +190,6 @@ class Engine:
     def _take_rank_back(self) -> None:
         if self._lent_rank:
             os.environ.pop("LOCAL_RANK", None)
-
-    def _state(self) -> Iterator[tuple[str, Tensor]]:
-        for kind in (MASTER, *MOMENTS):
-            for name, parameter in self._named.items():
-                yield f"{kind}/{name}", self._read(parameter, kind).cpu()
-
-    def _own_masters(self) -> dict[int, Tensor]:
-        """Without ZeRO, give the float32 weights by the identity of the parameter they are for."""
-        if self._optimizer is self._engine.basic_optimizer:
-            return {id(parameter): parameter for parameter in self._named.values()}
-        pairs = zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups)
-        return {id(low): master for lows, masters in pairs for low, master in zip(lows, masters)}
-
-    def _open_moments(self) -> None:
-        """Make every Adam state, at step 0: some stages would make theirs at the first step, some have taken one."""
-        optimizer = self._engine.basic_optimizer
-        owned = [each for group in optimizer.param_groups for each in group["params"]]
-        for tensor in self._optimizer.fp32_partitioned_groups_flat if self._stage == 3 else owned:
-            state = optimizer.state[tensor]
-            for moment in MOMENTS:
-                state[moment] = state[moment].zero_() if moment in state else torch.zeros_like(tensor)
-            place = tensor.device if self._device.kind in FUSED_ADAM else "cpu"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=place)
-        if self._stage in (1, 2):
-            self._optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _read(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        """Give a master weight or a moment, whole, float32. A collective from stage 1 on."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        if self._stage == 0:
-            master = self._masters[id(parameter)]
-            return (master if kind == MASTER else self._engine.basic_optimizer.state[master][kind]).detach()
-        if kind == MASTER:
-            return safe_get_full_fp32_param(parameter).detach()
-        return safe_get_full_optimizer_state(parameter, kind)
-
-    def _write(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        """Replace a master weight or a moment, given whole; each rank takes the part it owns."""
-        from deepspeed import utils
-
-        if self._stage == 0:
-            self._read(parameter, kind).copy_(value)
-        elif self._stage < 3 and kind == MASTER:
-            utils.safe_set_full_fp32_param(parameter, value)
-        elif self._stage < 3:
-            utils.safe_set_full_optimizer_state(parameter, value, kind)
-        elif kind == MASTER:
-            utils.safe_set_local_fp32_param(parameter, self._partition(value, parameter.ds_tensor.numel()))
-        else:
-            part = self._partition(value, parameter.ds_tensor.numel())
-            utils.safe_set_local_optimizer_state(parameter, part, kind)
-
-    def _partition(self, whole: Tensor, size: int) -> Tensor:
-        """Give this rank's part of a tensor that ZeRO-3 cut into equal ones, the last padded with zeros."""
-        part = whole.new_zeros(size)
-        mine = whole.flatten()[self._ranks.rank * size : (self._ranks.rank + 1) * size]
-        part[: mine.numel()] = mine
-        return part
-
-    @contextmanager
-    def _rewriting(self) -> Iterator[None]:
-        """Bring the compute weights in line with the master weights that the block writes."""
-        if self._stage == 3:
-            self._optimizer.checkpoint_event_prologue()
-        yield
-        if self._stage == 3:
-            for group in range(len(self._optimizer.fp16_groups)):
-                self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            self._optimizer.checkpoint_event_epilogue()
-        elif self._stage:
-            self._optimizer.update_lp_params()
-        else:
-            for parameter in self._named.values():
-                parameter.data.copy_(self._masters[id(parameter)].data)
 
 
 def _initialize(module: nn.Module, device: Device, optimizer: torch.optim.Optimizer, settings: dict[str, Any]):
