@@ -1,12 +1,14 @@
 """Text of many kinds to calibrate on and recover from: quotations, novels, two manuals, a handbook and a dictionary.
 
     python benchmarks/quality/texts.py
-    python benchmarks/quality/broad.py [--out runs/texts] [--folder UNPACKED]
+    python benchmarks/quality/broad.py [--wide] [--out runs/texts] [--folder UNPACKED]
 
 They come from packages of Debian, fetched with `apt-get download` and unpacked without being installed, or from
 --folder, where somebody unpacked each into a folder of its name before (`dpkg -x FILE.deb UNPACKED/PACKAGE`). Of each
 kind about a million characters are taken, evenly over the whole. Passages that share 13 words in a row with a text that
-rows are measured on are left out. Written is broad.jsonl in the folder of texts.py: a record a passage.
+rows are measured on are left out. Written is broad.jsonl in the folder of texts.py: a record a passage; with --wide it
+is wide.jsonl, these kinds and seven of technical text: marked-up documentation of a kernel, a runtime, a language, a
+database and an editor, modules of source code, and help for users of a desktop.
 """
 
 import argparse
@@ -63,25 +65,25 @@ def novels(content: bytes) -> Iterator[str]:
     return ("\n".join(lines[place : place + 200]) for place in range(0, len(lines), 200))
 
 
-def sections(content: bytes) -> list[str]:
-    """Give the parts of a page of Perl's manual, marks included."""
-    return re.split(r"\n(?==head1)", content.decode(errors="replace"))
+def sections(begins: str) -> Callable[[bytes], Iterable[str]]:
+    """Give what parts a text at lines that begin so (a pattern), marks included."""
+    return lambda content: re.split(rf"\n(?={begins})", _plain(content))
 
 
 def page(content: bytes) -> list[str]:
     """Give a plain text as it is."""
-    return [content.decode(errors="replace")]
+    return [_plain(content)]
 
 
 def entries(content: bytes) -> Iterator[str]:
     """Give ten entries at a time of a dictionary of dictd; an entry begins where a line is not indented."""
-    return _joined(re.split(r"\n(?=\S)", gzip.decompress(content).decode(errors="replace")), 10)
+    return _joined(re.split(r"\n(?=\S)", _plain(content)), 10)
 
 
 def shown(content: bytes) -> list[str]:
     """Give what a browser shows of a page."""
     reader = _Shown()
-    reader.feed(content.decode(errors="replace"))
+    reader.feed(_plain(content))
     return [re.sub(r"\n\s*\n", "\n\n", "".join(reader.parts)).strip()]
 
 
@@ -106,10 +108,19 @@ class _Shown(HTMLParser):
 KINDS = (
     Kind("fortunes", "usr/share/games/fortunes/*", quotations),
     Kind("r-cran-janeaustenr", "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb", novels),
-    Kind("perl-doc", "usr/share/perl/*/pod/*.pod", sections),
+    Kind("perl-doc", "usr/share/perl/*/pod/*.pod", sections("=head1")),
     Kind("git-doc", "usr/share/doc/git-doc/**/*.txt", page),
     Kind("debian-handbook", "usr/share/doc/debian-handbook/html/en-US/*.html", shown),
     Kind("dict-gcide", "usr/share/dictd/gcide.dict.dz", entries),
+)
+TECHNICAL = (
+    Kind("linux-doc-6.1", "usr/share/doc/linux-doc-6.1/Documentation/**/*.rst.gz", page),
+    Kind("nodejs-doc", "usr/share/doc/nodejs/api/*.md.gz", sections("## ")),
+    Kind("rust-doc", "usr/share/doc/rust-doc/html/book/*.html", shown),
+    Kind("sqlite3-doc", "usr/share/doc/sqlite3/*.html", shown),
+    Kind("vim-runtime", "usr/share/vim/vim*/doc/*.txt", sections("===")),
+    Kind("cmake-data", "usr/share/cmake-*/Modules/**/*.cmake", page),
+    Kind("gnome-user-docs", "usr/share/help/C/gnome-help/*.page", shown),
 )
 
 
@@ -117,11 +128,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/texts"), help="where texts.py wrote")
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--wide", action="store_true", help="more kinds, into wide.jsonl")
     asked = parser.parse_args()
     measured = set().union(*(runs_of_words(text) for text in measured_on(asked.out)))
     records = []
     with tempfile.TemporaryDirectory() as scratch:
-        for kind in KINDS:
+        for kind in (*KINDS, *TECHNICAL) if asked.wide else KINDS:
             files = sorted(unpacked(kind, asked.folder, Path(scratch)).glob(kind.files))
             own = [file for file in files if file.is_file() and not file.is_symlink()]
             passages = [text for file in own for text in kind.passages(file.read_bytes())]
@@ -132,7 +144,7 @@ def main() -> None:
             told = f"{sum(map(len, kept)) / 1e6:.2f} MB in {len(kept)} passages"
             print(f"{kind.package}: {told}, {len(taken) - len(kept)} left out for what they share")
             records += [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in kept]
-    target = asked.out / "broad.jsonl"
+    target = asked.out / ("wide.jsonl" if asked.wide else "broad.jsonl")
     target.write_text("".join(records))
     os.utime(target, (0, 0))  # one text, one time: runs that read it find each other
 
@@ -165,6 +177,11 @@ def runs_of_words(text: str) -> set[str]:
     """Give all runs of SHARED words, without marks and capitals."""
     words = re.findall(r"\w+", text.lower())
     return {" ".join(words[place : place + SHARED]) for place in range(len(words) - SHARED + 1)}
+
+
+def _plain(content: bytes) -> str:
+    """Give a file's text, unpacked where it is packed."""
+    return (gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content).decode(errors="replace")
 
 
 def _joined(pieces: list[str], together: int) -> Iterator[str]:

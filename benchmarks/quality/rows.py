@@ -42,7 +42,7 @@ class Row:
 
     `trains` names the stage that spends the recovery tokens; `peer` is the tool whose start is recovered. Where the
     teacher `writes` for it, calibration and recovery read that too, in place of as many tokens of the text of all rows.
-    `broad` is the weight of text of many kinds (broad.py) beside each of TEXTS.
+    `kinds` is text of many kinds (broad.py) by its name, and its weight beside each of TEXTS.
     """
 
     label: str
@@ -53,7 +53,7 @@ class Row:
     trains: str = "distill"
     peer: str | None = None
     writes: Written | None = None
-    broad: int = 0
+    kinds: tuple[str, int] | None = None
 
 
 def _recipe(name: str, label: str, *settings: str, group: str = "recipes", **more) -> Row:
@@ -80,9 +80,10 @@ BY_LOSS = ("budget.axes=all", "plan.widths=measured")  # where widths go by laye
 HALF = Written(49152, weight=2)  # half of what a row reads
 MOST = Written(2097152, weight=6, length=512, batch=512)  # three quarters
 QUARTER = Written(2097152, weight=2, length=512, batch=512)
-BROAD = 4  # half of what a row reads
+BROAD, WIDE = ("broad", 4), ("wide", 4)  # half of what a row reads
 MILLION = ("blocks.epochs=1", "blocks.tokens=1048576", "blocks.batch=1024")  # for an accelerator
 TWO_MILLION = ("blocks.epochs=1", "blocks.tokens=2097152", "blocks.batch=1024")
+WIDEST = ("restore.tokens=131072", "blocks.epochs=1", "blocks.tokens=393216")  # four times, twice of ONCE
 TWICE = ("distill.tokens=120000",)
 NO_BLOCKS = ("blocks.epochs=0",)
 BY_SCORES = ("restore.outputs=false", "restore.order=scores")
@@ -138,22 +139,33 @@ ROWS: dict[str, Row] = {
     "best_two_million_longer": _ablation(
         "best", "... from two million tokens, twice the recovery", *TWO_MILLION, writes=MOST, recovered=TWICE
     ),
-    "best_broad": _ablation("best", "best on text of many kinds", writes=HALF, broad=BROAD),
+    "best_broad": _ablation("best", "best on text of many kinds", writes=HALF, kinds=BROAD),
     "best_broad_once": _ablation(
-        "best", "... FFNs learn from three times the tokens, once", *ONCE, writes=HALF, broad=BROAD
+        "best", "... FFNs learn from three times the tokens, once", *ONCE, writes=HALF, kinds=BROAD
     ),
     "best_broad_once_longer": _ablation(
-        "best", "... the same, twice the recovery", *ONCE, writes=HALF, broad=BROAD, recovered=TWICE
+        "best", "... the same, twice the recovery", *ONCE, writes=HALF, kinds=BROAD, recovered=TWICE
     ),
-    "best_broad_by_layer": _ablation("best", "... widths by measured loss", *BY_LOSS, writes=HALF, broad=BROAD),
+    "best_wide_longer": _ablation(
+        "best",
+        "best on more text of more kinds, twice the recovery",
+        *WIDEST,
+        writes=QUARTER,
+        kinds=WIDE,
+        recovered=TWICE,
+    ),
+    "best_wide_by_layer_longer": _ablation(
+        "best", "... and widths by measured loss", *WIDEST, *BY_LOSS, writes=QUARTER, kinds=WIDE, recovered=TWICE
+    ),
+    "best_broad_by_layer": _ablation("best", "... widths by measured loss", *BY_LOSS, writes=HALF, kinds=BROAD),
     "best_broad_millions": _ablation(
-        "best", "best on two million tokens of many kinds", *TWO_MILLION, writes=QUARTER, broad=BROAD
+        "best", "best on two million tokens of many kinds", *TWO_MILLION, writes=QUARTER, kinds=BROAD
     ),
     "best_broad_millions_longer": _ablation(
-        "best", "... the same, twice the recovery", *TWO_MILLION, writes=QUARTER, broad=BROAD, recovered=TWICE
+        "best", "... the same, twice the recovery", *TWO_MILLION, writes=QUARTER, kinds=BROAD, recovered=TWICE
     ),
     "best_broad_millions_by_layer": _ablation(
-        "best", "... and widths by measured loss", *TWO_MILLION, *BY_LOSS, writes=QUARTER, broad=BROAD
+        "best", "... and widths by measured loss", *TWO_MILLION, *BY_LOSS, writes=QUARTER, kinds=BROAD
     ),
     "best_broad_millions_by_layer_longer": _ablation(
         "best",
@@ -161,10 +173,10 @@ ROWS: dict[str, Row] = {
         *TWO_MILLION,
         *BY_LOSS,
         writes=QUARTER,
-        broad=BROAD,
+        kinds=BROAD,
         recovered=TWICE,
     ),
-    "pangu_broad": _ablation("pangu_light", "Pangu Light on text of many kinds", broad=BROAD),
+    "pangu_broad": _ablation("pangu_light", "Pangu Light on text of many kinds", kinds=BROAD),
     "best_by_layer": _ablation("best", "best, widths by measured loss", *BY_LOSS, writes=HALF),
     "best_no_blocks": _ablation("best", "best, no FFN learns by itself", *NO_BLOCKS, writes=HALF),
     "best_no_blocks_longer": _ablation(

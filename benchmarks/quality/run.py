@@ -28,7 +28,7 @@ from rows import COMMON, ROWS, TEXTS, Row, Written
 
 HERE = Path(__file__).resolve().parent
 UNSEEN = ("readmes", "jargon")  # read by no row before it is measured
-FETCHED = {"jargon": "texts.py", "broad": "broad.py"}  # no installation has them
+FETCHED = {"jargon": "texts.py", "broad": "broad.py", "wide": "broad.py --wide"}  # no installation has them
 REFERENCE = "topics"  # held-out text of the domain that every row sees
 
 
@@ -117,8 +117,9 @@ def own_text(wanted: Written, runs: Path, settings: Sequence[str]) -> Path:
 def mix(row: Row, asked: argparse.Namespace, settings: Sequence[str]) -> list[str]:
     """Give the settings by which calibration and recovery read what a row reads beside the texts of all rows."""
     weights = {located(name, asked.texts): 1 for name in TEXTS}
-    if row.broad:
-        weights[located("broad", asked.texts)] = row.broad
+    if row.kinds:
+        name, weight = row.kinds
+        weights[located(name, asked.texts)] = weight
     if row.writes:
         weights[str(asked.written or own_text(row.writes, asked.runs, settings))] = row.writes.weight
     if len(weights) == len(TEXTS):

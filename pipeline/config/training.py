@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .fields import Count, Portion, Positive, Section, Share, Size, Weight
 
@@ -54,6 +54,22 @@ class Distill(Training):
     loss: Loss
 
 
+OWN = {  # of DeepSpeed's settings: those that say again what these say
+    "train_batch_size": "distill.batch",
+    "train_micro_batch_size_per_gpu": "distill.micro_batch",
+    "gradient_accumulation_steps": "distill.batch and distill.micro_batch",
+    "optimizer": "distill.learning_rate, distill.betas and distill.weight_decay",
+    "scheduler": "distill.schedule, distill.warmup and distill.floor",
+}
+
+
 class DeepSpeed(Section):
     stage: Literal[0, 1, 2, 3]
     extra: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _says_nothing_twice(self):
+        for name, ours in OWN.items():
+            if name in self.extra:
+                raise ValueError(f"extra.{name} would say again what {ours} says (settle's where it trains); set that")
+        return self

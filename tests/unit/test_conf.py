@@ -47,6 +47,20 @@ def test_an_unknown_key_is_refused_by_its_name():
         validate(values)
 
 
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("train_batch_size=8", "distill.batch"),
+        ("gradient_accumulation_steps=2", "distill.micro_batch"),
+        ("optimizer={type: Adam}", "distill.learning_rate"),
+        ("scheduler={type: WarmupLR}", "distill.warmup"),
+    ],
+)
+def test_raw_deepspeed_settings_say_nothing_that_the_pipeline_says(override, remedy):
+    with pytest.raises(ValueError, match=f"deepspeed: .*extra.{override.split('=')[0]} .*{remedy}"):
+        validate(composed(f"+deepspeed.extra.{override}"))
+
+
 @pytest.mark.parametrize("chosen", [[], ["dry_run=true", "seed=3"]])
 def test_where_no_chip_is_chosen_a_run_takes_the_model_of_the_device_it_found(chosen, capsys):
     device = open_device("auto", "auto", False, 0, 0)

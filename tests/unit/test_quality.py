@@ -47,7 +47,7 @@ def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
     (tmp_path / "jargon.txt").write_text("word " * 999)
     start = run.text_settings(tmp_path)
     start += [f"model.start={tmp_path / 'start'}"] if row.peer else []
-    for each in ("written", "broad"):
+    for each in ("written", "broad", "wide"):
         (tmp_path / f"{each}.jsonl").write_text(json.dumps({"text": "word " * 999}) + "\n")
     start += run.mix(row, argparse.Namespace(texts=tmp_path, written=tmp_path / "written.jsonl"), [])
     config = validate(
@@ -58,9 +58,10 @@ def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
     assert trains == ({row.trains} | ({"settle"} if name == "trsp_recovered" else set()) if recovery else set())
     spent = config.distill.tokens * ("distill" in trains) + config.settle.tokens * ("settle" in trains)
     assert spent == ((120000 if name.endswith("_longer") else 60000) if recovery else 0)
-    assert (config.score.tokens, config.basis.tokens, config.restore.tokens) == (16384, 32768, 32768)
+    assert (config.score.tokens, config.basis.tokens) == (16384, 32768)
+    assert config.restore.tokens == (131072 if "wide" in name else 32768)
     assert config.budget.parameters == (None if row.peer else 0.625)
-    paths = 2 + bool(row.writes) + bool(row.broad)
+    paths = 2 + bool(row.writes) + bool(row.kinds)
     assert len(config.data.recovery.paths) == len(config.data.calibration.paths) == paths
 
 

@@ -34,8 +34,10 @@ def string(text):
         (broad.quotations, b"One.\n%\nTwo.\n%\n" + b"A.\n%\n" * 11, ["One.\n\nTwo." + "\n\nA." * 10, "A.\n\n"]),
         (broad.quotations, b"\x00\x02an index", []),
         (broad.novels, lazy_load(string("It is") + b"\x01\x02" + string("a truth"), string("")), ["It is\na truth\n"]),
-        (broad.sections, b"=head1 NAME\n\nx\n\n=head1 USE\n\ny", ["=head1 NAME\n\nx\n", "=head1 USE\n\ny"]),
+        (broad.sections("=head1"), b"=head1 A\n\nx\n\n=head1 B\n\ny", ["=head1 A\n\nx\n", "=head1 B\n\ny"]),
+        (broad.sections("## "), gzip.compress(b"# A\n### a\n## B"), ["# A\n### a", "## B"]),
         (broad.page, b"as it is\n", ["as it is\n"]),
+        (broad.page, gzip.compress(b"packed\n"), ["packed\n"]),
         (broad.entries, gzip.compress(b"Ab, n.\n   The hub.\nBa"), ["Ab, n.\n   The hub.\n\nBa"]),
         (broad.shown, b"<head>t</head><p>A <b>page</b></p><script>x</script><p>ends", ["A page\n\nends"]),
     ],
@@ -51,7 +53,8 @@ def test_passages_are_spread_over_the_whole():
     assert broad.spread(passages, 1000) == passages
 
 
-def test_what_rows_are_measured_on_is_left_out_and_the_rest_is_read(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["broad", "wide"])
+def test_what_rows_are_measured_on_is_left_out_and_the_rest_is_read(name, tmp_path, monkeypatch):
     """A passage that shares 13 words with an unseen text goes, marks and capitals apart; one that shares 12 stays."""
     words = [f"word{number}" for number in range(20)]
     texts, folder = tmp_path / "texts", tmp_path / "unpacked"
@@ -60,14 +63,18 @@ def test_what_rows_are_measured_on_is_left_out_and_the_rest_is_read(tmp_path, mo
     (texts / "readmes.jsonl").write_text(json.dumps({"text": "nothing of it"}))
     stays, goes = ", ".join(words[1:]) + " more" * 40, "; ".join(words).upper() + " more" * 40
     (folder / "here").mkdir(parents=True)
-    for name, text in (("a", stays), ("b", goes), ("c", "too short")):
-        (folder / "here" / f"{name}.txt").write_text(text)
+    for file, text in (("a", stays), ("b", goes), ("c", "too short")):
+        (folder / "here" / f"{file}.txt").write_text(text)
+    (folder / "more").mkdir()
+    (folder / "more" / "a.md").write_text("more " * 99)
     monkeypatch.setattr(broad, "KINDS", (broad.Kind("here", "*.txt", broad.page),))
-    monkeypatch.setattr(sys, "argv", ["broad.py", "--out", str(texts), "--folder", str(folder)])
+    monkeypatch.setattr(broad, "TECHNICAL", (broad.Kind("more", "*.md", broad.page),))
+    wide = ["--wide"] if name == "wide" else []
+    monkeypatch.setattr(sys, "argv", ["broad.py", *wide, "--out", str(texts), "--folder", str(folder)])
     broad.main()
-    records = [json.loads(line)["text"] for line in (texts / "broad.jsonl").read_text().splitlines()]
-    assert records == [stays]
-    assert run.located("broad", texts) == str(texts / "broad.jsonl")
+    records = [json.loads(line)["text"] for line in (texts / f"{name}.jsonl").read_text().splitlines()]
+    assert records == [stays] + ["more " * 99] * bool(wide)
+    assert run.located(name, texts) == str(texts / f"{name}.jsonl")
 
 
 @pytest.mark.parametrize("missing", ["jargon", "package", "files"])
