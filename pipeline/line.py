@@ -172,7 +172,7 @@ def _step(
         return None, False
     settings = machine.ranks.share(stage.settings(config) if machine.ranks.rank == 0 else None)
     names = {need: folder.name for need, folder in inputs.items()}
-    key = artifacts.digest({"stage": name, "settings": settings, "inputs": names})
+    key = key_of(name, stage, settings, names)
     found = store.find(name, key)
     if found:
         machine.say(f"{name}: finished before, {found}")
@@ -189,6 +189,13 @@ def _step(
         machine.ranks.wait(f"stage {name}")
         seconds = time.monotonic() - began
         return store.publish(name, key, settings, names, seconds, machine.device.peak_memory()), True
+
+
+def key_of(name: str, stage: ModuleType, settings: Any, inputs: Mapping[str, str]) -> str:
+    """Give the digest that names an artifact: of settings and inputs, and of how often the stage has changed what it
+    makes of the same ones (its REVISION, raised with such a change: what was made before is then made anew)."""
+    revision = {"revision": stage.REVISION} if hasattr(stage, "REVISION") else {}
+    return artifacts.digest({"stage": name, "settings": settings, "inputs": inputs} | revision)
 
 
 def _tell(track: Track, run: str, stage: str, folder: Path) -> None:

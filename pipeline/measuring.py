@@ -20,19 +20,19 @@ from pipeline.runtime.checkpoint import load_model
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.placing import placed
 
+REVISION = 3  # 2: losses by sequence; 3: questions spread evenly over each text
+
 
 def settings(config: Config) -> dict:
     """Give what determines the figures of any model: how much is measured, and on which kind of device.
 
-    Batches and chunks change speed and memory, not the figures. The losses are told by sequence, and questions are
-    asked evenly over each text.
+    Batches and chunks change speed and memory, not the figures.
     """
     samples = config.report.model_dump(include={"samples", "sample_prompt", "sample_tokens"})
     device = config.device.model_dump(include={"kind", "attention"})
     files = {task: fingerprint(Path(task)) for task in config.evaluate.tasks if tasks.is_file(task)}
     asked = config.evaluate.model_dump(include={"tokens", "words", "words_context", "tasks"})
-    how = {"by": "sequence", "asked": "evenly"}
-    return {"evaluate": asked, "task_files": files, "samples": samples, "device": device} | how
+    return {"evaluate": asked, "task_files": files, "samples": samples, "device": device}
 
 
 class Bench:

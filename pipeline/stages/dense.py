@@ -12,6 +12,7 @@ from pipeline.runtime.checkpoint import load_tokenizer
 MAKES = "dense"
 NEEDS = ("teacher", "tokens")
 EVERY_RANK = True
+REVISION = measuring.REVISION
 
 
 def check(config: Config) -> None:

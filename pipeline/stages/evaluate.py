@@ -21,6 +21,7 @@ MAKES = "evaluation"
 NEEDS = ("teacher", "start", "export", "tokens", "dense")
 OPTIONAL = ("student",)  # what was not recovered is the start still, and is measured once
 EVERY_RANK = True
+REVISION = measuring.REVISION
 SPEED = {"speed", "speed_prefill", "speed_decode", "speed_repeats"}
 
 

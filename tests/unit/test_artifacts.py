@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
+from pipeline.line import STAGES, key_of
 from pipeline.runtime import artifacts
 from pipeline.runtime.artifacts import Store, damage, digest, fingerprint, need_space
 from pipeline.runtime.lock import Lock
@@ -33,6 +35,15 @@ def test_a_digest_knows_values_and_not_their_order():
     assert digest({"a": 1}) != digest({"a": 2})
     assert digest([1, 2]) != digest([2, 1])
     assert len(digest({})) == 12
+
+
+def test_a_stage_that_makes_something_else_of_the_same_settings_names_it_anew():
+    """And only that stage: one that has never changed has no revision."""
+    never = SimpleNamespace()
+    assert key_of("cut", never, {"a": 1}, {}) == digest({"stage": "cut", "settings": {"a": 1}, "inputs": {}})
+    twice = {key_of("cut", SimpleNamespace(REVISION=number), {"a": 1}, {}) for number in (2, 3)}
+    assert len(twice | {key_of("cut", never, {"a": 1}, {})}) == 3
+    assert STAGES["dense"].REVISION == STAGES["evaluate"].REVISION > 1
 
 
 @pytest.mark.parametrize("value", [{"a": object()}, float("nan"), {"a": {1, 2}}])
