@@ -146,6 +146,7 @@ ROWS: dict[str, Row] = {
     "best_broad_once_longer": _ablation(
         "best", "... the same, twice the recovery", *ONCE, writes=HALF, kinds=BROAD, recovered=TWICE
     ),
+    "best_broad_by_layer": _ablation("best", "... widths by measured loss", *BY_LOSS, writes=HALF, kinds=BROAD),
     "best_wide_longer": _ablation(
         "best",
         "best on more text of more kinds, twice the recovery",
@@ -157,7 +158,6 @@ ROWS: dict[str, Row] = {
     "best_wide_by_layer_longer": _ablation(
         "best", "... and widths by measured loss", *WIDEST, *BY_LOSS, writes=QUARTER, kinds=WIDE, recovered=TWICE
     ),
-    "best_broad_by_layer": _ablation("best", "... widths by measured loss", *BY_LOSS, writes=HALF, kinds=BROAD),
     "best_broad_millions": _ablation(
         "best", "best on two million tokens of many kinds", *TWO_MILLION, writes=QUARTER, kinds=BROAD
     ),
