@@ -1,14 +1,16 @@
 """Text of many kinds to calibrate on and recover from: quotations, novels, two manuals, a handbook and a dictionary.
 
     python benchmarks/quality/texts.py
-    python benchmarks/quality/broad.py [--wide] [--out runs/texts] [--folder UNPACKED]
+    python benchmarks/quality/broad.py [--set broad|wide|widest] [--out runs/texts] [--folder UNPACKED]
 
 They come from packages of Debian, fetched with `apt-get download` and unpacked without being installed, or from
 --folder, where somebody unpacked each into a folder of its name before (`dpkg -x FILE.deb UNPACKED/PACKAGE`). Of each
 kind about a million characters are taken, evenly over the whole. Passages that share 13 words in a row with a text that
-rows are measured on are left out. Written is broad.jsonl in the folder of texts.py: a record a passage; with --wide it
-is wide.jsonl, these kinds and seven of technical text: marked-up documentation of a kernel, a runtime, a language, a
-database and an editor, modules of source code, and help for users of a desktop.
+rows are measured on are left out. Written is broad.jsonl in the folder of texts.py: a record a passage. `wide` is these
+kinds and seven of technical text: marked-up documentation of a kernel, a runtime, a language, a database and an editor,
+modules of source code, and help for users of a desktop. `widest` is these thirteen and six more, of which most are told
+and not explained: what is said in two games of war and of trade, the beings and things of a third, short definitions,
+and two manuals in prose, of a program for pictures and of another database.
 """
 
 import argparse
@@ -70,6 +72,11 @@ def sections(begins: str) -> Callable[[bytes], Iterable[str]]:
     return lambda content: re.split(rf"\n(?={begins})", _plain(content))
 
 
+def spoken(pattern: str) -> Callable[[bytes], Iterable[str]]:
+    """Give the sentences of a game's script, forty at a time: what a pattern finds."""
+    return lambda content: _joined(re.findall(pattern, _plain(content), re.MULTILINE), 40)
+
+
 def page(content: bytes) -> list[str]:
     """Give a plain text as it is."""
     return [_plain(content)]
@@ -122,18 +129,28 @@ TECHNICAL = (
     Kind("cmake-data", "usr/share/cmake-*/Modules/**/*.cmake", page),
     Kind("gnome-user-docs", "usr/share/help/C/gnome-help/*.page", shown),
 )
+LINE = r"^\s+(?:\w+ )?[`\"]([^`\n]{40,})[`\"]$"  # of a script: marked or not, then quoted as a whole
+TOLD = (
+    Kind("dict-wn", "usr/share/dictd/wn.dict.dz", entries),
+    Kind("crawl-common", "usr/share/crawl/dat/descript/*.txt", sections("%%%%")),
+    Kind("wesnoth-1.16-data", "usr/share/games/wesnoth/1.16/data/**/*.cfg", spoken(r'_ ?"((?:[^"]|""){20,})"')),
+    Kind("endless-sky-data", "usr/share/games/endless-sky/data/**/*.txt", spoken(LINE)),
+    Kind("gimp-help-en", "usr/share/gimp/2.0/help/en/*.html", shown),
+    Kind("postgresql-doc-15", "usr/share/doc/postgresql-doc-15/html/*.html", shown),
+)
+SETS = {"broad": KINDS, "wide": (*KINDS, *TECHNICAL), "widest": (*KINDS, *TECHNICAL, *TOLD)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/texts"), help="where texts.py wrote")
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--wide", action="store_true", help="more kinds, into wide.jsonl")
+    parser.add_argument("--set", choices=SETS, default="broad", help="how many kinds; also the name of what is written")
     asked = parser.parse_args()
     measured = set().union(*(runs_of_words(text) for text in measured_on(asked.out)))
     records = []
     with tempfile.TemporaryDirectory() as scratch:
-        for kind in (*KINDS, *TECHNICAL) if asked.wide else KINDS:
+        for kind in SETS[asked.set]:
             files = sorted(unpacked(kind, asked.folder, Path(scratch)).glob(kind.files))
             own = [file for file in files if file.is_file() and not file.is_symlink()]
             passages = [text for file in own for text in kind.passages(file.read_bytes())]
@@ -144,7 +161,7 @@ def main() -> None:
             told = f"{sum(map(len, kept)) / 1e6:.2f} MB in {len(kept)} passages"
             print(f"{kind.package}: {told}, {len(taken) - len(kept)} left out for what they share")
             records += [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in kept]
-    target = asked.out / ("wide.jsonl" if asked.wide else "broad.jsonl")
+    target = asked.out / f"{asked.set}.jsonl"
     target.write_text("".join(records))
     os.utime(target, (0, 0))  # one text, one time: runs that read it find each other
 

@@ -77,13 +77,21 @@ ALL_AXES = ("budget.axes=all", *PRINCIPAL)
 BLOCKS = ("blocks.epochs=3", "blocks.tokens=65536")
 ONCE = ("blocks.epochs=1", "blocks.tokens=196608")  # as many steps as BLOCKS
 BY_LOSS = ("budget.axes=all", "plan.widths=measured")  # where widths go by layer, all channels stay
+BY_MASKS = (*BY_LOSS, "sensitivity.restored=false")
+FINER = ("sensitivity.levels=[0.2,0.35,0.5,0.65,0.8]", "plan.depth_tokens=2048")
 HALF = Written(49152, weight=2)  # half of what a row reads
 MOST = Written(2097152, weight=6, length=512, batch=512)  # three quarters
 QUARTER = Written(2097152, weight=2, length=512, batch=512)
+LITTLE = Written(196608, weight=2, batch=128)  # a sixth beside WIDEST; what a CPU writes in half an hour
 BROAD, WIDE = ("broad", 4), ("wide", 4)  # half of what a row reads
+WIDEST = ("widest", 8)  # two thirds
 MILLION = ("blocks.epochs=1", "blocks.tokens=1048576", "blocks.batch=1024")  # for an accelerator
 TWO_MILLION = ("blocks.epochs=1", "blocks.tokens=2097152", "blocks.batch=1024")
-WIDEST = ("restore.tokens=131072", "blocks.epochs=1", "blocks.tokens=393216")  # four times, twice of ONCE
+MORE = ("restore.tokens=131072", "blocks.epochs=1", "blocks.tokens=393216")  # four times, twice of ONCE
+MILLION_ONCE = (
+    *("restore.tokens=131072", "blocks.epochs=1", "blocks.tokens=1048576"),
+    "data.split.calibration=0.75",  # no text twice: recovery reads little
+)
 TWICE = ("distill.tokens=120000",)
 NO_BLOCKS = ("blocks.epochs=0",)
 BY_SCORES = ("restore.outputs=false", "restore.order=scores")
@@ -146,17 +154,27 @@ ROWS: dict[str, Row] = {
     "best_broad_once_longer": _ablation(
         "best", "... the same, twice the recovery", *ONCE, writes=HALF, kinds=BROAD, recovered=TWICE
     ),
-    "best_broad_by_layer": _ablation("best", "... widths by measured loss", *BY_LOSS, writes=HALF, kinds=BROAD),
+    "best_broad_by_layer": _ablation("best", "... widths by measured loss", *BY_MASKS, writes=HALF, kinds=BROAD),
     "best_wide_longer": _ablation(
         "best",
         "best on more text of more kinds, twice the recovery",
-        *WIDEST,
+        *MORE,
         writes=QUARTER,
         kinds=WIDE,
         recovered=TWICE,
     ),
     "best_wide_by_layer_longer": _ablation(
-        "best", "... and widths by measured loss", *WIDEST, *BY_LOSS, writes=QUARTER, kinds=WIDE, recovered=TWICE
+        "best", "... and widths by measured loss", *MORE, *BY_MASKS, writes=QUARTER, kinds=WIDE, recovered=TWICE
+    ),
+    "best_widest_by_layer_longer": _ablation(
+        "best",
+        "... FFNs learn from a million tokens of more kinds yet",
+        *MILLION_ONCE,
+        *BY_LOSS,
+        *FINER,
+        writes=LITTLE,
+        kinds=WIDEST,
+        recovered=TWICE,
     ),
     "best_broad_millions": _ablation(
         "best", "best on two million tokens of many kinds", *TWO_MILLION, writes=QUARTER, kinds=BROAD
@@ -165,19 +183,19 @@ ROWS: dict[str, Row] = {
         "best", "... the same, twice the recovery", *TWO_MILLION, writes=QUARTER, kinds=BROAD, recovered=TWICE
     ),
     "best_broad_millions_by_layer": _ablation(
-        "best", "... and widths by measured loss", *TWO_MILLION, *BY_LOSS, writes=QUARTER, kinds=BROAD
+        "best", "... and widths by measured loss", *TWO_MILLION, *BY_MASKS, writes=QUARTER, kinds=BROAD
     ),
     "best_broad_millions_by_layer_longer": _ablation(
         "best",
         "... the same, twice the recovery",
         *TWO_MILLION,
-        *BY_LOSS,
+        *BY_MASKS,
         writes=QUARTER,
         kinds=BROAD,
         recovered=TWICE,
     ),
     "pangu_broad": _ablation("pangu_light", "Pangu Light on text of many kinds", kinds=BROAD),
-    "best_by_layer": _ablation("best", "best, widths by measured loss", *BY_LOSS, writes=HALF),
+    "best_by_layer": _ablation("best", "best, widths by measured loss", *BY_MASKS, writes=HALF),
     "best_no_blocks": _ablation("best", "best, no FFN learns by itself", *NO_BLOCKS, writes=HALF),
     "best_no_blocks_longer": _ablation(
         "best", "... the same, twice the recovery", *NO_BLOCKS, writes=HALF, recovered=TWICE
@@ -189,7 +207,7 @@ ROWS: dict[str, Row] = {
     "best_sequence": _ablation(
         "best", "... and layer by layer (accumulation)", *NO_BLOCKS, *BY_SCORES, "restore.sequence=true"
     ),
-    "best_measured": _ablation("best", "... and widths by measured loss", *NO_BLOCKS, *BY_LOSS),
+    "best_measured": _ablation("best", "... and widths by measured loss", *NO_BLOCKS, *BY_MASKS),
     "best_all_axes": _ablation("best", "... and all axes narrower", *NO_BLOCKS, "budget.axes=all"),
     "best_untied": _ablation("best", "... and the principal basis, untied", *NO_BLOCKS, *ALL_AXES, "basis.tie=untied"),
     "best_tied": _ablation("best", "... and the principal basis, tie kept", *NO_BLOCKS, *ALL_AXES, "basis.tie=keep"),

@@ -1,10 +1,10 @@
-"""One layer narrowed in place and put back: many widths of one model measured, each for a copy of a few columns."""
+"""One layer narrowed in place and put back: many widths of one model measured, each for a copy of two matrices."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.model.anatomy import Anatomy, LayerSizes
 from pipeline.model.blueprint import LayerPlan
@@ -12,32 +12,42 @@ from pipeline.model.scores import Scores
 
 from .gram import projections
 from .plan import plan
+from .restore import DAMPING, restore
 from .sequential import columns_of
 
 
 @contextmanager
-def masked(model: nn.Module, anatomy: Anatomy, wanted: LayerPlan) -> Iterator[None]:
+def masked(
+    model: nn.Module,
+    anatomy: Anatomy,
+    wanted: LayerPlan,
+    grams: Mapping[str, Tensor] | None = None,
+    damping: float = DAMPING,
+) -> Iterator[None]:
     """Zero the columns of W_O and W_down that a plan of a layer by its own heads leaves out.
 
-    Inside, the layer is the one that `cut` makes of the plan; afterwards its weights are what they were, bit for bit.
+    With Gram matrices by module name, those that stay are restored. Inside, the layer is the one that `cut` makes of
+    the plan; afterwards its weights are what they were, bit for bit.
     """
     heads = torch.tensor([head for group in wanted.groups for head in group.heads], dtype=torch.int64)
     neurons = torch.tensor(wanted.neurons, dtype=torch.int64)
     kept = {"n d": columns_of(heads, anatomy.sizes.head_size), "f": neurons}
-    gone = []
+    changed = []
     for axes, module in projections(anatomy).items():
-        weight = model.get_submodule(module.format(layer=wanted.host)).weight.data
-        leaves = torch.ones(weight.shape[1], dtype=torch.bool)
-        leaves[kept[axes]] = False
-        columns = leaves.nonzero().flatten().to(weight.device)
-        gone.append((weight, columns, weight[:, columns]))
+        name, stays = module.format(layer=wanted.host), kept[axes]
+        weight = model.get_submodule(name).weight.data
+        if len(stays) < weight.shape[1]:
+            narrow = torch.zeros_like(weight)
+            own = restore(weight, grams[name], stays, damping) if grams and len(stays) else weight[:, stays]
+            narrow[:, stays] = own.to(narrow)
+            changed.append((weight, weight.clone(), narrow))
     try:
-        for weight, columns, _ in gone:
-            weight[:, columns] = 0
+        for weight, _, narrow in changed:
+            weight.copy_(narrow)
         yield
     finally:
-        for weight, columns, values in gone:
-            weight[:, columns] = values
+        for weight, whole, _ in changed:
+            weight.copy_(whole)
 
 
 def without(anatomy: Anatomy, scores: Scores, layer: int, groups: int, neurons: int) -> LayerPlan:

@@ -16,13 +16,13 @@ from pipeline.prune.mask import masked, without
 from pipeline.prune.measure import only_layers
 from pipeline.prune.plan import layers_that_stay, shuffled
 from pipeline.runtime.artifacts import write_atomically
-from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.runtime.checkpoint import load_model, open_checkpoint, open_tensors
 from pipeline.runtime.placing import placed
 from pipeline.search.curves import removals
 
 MAKES = "sensitivities"
 NEEDS = ("teacher", "tokens", "scores", "shape")
-OPTIONAL = ("orders", "depth")  # in place of the scores of heads and neurons, and of block influence
+OPTIONAL = ("orders", "depth", "grams")  # in place of scores of units, and of block influence; to restore by
 EVERY_RANK = True
 RESUMES = True  # every loss is written down as soon as it is measured
 FILE = "sensitivities.json"
@@ -34,9 +34,10 @@ def needed(config: Config) -> bool:
 
 
 def settings(config: Config) -> dict:
-    """Give the levels, which layers stay and what goes first where scores say it, and the text."""
+    """Give the levels, which layers stay and what goes first where scores say it, what is restored, and the text."""
     policy = config.plan.policy
-    return {
+    restored = {"damping": config.restore.damping} if _restored(config) else {}
+    return restored | {
         "levels": sorted(set(config.sensitivity.levels)),
         "depth": policy["depth"],
         "keep_first": policy["keep_first"],
@@ -51,8 +52,9 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """Write sensitivities.json: rows of a `layer`, the `kind` and number of units `removed` from it, and the `loss`.
 
     The loss is the mean KL in nats a token from the teacher's predictions to those of its layers that stay, one of them
-    without its lowest-ranked groups or neurons. The row of layer null is the loss with nothing removed. Memory: beside
-    the model, the teacher's final states of the text, one row [h] a token.
+    without its lowest-ranked groups or neurons and, unless `sensitivity.restored` is off, restored as `cut` would. The
+    row of layer null is the loss with nothing removed. Memory: beside the model, the teacher's final states of the
+    text, one row [h] a token.
     """
     device, ranks = machine.device, machine.ranks
     anatomy = open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy
@@ -62,12 +64,14 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
     text = Packed(inputs["tokens"] / "calibration")
     batches = beginning(text, config.plan.depth_tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
+    grams = open_tensors(inputs["grams"]) if _restored(config) else None
     wanted: list[Tensor] = []
 
     def loss(layer: int, groups: int, neurons: int) -> float:
         sums = torch.zeros(2, dtype=torch.float64)
         plan = without(anatomy, scores, layer, groups, neurons)
-        with only_layers(model, len(anatomy.sizes.layers), kept), masked(model, anatomy, plan):
+        narrowed = masked(model, anatomy, plan, grams, config.restore.damping)
+        with only_layers(model, len(anatomy.sizes.layers), kept), narrowed:
             for ids, states in zip(batches, wanted, strict=True):
                 sums += divergence(model, ids, states, config.evaluate.chunk)
         ranks.sum_([sums])
@@ -90,6 +94,10 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         f"sensitivity: {len(rows) - 1} narrowings of one layer measured, KL {rows[0]['loss']:.4f} before and at most "
         f"{worst['loss']:.4f}, without {worst['removed']} {worst['kind']} of layer {worst['layer']}"
     )
+
+
+def _restored(config: Config) -> bool:
+    return config.restore.outputs and config.sensitivity.restored
 
 
 def _choices(config: Config, own: LayerSizes) -> list[tuple[str, int]]:

@@ -47,7 +47,7 @@ def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
     (tmp_path / "jargon.txt").write_text("word " * 999)
     start = run.text_settings(tmp_path)
     start += [f"model.start={tmp_path / 'start'}"] if row.peer else []
-    for each in ("written", "broad", "wide"):
+    for each in ("written", "broad", "wide", "widest"):
         (tmp_path / f"{each}.jsonl").write_text(json.dumps({"text": "word " * 999}) + "\n")
     start += run.mix(row, argparse.Namespace(texts=tmp_path, written=tmp_path / "written.jsonl"), [])
     config = validate(

@@ -67,13 +67,13 @@ def test_what_rows_are_measured_on_is_left_out_and_the_rest_is_read(name, tmp_pa
         (folder / "here" / f"{file}.txt").write_text(text)
     (folder / "more").mkdir()
     (folder / "more" / "a.md").write_text("more " * 99)
-    monkeypatch.setattr(broad, "KINDS", (broad.Kind("here", "*.txt", broad.page),))
-    monkeypatch.setattr(broad, "TECHNICAL", (broad.Kind("more", "*.md", broad.page),))
-    wide = ["--wide"] if name == "wide" else []
-    monkeypatch.setattr(sys, "argv", ["broad.py", *wide, "--out", str(texts), "--folder", str(folder)])
+    here, more = broad.Kind("here", "*.txt", broad.page), broad.Kind("more", "*.md", broad.page)
+    monkeypatch.setattr(broad, "SETS", {"broad": (here,), "wide": (here, more)})
+    asked = ["--set", name] if name != "broad" else []
+    monkeypatch.setattr(sys, "argv", ["broad.py", *asked, "--out", str(texts), "--folder", str(folder)])
     broad.main()
     records = [json.loads(line)["text"] for line in (texts / f"{name}.jsonl").read_text().splitlines()]
-    assert records == [stays] + ["more " * 99] * bool(wide)
+    assert records == [stays] + ["more " * 99] * (name == "wide")
     assert run.located(name, texts) == str(texts / f"{name}.jsonl")
 
 

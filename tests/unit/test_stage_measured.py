@@ -17,8 +17,9 @@ from pipeline.model.scores import Scores
 from pipeline.model.settings import student_config
 from pipeline.prune.mask import masked, without
 from pipeline.prune.measure import measure
+from pipeline.prune.restore import restore
 from pipeline.prune.surgery import cut
-from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import load_model, open_checkpoint, open_tensors, write_checkpoint
 from pipeline.stages import sensitivity
 from tests.tiny import config_of, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
@@ -69,7 +70,8 @@ def test_masking_equals_cutting_and_leaves_every_weight_as_it_was(kind, tmp_path
         assert torch.equal(tensor, before[name]), name
 
 
-def test_measured_widths_keep_to_the_budget_and_rows_are_the_kl_of_what_would_be_cut(world, monkeypatch):
+@pytest.mark.parametrize("restored", [False, True])
+def test_measured_widths_keep_to_the_budget_and_rows_are_the_kl_of_what_would_be_cut(restored, world, monkeypatch):
     seen = []
 
     def remembered(*arguments):
@@ -78,7 +80,7 @@ def test_measured_widths_keep_to_the_budget_and_rows_are_the_kl_of_what_would_be
         return model
 
     monkeypatch.setattr(sensitivity, "load_model", remembered)
-    folders = made(world, "budget.parameters=0.6")
+    folders = made(world, "budget.parameters=0.6", f"restore.outputs={restored}".lower())
     ((model, before),) = seen
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     teacher, start = (open_checkpoint(folders[name]).anatomy for name in ("teacher", "start"))
@@ -91,10 +93,12 @@ def test_measured_widths_keep_to_the_budget_and_rows_are_the_kl_of_what_would_be
         ("groups", 2), ("groups", 3), ("neurons", 64), ("neurons", 128)
     ]  # fmt: skip
     row = next(row for row in rows if (row["layer"], row["kind"], row["removed"]) == (2, "neurons", 64))
-    lowest = Scores.load(folders["scores"] / "scores.safetensors").neurons[2].argsort()[:64]
+    stays = Scores.load(folders["scores"] / "scores.safetensors").neurons[2].argsort()[64:]
     dense = load_model(folders["teacher"], torch.float64, "eager")
     cut_ = load_model(folders["teacher"], torch.float64, "eager")
-    cut_.model.layers[2].mlp.down_proj.weight.data[:, lowest] = 0
+    down, name = cut_.model.layers[2].mlp.down_proj.weight.data, "model.layers.2.mlp.down_proj"
+    left = restore(down, open_tensors(folders["grams"])[name], stays) if restored else down[:, stays]
+    down.zero_()[:, stays] = left
     batches = beginning(Packed(folders["tokens"] / "calibration"), 256, 8, 0, 1, 0)
     sums = sum(divergence(cut_, ids, final_states(dense, ids), 64) for ids in batches)
     assert row["loss"] == pytest.approx(float(sums[0] / sums[1]), rel=5e-2)  # layers compute in bf16 here
