@@ -38,6 +38,7 @@ SHORTEST = 200
 SHARED = 13  # words in a row that make a passage one of a text that is measured on
 BREAKS = {"p", "div", "li", "tr", "h1", "h2", "h3", "h4", "pre", "br", "dt", "dd"}
 UNREAD = {"script", "style", "head"}
+LINE = r"^\s+(?:\w+ )?[`\"]([^`\n]{40,})[`\"]$"  # of a game's script, quoted as a whole behind its kind, if any
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,6 @@ TECHNICAL = (
     Kind("cmake-data", "usr/share/cmake-*/Modules/**/*.cmake", page),
     Kind("gnome-user-docs", "usr/share/help/C/gnome-help/*.page", shown),
 )
-LINE = r"^\s+(?:\w+ )?[`\"]([^`\n]{40,})[`\"]$"  # of a script: marked or not, then quoted as a whole
 TOLD = (
     Kind("dict-wn", "usr/share/dictd/wn.dict.dz", entries),
     Kind("crawl-common", "usr/share/crawl/dat/descript/*.txt", sections("%%%%")),

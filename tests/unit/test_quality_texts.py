@@ -39,6 +39,12 @@ def string(text):
         (broad.page, b"as it is\n", ["as it is\n"]),
         (broad.page, gzip.compress(b"packed\n"), ["packed\n"]),
         (broad.entries, gzip.compress(b"Ab, n.\n   The hub.\nBa"), ["Ab, n.\n   The hub.\n\nBa"]),
+        (broad.spoken('_"(.+)"'), b'[a]\n b=_"Well?"\n[/a]' + b'_"So."\n' * 40, ["Well?" + "\n\nSo." * 39, "So."]),
+        (
+            broad.spoken(broad.LINE),
+            b'\tlog "%s"\n\t`%s`\n\t`short`\nname "%s"' % ((b"x" * 40,) * 3),
+            ["x" * 40 + "\n\n" + "x" * 40],
+        ),
         (broad.shown, b"<head>t</head><p>A <b>page</b></p><script>x</script><p>ends", ["A page\n\nends"]),
     ],
     ids=lambda each: getattr(each, "__name__", ""),
