@@ -64,6 +64,7 @@ class Gates(Section):
 
 class Sensitivity(Section):
     levels: Annotated[list[Fraction], Field(min_length=1)]
+    length: Count
     restored: bool
 
 

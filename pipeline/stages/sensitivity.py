@@ -43,6 +43,7 @@ def settings(config: Config) -> dict:
         "keep_first": policy["keep_first"],
         "drawn": policy["drawn"],
         "tokens": config.plan.depth_tokens,
+        "length": config.sensitivity.length,
         "batch": config.score.batch,
         "seed": config.seed,
     }
@@ -63,7 +64,10 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     kept = layers_that_stay(inputs, scores.layers, config.plan.policy)
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
     text = Packed(inputs["tokens"] / "calibration")
-    batches = beginning(text, config.plan.depth_tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
+    length = min(config.sensitivity.length, text.sequence)
+    tokens = config.plan.depth_tokens // length * text.sequence
+    whole = beginning(text, tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
+    batches = [ids[:, :length] for ids in whole]
     grams = open_tensors(inputs["grams"]) if _restored(config) else None
     wanted: list[Tensor] = []
 
