@@ -76,9 +76,10 @@ PRINCIPAL = ("basis.kind=principal", "plan.channels=leading")
 ALL_AXES = ("budget.axes=all", *PRINCIPAL)
 BLOCKS = ("blocks.epochs=3", "blocks.tokens=65536")
 ONCE = ("blocks.epochs=1", "blocks.tokens=196608")  # as many steps as BLOCKS
-BY_LOSS = ("budget.axes=all", "plan.widths=measured")  # where widths go by layer, all channels stay
-BY_MASKS = (*BY_LOSS, "sensitivity.restored=false", "sensitivity.length=512")  # of two sequences, not restored
-ON_MANY = ("sensitivity.levels=[0.25,0.5,0.75]", "plan.depth_tokens=3072")  # 24 beginnings of sequences
+# KV groups may go too, by two whole sequences and units masked alone; all channels stay
+BY_MASKS = ("budget.axes=all", "plan.widths=measured", "sensitivity.restored=false", "sensitivity.length=512")
+# neurons alone, by 24 beginnings of sequences and what stays restored; no FFN loses more than half
+BY_LOSS = ("plan.widths=measured", "sensitivity.levels=[0.25,0.5]", "plan.depth_tokens=3072")
 HALF = Written(49152, weight=2)  # half of what a row reads
 MOST = Written(2097152, weight=6, length=512, batch=512)  # three quarters
 QUARTER = Written(2097152, weight=2, length=512, batch=512)
@@ -171,7 +172,6 @@ ROWS: dict[str, Row] = {
         "... FFNs learn from a million tokens of more kinds yet",
         *MILLION_ONCE,
         *BY_LOSS,
-        *ON_MANY,
         writes=LITTLE,
         kinds=WIDEST,
         recovered=TWICE,

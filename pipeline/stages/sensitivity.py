@@ -39,6 +39,7 @@ def settings(config: Config) -> dict:
     restored = {"damping": config.restore.damping} if _restored(config) else {}
     return restored | {
         "levels": sorted(set(config.sensitivity.levels)),
+        "kinds": _kinds(config),
         "depth": policy["depth"],
         "keep_first": policy["keep_first"],
         "drawn": policy["drawn"],
@@ -104,11 +105,19 @@ def _restored(config: Config) -> bool:
     return config.restore.outputs and config.sensitivity.restored
 
 
+def _kinds(config: Config) -> list[str]:
+    """Give the kinds of units that may go: KV groups do not where the budget narrows the FFN alone."""
+    return ["neurons"] if config.budget.axes == "neurons" else ["groups", "neurons"]
+
+
 def _choices(config: Config, own: LayerSizes) -> list[tuple[str, int]]:
     """Give what is removed from a layer, one after another: the kind and how many; a KV group always stays."""
     levels = config.sensitivity.levels
-    groups = [("groups", count) for count in removals(own.groups, levels, own.groups - 1)]
-    return groups + [("neurons", count) for count in removals(own.neurons, levels, own.neurons)]
+    counts = {
+        "groups": removals(own.groups, levels, own.groups - 1),
+        "neurons": removals(own.neurons, levels, own.neurons),
+    }
+    return [(kind, count) for kind in _kinds(config) for count in counts[kind]]
 
 
 def _told(path: Path) -> list[dict]:

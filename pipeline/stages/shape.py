@@ -34,7 +34,8 @@ def check(config: Config) -> None:
     if axes != "all" and config.budget.predicted:
         limits = list(config.budget.predicted)
         raise ValueError(f"budget.axes={axes} goes by budget.parameters alone; leave {limits} out")
-    if axes != "all" and widths != "uniform":
+    alike = axes == "layers" or (axes == "neurons" and widths != "measured")
+    if alike and widths != "uniform":
         raise ValueError(f"budget.axes={axes} makes all layers alike, and plan.widths={widths} does not; set axes=all")
     if config.plan.widths != "uniform" and config.budget.predicted:
         raise ValueError(

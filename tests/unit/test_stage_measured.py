@@ -111,6 +111,15 @@ def test_measured_widths_keep_to_the_budget_and_rows_are_the_kl_of_what_would_be
     assert row["loss"] == pytest.approx(float(sums[0] / sums[1]), rel=5e-2)  # layers compute in bf16 here
 
 
+def test_groups_stay_where_the_budget_narrows_the_ffn_alone(world):
+    folders = made(world, "budget.parameters=0.8", "budget.axes=neurons")
+    assert {row["kind"] for row in rows_of(folders)} == {None, "neurons"}
+    teacher, start = (open_checkpoint(folders[name]).anatomy for name in ("teacher", "start"))
+    assert [(each.heads, each.groups) for each in start.sizes.layers] == [(4, 4)] * 4
+    assert 0.75 < start.parameters()[1] / teacher.parameters()[1] <= 0.8
+    assert len({each.neurons for each in start.sizes.layers}) > 1 and start.sizes.hidden == 32
+
+
 def test_a_layer_that_writes_nothing_loses_first(tmp_path):
     world = make_world(tmp_path, **WIDE)
     source = open_checkpoint(world / "model")
@@ -182,7 +191,7 @@ def test_the_line_runs_to_its_report_in_two_rounds(world):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["budget.axes=neurons"], "makes all layers alike, and plan.widths=measured does not"),
+        (["budget.axes=layers"], "makes all layers alike, and plan.widths=measured does not"),
         (["budget.speedup=1.5"], "set budget.parameters alone"),
         (["recipe=flap", "plan.widths=measured"], "has no sensitivity, which this configuration needs"),
         (["sensitivity.levels=[0.5,1.5]"], "sensitivity.levels.1"),

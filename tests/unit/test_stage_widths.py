@@ -181,6 +181,7 @@ def test_a_family_without_biases_is_refused_before_it_is_scored(tmp_path):
         (["shape.layers=2", "budget.parameters=0.5"], r"budget.\* limits it by \['parameters'\]; give one"),
         (["plan.widths=threshold", "budget.speedup=1.5"], "set budget.parameters alone"),
         (["plan.widths=threshold", "budget.axes=layers"], "makes all layers alike, and plan.widths=threshold does not"),
+        (["plan.widths=adaptive", "budget.axes=neurons"], "makes all layers alike, and plan.widths=adaptive does not"),
         (["recipe=adapt_pruner", "recipe.repeat=[plan,cut]"], "has no score, shape, which plan needs anew"),
         (["recipe=adapt_pruner", "recipe.repeat=[score,shape,plan]"], "recipe.repeat has no cut"),
         (["recipe=adapt_pruner", "recipe.repeat=[score,shape,plan,cut,melt]"], r"recipe.repeat names \['melt'\]"),
