@@ -208,6 +208,9 @@ ROWS: dict[str, Row] = {
         "best", "... and layer by layer (accumulation)", *NO_BLOCKS, *BY_SCORES, "restore.sequence=true"
     ),
     "best_measured": _ablation("best", "... and widths by measured loss", *NO_BLOCKS, *BY_MASKS),
+    "best_measured_restored": _ablation(
+        "best", "... and FFN widths by losses of what the cut leaves", *NO_BLOCKS, *BY_LOSS
+    ),
     "best_all_axes": _ablation("best", "... and all axes narrower", *NO_BLOCKS, "budget.axes=all"),
     "best_untied": _ablation("best", "... and the principal basis, untied", *NO_BLOCKS, *ALL_AXES, "basis.tie=untied"),
     "best_tied": _ablation("best", "... and the principal basis, tie kept", *NO_BLOCKS, *ALL_AXES, "basis.tie=keep"),
