@@ -109,13 +109,13 @@ def test_tokens_are_named_by_what_they_are_and_whether_they_can_be_copied():
 def test_what_kinds_lose_adds_up_to_the_perplexity_over_the_dense_models():
     """Shares are of the whole, and the whole is what the pipeline measures as perplexity."""
     models = [tiny_model("llama", seed=seed).eval() for seed in (0, 1)]
-    rows = torch.randint(models[0].config.vocab_size, (3, 9))
+    rows = torch.randint(models[0].config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(0))
     dense, student = (where.loss_of(model, rows) for model in models)
     perplexities = [quality(tally(model, [rows], 64), 1).perplexity for model in models]
     *lines, _, last = where.told(["a"] * 8 + ["b"] * 16, dense, student)
     assert float(last.split()[1]) == pytest.approx(perplexities[1] / perplexities[0], rel=1e-3)
     means = (student - dense).mean(1)
-    assert float(last.split()[3]) == pytest.approx(float(last.split()[1]) * float(means.std()) / 3**0.5, rel=1e-2)
+    assert float(last.split()[3]) == pytest.approx(float(last.split()[1]) * float(means.std()) / 3**0.5, abs=1e-3)
     extra = (student - dense).flatten().split([8, 16])
     rows_told = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines[2:]}
     for name, part, share in zip("ab", extra, (1 / 3, 2 / 3), strict=True):
