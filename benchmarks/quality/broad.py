@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from run import UNSEEN
+from rows import UNSEEN
 from texts import fetched
 
 from pipeline.data.builtin import BUILTINS

@@ -9,6 +9,7 @@ GROUPS = {
     "peers": "Other tools, recovered here",
 }
 TEXTS = ("topics", "docstrings")  # calibration and recovery of every row
+UNSEEN = ("readmes", "jargon")  # read by no row before it is measured
 COMMON = (
     "data.split.evaluation=0.1",
     "score.tokens=16384",
@@ -91,7 +92,7 @@ TWO_MILLION = ("blocks.epochs=1", "blocks.tokens=2097152", "blocks.batch=1024")
 MORE = ("restore.tokens=131072", "blocks.epochs=1", "blocks.tokens=393216")  # four times, twice of ONCE
 MILLION_ONCE = (
     *("restore.tokens=131072", "blocks.epochs=1", "blocks.tokens=1048576"),
-    "data.split.calibration=0.75",  # no text twice: recovery reads little
+    "data.split.calibration=0.75",  # recovery reads little
 )
 TWICE = ("distill.tokens=120000",)
 NO_BLOCKS = ("blocks.epochs=0",)

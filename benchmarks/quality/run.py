@@ -23,13 +23,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from arguments import at_least, described, existing, percentage, several, some_of
+from broad import SETS
 from composing import composed, with_settings
-from rows import COMMON, ROWS, TEXTS, Row, Written
+from rows import COMMON, ROWS, TEXTS, UNSEEN, Row, Written
 
 HERE = Path(__file__).resolve().parent
-UNSEEN = ("readmes", "jargon")  # read by no row before it is measured
-OF_MANY_KINDS = ("broad", "wide", "widest")
-FETCHED = {"jargon": "texts.py"} | {name: f"broad.py --set {name}" for name in OF_MANY_KINDS}  # not installed anywhere
+FETCHED = {"jargon": "texts.py"} | {name: f"broad.py --set {name}" for name in SETS}  # no installation has them
 REFERENCE = "topics"  # held-out text of the domain that every row sees
 
 

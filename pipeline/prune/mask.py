@@ -34,11 +34,12 @@ def masked(
     kept = {"n d": columns_of(heads, anatomy.sizes.head_size), "f": neurons}
     changed = []
     for axes, module in projections(anatomy).items():
-        name, stays = module.format(layer=wanted.host), kept[axes]
+        name = module.format(layer=wanted.host)
         weight = model.get_submodule(name).weight.data
+        stays = kept[axes].to(weight.device)
         if len(stays) < weight.shape[1]:
             narrow = torch.zeros_like(weight)
-            own = restore(weight, grams[name], stays, damping) if grams and len(stays) else weight[:, stays]
+            own = restore(weight, grams[name], stays, damping) if grams is not None and len(stays) else weight[:, stays]
             narrow[:, stays] = own.to(narrow)
             changed.append((weight, weight.clone(), narrow))
     try:
