@@ -1,7 +1,7 @@
 """Text of many kinds to calibrate on and recover from: quotations, novels, two manuals, a handbook and a dictionary.
 
     python benchmarks/quality/texts.py
-    python benchmarks/quality/broad.py [--set broad|wide|widest] [--out runs/texts] [--folder UNPACKED]
+    python benchmarks/quality/broad.py [--set broad|wide|widest|all] [--out runs/texts] [--folder UNPACKED]
 
 They come from packages of Debian, fetched with `apt-get download` and unpacked without being installed, or from
 --folder, where somebody unpacked each into a folder of its name before (`dpkg -x FILE.deb UNPACKED/PACKAGE`). Of each
@@ -10,7 +10,9 @@ rows are measured on are left out. Written is broad.jsonl in the folder of texts
 kinds and seven of technical text: marked-up documentation of a kernel, a runtime, a language, a database and an editor,
 modules of source code, and help for users of a desktop. `widest` is these thirteen and six more, of which most are told
 and not explained: what is said in two games of war and of trade, the beings and things of a third, short definitions,
-and two manuals in prose, of a program for pictures and of another database.
+and two manuals in prose, of a program for pictures and of another database. `all` is these nineteen and nine more:
+documentation of six kinds of programs, some of it of Python's, a standard of how to write others, what is said and
+described in a game of survival, and a dictionary that mocks.
 """
 
 import argparse
@@ -39,6 +41,8 @@ SHARED = 13  # words in a row that make a passage one of a text that is measured
 BREAKS = {"p", "div", "li", "tr", "h1", "h2", "h3", "h4", "pre", "br", "dt", "dd"}
 UNREAD = {"script", "style", "head"}
 LINE = r"^\s+(?:\w+ )?[`\"]([^`\n]{40,})[`\"]$"  # of a game's script, quoted as a whole behind its kind, if any
+
+STRING = r'"((?:[^"\\\n]|\\.){60,})"'  # of JSON, long enough to say something
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,9 @@ def page(content: bytes) -> list[str]:
     return [_plain(content)]
 
 
-def entries(content: bytes) -> Iterator[str]:
-    """Give ten entries at a time of a dictionary of dictd; an entry begins where a line is not indented."""
-    return _joined(re.split(r"\n(?=\S)", _plain(content)), 10)
+def entries(begins: str = r"\S") -> Callable[[bytes], Iterable[str]]:
+    """Give ten entries at a time of a dictionary of dictd; an entry begins where a line does so, is not indented."""
+    return lambda content: _joined(re.split(rf"\n(?={begins})", _plain(content)), 10)
 
 
 def shown(content: bytes) -> list[str]:
@@ -119,7 +123,7 @@ KINDS = (
     Kind("perl-doc", "usr/share/perl/*/pod/*.pod", sections("=head1")),
     Kind("git-doc", "usr/share/doc/git-doc/**/*.txt", page),
     Kind("debian-handbook", "usr/share/doc/debian-handbook/html/en-US/*.html", shown),
-    Kind("dict-gcide", "usr/share/dictd/gcide.dict.dz", entries),
+    Kind("dict-gcide", "usr/share/dictd/gcide.dict.dz", entries()),
 )
 TECHNICAL = (
     Kind("linux-doc-6.1", "usr/share/doc/linux-doc-6.1/Documentation/**/*.rst.gz", page),
@@ -131,14 +135,30 @@ TECHNICAL = (
     Kind("gnome-user-docs", "usr/share/help/C/gnome-help/*.page", shown),
 )
 TOLD = (
-    Kind("dict-wn", "usr/share/dictd/wn.dict.dz", entries),
+    Kind("dict-wn", "usr/share/dictd/wn.dict.dz", entries()),
     Kind("crawl-common", "usr/share/crawl/dat/descript/*.txt", sections("%%%%")),
     Kind("wesnoth-1.16-data", "usr/share/games/wesnoth/1.16/data/**/*.cfg", spoken(r'_ ?"((?:[^"]|""){20,})"')),
     Kind("endless-sky-data", "usr/share/games/endless-sky/data/**/*.txt", spoken(LINE)),
     Kind("gimp-help-en", "usr/share/gimp/2.0/help/en/*.html", shown),
     Kind("postgresql-doc-15", "usr/share/doc/postgresql-doc-15/html/*.html", shown),
 )
-SETS = {"broad": KINDS, "wide": (*KINDS, *TECHNICAL), "widest": (*KINDS, *TECHNICAL, *TOLD)}
+TAUGHT = (
+    Kind("python-django-doc", "usr/share/doc/python-django-doc/html/[fht]*/**/*.html", shown),
+    Kind("python-sqlalchemy-doc", "usr/share/doc/python-sqlalchemy-doc/rst/[!c]*/**/*.rst", page),
+    Kind("sphinx-doc", "usr/share/doc/sphinx-doc/html/_sources/[dtu]*/**/*.txt", page),
+    Kind("apache2-doc", "usr/share/doc/apache2-doc/manual/en/**/*.html", shown),
+    Kind("postfix-doc", "usr/share/doc/postfix/html/*.html", shown),
+    Kind("debian-reference-en", "usr/share/debian-reference/*.en.html", shown),
+    Kind("gnu-standards", "usr/share/doc/gnu-standards/*.text.gz", sections(r"\d+[.\d]* ")),
+    Kind("cataclysm-dda-data", "usr/share/games/cataclysm-dda/json/[fnis]*/**/*.json", spoken(STRING)),
+    Kind("dict-devil", "usr/share/dictd/devil.dict.dz", entries("[A-Z-]{2,}, ")),
+)
+SETS = {
+    "broad": KINDS,
+    "wide": (*KINDS, *TECHNICAL),
+    "widest": (*KINDS, *TECHNICAL, *TOLD),
+    "all": (*KINDS, *TECHNICAL, *TOLD, *TAUGHT),
+}
 
 
 def main() -> None:

@@ -87,12 +87,17 @@ QUARTER = Written(2097152, weight=2, length=512, batch=512)
 LITTLE = Written(196608, weight=2, batch=128)  # a sixth beside WIDEST; what a CPU writes in half an hour
 BROAD, WIDE = ("broad", 4), ("wide", 4)  # half of what a row reads
 WIDEST = ("widest", 8)  # two thirds
+ALL = ("all", 16)  # four fifths, and a tenth LITTLE
 MILLION = ("blocks.epochs=1", "blocks.tokens=1048576", "blocks.batch=1024")  # for an accelerator
 TWO_MILLION = ("blocks.epochs=1", "blocks.tokens=2097152", "blocks.batch=1024")
 MORE = ("restore.tokens=131072", "blocks.epochs=1", "blocks.tokens=393216")  # four times, twice of ONCE
 MILLION_ONCE = (
     *("restore.tokens=131072", "blocks.epochs=1", "blocks.tokens=1048576"),
     "data.split.calibration=0.75",  # recovery reads little
+)
+MILLIONS_ONCE = (
+    *("restore.tokens=131072", "blocks.epochs=1", "blocks.tokens=1572864", "blocks.learning_rate=0.02"),
+    "data.split.calibration=0.75",
 )
 TWICE = ("distill.tokens=120000",)
 NO_BLOCKS = ("blocks.epochs=0",)
@@ -175,6 +180,15 @@ ROWS: dict[str, Row] = {
         *BY_LOSS,
         writes=LITTLE,
         kinds=WIDEST,
+        recovered=TWICE,
+    ),
+    "best_all_by_layer_longer": _ablation(
+        "best",
+        "... from one and a half million of all kinds",
+        *MILLIONS_ONCE,
+        *BY_LOSS,
+        writes=LITTLE,
+        kinds=ALL,
         recovered=TWICE,
     ),
     "best_broad_millions": _ablation(

@@ -35,6 +35,7 @@ class Step:
         return output[0] if isinstance(output, tuple) else output
 
 
+@torch.no_grad()
 def recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Batch]) -> list[Step]:
     """Run the model with stand-ins for its layers: embeddings, masks and rotations are its own, whatever the family."""
     home = next(model.parameters()).device
@@ -52,7 +53,6 @@ def recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Ba
     return steps
 
 
-@torch.no_grad()
 def in_step(
     teacher: tuple[nn.Module, Anatomy],
     student: tuple[nn.Module, Anatomy],
@@ -86,12 +86,15 @@ def in_step(
         branch = [modules[name] for name in ffn_modules(student[1], index)]
         with _silent(branch):
             _pass(thin, layer, index, place, home)
-        read = torch.cat([none, *(_counted(step.hidden, step) for step in thin)])
-        wanted = torch.cat([none, *(_counted(step.hidden[..., shared], step) for step in dense)])
-        yield index, read, wanted
+        yield (  # kept neither here nor by a decorator: what the caller is done with is free before the next pass
+            index,
+            torch.cat([none, *(_counted(step.hidden, step) for step in thin)]),
+            torch.cat([none, *(_counted(step.hidden[..., shared], step) for step in dense)]),
+        )
         _add(thin, nn.Sequential(*branch), place, home)
 
 
+@torch.no_grad()
 def _pass(steps: Sequence[Step], layer: nn.Module, index: int, place: torch.device, home: torch.device) -> None:
     """Let all streams through a layer, which is on `place` for that long."""
     layer.to(place)
@@ -110,6 +113,7 @@ def _silent(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
 def _add(steps: Sequence[Step], branch: nn.Module, place: torch.device, home: torch.device) -> None:
     """Add to all streams what a branch, which is on `place` for that long, makes of them."""
     branch.to(place)

@@ -82,16 +82,19 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     hosts, done = [plan.host for plan in blueprint.layers], ranks.share(_done(out) if ranks.rank == 0 else None)
     passes = in_step(teacher, student, hosts, blueprint.channels, batches, device.torch)
     learnt, errors = {}, []
-    for layer, read, wanted in machine.progress(passes, len(hosts), "blocks"):
+    for layer in machine.progress(range(len(hosts)), len(hosts), "blocks"):
         branch, matrices = _branch(student, start, layer)
+        streams = next(passes)[1:]
         if layer in done:
             told = _remembered(out, layer, matrices, ranks)
         else:
-            rows = _rows(read.to(device.torch), wanted.to(device.torch), text.sequence, ranks)
+            rows = _rows(*(stream.to(device.torch) for stream in streams), text.sequence, ranks)
             told = learn(branch.to(device.torch), rows, lessons, ranks.sum_)
+            del rows
             branch.cpu()
             if ranks.rank == 0:
                 _write(out / LEARNT / str(layer), matrices, told)
+        del streams  # free while the next layer's are made
         errors.append({"layer": layer, "before": told.before, "after": told.after})
         learnt |= {name: matrix.detach().to(start[name].dtype) for name, matrix in matrices.items()}
         _take(student, branch, layer)

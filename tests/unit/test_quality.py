@@ -22,6 +22,7 @@ from tests.world import ROOT, environment, make_world, settings
 QUALITY = ROOT / "benchmarks" / "quality"
 sys.path.insert(0, str(QUALITY))  # its scripts import each other as scripts do
 
+import broad  # noqa: E402
 import drawing  # noqa: E402
 import results  # noqa: E402
 import rows  # noqa: E402
@@ -47,7 +48,7 @@ def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
     (tmp_path / "jargon.txt").write_text("word " * 999)
     start = run.text_settings(tmp_path)
     start += [f"model.start={tmp_path / 'start'}"] if row.peer else []
-    for each in ("written", "broad", "wide", "widest"):
+    for each in ("written", *broad.SETS):
         (tmp_path / f"{each}.jsonl").write_text(json.dumps({"text": "word " * 999}) + "\n")
     start += run.mix(row, argparse.Namespace(texts=tmp_path, written=tmp_path / "written.jsonl"), [])
     config = validate(

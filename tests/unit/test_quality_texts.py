@@ -38,7 +38,7 @@ def string(text):
         (broad.sections("## "), gzip.compress(b"# A\n### a\n## B"), ["# A\n### a", "## B"]),
         (broad.page, b"as it is\n", ["as it is\n"]),
         (broad.page, gzip.compress(b"packed\n"), ["packed\n"]),
-        (broad.entries, gzip.compress(b"Ab, n.\n   The hub.\nBa"), ["Ab, n.\n   The hub.\n\nBa"]),
+        (broad.entries(), gzip.compress(b"Ab, n.\n   The hub.\nBa"), ["Ab, n.\n   The hub.\n\nBa"]),
         (broad.spoken('_"(.+)"'), b'[a]\n b=_"Well?"\n[/a]' + b'_"So."\n' * 40, ["Well?" + "\n\nSo." * 39, "So."]),
         (
             broad.spoken(broad.LINE),

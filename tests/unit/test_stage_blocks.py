@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from collections import Counter
 from contextlib import ExitStack
 
@@ -12,7 +13,9 @@ from pipeline import line
 from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
+from pipeline.distill.blocks import learn
 from pipeline.model.anatomy import anatomy_of
+from pipeline.prune import layerwise
 from pipeline.prune.layerwise import ffn_modules, in_step
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
 from pipeline.stages import blocks
@@ -106,6 +109,23 @@ def test_every_projection_reads_every_batch_once():
     for _ in in_step(*known, range(4), range(32), batches, torch.device("cpu")):
         pass
     assert len(read) == 2 * 4 * 7 and set(read.values()) == {3}
+
+
+def test_what_a_layer_learnt_from_is_free_before_the_next_streams_are_made(world, monkeypatch):
+    learnt_from, passes = [], layerwise._pass
+
+    def told(module, rows, *rest):
+        learnt_from.extend(map(weakref.ref, (rows.read, rows.wanted)))
+        return learn(module, rows, *rest)
+
+    def watched(*given):
+        assert not any(each() is not None for each in learnt_from)
+        return passes(*given)
+
+    monkeypatch.setattr(blocks, "learn", told)
+    monkeypatch.setattr(layerwise, "_pass", watched)
+    made(world, *LEARN, "blocks.tokens=1024", **widths())
+    assert len(learnt_from) == 2 * 4
 
 
 @pytest.mark.parametrize(("changed", "layers"), [({}, 4), ({"layers": 3}, 3), ({"hidden": 24}, 4)])
