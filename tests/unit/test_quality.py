@@ -60,7 +60,7 @@ def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
     spent = config.distill.tokens * ("distill" in trains) + config.settle.tokens * ("settle" in trains)
     assert spent == ((120000 if name.endswith("_longer") else 60000) if recovery else 0)
     assert (config.score.tokens, config.basis.tokens) == (16384, 32768)
-    assert config.restore.tokens == (131072 if "wide" in name else 32768)
+    assert config.restore.tokens == (131072 if row.kinds and row.kinds[0] != "broad" else 32768)
     assert config.budget.parameters == (None if row.peer else 0.625)
     paths = 2 + bool(row.writes) + bool(row.kinds)
     assert len(config.data.recovery.paths) == len(config.data.calibration.paths) == paths
