@@ -10,6 +10,7 @@ GROUPS = {
 }
 TEXTS = ("topics", "docstrings")  # calibration and recovery of every row
 UNSEEN = ("readmes", "jargon")  # read by no row before it is measured
+UNCUT = "nobody"  # in the place of a tool: the dense model is its own start
 COMMON = (
     "data.split.evaluation=0.1",
     "score.tokens=16384",
@@ -41,7 +42,7 @@ class Written:
 class Row:
     """A line of the table. `settings` hold always, `recovered` and `bare` only with or without recovery.
 
-    `trains` names the stage that spends the recovery tokens; `peer` is the tool whose start is recovered. Where the
+    `trains` names the stage that spends the recovery tokens; `peer` is the tool whose start is recovered, or UNCUT. Where the
     teacher `writes` for it, calibration and recovery read that too, in place of as many tokens of the text of all rows.
     `kinds` is text of many kinds (broad.py) by its name, and its weight beside each of TEXTS.
     """
@@ -95,11 +96,8 @@ MILLION_ONCE = (
     *("restore.tokens=131072", "blocks.epochs=1", "blocks.tokens=1048576"),
     "data.split.calibration=0.75",  # recovery reads little
 )
-MILLIONS_ONCE = (
-    *("restore.tokens=131072", "blocks.epochs=1", "blocks.tokens=1572864", "blocks.learning_rate=0.02"),
-    "data.split.calibration=0.75",
-)
 TWICE = ("distill.tokens=120000",)
+NEXT = ("distill.loss.cross_entropy=4",)  # the tokens of the text weigh four times the dense model's predictions
 NO_BLOCKS = ("blocks.epochs=0",)
 BY_SCORES = ("restore.outputs=false", "restore.order=scores")
 GATES = ("gates.tokens=8192", "gates.batch=1", "gates.learning_rate=3e-2")  # 16 steps for each layer that goes
@@ -144,6 +142,7 @@ ROWS: dict[str, Row] = {
     "depth_loss": _ablation(
         "pangu_light", "... without CLAP, depth by measured loss", "plan.clap=false", "plan.depth=loss"
     ),
+    "pangu_next": _ablation("pangu_light", "Pangu Light, next tokens learnt too", recovered=NEXT),
     "pangu_blocks": _ablation("pangu_light", "Pangu Light, every FFN learns by itself before recovery", *BLOCKS),
     # best, one part exchanged
     "best_longer": _ablation("best", "best, twice the recovery", writes=HALF, recovered=TWICE),
@@ -184,12 +183,21 @@ ROWS: dict[str, Row] = {
     ),
     "best_all_by_layer_longer": _ablation(
         "best",
-        "... from one and a half million of all kinds",
-        *MILLIONS_ONCE,
+        "... of all kinds",
+        *MILLION_ONCE,
         *BY_LOSS,
         writes=LITTLE,
         kinds=ALL,
         recovered=TWICE,
+    ),
+    "best_all_by_layer_next_longer": _ablation(
+        "best",
+        "... the same, next tokens learnt too",
+        *MILLION_ONCE,
+        *BY_LOSS,
+        writes=LITTLE,
+        kinds=ALL,
+        recovered=(*TWICE, *NEXT),
     ),
     "best_broad_millions": _ablation(
         "best", "best on two million tokens of many kinds", *TWO_MILLION, writes=QUARTER, kinds=BROAD
@@ -208,6 +216,15 @@ ROWS: dict[str, Row] = {
         writes=QUARTER,
         kinds=BROAD,
         recovered=TWICE,
+    ),
+    "dense_next_longer": Row(
+        "The dense model, nothing cut, next tokens learnt too",
+        "ablations",
+        ("recipe=recover", "data.split.calibration=0.75", "distill.learning_rate=1e-4"),
+        peer=UNCUT,
+        writes=LITTLE,
+        kinds=ALL,
+        recovered=(*TWICE, *NEXT),
     ),
     "pangu_broad": _ablation("pangu_light", "Pangu Light on text of many kinds", kinds=BROAD),
     "best_by_layer": _ablation("best", "best, widths by measured loss", *BY_MASKS, writes=HALF),

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from arguments import at_least, described, existing, percentage, several, some_of
 from broad import SETS
 from composing import composed, with_settings
-from rows import COMMON, ROWS, TEXTS, UNSEEN, Row, Written
+from rows import COMMON, ROWS, TEXTS, UNCUT, UNSEEN, Row, Written
 
 HERE = Path(__file__).resolve().parent
 FETCHED = {"jargon": "texts.py"} | {name: f"broad.py --set {name}" for name in SETS}  # no installation has them
@@ -47,8 +47,8 @@ def main() -> None:
     names = asked.rows
     if asked.peers and not shutil.which(asked.peers):
         parser.error(f"--peers: {asked.peers} is no program; give the Python that peers.py describes")
-    if not asked.peers and any(ROWS[name].peer for name in names):
-        names = [name for name in names if not ROWS[name].peer]
+    if not asked.peers and any(ROWS[name].peer not in (None, UNCUT) for name in names):
+        names = [name for name in names if ROWS[name].peer in (None, UNCUT)]
         print("rows of other tools are left out: --peers names no Python that has them", flush=True)
     failed = []
     for seed in asked.seeds:
@@ -129,9 +129,11 @@ def mix(row: Row, asked: argparse.Namespace, settings: Sequence[str]) -> list[st
 
 
 def peer_start(peer: str, removed: float, runs: Path, python: str, settings: Sequence[str]) -> Path:
-    """Give the folder of a start that another tool cut from this teacher by these tokens; it is made once."""
+    """Give the folder of a start that another tool cut from this teacher by these tokens, made once; or the teacher."""
     pipeline("run=quality/teacher", "stages=[]", *COMMON, *settings).check_returncode()
     view = runs / "quality" / "teacher"
+    if peer == UNCUT:
+        return view / "teacher"
     read = "-".join((view / name).resolve().name.partition("-")[2] for name in ("teacher", "tokens"))
     start = runs / "quality" / "starts" / f"{peer}-{removed:g}-{read}"
     if not start.is_dir():

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from arguments import described, existing
 from drawing import draw, draw_bars
 from results import Figures, collect, over_dense, perplexity
-from rows import GROUPS, ROWS
+from rows import GROUPS, ROWS, UNCUT
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- quality: begin, written by benchmarks/quality/table.py -->", "<!-- quality: end -->"
@@ -89,7 +89,7 @@ def table(found: Sequence[Figures]) -> str:
     by_row = {name: [each for each in found if each["row"] == name] for name in ROWS}
     lines = {name: _line(each, texts) for name, each in by_row.items() if each}
     for place in [6 + 3 * number + state for number in range(len(texts)) for state in (0, 1)]:
-        _embolden(list(lines.values()), place)
+        _embolden([line for name, line in lines.items() if ROWS[name].peer != UNCUT], place)
     written = [_written(head), "|---" + "|---:" * (len(head) - 1) + "|", _written(_dense(found, texts))]
     for group, title in GROUPS.items():
         of_group = [name for name in lines if ROWS[name].group == group]

@@ -60,7 +60,7 @@ def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
     spent = config.distill.tokens * ("distill" in trains) + config.settle.tokens * ("settle" in trains)
     assert spent == ((120000 if name.endswith("_longer") else 60000) if recovery else 0)
     assert (config.score.tokens, config.basis.tokens) == (16384, 32768)
-    assert config.restore.tokens == (131072 if row.kinds and row.kinds[0] != "broad" else 32768)
+    assert row.peer or config.restore.tokens == (131072 if row.kinds and row.kinds[0] != "broad" else 32768)
     assert config.budget.parameters == (None if row.peer else 0.625)
     paths = 2 + bool(row.writes) + bool(row.kinds)
     assert len(config.data.recovery.paths) == len(config.data.calibration.paths) == paths
@@ -182,6 +182,7 @@ def test_cells_are_means_over_seeds_with_half_their_range(tmp_path):
     view(tmp_path, "minitron-25-0", start=20.0, student=12.0)
     view(tmp_path, "minitron-25-1", start=30.0, student=12.0, speed=40.0)
     view(tmp_path, "best-25-0", start=15.0, student=11.0)
+    view(tmp_path, "dense_next_longer-25-0", start=10.0, student=9.0)
     cells = cells_of(tmp_path, "Minitron")
     assert cells["readmes: before"] == "25.00 ± 5.00 (2.50 ± 0.50×)" and cells["after"] == "12.00 (1.20×)"
     assert cells["next word"] == "20.8 ± 4.2 % → 41.7 %"
@@ -190,6 +191,7 @@ def test_cells_are_means_over_seeds_with_half_their_range(tmp_path):
     assert cells["seconds to cut"] == "5" and cells["tokens learnt from"] == "120k" and cells["computed on"] == "cpu"
     best = cells_of(tmp_path, "best")
     assert best["readmes: before"] == "**15.00 (1.50×)**" and best["decode tokens/s"] == table.NONE
+    assert best["after"] == "**11.00 (1.10×)**"  # the least of what was cut; nothing was cut of the dense model
     assert cells_of(tmp_path, "Dense")["readmes: before"] == "10.00"
 
 
@@ -241,6 +243,14 @@ def test_rows_measured_on_different_text_are_not_put_side_by_side(tmp_path):
     view(tmp_path, "best-25-0", dense=11.0)
     with pytest.raises(ValueError, match="on readmes the dense model has a perplexity"):
         results.collect(tmp_path, tmp_path / "saved.json")
+
+
+def test_the_start_of_a_row_that_cuts_nothing_is_the_dense_model(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(run, "pipeline", lambda *given: asked.append(given) or subprocess.CompletedProcess(given, 0))
+    start = run.peer_start(rows.ROWS["dense_next_longer"].peer, 25.0, tmp_path, None, ["seed=0"])
+    assert start == tmp_path / "quality" / "teacher" / "teacher"
+    assert [each[:2] for each in asked] == [("run=quality/teacher", "stages=[]")]
 
 
 def test_a_frozen_text_is_read_in_place_of_the_installations_own(tmp_path):
