@@ -42,9 +42,9 @@ class Written:
 class Row:
     """A line of the table. `settings` hold always, `recovered` and `bare` only with or without recovery.
 
-    `trains` names the stage that spends the recovery tokens; `peer` is the tool whose start is recovered, or UNCUT. Where the
-    teacher `writes` for it, calibration and recovery read that too, in place of as many tokens of the text of all rows.
-    `kinds` is text of many kinds (broad.py) by its name, and its weight beside each of TEXTS.
+    `trains` names the stage that spends the recovery tokens; `peer` is the tool whose start is recovered, or UNCUT.
+    Where the teacher `writes` for it, calibration and recovery read that too, in place of as many tokens of the text of
+    all rows. `kinds` is text of many kinds (broad.py) by its name, and its weight beside each of TEXTS.
     """
 
     label: str
