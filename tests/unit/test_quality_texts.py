@@ -39,6 +39,12 @@ def string(text):
         (broad.page, b"as it is\n", ["as it is\n"]),
         (broad.page, gzip.compress(b"packed\n"), ["packed\n"]),
         (broad.entries(), gzip.compress(b"Ab, n.\n   The hub.\nBa"), ["Ab, n.\n   The hub.\n\nBa"]),
+        (broad.entries("[A-Z-]{2,}, "), b"ABLE, adj.  So\nso.\nBAD-LY, adv.", ["ABLE, adj.  So\nso.\n\nBAD-LY, adv."]),
+        (
+            broad.spoken(broad.STRING),
+            b'{"%s": "short", "text": "%s \\"No.\\"",\n "a": "%s\n"}' % ((b"x" * 60,) * 3),
+            ["x" * 60 + "\n\n" + "x" * 60 + ' \\"No.\\"'],
+        ),
         (broad.spoken('_"(.+)"'), b'[a]\n b=_"Well?"\n[/a]' + b'_"So."\n' * 40, ["Well?" + "\n\nSo." * 39, "So."]),
         (
             broad.spoken(broad.LINE),
