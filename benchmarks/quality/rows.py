@@ -199,6 +199,15 @@ ROWS: dict[str, Row] = {
         kinds=ALL,
         recovered=(*TWICE, *NEXT),
     ),
+    "best_all_by_layer_next_steps_longer": _ablation(
+        "best",
+        "... the same, in steps of one sequence",
+        *MILLION_ONCE,
+        *BY_LOSS,
+        writes=LITTLE,
+        kinds=ALL,
+        recovered=(*TWICE, *NEXT, "distill.batch=1", "distill.micro_batch=1"),
+    ),
     "best_broad_millions": _ablation(
         "best", "best on two million tokens of many kinds", *TWO_MILLION, writes=QUARTER, kinds=BROAD
     ),
