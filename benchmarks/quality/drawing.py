@@ -67,7 +67,8 @@ def draw_bars(found: Sequence[Figures], path: Path) -> None:
         axes.axvline(1.0, color="#6d685f", linewidth=0.8)
         axes.set_xscale("log")
         least = axes.dataLim.x0  # below 1 where one that learns the text too ends nearer to it than the dense model is
-        axes.set_xlim(1.0 if least >= 1.0 else 0.9 * least, axes.get_xlim()[1] ** 1.15)  # room for the number beside the longest bar
+        most = axes.get_xlim()[1] ** 1.15  # room for the number beside the longest bar
+        axes.set_xlim(1.0 if least >= 1.0 else 0.9 * least, most)
         axes.margins(y=0.01)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}" if axes.get_xlim()[1] < 10 else "")
