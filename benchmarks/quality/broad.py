@@ -41,7 +41,6 @@ SHARED = 13  # words in a row that make a passage one of a text that is measured
 BREAKS = {"p", "div", "li", "tr", "h1", "h2", "h3", "h4", "pre", "br", "dt", "dd"}
 UNREAD = {"script", "style", "head"}
 LINE = r"^\s+(?:\w+ )?[`\"]([^`\n]{40,})[`\"]$"  # of a game's script, quoted as a whole behind its kind, if any
-
 STRING = r'"((?:[^"\\\n]|\\.){60,})"'  # of JSON, long enough to say something
 
 
@@ -88,8 +87,8 @@ def page(content: bytes) -> list[str]:
 
 
 def entries(begins: str = r"\S") -> Callable[[bytes], Iterable[str]]:
-    """Give ten entries at a time of a dictionary of dictd; an entry begins where a line does so, is not indented."""
-    return lambda content: _joined(re.split(rf"\n(?={begins})", _plain(content)), 10)
+    """Give ten entries at a time of a dictionary of dictd, parted at lines that begin so (a pattern): not indented."""
+    return lambda content: _joined(list(sections(begins)(content)), 10)
 
 
 def shown(content: bytes) -> list[str]:

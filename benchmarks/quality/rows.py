@@ -57,6 +57,11 @@ class Row:
     writes: Written | None = None
     kinds: tuple[str, int] | None = None
 
+    @property
+    def of_a_tool(self) -> bool:
+        """Whether its start is another tool's."""
+        return self.peer not in (None, UNCUT)
+
 
 def _recipe(name: str, label: str, *settings: str, group: str = "recipes", **more) -> Row:
     return Row(label, group, (f"recipe={name}", *settings), **more)
@@ -101,6 +106,12 @@ NEXT = ("distill.loss.cross_entropy=4",)  # the tokens of the text weigh four ti
 NO_BLOCKS = ("blocks.epochs=0",)
 BY_SCORES = ("restore.outputs=false", "restore.order=scores")
 GATES = ("gates.tokens=8192", "gates.batch=1", "gates.learning_rate=3e-2")  # 16 steps for each layer that goes
+
+
+def _of_all_kinds(label: str, *recovered: str) -> Row:
+    return _ablation("best", label, *MILLION_ONCE, *BY_LOSS, writes=LITTLE, kinds=ALL, recovered=recovered)
+
+
 ROWS: dict[str, Row] = {
     # the recipes as they stand in conf/recipe
     "best": _recipe("best", "best", writes=HALF),
@@ -181,32 +192,10 @@ ROWS: dict[str, Row] = {
         kinds=WIDEST,
         recovered=TWICE,
     ),
-    "best_all_by_layer_longer": _ablation(
-        "best",
-        "... of all kinds",
-        *MILLION_ONCE,
-        *BY_LOSS,
-        writes=LITTLE,
-        kinds=ALL,
-        recovered=TWICE,
-    ),
-    "best_all_by_layer_next_longer": _ablation(
-        "best",
-        "... the same, next tokens learnt too",
-        *MILLION_ONCE,
-        *BY_LOSS,
-        writes=LITTLE,
-        kinds=ALL,
-        recovered=(*TWICE, *NEXT),
-    ),
-    "best_all_by_layer_next_steps_longer": _ablation(
-        "best",
-        "... the same, in steps of one sequence",
-        *MILLION_ONCE,
-        *BY_LOSS,
-        writes=LITTLE,
-        kinds=ALL,
-        recovered=(*TWICE, *NEXT, "distill.batch=1", "distill.micro_batch=1"),
+    "best_all_by_layer_longer": _of_all_kinds("... of all kinds", *TWICE),
+    "best_all_by_layer_next_longer": _of_all_kinds("... the same, next tokens learnt too", *TWICE, *NEXT),
+    "best_all_by_layer_next_steps_longer": _of_all_kinds(
+        "... the same, in steps of one sequence", *TWICE, *NEXT, "distill.batch=1", "distill.micro_batch=1"
     ),
     "best_broad_millions": _ablation(
         "best", "best on two million tokens of many kinds", *TWO_MILLION, writes=QUARTER, kinds=BROAD

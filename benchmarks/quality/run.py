@@ -47,8 +47,8 @@ def main() -> None:
     names = asked.rows
     if asked.peers and not shutil.which(asked.peers):
         parser.error(f"--peers: {asked.peers} is no program; give the Python that peers.py describes")
-    if not asked.peers and any(ROWS[name].peer not in (None, UNCUT) for name in names):
-        names = [name for name in names if ROWS[name].peer in (None, UNCUT)]
+    if not asked.peers and any(ROWS[name].of_a_tool for name in names):
+        names = [name for name in names if not ROWS[name].of_a_tool]
         print("rows of other tools are left out: --peers names no Python that has them", flush=True)
     failed = []
     for seed in asked.seeds:

@@ -88,9 +88,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         if layer in done:
             told = _remembered(out, layer, matrices, ranks)
         else:
-            rows = _rows(*(stream.to(device.torch) for stream in streams), text.sequence, ranks)
-            told = learn(branch.to(device.torch), rows, lessons, ranks.sum_)
-            del rows
+            placed = (stream.to(device.torch) for stream in streams)
+            told = learn(branch.to(device.torch), _rows(*placed, text.sequence, ranks), lessons, ranks.sum_)
             branch.cpu()
             if ranks.rank == 0:
                 _write(out / LEARNT / str(layer), matrices, told)
