@@ -62,13 +62,13 @@ def _log_ticks(low: float, high: float, wanted: int) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Give a number as short as it can be read: 1 234 567 as 1.23M, 0.00031 as 3.1e-04."""
+    """Give a number as short as it can be read: 1 234 567 as 1.23M, 0.00031 as 3.1e-4."""
     if value == 0:
         return "0"
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size * 0.99995:
             return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
+    return f"{value:.3g}" if abs(value) >= 1e-3 else f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
 
 
 def panel(title: str, x: Scale, y: Scale, x_label: str, x_ticks: int = 5, y_ticks: int = 4) -> list[Mark]:

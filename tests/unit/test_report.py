@@ -211,6 +211,11 @@ def test_a_picture_shows_a_mark_where_and_in_the_colour_the_drawing_has_it(tmp_p
     assert pixels[2, 20].tolist() == pixels[10, 5].tolist() == [0xFF, 0xFD, 0xF9]
 
 
+def test_a_number_is_short_and_not_rounded_to_another():
+    told = {0.0: "0", 1.5e-4: "1.5e-4", 3e-4: "3e-4", 0.00031: "3.1e-4", 0.01: "0.01", 1_234_567.0: "1.23M"}
+    assert {value: number(value) for value in told} == told
+
+
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("values", [(3.0, 3.0), (0.001, 900.0), (20.0, 26.0), (1e-9, 1e-4), (5e5, 5.1e5)])
 def test_ticks_are_a_few_round_values_inside_a_scale_that_keeps_their_order(values, log):
