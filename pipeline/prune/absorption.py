@@ -6,7 +6,6 @@ wrong then grows through the layers. Here a norm is fitted in the model whose ea
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from copy import copy
 from functools import partial
 
 import torch
@@ -41,7 +40,7 @@ def fitted_scales(
     modules = dict(model.named_modules(prefix="model"))
     layers = layers_of(modules, anatomy)
     steps = recorded(model, layers, batches)
-    whole = [copy(step) for step in steps]  # the model as it came; its layers' arguments are shared
+    whole = [step.twin() for step in steps]  # the model as it came
     for index, layer in enumerate(layers):
         layer.to(place)
         norms = [f"{LAYER}{norm}".format(layer=index) for norm in anatomy.family.post_norms]
@@ -60,7 +59,7 @@ def fitted_scales(
                 undo.callback(delattr, norm, "forward")
                 yield name, scale
             for step in steps:
-                step.hidden = step.through(layer, index, place).to(home)
+                step.advance(layer, index, place)
         layer.to(home)
 
 
@@ -85,7 +84,7 @@ def _outputs(step: Step, layer: nn.Module, index: int, norms: list[nn.Module], p
     with ExitStack() as hooks:
         for norm in norms:
             hooks.callback(norm.register_forward_hook(keep).remove)
-        step.hidden = step.through(layer, index, place).to(home)
+        step.advance(layer, index, place)
     return [seen[norm] for norm in norms]
 
 

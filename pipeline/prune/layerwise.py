@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -33,6 +34,20 @@ class Step:
         rest, named = _moved(self.arguments[index], place)
         output = layer(self.hidden.to(place), *rest, **named)
         return output[0] if isinstance(output, tuple) else output
+
+    def advance(self, layer: nn.Module, index: int, place: torch.device) -> None:
+        """Let the stream through a layer, written where it was.
+
+        A new tensor a layer and batch would lie between what the layer needs meanwhile, and a heap so parted keeps
+        twice the streams.
+        """
+        self.hidden.copy_(self.through(layer, index, place))
+
+    def twin(self) -> "Step":
+        """Give the same batch with a stream of its own; the layers' arguments are shared."""
+        other = copy(self)
+        other.hidden = self.hidden.clone()
+        return other
 
 
 @torch.no_grad()
@@ -88,8 +103,8 @@ def in_step(
             _pass(thin, layer, index, place, home)
         yield (  # kept neither here nor by a decorator: what the caller is done with is free before the next pass
             index,
-            torch.cat([none, *(_counted(step.hidden, step) for step in thin)]),
-            torch.cat([none, *(_counted(step.hidden[..., shared], step) for step in dense)]),
+            _gathered(thin, slice(None), none),
+            _gathered(dense, shared, none),
         )
         _add(thin, nn.Sequential(*branch), place, home)
 
@@ -99,7 +114,7 @@ def _pass(steps: Sequence[Step], layer: nn.Module, index: int, place: torch.devi
     """Let all streams through a layer, which is on `place` for that long."""
     layer.to(place)
     for step in steps:
-        step.hidden = step.through(layer, index, place).to(home)
+        step.advance(layer, index, place)
     layer.to(home)
 
 
@@ -118,14 +133,18 @@ def _add(steps: Sequence[Step], branch: nn.Module, place: torch.device, home: to
     """Add to all streams what a branch, which is on `place` for that long, makes of them."""
     branch.to(place)
     for step in steps:
-        stream = step.hidden.to(place)
-        step.hidden = (stream + branch(stream)).to(home)
+        step.hidden += branch(step.hidden.to(place)).to(home)
     branch.to(home)
 
 
-def _counted(values: Tensor, step: Step) -> Tensor:
-    """Give the rows [tokens that count, h] of values [batch, sequence, h]."""
-    return values.flatten(0, 1) if step.mask is None else values[step.mask]
+def _gathered(steps: Sequence[Step], channels: Tensor | slice, none: Tensor) -> Tensor:
+    """Give channels of all streams, [tokens that count, h'], like `none` [0, h']; beside them one batch's at a time."""
+    counts = [step.hidden.shape[:-1].numel() if step.mask is None else int(step.mask.sum()) for step in steps]
+    rows = none.new_empty(sum(counts), none.shape[1])
+    for part, step in zip(rows.split(counts), steps, strict=True):
+        counted = step.hidden.flatten(0, 1) if step.mask is None else step.hidden[step.mask]
+        part.copy_(counted[:, channels])
+    return rows
 
 
 def ffn_modules(anatomy: Anatomy, layer: int) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ def prune_in_sequence(
             modules[name].weight.copy_(weight)
             yield f"{name}.weight", weight
         for step in steps:
-            step.hidden = step.through(layer, index, place).to(home)
+            step.advance(layer, index, place)
         layer.to(home)
 
 

@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import torch
+
 from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
 from pipeline.evaluation.perplexity import tally
 from pipeline.model.scores import Scores
-from pipeline.prune.measure import only_layers
+from pipeline.prune.begun import Begun
 from pipeline.prune.plan import kept_layers
 from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
@@ -48,7 +50,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """Write depth.json: the layers `kept`, their `loss` in nats per token, and every choice `tried` with its loss.
 
     losses.json has the losses by the layers that stay, in the order of measuring.
-    Where all layers stay nothing is measured, and `loss` is null.
+    Where all layers stay nothing is measured, and `loss` is null. Layers that a choice begins with as the one before it
+    did are not run again; beside the model their streams are kept, one row [h] a token.
     """
     anatomy = open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy
     total = len(anatomy.sizes.layers)
@@ -69,16 +72,20 @@ def _measured(config: Config, inputs: dict[str, Path], out: Path, total: int, co
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
     text = Packed(inputs["tokens"] / "calibration")
     asked = config.plan
-    batches = beginning(text, asked.depth_tokens, config.score.batch, ranks.rank, ranks.world, config.seed)
+    batches = list(beginning(text, asked.depth_tokens, config.score.batch, ranks.rank, ranks.world, config.seed))
     losses: dict[str, float] = ranks.share(_told(out / LOSSES) if ranks.rank == 0 else None)
     trials = max(0, _trials(config, total, count) - len(losses))
     bar = machine.progress(range(trials), trials, "depth")
+    begun = Begun(model, total, batches)
 
     def loss(kept: tuple[int, ...]) -> float:
         name = " ".join(map(str, kept))
         if name not in losses:
-            with only_layers(model, total, kept):
-                sums = tally(model, batches, config.evaluate.chunk)
+            begun.reach_for(kept)
+            sums = torch.zeros(3, dtype=torch.float64)
+            for number, ids in enumerate(batches):
+                with begun.rest(number, kept):
+                    sums += tally(model, [ids], config.evaluate.chunk)
             ranks.sum_([sums])
             losses[name] = float(sums[0] / sums[2])
             if ranks.rank == 0:

@@ -12,8 +12,8 @@ from pipeline.data.stream import beginning
 from pipeline.evaluation.divergence import divergence, final_states
 from pipeline.model.anatomy import LayerSizes
 from pipeline.model.scores import Scores
+from pipeline.prune.begun import Begun
 from pipeline.prune.mask import masked, without
-from pipeline.prune.measure import only_layers
 from pipeline.prune.plan import layers_that_stay, shuffled
 from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, open_tensors
@@ -56,7 +56,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     The loss is the mean KL in nats a token from the teacher's predictions to those of its layers that stay, one of them
     without its lowest-ranked groups or neurons and, unless `sensitivity.restored` is off, restored as `cut` would. The
     row of layer null is the loss with nothing removed. Memory: beside the model, the teacher's final states of the
-    text, one row [h] a token.
+    text and the stream before the layer that is narrowed, two rows [h] a token. Time: of a pass what lies above that
+    layer.
     """
     device, ranks = machine.device, machine.ranks
     anatomy = open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy
@@ -71,14 +72,15 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     batches = [ids[:, :length] for ids in whole]
     grams = open_tensors(inputs["grams"]) if _restored(config) else None
     wanted: list[Tensor] = []
+    begun = Begun(model, len(anatomy.sizes.layers), batches)
 
     def loss(layer: int, groups: int, neurons: int) -> float:
         sums = torch.zeros(2, dtype=torch.float64)
-        plan = without(anatomy, scores, layer, groups, neurons)
-        narrowed = masked(model, anatomy, plan, grams, config.restore.damping)
-        with only_layers(model, len(anatomy.sizes.layers), kept), narrowed:
-            for ids, states in zip(batches, wanted, strict=True):
-                sums += divergence(model, ids, states, config.evaluate.chunk)
+        begun.reach([index for index in kept if index < layer])
+        with masked(model, anatomy, without(anatomy, scores, layer, groups, neurons), grams, config.restore.damping):
+            for number, (ids, states) in enumerate(zip(batches, wanted, strict=True)):
+                with begun.rest(number, kept):
+                    sums += divergence(model, ids, states, config.evaluate.chunk)
         ranks.sum_([sums])
         return float(sums[0] / sums[1])
 

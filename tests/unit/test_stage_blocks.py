@@ -16,7 +16,7 @@ from pipeline.data.stream import beginning
 from pipeline.distill.blocks import learn
 from pipeline.model.anatomy import anatomy_of
 from pipeline.prune import layerwise
-from pipeline.prune.layerwise import ffn_modules, in_step
+from pipeline.prune.layerwise import ffn_modules, in_step, recorded
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
 from pipeline.stages import blocks
 from tests.tiny import config_of, tensors_of, tiny_model, tokens
@@ -109,6 +109,19 @@ def test_every_projection_reads_every_batch_once():
     for _ in in_step(*known, range(4), range(32), batches, torch.device("cpu")):
         pass
     assert len(read) == 2 * 4 * 7 and set(read.values()) == {3}
+
+
+def test_streams_stay_where_they_are_in_memory(monkeypatch):
+    """New ones a layer and batch leave holes among what layers need meanwhile: twice the memory, measured."""
+    model = tiny_model("llama")
+    known = (model.get_decoder(), anatomy_of(config_of(model), tensors_of(model)))
+    steps = []
+    monkeypatch.setattr(layerwise, "recorded", lambda *given: steps.extend(new := recorded(*given)) or new)
+    batches = [tokens(seed=seed) for seed in range(3)]
+    passes = in_step(known, known, range(4), range(32), batches, torch.device("cpu"))
+    told = [(read, [step.hidden.data_ptr() for step in steps]) for _, read, _ in passes]
+    assert all(places == told[0][1] for _, places in told) and len(set(told[0][1])) == 2 * 3
+    assert not torch.equal(told[0][0], told[-1][0])
 
 
 def test_what_a_layer_learnt_from_is_free_before_the_next_streams_are_made(world, monkeypatch):
