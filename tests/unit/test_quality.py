@@ -209,6 +209,20 @@ def test_a_row_beyond_all_numbers_is_told_and_drawn_beside_the_others(tmp_path):
     drawing.draw_bars(found, tmp_path / "bars.png")
 
 
+@pytest.mark.parametrize(("after", "low"), [(8.0, 0.9 * 0.8), (9.9, 0.9 * 0.99), (11.0, 1.0)])
+def test_bars_begin_at_the_dense_model_and_dots_below_it_stand_inside(after, low, tmp_path, monkeypatch):
+    """One that learns the text too may end nearer to it than the dense model is."""
+    view(tmp_path, "best-25-0", start=15.0, student=after)
+    view(tmp_path, "minitron-25-0", start=30.0, student=20.0)
+    drawn = []
+    monkeypatch.setattr(drawing.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    drawing.draw_bars(results.collect(tmp_path, tmp_path / "saved.json"), tmp_path / "bars.png")
+    for axes in drawn[0].axes:
+        left, right = axes.get_xlim()
+        dots = [float(x) for line in axes.lines for x in line.get_xdata() if line.get_marker() == "o"]
+        assert left == pytest.approx(low) and sorted(dots) == [after / 10.0, 2.0] and right > 3.0
+
+
 def test_a_row_that_learns_before_its_last_cut_takes_its_state_before_from_a_run_without_recovery(tmp_path):
     view(tmp_path, "adapt_pruner-25-0", start=13.0, student=12.0, rounds=4)
     assert cells_of(tmp_path, "Adapt-Pruner")["readmes: before"] == table.NONE
