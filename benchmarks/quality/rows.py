@@ -196,11 +196,11 @@ ROWS: dict[str, Row] = {
     ),
     "best_all_by_layer_longer": _of_all_kinds("... of all kinds", *TWICE),
     "best_all_by_layer_next_longer": _of_all_kinds("... the same, next tokens learnt too", *TWICE, *NEXT),
-    "best_all_by_layer_next_steps_longer": _of_all_kinds(
-        "... the same, in steps of one sequence", *TWICE, *NEXT, "distill.batch=1", "distill.micro_batch=1"
-    ),
     "best_all_twice_by_layer_next_longer": _of_all_kinds(
-        "... the same, FFNs learn from two million tokens", *TWICE, *NEXT, learnt=TWO_MILLION_ONCE
+        "... and FFNs learn from two million tokens", *TWICE, *NEXT, learnt=TWO_MILLION_ONCE
+    ),
+    "best_all_by_layer_next_steps_longer": _of_all_kinds(
+        "... from one million, in steps of one sequence", *TWICE, *NEXT, "distill.batch=1", "distill.micro_batch=1"
     ),
     "best_broad_millions": _ablation(
         "best", "best on two million tokens of many kinds", *TWO_MILLION, writes=QUARTER, kinds=BROAD
