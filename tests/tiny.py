@@ -1,6 +1,7 @@
 """Tiny random models of the real classes: every weight random, also gains and biases, so that nothing hides in ones."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -75,6 +76,13 @@ def config_of(model) -> dict:
 
 def tokens(batch: int = 2, length: int = 12, vocabulary: int = 96, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def counted(model: torch.nn.Module, runs: Counter) -> torch.nn.Module:
+    """Count by layer how often its FFN runs."""
+    for index, layer in enumerate(model.get_decoder().layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: runs.update([index]))
+    return model
 
 
 def tokenizer_folder(folder: Path, text: str, size: int = 96) -> Path:

@@ -8,15 +8,7 @@ import torch
 from pipeline.evaluation.divergence import final_states
 from pipeline.prune.begun import Begun
 from pipeline.prune.measure import only_layers
-from tests.tiny import tiny_model, tokens
-
-
-def runs_of(model):
-    """Count how often the FFN of each layer runs."""
-    count = Counter()
-    for index, layer in enumerate(model.get_decoder().layers):
-        layer.mlp.register_forward_hook(lambda *_, index=index: count.update([index]))
-    return count
+from tests.tiny import counted, tiny_model, tokens
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "olmo2", "phi3"])
@@ -26,7 +18,8 @@ def test_a_pass_that_begins_behind_some_layers_gives_the_numbers_of_a_whole_one(
     batches = [tokens(), tokens(seed=1)]
     with only_layers(model, 4, kept):
         wanted = [final_states(model, ids) for ids in batches]
-    begun, count = Begun(model, 4, batches), runs_of(model)
+    begun, count = Begun(model, 4, batches), Counter()
+    counted(model, count)
     for ahead in range(len(kept)):
         begun.reach(kept[:ahead])
         before = Counter(count)
@@ -50,7 +43,8 @@ def test_streams_are_those_of_the_layers_reached_last():
 
 def test_layers_that_are_done_are_not_run_again():
     model = tiny_model("llama")
-    begun, count = Begun(model, 4, [tokens()]), runs_of(model)
+    begun, count = Begun(model, 4, [tokens()]), Counter()
+    counted(model, count)
     for layers in ([0], [0], [0, 2], [0, 2, 3]):
         begun.reach(layers)
     assert count == {0: 1, 2: 1, 3: 1}

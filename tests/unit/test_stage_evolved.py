@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from pipeline.runtime.machine import Machine
 from pipeline.runtime.track import Track
 from pipeline.stages import depth
 from tests.processes import on_ranks
+from tests.tiny import counted
 from tests.tiny_text import configured
 from tests.world import make_world, settings
 
@@ -114,6 +116,14 @@ def test_an_interrupted_choice_measures_no_set_twice_and_ends_the_same(world, tm
     assert told == [[straight, straight - 2, 2]] * world_size and straight > 5 + 4 + 3
     for file in ("depth.json", depth.LOSSES):
         assert (tmp_path / "killed" / file).read_text() == (tmp_path / "straight" / file).read_text(), file
+
+
+def test_a_greedy_choice_runs_no_layer_again_that_two_sets_begin_with(world, monkeypatch):
+    """Five sets of five layers, without layer 1, 2, 3, 4, 5: each is reached along what it shares with the last."""
+    counts = Counter()
+    monkeypatch.setattr(depth, "load_model", lambda *given: counted(load_model(*given), counts))
+    made(world, "plan.depth=loss", f"artifacts={world / 'counted'}", "score.batch=100", shape__layers=5)
+    assert counts == {0: 2, 1: 2, 2: 3, 3: 4, 4: 4, 5: 4}
 
 
 def test_the_digest_of_the_greedy_choice_knows_nothing_of_evolution():

@@ -1,6 +1,7 @@
 """plan.widths=measured: masks that equal cuts, a model left as it was, budgets kept through the real stages."""
 
 import json
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from pipeline.prune.restore import restore
 from pipeline.prune.surgery import cut
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, open_tensors, write_checkpoint
 from pipeline.stages import sensitivity
-from tests.tiny import config_of, tensors_of, tiny_model, tokens
+from tests.tiny import config_of, counted, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
 from tests.world import make_world, pipeline, settings
 
@@ -74,10 +75,10 @@ def test_masking_equals_cutting_and_leaves_every_weight_as_it_was(kind, tmp_path
 def test_measured_widths_keep_to_the_budget_and_rows_are_the_kl_of_what_would_be_cut(
     restored, length, world, monkeypatch
 ):
-    seen = []
+    seen, runs = [], Counter()
 
     def remembered(*arguments):
-        model = load_model(*arguments)
+        model = counted(load_model(*arguments), runs)
         seen.append((model, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
         return model
 
@@ -107,6 +108,8 @@ def test_measured_widths_keep_to_the_budget_and_rows_are_the_kl_of_what_would_be
     read = min(length, text.sequence)
     batches = [ids[:, :read] for ids in beginning(text, 256 // read * text.sequence, 8, 0, 1, 0)]
     assert sum(ids.numel() for ids in batches) == 256
+    # final states, nothing removed, four narrowings of the layer and of each below, and once to get behind it
+    assert runs == {layer: len(batches) * (2 + 4 * (layer + 1) + (layer < 3)) for layer in range(4)}
     sums = sum(divergence(cut_, ids, final_states(dense, ids), 64) for ids in batches)
     assert row["loss"] == pytest.approx(float(sums[0] / sums[1]), rel=5e-2)  # layers compute in bf16 here
 
