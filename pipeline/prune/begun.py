@@ -29,7 +29,8 @@ class Begun:
         if list(layers[: len(self.done)]) != self.done:
             self.done, self.streams = [], [None] * len(self.batches)
         for layer in layers[len(self.done) :]:
-            self.streams = [self._behind(layer, number) for number in range(len(self.batches))]
+            for number in range(len(self.batches)):
+                self.streams[number] = self._behind(layer, number)
             self.done.append(layer)
 
     def reach_for(self, kept: Sequence[int]) -> None:

@@ -133,7 +133,8 @@ def _add(steps: Sequence[Step], branch: nn.Module, place: torch.device, home: to
     """Add to all streams what a branch, which is on `place` for that long, makes of them."""
     branch.to(place)
     for step in steps:
-        step.hidden += branch(step.hidden.to(place)).to(home)
+        stream = step.hidden.to(place)
+        step.hidden.copy_(stream + branch(stream))
     branch.to(home)
 
 
