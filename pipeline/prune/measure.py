@@ -175,10 +175,15 @@ def only_layers(model: nn.Module, total: int, kept: Collection[int]) -> Iterator
 
     with ExitStack() as undo:
         for index in set(range(total)) - set(kept):
-            layer = model.get_submodule(LAYER.format(layer=index).rstrip("."))
+            layer = layer_of(model, index)
             layer.forward = passing
             undo.callback(delattr, layer, "forward")
         yield
+
+
+def layer_of(model: nn.Module, index: int) -> nn.Module:
+    """Give a layer of a causal model."""
+    return model.get_submodule(LAYER.format(layer=index).rstrip("."))
 
 
 def _sum_type(values: Tensor) -> torch.dtype:

@@ -10,8 +10,8 @@ from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
 from pipeline.evaluation.perplexity import tally
 from pipeline.model.scores import Scores
-from pipeline.prune.begun import Begun
 from pipeline.prune.plan import kept_layers
+from pipeline.prune.prefix import PrefixCache
 from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
 from pipeline.runtime.placing import placed
@@ -76,15 +76,15 @@ def _measured(config: Config, inputs: dict[str, Path], out: Path, total: int, co
     losses: dict[str, float] = ranks.share(_told(out / LOSSES) if ranks.rank == 0 else None)
     trials = max(0, _trials(config, total, count) - len(losses))
     bar = machine.progress(range(trials), trials, "depth")
-    begun = Begun(model, total, batches)
+    prefix = PrefixCache(model, total, batches)
 
     def loss(kept: tuple[int, ...]) -> float:
         name = " ".join(map(str, kept))
         if name not in losses:
-            begun.reach_for(kept)
+            prefix.reach_for(kept)
             sums = torch.zeros(3, dtype=torch.float64)
             for number, ids in enumerate(batches):
-                with begun.rest(number, kept):
+                with prefix.rest(number, kept):
                     sums += tally(model, [ids], config.evaluate.chunk)
             ranks.sum_([sums])
             losses[name] = float(sums[0] / sums[2])

@@ -12,9 +12,9 @@ from pipeline.data.stream import beginning
 from pipeline.evaluation.divergence import divergence, final_states
 from pipeline.model.anatomy import LayerSizes
 from pipeline.model.scores import Scores
-from pipeline.prune.begun import Begun
 from pipeline.prune.mask import masked, without
 from pipeline.prune.plan import layers_that_stay, shuffled
+from pipeline.prune.prefix import PrefixCache
 from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, open_tensors
 from pipeline.runtime.placing import placed
@@ -72,14 +72,14 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     batches = [ids[:, :length] for ids in whole]
     grams = open_tensors(inputs["grams"]) if _restored(config) else None
     wanted: list[Tensor] = []
-    begun = Begun(model, len(anatomy.sizes.layers), batches)
+    prefix = PrefixCache(model, len(anatomy.sizes.layers), batches)
 
     def loss(layer: int, groups: int, neurons: int) -> float:
         sums = torch.zeros(2, dtype=torch.float64)
-        begun.reach([index for index in kept if index < layer])
+        prefix.reach([index for index in kept if index < layer])
         with masked(model, anatomy, without(anatomy, scores, layer, groups, neurons), grams, config.restore.damping):
             for number, (ids, states) in enumerate(zip(batches, wanted, strict=True)):
-                with begun.rest(number, kept):
+                with prefix.rest(number, kept):
                     sums += divergence(model, ids, states, config.evaluate.chunk)
         ranks.sum_([sums])
         return float(sums[0] / sums[1])

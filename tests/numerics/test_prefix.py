@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pipeline.evaluation.divergence import final_states
-from pipeline.prune.begun import Begun
 from pipeline.prune.measure import only_layers
+from pipeline.prune.prefix import PrefixCache
 from tests.tiny import counted, tiny_model, tokens
 
 
@@ -18,13 +18,13 @@ def test_a_pass_that_begins_behind_some_layers_gives_the_numbers_of_a_whole_one(
     batches = [tokens(), tokens(seed=1)]
     with only_layers(model, 4, kept):
         wanted = [final_states(model, ids) for ids in batches]
-    begun, count = Begun(model, 4, batches), Counter()
+    prefix, count = PrefixCache(model, 4, batches), Counter()
     counted(model, count)
     for ahead in range(len(kept)):
-        begun.reach(kept[:ahead])
+        prefix.reach(kept[:ahead])
         before = Counter(count)
         for number, ids in enumerate(batches):
-            with begun.rest(number, kept):
+            with prefix.rest(number, kept):
                 assert torch.equal(final_states(model, ids), wanted[number])
         assert count - before == {layer: 2 for layer in kept[ahead:]}
     assert not any("forward" in vars(layer) for layer in model.get_decoder().layers)
@@ -32,34 +32,34 @@ def test_a_pass_that_begins_behind_some_layers_gives_the_numbers_of_a_whole_one(
 
 def test_streams_are_those_of_the_layers_reached_last():
     model = tiny_model("llama")
-    begun = Begun(model, 4, [tokens()])
+    prefix = PrefixCache(model, 4, [tokens()])
     for kept in ([0, 1, 2], [0, 1, 3], [0, 2, 3], [1, 2, 3]):
-        begun.reach(kept[:-1])
+        prefix.reach(kept[:-1])
         with only_layers(model, 4, kept):
             wanted = final_states(model, tokens())
-        with begun.rest(0, kept):
+        with prefix.rest(0, kept):
             assert torch.equal(final_states(model, tokens()), wanted)
 
 
 def test_layers_that_are_done_are_not_run_again():
     model = tiny_model("llama")
-    begun, count = Begun(model, 4, [tokens()]), Counter()
+    prefix, count = PrefixCache(model, 4, [tokens()]), Counter()
     counted(model, count)
     for layers in ([0], [0], [0, 2], [0, 2, 3]):
-        begun.reach(layers)
+        prefix.reach(layers)
     assert count == {0: 1, 2: 1, 3: 1}
-    begun.reach([])
-    assert begun.streams == [None]
+    prefix.reach([])
+    assert prefix.streams == [None]
 
 
 def test_choices_tried_in_turn_share_what_they_begin_with_and_keep_a_layer_to_run():
     model = tiny_model("llama")
-    begun = Begun(model, 4, [tokens()])
+    prefix = PrefixCache(model, 4, [tokens()])
     tried = [([1, 2, 3], []), ([0, 2, 3], []), ([0, 1, 3], [0]), ([0, 1, 3], [0, 1]), ([0, 1], [0]), ([1, 2], [])]
     for kept, done in tried:
-        begun.reach_for(kept)
-        assert begun.done == done
+        prefix.reach_for(kept)
+        assert prefix.done == done
         with only_layers(model, 4, kept):
             wanted = final_states(model, tokens())
-        with begun.rest(0, kept):
+        with prefix.rest(0, kept):
             assert torch.equal(final_states(model, tokens()), wanted)

@@ -1,17 +1,15 @@
 """Passes that begin in the middle of a model: what a change costs is measured from where it is on."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.families import LAYER
-
-from .measure import only_layers
+from .measure import layer_of, only_layers
 
 
-class Begun:
+class PrefixCache:
     """The streams of some batches of ids [batch, sequence] behind the first of a causal model's layers.
 
     Exact: a pass that goes on from there gives the numbers of a whole one. Memory: on the host one row [h] a token,
@@ -38,23 +36,22 @@ class Begun:
         self.reach(_shared(kept, self.tried))
         self.tried = kept
 
-    @contextmanager
-    def rest(self, number: int, kept: Sequence[int]) -> Iterator[None]:
+    def rest(self, number: int, kept: Sequence[int]) -> AbstractContextManager[None]:
         """Let a pass of batch `number` through a model of the layers `kept` run those that are not done.
 
         `kept` begins with those that are done, and has one more at least.
         """
-        with self._alone(kept[len(self.done) :], number):
-            yield
+        return self._alone(kept[len(self.done) :], number)
 
     @torch.inference_mode()
     def _behind(self, layer: int, number: int) -> Tensor:
+        """Give the stream [batch, sequence, h] of a batch behind a layer, on the host."""
         seen: list[Tensor] = []
 
         def keep(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
             seen.append((output[0] if isinstance(output, tuple) else output).cpu())
 
-        hook = self._module(layer).register_forward_hook(keep)
+        hook = layer_of(self.model, layer).register_forward_hook(keep)
         try:
             with self._alone([layer], number):
                 place = next(self.model.parameters()).device
@@ -66,7 +63,7 @@ class Begun:
     @contextmanager
     def _alone(self, layers: Sequence[int], number: int) -> Iterator[None]:
         """Let these layers alone run, the first of them on the stream that was kept, if one was."""
-        first, stream = self._module(layers[0]), self.streams[number]
+        first, stream = layer_of(self.model, layers[0]), self.streams[number]
         whole = first.forward
 
         def fed(hidden_states: Tensor, *rest, **named) -> Tensor | tuple:
@@ -77,9 +74,6 @@ class Begun:
                 first.forward = fed
                 undo.callback(delattr, first, "forward")
             yield
-
-    def _module(self, layer: int) -> nn.Module:
-        return self.model.get_submodule(LAYER.format(layer=layer).rstrip("."))
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> list[int]:
