@@ -28,9 +28,10 @@ def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
     teacher = ModelShape.of(anatomy.sizes, anatomy.tied)
     devices, settles = ranks if ranks > 1 else None, config.settle.norm != "none"
     student, told = _student(config, made, teacher)
-    if settles:
-        run = _training(config, "settle", config.settle.chunk)
-        told.append(training_needs(_chip(config), None, teacher, run, devices).sentence())
+    for section, trains in (("correct", config.correct.tokens > 0), ("settle", settles)):
+        if trains:
+            run = _training(config, section, getattr(config, section).chunk)
+            told.append(training_needs(_chip(config), None, teacher, run, devices).sentence())
     if "distill" in config.recipe.line:
         run = _training(config, "distill", config.distill.loss.chunk)
         told.append(training_needs(_chip(config), teacher, student, run, devices).sentence())

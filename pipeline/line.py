@@ -19,6 +19,7 @@ from pipeline.runtime.view import show
 
 VIEW = {
     "teacher": ("teacher", ""),
+    "corrected": ("corrected", ""),
     "tokens": ("tokens", ""),
     "generated.jsonl": ("generated", "generated.jsonl"),
     "scores": ("scores", ""),
@@ -129,7 +130,10 @@ def _take(
     machine: Machine,
     record: dict[str, Any],
 ) -> dict[str, Path]:
-    """Take stages in order, beginning with known artifacts; show and tell each artifact as soon as it is there."""
+    """Take stages in order, beginning with known artifacts; show and tell each artifact as soon as it is there.
+
+    Where a stage makes a `corrected` teacher of the one there is, the latter stays as `given`.
+    """
     made = dict(known)
     number, rounds = config.recipe.part
     inner, told = ("", "") if number == rounds else (f"/rounds/{number}", f", round {number}")
@@ -138,6 +142,8 @@ def _take(
         folder, fresh = _step(config, name, stage, made, store, machine, is_wanted(config, name))
         if folder is None:
             continue
+        if stage.MAKES == "teacher" and "teacher" in made:
+            made |= {"given": made["teacher"], "corrected": folder}
         made[stage.MAKES] = folder
         record["stages"][name + told] = {"artifact": folder.name, "made_now": fresh}
         if machine.ranks.rank == 0 and not config.dry_run:  # which leaves the view as it is
@@ -168,6 +174,8 @@ def _step(
         maker = makers_of(config)[missing[0]]
         raise ValueError(f"stages: {name} needs {missing[0]}, which stage {maker} makes; add {maker} to stages")
     inputs = {need: made[need] for need in (*needs_of(config, stage), *getattr(stage, "OPTIONAL", ())) if need in made}
+    if "given" in made and getattr(stage, "COMPARES", False):
+        inputs["teacher"] = made["given"]
     if hasattr(stage, "applies") and not stage.applies(config, inputs):
         return None, False
     settings = machine.ranks.share(stage.settings(config) if machine.ranks.rank == 0 else None)
@@ -208,6 +216,6 @@ def _tell(track: Track, run: str, stage: str, folder: Path) -> None:
 
 
 def _view(made: dict[str, Path]) -> dict[str, Path]:
-    made = {**made, "teacher": made.get("original", made["teacher"])}
+    made = {**made, "teacher": made.get("given", made.get("original", made["teacher"]))}
     named = {label: made[artifact] / inside for label, (artifact, inside) in VIEW.items() if artifact in made}
     return {label: target for label, target in named.items() if target.exists()}

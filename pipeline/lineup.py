@@ -8,6 +8,7 @@ from pipeline.stages import (
     adopt,
     basis,
     blocks,
+    correct,
     cut,
     dense,
     depth,
@@ -35,6 +36,7 @@ STAGES: dict[str, ModuleType] = {
     "teacher": teacher,
     "tokens": tokens,
     "generate": generate,
+    "correct": correct,
     "score": score,
     "shape": shape,
     "search": search,
@@ -95,6 +97,8 @@ def _check_order(config: Config) -> None:
 def _check_rounds(config: Config) -> None:
     """Refuse rounds in which a stage would read what an earlier round, or the time before all, measured."""
     repeat, line, makers = config.recipe.repeat, config.recipe.line, makers_of(config)
+    if "correct" in repeat:
+        raise ValueError("recipe.repeat has correct, which is done once, for the teacher of all rounds; leave it out")
     for name in repeat:
         if idle(config, name):
             continue

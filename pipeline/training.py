@@ -54,6 +54,7 @@ def train_model(
     out: Path,
     machine,
     stretch: Stretch = ALL,
+    after: int = 0,
 ) -> None:
     """Write the model trained from `origin` as a model folder in float32, and metrics.jsonl; every rank takes part.
 
@@ -61,7 +62,8 @@ def train_model(
     optimizer that has seen nothing, and its metrics with those of the parts before.
 
     `section` names the settings; `module` makes what the engine trains, given a function that loads a model folder in
-    the type that is computed in. An earlier attempt's checkpoints in `out` are gone on from, digit for digit.
+    the type that is computed in; `after` counts sequences of the text that an earlier training read. An earlier
+    attempt's checkpoints in `out` are gone on from, digit for digit.
     """
     asked, ranks = getattr(config, section), machine.ranks
     count, steps = accumulation(section, asked, ranks.world), steps_of(section, asked, config.data.sequence)
@@ -101,7 +103,7 @@ def train_model(
 
         train(
             engine,
-            stream(text, asked.micro_batch, ranks.rank, ranks.world, (first + done) * asked.batch, config.seed),
+            stream(text, asked.micro_batch, ranks.rank, ranks.world, after + (first + done) * asked.batch, config.seed),
             share_out(held, asked.micro_batch, ranks.rank, ranks.world),
             course,
             rate,

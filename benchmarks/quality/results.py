@@ -9,7 +9,7 @@ from typing import Any
 
 NAME = re.compile(r"(?P<row>\w+)-(?P<removed>\d+(\.\d+)?)-(?P<seed>\d+)(?P<bare>-start)?")
 GIVEN = ("teacher", "tokens", "adopt")  # stages that prune nothing: what they read is the same for all rows
-TRAINING = ("distill", "settle")
+TRAINING = ("correct", "settle", "distill")
 TOLD = ("export", "dense", "evaluate", "report")
 QUALITY = ("perplexity", "next_word")
 SAME = 0.01  # relative difference of the dense model's perplexity between rows that were measured on one text
@@ -39,15 +39,16 @@ def figures(view: Path, name: re.Match, run: Figures) -> Figures:
     """Give the figures of one run that was measured.
 
     A run without recovery tells what the model was `before` it. One with recovery tells what it is `after`, and also
-    what it was before, unless weights were trained before the last cut (rounds, TRSP).
+    what it was before, unless weights were trained before the last cut (rounds, TRSP, a corrected teacher).
     """
     evaluation = json.loads((view / "evaluation.json").read_text())
     config, recovered = run["config"], not name["bare"]
-    settles = config["settle"]["norm"] != "none"
-    trained_early = recovered and (config["recipe"]["rounds"] > 1 or settles)
+    settles, corrects = config["settle"]["norm"] != "none", "correct" in run["stages"]
+    trained_early = recovered and (config["recipe"]["rounds"] > 1 or settles or corrects)
     texts = {name: _states(measured, recovered, trained_early) for name, measured in evaluation["texts"].items()}
     seconds = _seconds(view, run["stages"])
-    trained = config["distill"]["tokens"] * ("distill" in seconds) + config["settle"]["tokens"] * settles
+    trains = {"distill": "distill" in seconds, "settle": settles, "correct": corrects}
+    trained = sum(config[stage]["tokens"] for stage, does in trains.items() if does)
     spent = {"cut_seconds": sum(time for stage, time in seconds.items() if stage not in (*TRAINING, *TOLD))}
     if recovered:
         spent["recovery_seconds"] = sum(time for stage, time in seconds.items() if stage in TRAINING)

@@ -104,6 +104,8 @@ MILLION_ONCE = (
 # deeper layers want the higher rate (docs/results.md)
 TWO_MILLION_ONCE = (*MILLION_ONCE, "blocks.tokens=2097152", "blocks.learning_rate=0.02")
 TWICE = ("distill.tokens=120000",)
+# the teacher learns next tokens of half of the recovery text before anything else; its student recovers from the rest
+CORRECTED = ("correct.tokens=60000", "distill.tokens=60000")
 NEXT = ("distill.loss.cross_entropy=4",)  # the tokens of the text weigh four times the dense model's predictions
 NO_BLOCKS = ("blocks.epochs=0",)
 BY_SCORES = ("restore.outputs=false", "restore.order=scores")
@@ -198,6 +200,9 @@ ROWS: dict[str, Row] = {
     "best_all_by_layer_next_longer": _of_all_kinds("... the same, next tokens learnt too", *TWICE, *NEXT),
     "best_all_twice_by_layer_next_longer": _of_all_kinds(
         "... and FFNs learn from two million tokens", *TWICE, *NEXT, learnt=TWO_MILLION_ONCE
+    ),
+    "best_all_by_layer_corrected_longer": _of_all_kinds(
+        "... from one million, the teacher corrected instead, on half of the recovery tokens", *CORRECTED
     ),
     "best_all_by_layer_next_steps_longer": _of_all_kinds(
         "... from one million, in steps of one sequence", *TWICE, *NEXT, "distill.batch=1", "distill.micro_batch=1"

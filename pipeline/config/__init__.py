@@ -11,7 +11,7 @@ from .inputs import Data, Generate, Model
 from .methods import Basis, Depth, Gates, Plan, Reinit, Restore, Score, Sensitivity, Supernet
 from .results import Evaluate, Export, Report, Track
 from .shapes import Budget, Calibrate, Chip, Search, Shape
-from .training import Blocks, DeepSpeed, Distill, Settle
+from .training import Blocks, Correct, DeepSpeed, Distill, Settle
 
 
 class Recipe(Section):
@@ -67,6 +67,7 @@ class Config(Section):
     model: Model
     data: Data
     generate: Generate
+    correct: Correct
     shape: Shape
     budget: Budget
     score: Score

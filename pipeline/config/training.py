@@ -50,6 +50,11 @@ class Settle(Training):
     chunk: Count
 
 
+class Correct(Training):
+    tokens: Size
+    chunk: Count
+
+
 class Distill(Training):
     loss: Loss
 
@@ -71,5 +76,6 @@ class DeepSpeed(Section):
     def _says_nothing_twice(self):
         for name, ours in OWN.items():
             if name in self.extra:
-                raise ValueError(f"extra.{name} would say again what {ours} says (settle's where it trains); set that")
+                others = "(correct's or settle's where they train)"
+                raise ValueError(f"extra.{name} would say again what {ours} says {others}; set that")
         return self

@@ -1,5 +1,6 @@
 """The next-token loss of a causal language model, logits existing for one chunk of tokens at a time."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,6 +9,33 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear
 
 from .loss import IGNORED, Logits
+
+
+class LanguageModel(nn.Module):
+    """A causal language model and its next-token loss.
+
+    `forward(tokens)` gives that loss, a scalar in nats, and its parts: `cross_entropy`, the same.
+    """
+
+    def __init__(self, model: Any, chunk: int, gradient_checkpointing: bool):
+        """Take over a Hugging Face causal language model; `chunk`: tokens whose logits exist at once."""
+        super().__init__()
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.model = model.base_model
+        self.head = LanguageHead(model, chunk)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Give the parameters by their names in the checkpoint, tied ones once."""
+        for parameter in self.parameters():
+            yield self._names[id(parameter)], parameter
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """tokens: [batch, sequence]."""
+        states = self.model(input_ids=tokens, use_cache=False).last_hidden_state
+        entropy = self.head(states, next_tokens(tokens))
+        return entropy, {"cross_entropy": entropy.detach()}
 
 
 class LanguageHead(nn.Module):

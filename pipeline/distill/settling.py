@@ -4,7 +4,7 @@ The loss is LM + weight * sum over the picked layers of |X_out - X_in|, the l1 o
 tokens. What the picked layers did moves into the others; then they are deleted, and nothing is trained afterwards.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .gates import stream_of
-from .language import LanguageHead, next_tokens
+from .language import LanguageModel
 
 ORDERS = {"l1": 1, "l2": 2}
 
 
-class Settling(nn.Module):
+class Settling(LanguageModel):
     """A causal language model and the loss that empties its picked layers.
 
     In training mode `forward(tokens)` gives that loss and its parts; in evaluation mode the parts alone count:
@@ -28,29 +28,18 @@ class Settling(nn.Module):
         self, model: Any, picked: Sequence[int], weight: float, norm: str, chunk: int, gradient_checkpointing: bool
     ):
         """Take over a Hugging Face causal language model; `chunk`: tokens whose logits exist at once."""
-        super().__init__()
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.model = model.base_model
-        self.head = LanguageHead(model, chunk)
+        super().__init__(model, chunk, gradient_checkpointing)
         self._picked, self._weight, self._order = tuple(picked), weight, ORDERS[norm]
         self._streams: dict[int, tuple[Tensor, Tensor]] = {}
         for layer in self._picked:
             self.model.layers[layer].register_forward_hook(partial(self._keep, layer), with_kwargs=True)
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-
-    def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Give the parameters by their names in the checkpoint, tied ones once."""
-        for parameter in self.parameters():
-            yield self._names[id(parameter)], parameter
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """tokens: [batch, sequence]."""
-        states = self.model(input_ids=tokens, use_cache=False).last_hidden_state
-        entropy = self.head(states, next_tokens(tokens))
+        entropy, parts = super().forward(tokens)
         change = sum((self._change(layer) for layer in self._picked), entropy.new_zeros(()))
         self._streams.clear()
-        return entropy + self._weight * change, {"cross_entropy": entropy.detach(), "change": change.detach()}
+        return entropy + self._weight * change, parts | {"change": change.detach()}
 
     def _change(self, layer: int) -> Tensor:
         before, after = self._streams[layer]

@@ -18,13 +18,14 @@ from .tables import comparison_table, plain_table, quality_table, search_table, 
 
 TEMPLATE = Path(__file__).with_name("page.html")
 TEXT_WIDTH = 736  # pixels of the page's column
+CORRECTION = ("correction",)
 SETTLING = ("settling", "settling_change", "settling_entropy")
 RECOVERY = ("loss", "kl", "rate")
 
 
 def page(report: Report, drawings: Mapping[str, Drawing]) -> str:
     """Give the page of a report with its figures; a figure or a number that is absent has no place on it."""
-    parts = (_comparison, _quality, _samples, _search, _cut, _importance, _settling, rounds_section)
+    parts = (_comparison, _quality, _samples, _search, _cut, _importance, _correction, _settling, rounds_section)
     parts += (blocks_section, _recovery, export_section, _costs, _making)
     student = count(report["parameters"]["student"])
     return Template(TEMPLATE.read_text()).substitute(
@@ -214,6 +215,17 @@ def _importance(report: Report, drawings: Mapping[str, Drawing]) -> str:
         told += " It was measured anew in every round; shown is the first."
     figure = panels([drawings["layers"], drawings["channels"]], "Both scales of importance are logarithmic.")
     return section("What mattered", paragraph(told), figure)
+
+
+def _correction(report: Report, drawings: Mapping[str, Drawing]) -> str:
+    shown = [drawings[name] for name in CORRECTION if name in drawings]
+    if not shown:
+        return ""
+    told = (
+        "Before it taught, the teacher learnt the next tokens of the text that the student recovers from (teacher "
+        "correction). Whatever is compared with the teacher here is compared with the one that was given."
+    )
+    return section("Correcting the teacher", paragraph(told), panels(shown))
 
 
 def _settling(report: Report, drawings: Mapping[str, Drawing]) -> str:

@@ -26,7 +26,7 @@ LOGIT_PASSES = 16  # times logits are read or written in fp32 to get the loss an
 MOST_DEVICES = 4096
 LIVE_PARAMETERS = 1_000_000_000  # that ZeRO-3 gathers at once, beside the running module's: DeepSpeed's default
 
-PURPOSES = {"distill": "recovery", "settle": "settling"}
+PURPOSES = {"distill": "recovery", "settle": "settling", "correct": "correction"}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pipeline.runtime.checkpoint import load_tokenizer
 
 MAKES = "dense"
 NEEDS = ("teacher", "tokens")
+COMPARES = True  # with the teacher as it was given, corrected or not
 EVERY_RANK = True
 REVISION = measuring.REVISION
 

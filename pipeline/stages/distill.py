@@ -36,7 +36,8 @@ def check(config: Config) -> None:
 def settings(config: Config) -> dict:
     """Give what determines the student; how it is spread over ranks and memory does not."""
     loss = config.distill.loss.model_dump(exclude={"chunk", "kernel"})
-    return settings_of(config, config.distill, {"loss"}) | {"loss": loss} | config.recipe.progress
+    read = {"after": _read(config)} if _read(config) else {}
+    return settings_of(config, config.distill, {"loss"}) | {"loss": loss} | read | config.recipe.progress
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
@@ -60,7 +61,14 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         out,
         machine,
         Stretch(number, rounds, earlier),
+        _read(config),
     )
+
+
+def _read(config: Config) -> int:
+    """Give the sequences that the teacher was corrected on: recovery reads on after them."""
+    asked = config.correct
+    return steps_of("correct", asked, config.data.sequence) * asked.batch if asked.tokens else 0
 
 
 def _match(inputs: dict[str, Path]) -> Match | None:

@@ -20,6 +20,7 @@ from pipeline.runtime.placing import need_memory
 MAKES = "evaluation"
 NEEDS = ("teacher", "start", "export", "tokens", "dense")
 OPTIONAL = ("student",)  # what was not recovered is the start still, and is measured once
+COMPARES = True  # with the teacher as it was given, corrected or not
 EVERY_RANK = True
 REVISION = measuring.REVISION
 SPEED = {"speed", "speed_prefill", "speed_decode", "speed_repeats"}

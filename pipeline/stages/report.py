@@ -31,8 +31,10 @@ from pipeline.training import METRICS
 
 MAKES = "report"
 NEEDS = ("teacher", "scores", "blueprint", "start", "export", "evaluation")
-# Absent where the student was not recovered, the plan was made by hand, no channel was turned, no weight restored.
-OPTIONAL = ("student", "shape", "source", "restored")
+# Absent where the teacher was not corrected, the student not recovered, the plan made by hand, no channel turned, no
+# weight restored.
+OPTIONAL = ("corrected", "student", "shape", "source", "restored")
+COMPARES = True  # with the teacher as it was given, corrected or not
 EVERY_RANK = False
 SEEN = "tokens"  # what the curves of trainings run over
 RECOVERY = {
@@ -40,6 +42,7 @@ RECOVERY = {
     "kl": ("held_out_kl", "Held-out KL to the teacher, nats per token"),
     "rate": ("learning_rate", "Learning rate"),
 }  # figure -> metric, title
+CORRECTION = {"correction": ("held_out_cross_entropy", "Teacher, next-token loss, held-out text, nats")}
 SETTLING = {
     "settling": ("loss", "Settling loss"),
     "settling_change": ("held_out_change", "What these layers add, held-out text"),
@@ -76,6 +79,10 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     rounds = _rounds(anatomy, inputs)
     if rounds:
         report["rounds"], drawings["rounds"] = rounds, layers_by_round(rounds)
+    if "corrected" in inputs:
+        corrected = recovery_curves(_metrics(inputs["corrected"]), SEEN)
+        report["correction"] = recovery_facts(corrected, SEEN)
+        drawings |= _training_figures(corrected, CORRECTION, [])
     if "restored" in inputs and (inputs["restored"] / METRICS).is_file():
         settled = recovery_curves(_metrics(inputs["restored"]), SEEN)
         report["settling"] = recovery_facts(settled, SEEN)

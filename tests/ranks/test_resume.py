@@ -1,4 +1,4 @@
-"""A recovery or a settling on two ranks, killed on its way, goes on as if nothing had happened."""
+"""A recovery, a settling or a correction on two ranks, killed on its way, goes on as if nothing had happened."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,11 @@ from tests.tiny_text import DOCUMENTS, byte_tokenizer
 
 SCRIPT = Path(__file__).with_name("resume_run.py")
 STEPS = 8
-TRAINED = {"distill": ("start", "held_out_kl"), "settle": ("teacher", "held_out_change")}  # from what; what falls
+TRAINED = {  # from what; what falls
+    "distill": ("start", "held_out_kl"),
+    "settle": ("teacher", "held_out_change"),
+    "correct": ("teacher", "held_out_cross_entropy"),
+}
 
 
 def prepare(folder: Path) -> None:

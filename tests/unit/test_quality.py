@@ -55,9 +55,11 @@ def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
         run.composed(run.row_settings(row, 37.5, recovery, [*start, "data.evaluation.path=builtin:topics"]))
     )
     stages = line.check(config)
-    trains = {"distill"} & set(stages) | ({"settle"} if config.settle.norm != "none" else set())
-    assert trains == ({row.trains} | ({"settle"} if name == "trsp_recovered" else set()) if recovery else set())
-    spent = config.distill.tokens * ("distill" in trains) + config.settle.tokens * ("settle" in trains)
+    asked = {"distill": True, "settle": config.settle.norm != "none", "correct": config.correct.tokens > 0}
+    trains = {stage for stage, does in asked.items() if does and stage in stages}
+    early = {"trsp_recovered": {"settle"}, "best_all_by_layer_corrected_longer": {"correct"}}.get(name, set())
+    assert trains == ({row.trains} | early if recovery else set())
+    spent = sum(getattr(config, stage).tokens for stage in trains)
     assert spent == ((120000 if name.endswith("_longer") else 60000) if recovery else 0)
     assert (config.score.tokens, config.basis.tokens) == (16384, 32768)
     assert row.peer or config.restore.tokens == (131072 if row.kinds and row.kinds[0] != "broad" else 32768)

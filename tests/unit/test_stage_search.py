@@ -148,7 +148,7 @@ def test_one_stage_makes_the_shape_and_the_given_one_depends_on_no_scores(world)
     searching, given = configure(folder), configure(folder, "recipe.shape=given", "search.batch=3")
     for config, maker, other in ((searching, search, shape), (given, shape, search)):
         assert maker.needed(config) and not other.needed(config)
-        assert line.check(config)[2:5] == ["score", "shape", "search"]
+        assert line.check(config)[2:6] == ["correct", "score", "shape", "search"]
     assert shape.NEEDS == ("teacher",)
     assert shape.settings(given) == shape.settings(configure(folder, "recipe.shape=given", "device/chip=910B3"))
 
@@ -196,6 +196,8 @@ def test_a_dry_run_tells_of_the_trainings_of_its_line_and_of_no_other(world):
         assert "recovery" not in said and "settling" not in said
     assert trsp.startswith("settling needs 1 x ") and "recovery" not in trsp
     assert "; recipe trsp has no distill: no weights are trained after the cut to {'layers': 2," in trsp
+    corrected = told(*world, "correct.tokens=1000")
+    assert corrected.startswith("correction needs 1 x ") and "; recovery needs 1 x " in corrected
     both = told(*world, "recipe=trsp", "recipe.line=[score,shape,gates,settle,plan,cut,distill,export]")
     assert both.startswith("settling needs 1 x ") and "; recovery needs 1 x " in both and "no distill" not in both
 

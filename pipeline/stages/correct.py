@@ -1,0 +1,51 @@
+"""correct: before it teaches, the teacher learns the next tokens of the text that the student will recover from.
+
+Teacher correction (Compact Language Models via Pruning and Knowledge Distillation: Minitron in practice, arXiv
+2408.11796, section 2.3): a teacher far from the text, such as one tuned for chats, guides worse than one that was
+brought near it. Stages after this one read the corrected teacher; those that compare with the dense model do not.
+"""
+
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.data.packing import Packed
+from pipeline.distill.language import LanguageModel
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.ranks import place
+from pipeline.training import accumulation, settings_of, steps_of, train_model
+
+MAKES = "teacher"
+NEEDS = ("teacher", "tokens")
+EVERY_RANK = True
+RESUMES = True  # goes on from the checkpoints an interrupted attempt left
+
+
+def needed(config: Config) -> bool:
+    """Whether the teacher is corrected."""
+    return config.correct.tokens > 0
+
+
+def check(config: Config) -> None:
+    """Refuse batches that cannot be divided and runs shorter than a step, before any work."""
+    if needed(config):
+        accumulation("correct", config.correct, place()[1])
+        steps_of("correct", config.correct, config.data.sequence)
+
+
+def settings(config: Config) -> dict:
+    """Give what determines the corrected weights; how the work is spread over ranks and memory does not."""
+    return settings_of(config, config.correct, {"chunk"})
+
+
+def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
+    """Write the corrected teacher as a model folder in float32, and metrics.jsonl."""
+    asked = config.correct
+    train_model(
+        "correct",
+        config,
+        open_checkpoint(inputs["teacher"], config.model.allow_pickle),
+        lambda load: LanguageModel(load(inputs["teacher"]), asked.chunk, asked.gradient_checkpointing),
+        Packed(inputs["tokens"] / "recovery"),
+        out,
+        machine,
+    )

@@ -1,0 +1,139 @@
+"""Teacher correction on a tiny model: the corrected teacher teaches, the given one is what is compared with."""
+
+import json
+
+import pytest
+import torch
+
+from pipeline import line, training
+from pipeline.runtime.checkpoint import open_checkpoint
+from tests.tiny_text import configured
+from tests.world import make_world, settings
+
+CORRECTED, RECOVERED = 1024, 2048  # tokens; 256 a step
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("correct"))
+
+
+def made(world, run, *overrides, **changed):
+    """Run a line in this process; give its artifacts by name."""
+    small = {"run": run, "evaluate__speed": "false", "report__samples": 0, "correct__tokens": CORRECTED}
+    return line.run(configured(*settings(world, **(small | changed)), *overrides), "a test")
+
+
+@pytest.fixture(scope="module")
+def corrected(world):
+    return made(world, "corrected", correct__learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def plain(world):
+    return made(world, "plain", correct__tokens=0)
+
+
+def inputs(folder):
+    return json.loads((folder / "manifest.json").read_text())["inputs"]
+
+
+def told(world, run, name="report.json"):
+    return json.loads((world / "runs" / run / name).read_text())
+
+
+def dense_of(report):
+    return {text: each["teacher"] for text, each in report["perplexity"].items()}
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_cuts_and_teaches_reads_the_corrected_teacher_and_what_compares_the_given_one(world, corrected, plain):
+    new, given = corrected["teacher"].name, plain["teacher"].name
+    assert new.startswith("correct-") and given.startswith("teacher-")
+    for stage in ("scores", "blueprint", "start", "student"):
+        assert inputs(corrected[stage])["teacher"] == new, stage
+    for stage in ("dense", "evaluation", "report"):
+        assert inputs(corrected[stage])["teacher"] == given, stage
+    assert corrected["dense"] == plain["dense"] and corrected["tokens"] == plain["tokens"]
+    assert dense_of(told(world, "corrected")) == dense_of(told(world, "plain"))
+    view = world / "runs" / "corrected"
+    assert (view / "teacher").resolve().name == given and (view / "corrected").resolve().name == new
+    assert not (world / "runs" / "plain" / "corrected").exists()
+
+
+def test_the_student_is_cut_from_the_corrected_weights(corrected, plain):
+    folders = (plain["teacher"], corrected["teacher"], corrected["start"])
+    old, new, start = map(open_checkpoint, folders)
+    assert set(old) == set(new)
+    assert not any(torch.equal(old[name], new[name]) for name in old), "all weights are trained"
+    assert torch.equal(start["model.embed_tokens.weight"], new["model.embed_tokens.weight"])
+    assert (corrected["teacher"] / "tokenizer.json").is_file()
+
+
+def test_the_correction_lowers_the_next_token_loss_and_the_report_shows_it(world, corrected):
+    losses = [row["held_out_cross_entropy"] for row in rows(corrected["teacher"]) if "held_out_cross_entropy" in row]
+    assert losses[-1] < losses[0] - 0.1
+    view = world / "runs" / "corrected"
+    report, page = told(world, "corrected"), (view / "report.html").read_text()
+    assert report["correction"]["curves"]["held_out_cross_entropy"] == {"first": losses[0], "last": losses[-1]}
+    assert report["correction"]["tokens"] == CORRECTED and "correct" in report["stages"]
+    assert "Correcting the teacher</h2>" in page and (view / "figures" / "correction.png").is_file()
+
+
+def test_without_a_correction_there_is_no_word_of_it(world, plain):
+    assert "correction" not in told(world, "plain")
+    assert "Correcting" not in (world / "runs" / "plain" / "report.html").read_text()
+
+
+def test_recovery_reads_on_where_the_correction_ended(world, monkeypatch):
+    """Both together read the sequences that a recovery as long as both reads, in its order."""
+    read, learn = {}, training.train
+
+    def spied(engine, batches, held_out, course, *rest):
+        def through():
+            for batch in batches:
+                read.setdefault(course.section, []).append(batch)
+                yield batch
+
+        return learn(engine, through(), held_out, course, *rest)
+
+    monkeypatch.setattr(training, "train", spied)
+    made(world, "alone", correct__tokens=0, distill__tokens=CORRECTED + RECOVERED, artifacts=world / "alone")
+    alone = torch.cat(read.pop("distill"))
+    made(world, "both", distill__tokens=RECOVERED, artifacts=world / "both")
+    assert len(read["correct"]) < len(read["distill"])
+    assert torch.equal(torch.cat((*read["correct"], *read["distill"])), alone)
+
+
+def test_right_before_recovery_it_teaches_alone(world, plain):
+    last = made(world, "late", "recipe.line=[score,shape,plan,cut,correct,distill,export]")
+    assert last["start"] == plain["start"]
+    assert inputs(last["student"])["teacher"] == last["corrected"].name == last["teacher"].name
+
+
+def test_in_rounds_the_corrected_teacher_teaches_all_of_them(world):
+    wide = {"shape__neurons": None, "shape__layers": None, "budget__parameters": 0.8, "distill__batch": 4}
+    last = made(world, "rounds", "recipe=adapt_pruner", recipe__rounds=2, plan__amplitude=0.05, **wide)
+    folder = last["corrected"].name
+    assert last["teacher"].name == folder
+    second = inputs(last["student"])
+    first = inputs(last["student"].parent / second["teacher"])
+    assert second["original"] == folder and first["teacher"] == folder
+    assert inputs(last["evaluation"])["teacher"] == last["given"].name != folder
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("correct.tokens=100",), "correct.tokens is 100, less than one step"),
+        (("correct.batch=6",), r"correct\.batch is 6, not a multiple of correct\.micro_batch"),
+        (("recipe.line=[score,shape,plan,cut,export]", "recipe.repeat=[]"), "recipe.line has no correct, which"),
+        (("recipe=adapt_pruner", "recipe.repeat=[correct,score,plan,cut]"), "recipe.repeat has correct, which"),
+    ],
+)
+def test_a_correction_that_cannot_be_is_refused(world, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        made(world, "refused", *overrides)
