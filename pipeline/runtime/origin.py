@@ -147,7 +147,8 @@ def _unpack(parts: tuple[Path, ...], folder: Path) -> None:
                 file.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **asked
             )
     except (OSError, ValueError, KeyError) as fault:
-        raise ValueError(f"{file} cannot be read as GGUF ({str(fault).splitlines()[0]:.160})") from fault
+        given = " and ".join(map(str, parts))  # not what they were joined to
+        raise ValueError(f"{given} cannot be read as GGUF ({str(fault).splitlines()[0]:.160})") from fault
     config = model.config.to_dict()
     for field in ("quantization_config", "_name_or_path"):
         config.pop(field, None)

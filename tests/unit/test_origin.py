@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pipeline.runtime.checkpoint import load_model, load_tokenizer, open_checkpoint, write_checkpoint
-from pipeline.runtime.origin import adopt, locate
+from pipeline.runtime.origin import Origin, adopt, locate
 from tests.tiny import save_tiny, tensors_of, tiny_model, tokens
 
 
@@ -196,6 +196,14 @@ def test_a_gguf_in_the_parts_of_installed_packages_is_put_together(gguf_model, t
     read = open_checkpoint(tmp_path / "teacher")
     assert all(torch.equal(read[name].float(), tensor) for name, tensor in tensors_of(model).items())
     assert not list((tmp_path / "teacher").glob("*.gguf"))
+
+
+def test_of_damaged_parts_the_error_names_what_was_given(tmp_path):
+    parts = tuple(tmp_path / f"tiny.gguf.part0{number}" for number in range(2))
+    for part in parts:
+        part.write_bytes(b"GGUF" + b"\0" * 32)
+    with pytest.raises(ValueError, match=f"^{parts[0]} and {parts[1]} cannot be read as GGUF"):
+        adopt(Origin(None, parts), tmp_path / "teacher")
 
 
 @pytest.mark.parametrize(
