@@ -28,7 +28,7 @@ def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
     teacher = ModelShape.of(anatomy.sizes, anatomy.tied)
     devices, settles = ranks if ranks > 1 else None, config.settle.norm != "none"
     student, told = _student(config, made, teacher)
-    for section, trains in (("correct", config.correct.tokens > 0), ("settle", settles)):
+    for section, trains in (("correct", config.corrects), ("settle", settles)):
         if trains:
             run = _training(config, section, getattr(config, section).chunk)
             told.append(training_needs(_chip(config), None, teacher, run, devices).sentence())
@@ -36,7 +36,7 @@ def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
         run = _training(config, "distill", config.distill.loss.chunk)
         told.append(training_needs(_chip(config), teacher, student, run, devices).sentence())
     else:
-        when = "after the cut" if settles else "on its way"
+        when = "after the cut" if settles or config.corrects else "on its way"
         told.append(f"recipe {config.recipe.name} has no distill: no weights are trained {when} to {student.axes()}")
     return "; ".join(told)
 

@@ -100,7 +100,7 @@ def _walk(
 ) -> dict[str, Path]:
     """Take the stages in order, those of recipe.repeat round after round.
 
-    In a later round `teacher` is the student of the round before, `original` the model the line began with and `before`
+    In a later round `teacher` is the student of the round before, `original` what taught in the first and `before`
     the blueprint of all rounds so far. What comes after the rounds sees the original as `teacher`, and its scores.
     """
     rounds, repeat = config.recipe.rounds, config.recipe.repeat

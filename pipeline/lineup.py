@@ -76,6 +76,8 @@ def check(config: Config) -> list[str]:
         told = f"recipe.line has no {', '.join(absent)}, which this configuration needs"
         raise ValueError(f"{told}; conf/recipe/pangu_light.yaml shows every stage in its place")
     _check_order(config)
+    if config.corrects:
+        _check_correction(config)
     if config.recipe.rounds > 1:
         _check_rounds(config)
     return [*FIRST, *config.recipe.line]
@@ -94,11 +96,20 @@ def _check_order(config: Config) -> None:
         made.add(STAGES[name].MAKES)
 
 
+def _check_correction(config: Config) -> None:
+    """Refuse a correction that is not one, before the rounds and before the student learns."""
+    line, repeat = config.recipe.line, config.recipe.repeat if config.recipe.rounds > 1 else []
+    before = line[: line.index("correct")]
+    if line.count("correct") > 1 or "correct" in repeat or not {"distill", *repeat}.isdisjoint(before):
+        raise ValueError(
+            f"recipe.line is {line}, recipe.repeat {repeat}; the teacher is corrected once, before the rounds and "
+            "before distill: put correct first, and not into recipe.repeat"
+        )
+
+
 def _check_rounds(config: Config) -> None:
     """Refuse rounds in which a stage would read what an earlier round, or the time before all, measured."""
     repeat, line, makers = config.recipe.repeat, config.recipe.line, makers_of(config)
-    if "correct" in repeat:
-        raise ValueError("recipe.repeat has correct, which is done once, for the teacher of all rounds; leave it out")
     for name in repeat:
         if idle(config, name):
             continue
@@ -139,5 +150,5 @@ def idle(config: Config, name: str) -> bool:
 
 
 def is_wanted(config: Config, name: str) -> bool:
-    """Whether a stage is to be done where it was not before."""
-    return config.stages is None or name in (*FIRST, *config.stages)
+    """Whether a stage is to be done where it was not before: those that make the teacher and the tokens always are."""
+    return config.stages is None or name in (*FIRST, "correct", *config.stages)

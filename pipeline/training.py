@@ -1,4 +1,4 @@
-"""Training all weights of a model folder under DeepSpeed, to a model folder: what recovery and settling share."""
+"""Training all weights of a model folder under DeepSpeed, to a model folder: for correction, settling and recovery."""
 
 import json
 import math

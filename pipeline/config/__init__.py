@@ -96,6 +96,11 @@ class Config(Section):
         """Whether anything depends on what the chip model says of the student."""
         return self.dry_run or self.recipe.shape == "search" or bool(self.budget.predicted)
 
+    @property
+    def corrects(self) -> bool:
+        """Whether the teacher is corrected before it teaches."""
+        return self.correct.tokens > 0 and "correct" in self.recipe.line
+
     def at_round(self, number: int) -> "Config":
         """Give the same configuration in a round of the line."""
         recipe = self.recipe.model_copy()

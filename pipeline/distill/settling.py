@@ -4,7 +4,7 @@ The loss is LM + weight * sum over the picked layers of |X_out - X_in|, the l1 o
 tokens. What the picked layers did moves into the others; then they are deleted, and nothing is trained afterwards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from .language import LanguageModel
 ORDERS = {"l1": 1, "l2": 2}
 
 
-class Settling(LanguageModel):
+class Settling(nn.Module):
     """A causal language model and the loss that empties its picked layers.
 
     In training mode `forward(tokens)` gives that loss and its parts; in evaluation mode the parts alone count:
@@ -28,15 +28,20 @@ class Settling(LanguageModel):
         self, model: Any, picked: Sequence[int], weight: float, norm: str, chunk: int, gradient_checkpointing: bool
     ):
         """Take over a Hugging Face causal language model; `chunk`: tokens whose logits exist at once."""
-        super().__init__(model, chunk, gradient_checkpointing)
+        super().__init__()
+        self.language = LanguageModel(model, chunk, gradient_checkpointing)
         self._picked, self._weight, self._order = tuple(picked), weight, ORDERS[norm]
         self._streams: dict[int, tuple[Tensor, Tensor]] = {}
         for layer in self._picked:
-            self.model.layers[layer].register_forward_hook(partial(self._keep, layer), with_kwargs=True)
+            self.language.model.layers[layer].register_forward_hook(partial(self._keep, layer), with_kwargs=True)
+
+    def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Give the parameters by their names in the checkpoint, tied ones once."""
+        return self.language.parameters_by_name()
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """tokens: [batch, sequence]."""
-        entropy, parts = super().forward(tokens)
+        entropy, parts = self.language(tokens)
         change = sum((self._change(layer) for layer in self._picked), entropy.new_zeros(()))
         self._streams.clear()
         return entropy + self._weight * change, parts | {"change": change.detach()}

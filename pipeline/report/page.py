@@ -129,7 +129,12 @@ def _quality(report: Report, drawings: Mapping[str, Drawing]) -> str:
 
 
 def _won_back(report: Report) -> str:
-    """Say which share of the loss added by the cut the recovery took away again, where it did."""
+    """Say which share of the loss added by the cut the recovery took away again, where it did.
+
+    Not where the teacher was corrected: a part of what the cut added is then missing between start and given teacher.
+    """
+    if "correction" in report:
+        return ""
     shares = [
         f"{math.log(values['start'] / values['student']) / math.log(values['start'] / values['teacher']):.0%} on {name}"
         for name, values in perplexity_of(report).items()
@@ -223,7 +228,8 @@ def _correction(report: Report, drawings: Mapping[str, Drawing]) -> str:
         return ""
     told = (
         "Before it taught, the teacher learnt the next tokens of the text that the student recovers from (teacher "
-        "correction). Whatever is compared with the teacher here is compared with the one that was given."
+        "correction). What was measured for the cut and what the student learnt is of the corrected teacher; quality, "
+        "sizes and speed are compared with the one that was given."
     )
     return section("Correcting the teacher", paragraph(told), panels(shown))
 
@@ -246,7 +252,8 @@ def _recovery(report: Report, drawings: Mapping[str, Drawing]) -> str:
         return ""
     told = "After the cut the student was trained on the predictions of its teacher."
     if "rounds" in report:
-        told = "After every cut the student was trained on the predictions of the original teacher; dashed, the cuts."
+        taught = "corrected" if "correction" in report else "original"
+        told = f"After every cut the student was trained on the predictions of the {taught} teacher; dashed, the cuts."
     text = paragraph(told)
     return section("Recovery", text, panels(shown))
 

@@ -1,10 +1,11 @@
 """correct: before it teaches, the teacher learns the next tokens of the text that the student will recover from.
 
-Teacher correction (Compact Language Models via Pruning and Knowledge Distillation: Minitron in practice, arXiv
-2408.11796, section 2.3): a teacher far from the text, such as one tuned for chats, guides worse than one that was
-brought near it. Stages after this one read the corrected teacher; those that compare with the dense model do not.
+Teacher correction (LLM Pruning and Distillation in Practice: The Minitron Approach, arXiv 2408.11796): a teacher far
+from the text, such as one tuned for chats, guides worse than one that was brought near it. Stages after this one read
+the corrected teacher; those that compare with the dense model do not.
 """
 
+import shutil
 from pathlib import Path
 
 from pipeline.config import Config
@@ -26,10 +27,17 @@ def needed(config: Config) -> bool:
 
 
 def check(config: Config) -> None:
-    """Refuse batches that cannot be divided and runs shorter than a step, before any work."""
-    if needed(config):
-        accumulation("correct", config.correct, place()[1])
-        steps_of("correct", config.correct, config.data.sequence)
+    """Refuse batches that cannot be divided, runs shorter than a step and another hold-out than that of recovery."""
+    if not needed(config):
+        return
+    accumulation("correct", config.correct, place()[1])
+    steps_of("correct", config.correct, config.data.sequence)
+    held, other = config.correct.validate_tokens, config.distill.validate_tokens
+    if held != other and "distill" in config.recipe.line:
+        raise ValueError(
+            f"correct.validate_tokens is {held} and distill.validate_tokens {other}; recovery reads on where the "
+            "correction ended, so both hold out the same text: set them alike"
+        )
 
 
 def settings(config: Config) -> dict:
@@ -49,3 +57,6 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         out,
         machine,
     )
+    if machine.ranks.rank == 0:
+        for code in inputs["teacher"].glob("*.py"):  # of the model, where it brings its own
+            shutil.copy(code, out)

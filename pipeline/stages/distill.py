@@ -68,7 +68,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
 def _read(config: Config) -> int:
     """Give the sequences that the teacher was corrected on: recovery reads on after them."""
     asked = config.correct
-    return steps_of("correct", asked, config.data.sequence) * asked.batch if asked.tokens else 0
+    return steps_of("correct", asked, config.data.sequence) * asked.batch if config.corrects else 0
 
 
 def _match(inputs: dict[str, Path]) -> Match | None:

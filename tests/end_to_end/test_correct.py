@@ -1,6 +1,7 @@
 """Teacher correction on a tiny model: the corrected teacher teaches, the given one is what is compared with."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from pipeline.runtime.checkpoint import open_checkpoint
 from tests.tiny_text import configured
 from tests.world import make_world, settings
 
+ROUNDS = "recipe.repeat=[score,shape,plan,cut]"
 CORRECTED, RECOVERED = 1024, 2048  # tokens; 256 a step
 
 
@@ -108,6 +110,34 @@ def test_recovery_reads_on_where_the_correction_ended(world, monkeypatch):
     assert torch.equal(torch.cat((*read["correct"], *read["distill"])), alone)
 
 
+def test_a_part_of_the_line_reads_the_corrected_teacher_too(world, corrected):
+    part = made(world, "part", "stages=[score]", correct__learning_rate=1e-2, artifacts=world / "part")
+    assert inputs(part["scores"])["teacher"] == corrected["teacher"].name
+
+
+def test_a_teacher_with_code_of_its_own_keeps_it(world, tmp_path):
+    shutil.copytree(world / "model", tmp_path / "model")
+    code = "from transformers import LlamaForCausalLM\n\n\nclass Mine(LlamaForCausalLM):\n    pass\n"
+    (tmp_path / "model" / "modeling_mine.py").write_text(code)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_mine.Mine"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    own = {"model__path": tmp_path / "model", "model__trust_remote_code": "true", "artifacts": tmp_path / "artifacts"}
+    part = made(world, "own", "stages=[score]", **own)
+    assert inputs(part["scores"])["teacher"] == part["corrected"].name
+    assert (part["corrected"] / "modeling_mine.py").is_file()
+
+
+def test_a_line_without_the_stage_is_as_without_its_tokens(world, plain, tmp_path):
+    """Where nothing is cut, nothing is asked of the stage, and recovery reads its text from the beginning."""
+    given = {"model__start": plain["start"], "recipe": "recover"}
+    asked = [
+        made(world, f"recover-{tokens}", "recipe.line=[adopt,distill]", correct__tokens=tokens, **given)
+        for tokens in (0, CORRECTED)
+    ]
+    assert asked[0]["student"] == asked[1]["student"]
+
+
 def test_right_before_recovery_it_teaches_alone(world, plain):
     last = made(world, "late", "recipe.line=[score,shape,plan,cut,correct,distill,export]")
     assert last["start"] == plain["start"]
@@ -130,8 +160,11 @@ def test_in_rounds_the_corrected_teacher_teaches_all_of_them(world):
     [
         (("correct.tokens=100",), "correct.tokens is 100, less than one step"),
         (("correct.batch=6",), r"correct\.batch is 6, not a multiple of correct\.micro_batch"),
-        (("recipe.line=[score,shape,plan,cut,export]", "recipe.repeat=[]"), "recipe.line has no correct, which"),
-        (("recipe=adapt_pruner", "recipe.repeat=[correct,score,plan,cut]"), "recipe.repeat has correct, which"),
+        (("recipe.line=[score,shape,plan,cut,export]",), "recipe.line has no correct, which"),
+        (("correct.validate_tokens=64",), "correct.validate_tokens is 64 and distill.validate_tokens 128"),
+        (("recipe.line=[correct,score,shape,correct,plan,cut,export]",), "is corrected once"),
+        (("recipe.line=[score,shape,plan,cut,distill,correct,export]",), "is corrected once"),
+        (("recipe.rounds=2", "recipe.line=[score,shape,plan,cut,correct,distill,export]", ROUNDS), "is corrected once"),
     ],
 )
 def test_a_correction_that_cannot_be_is_refused(world, overrides, message):

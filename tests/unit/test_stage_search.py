@@ -198,6 +198,7 @@ def test_a_dry_run_tells_of_the_trainings_of_its_line_and_of_no_other(world):
     assert "; recipe trsp has no distill: no weights are trained after the cut to {'layers': 2," in trsp
     corrected = told(*world, "correct.tokens=1000")
     assert corrected.startswith("correction needs 1 x ") and "; recovery needs 1 x " in corrected
+    assert "no weights are trained after the cut" in told(*world, "recipe=flap", "correct.tokens=1000")
     both = told(*world, "recipe=trsp", "recipe.line=[score,shape,gates,settle,plan,cut,distill,export]")
     assert both.startswith("settling needs 1 x ") and "; recovery needs 1 x " in both and "no distill" not in both
 
