@@ -204,7 +204,9 @@ ROWS: dict[str, Row] = {
     "best_all_by_layer_next_steps_longer": _of_all_kinds(
         "... from one million, in steps of one sequence", *TWICE, *NEXT, "distill.batch=1", "distill.micro_batch=1"
     ),
-    "best_all_by_layer_corrected_longer": _of_all_kinds("... from one million, the teacher corrected instead", *CORRECTED),
+    "best_all_by_layer_corrected_longer": _of_all_kinds(
+        "... from one million, the teacher corrected instead", *CORRECTED
+    ),
     "best_broad_millions": _ablation(
         "best", "best on two million tokens of many kinds", *TWO_MILLION, writes=QUARTER, kinds=BROAD
     ),
