@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .loss import IGNORED, Logits, linear_distillation
+from .language import logit_form, next_tokens
+from .loss import linear_distillation
 
 EMBEDDING = -1  # the place of the embedding output among the layers' outputs
 
@@ -89,7 +90,7 @@ class Distiller(nn.Module):
         with torch.no_grad():
             taught = self.teacher(input_ids=tokens, use_cache=False).last_hidden_state
         learnt = self.student(input_ids=tokens, use_cache=False).last_hidden_state
-        loss, parts = self.head(learnt, taught, _next_tokens(tokens))
+        loss, parts = self.head(learnt, taught, next_tokens(tokens))
         if not self.training:
             return loss, {"kl": loss.detach()}
         for name, weight, places in self._terms():
@@ -127,7 +128,7 @@ class Head(nn.Module):
         self.teacher_weight, self.teacher_bias = _frozen_output(teacher)
         output = student.get_output_embeddings()
         self.student_weight, self.student_bias = output.weight, output.bias
-        self._forms = {"student_logits": _logits(student.config), "teacher_logits": _logits(teacher.config)}
+        self._forms = {"student_logits": logit_form(student.config), "teacher_logits": logit_form(teacher.config)}
 
     def forward(self, learnt: Tensor, taught: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Hidden states [batch, sequence, h] of both, next tokens [batch, sequence]."""
@@ -153,17 +154,6 @@ class Head(nn.Module):
 def _frozen_output(model: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
     output = model.get_output_embeddings().requires_grad_(False)
     return output.weight, output.bias
-
-
-def _logits(config: Any) -> Logits:
-    """What a model does to its logits: Gemma 2's soft cap, Cohere's scale, Granite's divisor."""
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return Logits(scale, getattr(config, "final_logit_softcapping", None))
-
-
-def _next_tokens(tokens: Tensor) -> Tensor:
-    """Give the label of every position [batch, sequence]; the last of a sequence has none."""
-    return torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORED)), dim=1)
 
 
 def _watch(body: nn.Module, places: list[int]) -> dict[int, Tensor]:

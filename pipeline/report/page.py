@@ -228,8 +228,8 @@ def _correction(report: Report, drawings: Mapping[str, Drawing]) -> str:
         return ""
     told = (
         "Before it taught, the teacher learnt the next tokens of the text that the student recovers from (teacher "
-        "correction). What was measured for the cut and what the student learnt is of the corrected teacher; quality, "
-        "sizes and speed are compared with the one that was given."
+        "correction). The stages after that read the corrected teacher; quality, sizes and speed are compared with the "
+        "one that was given."
     )
     return section("Correcting the teacher", paragraph(told), panels(shown))
 

@@ -29,7 +29,7 @@ FAULTS = {
         "model(input_ids=ids, attention_mask",
     ),
     "a tensor made on the CPU": (
-        "pipeline/distill/distiller.py",
+        "pipeline/distill/language.py",
         "torch.full_like(tokens[:, :1], IGNORED)",
         "torch.full(tokens[:, :1].shape, IGNORED)",
     ),

@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).with_name("sabotage.py")
 CAUGHT = {
     "a hard-coded device": r"engine\.py.*Torch not compiled with CUDA enabled|engine\.py.*device",
     "a missing .to": r"found at least two devices, npu:0 and cpu",
-    "a tensor made on the CPU": r"_next_tokens.*found at least two devices, npu:0 and cpu",
+    "a tensor made on the CPU": r"next_tokens.*found at least two devices, npu:0 and cpu",
 }
 
 pytestmark = [
