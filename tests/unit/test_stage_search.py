@@ -199,6 +199,8 @@ def test_a_dry_run_tells_of_the_trainings_of_its_line_and_of_no_other(world):
     corrected = told(*world, "correct.tokens=1000")
     assert corrected.startswith("correction needs 1 x ") and "; recovery needs 1 x " in corrected
     assert "no weights are trained after the cut" in told(*world, "recipe=flap", "correct.tokens=1000")
+    line = "recipe.line=[score,shape,plan,cut,distill,export]"
+    assert "correction" not in told(*world, "correct.tokens=1000", line)
     both = told(*world, "recipe=trsp", "recipe.line=[score,shape,gates,settle,plan,cut,distill,export]")
     assert both.startswith("settling needs 1 x ") and "; recovery needs 1 x " in both and "no distill" not in both
 
