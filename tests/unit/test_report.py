@@ -424,6 +424,14 @@ def test_the_page_tells_what_each_ffn_learnt_where_it_did():
     assert "FFN by FFN" in words and "from 0.4 to 0.28" in words
 
 
+def test_the_page_says_what_recovery_took_back_but_not_of_a_teacher_that_was_corrected():
+    """A part of what the cut added is then in no figure: start and student come from a nearer teacher."""
+    report = example_report()
+    assert "recovery took back 84% on news" in page(report, example_drawings(report))  # log(80 / 25) / log(80 / 20)
+    corrected = report | {"correction": {}}
+    assert "took back" not in page(corrected, example_drawings(corrected))
+
+
 def test_the_page_tells_of_rounds_each_on_a_line_and_of_their_cuts_where_there_were_rounds():
     report = example_report()
     drawings = example_drawings(report)
