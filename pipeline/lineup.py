@@ -60,7 +60,7 @@ STAGES: dict[str, ModuleType] = {
     "evaluate": evaluate,
     "report": report,
 }
-FIRST = ("teacher", "tokens")  # every line begins with them
+FIRST = ("teacher", "tokens")  # every line begins with them; they are called as what they make
 
 
 def check(config: Config) -> list[str]:
@@ -150,5 +150,5 @@ def idle(config: Config, name: str) -> bool:
 
 
 def is_wanted(config: Config, name: str) -> bool:
-    """Whether a stage is to be done where it was not before: those that make the teacher and the tokens always are."""
-    return config.stages is None or name in (*FIRST, "correct", *config.stages)
+    """Whether a stage is to be done where it was not before: what makes the teacher or the tokens always is."""
+    return config.stages is None or name in config.stages or STAGES[name].MAKES in FIRST

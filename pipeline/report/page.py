@@ -1,7 +1,7 @@
 """report.html: one self-contained page that tells what was cut, what it cost and how it was made."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -222,40 +222,36 @@ def _importance(report: Report, drawings: Mapping[str, Drawing]) -> str:
     return section("What mattered", paragraph(told), figure)
 
 
+def _training(title: str, told: str, names: Sequence[str], drawings: Mapping[str, Drawing]) -> str:
+    """Give the section of a training, with those of its curves that are there; nothing where none is."""
+    shown = [drawings[name] for name in names if name in drawings]
+    return section(title, paragraph(told), panels(shown)) if shown else ""
+
+
 def _correction(report: Report, drawings: Mapping[str, Drawing]) -> str:
-    shown = [drawings[name] for name in CORRECTION if name in drawings]
-    if not shown:
-        return ""
     told = (
         "Before it taught, the teacher learnt the next tokens of the text that the student recovers from (teacher "
         "correction). The stages after that read the corrected teacher; quality, sizes and speed are compared with the "
         "one that was given."
     )
-    return section("Correcting the teacher", paragraph(told), panels(shown))
+    return _training("Correcting the teacher", told, CORRECTION, drawings)
 
 
 def _settling(report: Report, drawings: Mapping[str, Drawing]) -> str:
-    shown = [drawings[name] for name in SETTLING if name in drawings]
-    if not shown:
-        return ""
     told = (
         "Before they were deleted, the layers that go were emptied: the whole model was trained on text so that they "
         "write little, and the others took over what they did. The loss is the next-token loss and, weighted, what "
         "these layers add to the stream: the sum over them of its norm, a mean over tokens (TRSP)."
     )
-    return section("Emptying the layers that go", paragraph(told), panels(shown))
+    return _training("Emptying the layers that go", told, SETTLING, drawings)
 
 
 def _recovery(report: Report, drawings: Mapping[str, Drawing]) -> str:
-    shown = [drawings[name] for name in RECOVERY if name in drawings]
-    if not shown:
-        return ""
     told = "After the cut the student was trained on the predictions of its teacher."
     if "rounds" in report:
         taught = "corrected" if "correction" in report else "original"
         told = f"After every cut the student was trained on the predictions of the {taught} teacher; dashed, the cuts."
-    text = paragraph(told)
-    return section("Recovery", text, panels(shown))
+    return _training("Recovery", told, RECOVERY, drawings)
 
 
 def _costs(report: Report, drawings: Mapping[str, Drawing]) -> str:
