@@ -14,7 +14,6 @@ installation: with the folder another machine, of another Python and other packa
 import argparse
 import gzip
 import json
-import os
 import re
 import subprocess
 import sys
@@ -47,7 +46,6 @@ def main() -> None:
         asked.out.mkdir(parents=True, exist_ok=True)
         target = asked.out / "jargon.txt"
         target.write_text(text)
-        os.utime(target, (0, int(source.stat().st_mtime)))  # one text, one time: runs that read it find each other
     print(f"{target}: {len(text) / 1e6:.2f} MB, {text.count(chr(10) * 2)} paragraphs, public domain")
     for name in BUILTINS if asked.freeze else ():
         print(frozen(name, asked.out))

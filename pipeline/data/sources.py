@@ -1,7 +1,6 @@
 """Where text comes from: builtin texts, files, folders, saved data sets and hub data sets, read piece by piece."""
 
 import codecs
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -9,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.data.builtin import BUILTINS, version
+from pipeline.data.builtin import BUILTINS
 from pipeline.data.chats import FORMS, turns, written
 
 PIECE = 1 << 16  # characters: the longest piece of a text file held at once
-EDGE = 1 << 16  # bytes of a file's head and tail that its fingerprint reads
 HELD = {str: "text", list: "turns"}
 TABLES = {".json", ".csv", ".tsv"}  # text, but not prose: learning from their punctuation is never what was meant
 LOCAL = TABLES | {".txt", ".text", ".md", ".rst", ".jsonl", ".parquet"}  # endings that no hub id has
@@ -275,20 +273,3 @@ def _paragraphs(path: Path) -> Iterator[Piece]:
         yield Piece(held, not rest.strip())
     if rest.strip():
         yield Piece(rest, True)
-
-
-def fingerprint(corpus: Corpus) -> str:
-    """What changes with a text, cheaply: sizes, times, heads and tails of its files; a hub id stands for itself."""
-    if corpus.kind == "builtin":
-        return version(corpus.key)
-    if corpus.kind == "hub":
-        return corpus.key
-    sum_ = hashlib.sha256()
-    for path in corpus.files:
-        with open(path, "rb") as file:
-            facts = path.stat()
-            sum_.update(f"{path.name}\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode())
-            sum_.update(file.read(EDGE))
-            file.seek(max(0, facts.st_size - EDGE))
-            sum_.update(file.read(EDGE))
-    return sum_.hexdigest()

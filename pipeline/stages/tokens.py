@@ -8,8 +8,11 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.data import sources, split
+from pipeline.data.builtin import version
 from pipeline.data.packing import Domain, build, frame
+from pipeline.runtime.artifacts import fingerprint
 from pipeline.runtime.checkpoint import load_tokenizer, read_config
+from pipeline.runtime.origin import model_folder
 
 MAKES = "tokens"
 NEEDS = ("teacher",)
@@ -20,14 +23,14 @@ SHARD_BYTES = 1 << 26  # a shard is also what packing holds in memory
 
 
 def check(config: Config) -> None:
-    """Refuse texts that could not be read or split, before any work; reads heads and small files, asks no network.
+    """Refuse texts that could not be read or split, before any work; reads heads and small files, fetches no text.
 
     Chats are written out where the teacher's tokenizer is at hand, as in a model folder.
     """
-    folder, trusted = Path(config.model.path).expanduser(), config.model.trust_remote_code
-    if (folder / "config.json").is_file():
+    folder, trusted = model_folder(config.model.path, config.model.allow_pickle), config.model.trust_remote_code
+    if folder:
         _check_positions(config.data.sequence, read_config(folder))
-    there = (folder / "tokenizer_config.json").is_file()
+    there = folder and (folder / "tokenizer_config.json").is_file()
     _look(config, lambda: load_tokenizer(folder, trusted) if there else None)
 
 
@@ -64,7 +67,7 @@ def _check_positions(sequence: int, model: dict[str, Any]) -> None:
 
 
 def settings(config: Config) -> dict:
-    """Give what determines the tokens beside the teacher: the texts' fingerprints, their parts, the length of a row."""
+    """Give what determines the tokens beside the teacher: the texts' contents, their parts, the length of a row."""
     data = config.data
     return {
         "sequence": data.sequence,
@@ -103,7 +106,9 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     if apart.left_out:
         machine.say(f"data: {apart.left_out} passages of calibration and recovery left out: they stand in evaluation")
     record["left_out"] = apart.left_out
-    record["parts"] = {purpose: [_record(part) for part in several] for purpose, several in parts.items()}
+    record["parts"] = {
+        purpose: [_record(part) | {"path": part.corpus.given} for part in several] for purpose, several in parts.items()
+    }
     (out / "tokens.json").write_text(json.dumps(record, indent=1))
 
 
@@ -127,8 +132,11 @@ def _names(parts: tuple[split.Part, ...]) -> list[str]:
 
 
 def _record(part: split.Part) -> dict:
-    facts = {"path": part.corpus.given, "kind": part.corpus.kind, "start": part.start, "stop": part.stop}
-    return facts | {"fingerprint": sources.fingerprint(part.corpus)}
+    """Say what a part is, wherever it lies and whenever it was copied there: a hub id stands for itself."""
+    corpus = part.corpus
+    files = [fingerprint(path) for path in corpus.files]
+    content = files or (version(corpus.key) if corpus.kind == "builtin" else corpus.key)
+    return {"name": corpus.name, "kind": corpus.kind, "start": part.start, "stop": part.stop, "content": content}
 
 
 def _told(parts: dict[str, tuple[split.Part, ...]]) -> list[str]:

@@ -3,6 +3,8 @@
 import json
 import os
 
+import pytest
+
 from pipeline.data.packing import Packed
 from pipeline.stages import tokens
 from tests.tiny_text import byte_tokenizer, configured, run_tokens
@@ -54,6 +56,33 @@ def test_every_evaluated_text_is_a_domain_of_its_own_and_mixtures_carry_weights(
     assert [domain["weight"] for domain in Packed(tmp_path / "out/recovery").domains] == [3.0, 1.0]
     assert set(record["evaluation"]) == {"00-some-text", "01-topics"}
     assert text_of(tmp_path / "out/calibration").startswith("a, paragraph 0")
+
+
+@pytest.mark.parametrize("change", [None, "place", "time", "spelling", "middle", "length", "kind", "share"])
+def test_tokens_are_named_by_what_a_text_holds_and_not_by_where_or_since_when_it_lies(tmp_path, monkeypatch, change):
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    path = book(tmp_path / "book.txt", "Book")
+
+    def named(path, *more):
+        return tokens.settings(configured(*(f"data.{purpose}.path={path}" for purpose in tokens.PURPOSES), *more))
+
+    before, more = named(path), []
+    if change == "place":
+        path = path.rename(tmp_path / "there" / "book.txt")
+    elif change == "time":
+        os.utime(path, ns=(0, 7))
+    elif change == "spelling":
+        path = "./book.txt"
+    elif change == "middle":
+        path.write_text(path.read_text().replace("paragraph 60:", "paragraph 61:"))
+    elif change == "length":
+        path.write_text(path.read_text() + "More.")
+    elif change == "kind":
+        path = path.rename(tmp_path / "book.md")
+    elif change == "share":
+        more = ["data.split.evaluation=0.2"]
+    assert (named(path, *more) == before) == (change in (None, "place", "time", "spelling"))
 
 
 def test_an_evaluated_paragraph_is_left_out_of_a_copy_of_the_text(tmp_path, capsys):
