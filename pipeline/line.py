@@ -59,9 +59,7 @@ def run(config: Config, command: str) -> dict[str, Path]:
     about = (tracked.mode, tracked.project, tracked.entity, tracked.group, tracked.tags)
     with ranks.guard(), open_track(*about, config.run, view, record["config"], ranks.rank) as track:
         machine = Machine(device, ranks, track)
-        store = artifacts.Store(
-            Path(config.artifacts), ranks, artifacts.code_revision(), patience=float(config.device.timeout)
-        )
+        store = artifacts.Store(Path(config.artifacts), ranks, artifacts.code_revision())
         if config.dry_run:
             made = _take(config, ["teacher", "adopt", "shape"], {}, store, machine, record)
             machine.say(advice.needs(config, made, ranks.world))

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -61,11 +61,14 @@ def fingerprint(folder: Path) -> str:
 
 
 def need_space(folder: Path, needed: int) -> None:
-    """ValueError where the disk that holds (or will hold) the folder has fewer than `needed` bytes free."""
-    free = space_free(folder)
-    if free < needed:
+    """ValueError where the disk that holds (or will hold) the folder has fewer than `needed` bytes for it.
+
+    What an earlier attempt left in the folder counts as free: it is a part of what is needed, or makes room for it.
+    """
+    room = space_free(folder) + _stored(folder)
+    if room < needed:
         raise ValueError(
-            f"{folder} needs {size(needed)} and its disk has {size(free)} free; set artifacts=<another disk>"
+            f"{folder} needs {size(needed)} and its disk has {size(room)} for it; set artifacts=<another disk>"
         )
 
 
@@ -116,7 +119,6 @@ class Store:
     root: Path
     ranks: Ranks
     revision: str       # of the code, written into manifests
-    patience: float     # seconds to wait for another process that works on the same artifact
 
     def path(self, stage: str, key: str) -> Path:
         return Path(self.root) / f"{stage}-{key}"
@@ -130,11 +132,10 @@ class Store:
     def open(self, stage: str, key: str, keep: bool = True) -> Iterator[Path | None]:
         """Give the folder to fill, with what a crashed attempt left in it where `keep` is true.
 
-        None where another process, waited for here, has published the artifact meanwhile. TimeoutError where it works
-        longer than `patience`.
+        None where another process, waited for here however long it works, has published the artifact meanwhile.
         """
         partial = Path(self.root) / ".partial" / f"{stage}-{key}"
-        lock = Lock(partial.with_name(partial.name + ".lock"), self.patience)
+        lock = Lock(partial.with_name(partial.name + ".lock"))
 
         def begin() -> bool:
             lock.acquire(lambda owner: say(f"{stage}: {owner} is making {partial.name}; waiting for it", 0))
@@ -234,6 +235,16 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(fresh, path)
+
+
+def _stored(folder: Path) -> int:
+    """Bytes of the files under a folder, where another rank may be at work; 0 where there is none."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
 
 
 def _publish(partial: Path, folder: Path, facts: dict) -> None:

@@ -13,27 +13,23 @@ LOOK = 0.5  # seconds between two tries
 class Lock:
     """An advisory lock whose file names its owner while it is held."""
 
-    def __init__(self, path: Path, patience: float):
+    def __init__(self, path: Path):
         self.path = path
-        self.patience = patience
         self.file = None
 
     def acquire(self, waiting: Callable[[str], None]) -> None:
-        """Take the lock, having called `waiting` with its owner where it is taken. TimeoutError after `patience` s.
+        """Take the lock, however long its owner keeps it; `waiting` is called with each owner that is waited for.
 
         ValueError where the file system has no locks.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        deadline = time.monotonic() + self.patience
-        told = False
+        told = None
         while not self._try():
             owner = self._owner()
-            if not told:
+            if owner != told:
                 waiting(owner)
-                told = True
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{owner} has held {self.path} for {self.patience:g} s; stop it, or run again later")
-            time.sleep(min(LOOK, self.patience))
+                told = owner
+            time.sleep(LOOK)
 
     def release(self) -> None:
         """Give the lock back and remove its file; nothing where it is not held."""

@@ -71,7 +71,7 @@ def test_a_rank_that_is_alive_is_waited_for_longer_than_the_timeout(tmp_path):
 
 
 def publish(ranks: Ranks, root: str) -> list:
-    store = Store(root, ranks, "r1", patience=5.0)
+    store = Store(root, ranks, "r1")
     before = store.find("score", "aa")
     with store.open("score", "aa") as partial:
         if ranks.rank == 0:

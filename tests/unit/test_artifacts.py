@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ FACTS = {"settings": {"tokens": 3}, "inputs": {"teacher": "teacher-0123456789ab"
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(tmp_path / "artifacts", Ranks(0, 1, 0), "r1", patience=1.0)
+    return Store(tmp_path / "artifacts", Ranks(0, 1, 0), "r1")
 
 
 def make(store, stage="score", key="aa", text="content"):
@@ -136,17 +137,32 @@ def test_no_lock_or_partial_folder_is_left_behind(store):
     assert list((store.root / ".partial").iterdir()) == []
 
 
-def test_a_second_owner_waits_says_so_and_gives_up(tmp_path):
-    heard = []
-    first, second = Lock(tmp_path / "x.lock", 0.2), Lock(tmp_path / "x.lock", 0.2)
+def test_a_second_owner_says_once_whom_it_waits_for_and_takes_the_lock_when_it_is_given_back(tmp_path, monkeypatch):
+    heard, looks = [], []
+    first, second = Lock(tmp_path / "x.lock"), Lock(tmp_path / "x.lock")
+
+    def look(seconds):
+        looks.append(seconds)
+        if len(looks) == 100:
+            first.release()
+
+    monkeypatch.setattr("pipeline.runtime.lock.time.sleep", look)
     first.acquire(heard.append)
-    with pytest.raises(TimeoutError, match=f"process {os.getpid()} on .* has held"):
-        second.acquire(heard.append)
-    assert len(heard) == 1 and str(os.getpid()) in heard[0]
-    first.release()
     second.acquire(heard.append)
+    assert len(looks) == 100
+    assert heard == [f"process {os.getpid()} on {socket.gethostname()}"]
     second.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_earlier_attempt_left_is_a_part_of_the_disk_that_is_needed(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "weights").write_bytes(b"x" * 10**6)
+    (tmp_path / "teacher").symlink_to(tmp_path / "checkpoints" / "weights")
+    monkeypatch.setattr(artifacts, "space_free", lambda folder: 10**6)
+    need_space(tmp_path, 2 * 10**6)
+    with pytest.raises(ValueError, match="needs 2.1 MB and its disk has 2.0 MB for it"):
+        need_space(tmp_path, 2_100_000)
 
 
 def test_a_fingerprint_sees_names_sizes_and_bytes_and_not_where_the_folder_is(tmp_path):
