@@ -17,19 +17,22 @@ from pipeline.evaluation.samples import cache_bytes_per_token, continue_greedily
 from pipeline.evaluation.words import Question, questions, right
 from pipeline.runtime.artifacts import fingerprint
 from pipeline.runtime.checkpoint import load_model
+from pipeline.runtime.device import chip_name, choose
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.placing import placed
+from pipeline.runtime.ranks import place
 
 REVISION = 3  # 2: losses by sequence; 3: questions spread evenly over each text
 
 
 def settings(config: Config) -> dict:
-    """Give what determines the figures of any model: how much is measured, and on which kind of device.
+    """Give what determines the figures of any model: how much is measured, and on which device.
 
     Batches and chunks change speed and memory, not the figures.
     """
     samples = config.report.model_dump(include={"samples", "sample_prompt", "sample_tokens"})
-    device = config.device.model_dump(include={"kind", "attention"})
+    kind = choose(config.device.kind)
+    device = {"kind": kind, "chip": chip_name(kind, place()[2]), "attention": config.device.attention}
     files = {task: fingerprint(Path(task)) for task in config.evaluate.tasks if tasks.is_file(task)}
     asked = config.evaluate.model_dump(include={"tokens", "words", "words_context", "tasks"})
     return {"evaluate": asked, "task_files": files, "samples": samples, "device": device}
@@ -120,8 +123,8 @@ class Bench:
         rows = range(ranks.rank, self._rows(packed), ranks.world)
         batches = self.machine.progress(_batches(packed, rows, asked.batch), -(-len(rows) // asked.batch), label)
         sums = torch.zeros(self._rows(packed), 3, dtype=torch.float64)
-        for place, found in enumerate(tallies(model, batches, asked.chunk)):
-            mine = rows[place * asked.batch : (place + 1) * asked.batch]
+        for number, found in enumerate(tallies(model, batches, asked.chunk)):
+            mine = rows[number * asked.batch : (number + 1) * asked.batch]
             sums[mine.start : mine.stop : mine.step] = found
         words = right(model, asked_words[ranks.rank :: ranks.world], asked.batch)
         ranks.sum_([sums, words])

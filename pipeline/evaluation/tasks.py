@@ -1,6 +1,8 @@
 """Benchmark tasks of the LM Evaluation Harness (extra `eval`), by name or as local task files."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ def installed() -> bool:
 
 
 def check(tasks: Sequence[str]) -> None:
-    """Raise ValueError if tasks are asked for that cannot be run: the extra is missing, or a task file is."""
+    """Raise ValueError if tasks are asked for that cannot be run: the extra is missing, a file, or a name."""
     if tasks and not installed():
         raise ValueError(
             f"evaluate.tasks is {list(tasks)}, but the package lm_eval is missing; "
@@ -25,22 +27,22 @@ def check(tasks: Sequence[str]) -> None:
     for task in tasks:
         if is_file(task) and not Path(task).is_file():
             raise ValueError(f"evaluate.tasks names the task file {task}, which does not exist")
+    named = [task for task in tasks if not is_file(task)]
+    unknown = [task for task in named if task not in _known()]
+    if unknown:
+        near = [name for task in unknown for name in get_close_matches(task, _known(), n=3)]
+        told = f"; near: {', '.join(near)}" if near else "; `lm_eval ls tasks` lists what it knows"
+        raise ValueError(f"evaluate.tasks names {unknown}, which the installed lm_eval does not know{told}")
 
 
 def measure(model: torch.nn.Module, tokenizer: Any, tasks: Sequence[str], batch: int) -> dict[str, dict[str, float]]:
-    """Give the metrics of each task by the names the harness gives them (`acc`, ...), and `questions`, their number.
-
-    ValueError for a task that the harness does not know.
-    """
+    """Give the metrics of each task by the names the harness gives them (`acc`, ...), and `questions`, their number."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     wanted = [str(Path(task).absolute()) if is_file(task) else task for task in tasks]
     manager = TaskManager(include_defaults=not all(map(is_file, wanted)))
-    unknown = [task for task in wanted if not is_file(task) and task not in manager.all_tasks]
-    if unknown:
-        raise ValueError(f"evaluate.tasks names {unknown}, which the installed lm_eval does not know")
     subject = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     found = simple_evaluate(subject, tasks=wanted, task_manager=manager, log_samples=False, bootstrap_iters=BOOTSTRAP)
     return {task: _numbers(metrics, found["n-samples"].get(task)) for task, metrics in found["results"].items()}
@@ -49,6 +51,14 @@ def measure(model: torch.nn.Module, tokenizer: Any, tasks: Sequence[str], batch:
 def is_file(task: str) -> bool:
     """Whether a task is given as a file of its own rather than by the harness's name."""
     return task.endswith((".yaml", ".yml"))
+
+
+@cache
+def _known() -> tuple[str, ...]:
+    """The names of the installed harness's tasks; to list them takes it seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return tuple(TaskManager().all_tasks)
 
 
 def _numbers(metrics: dict[str, Any], samples: dict[str, int] | None) -> dict[str, float]:

@@ -32,7 +32,7 @@ def check(config: Config) -> None:
 
 
 def settings(config: Config) -> dict:
-    """Give what determines the numbers: how much is measured and timed, and on which kind of device."""
+    """Give what determines the numbers: how much is measured and timed, and on which device."""
     return measuring.settings(config) | {"speed": config.evaluate.model_dump(include=SPEED)}
 
 

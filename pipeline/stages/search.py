@@ -21,6 +21,7 @@ from pipeline.prune.reinit import compensate_gain, stabilise_gains
 from pipeline.prune.surgery import as_it_is, cut
 from pipeline.runtime.artifacts import need_space, write_atomically
 from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.device import choose
 from pipeline.runtime.placing import placed
 from pipeline.search import picture
 from pipeline.search.chip import Chip
@@ -55,7 +56,7 @@ def settings(config: Config) -> dict:
         "plan": config.plan.model_dump(),
         "reinit": config.reinit.model_dump(include={"slnp", "gain_compensation"}),
         "seed": config.seed,
-        "device": config.device.model_dump(include={"kind", "attention"}),
+        "device": {"kind": choose(config.device.kind), "attention": config.device.attention},
     }
 
 

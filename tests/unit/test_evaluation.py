@@ -172,6 +172,16 @@ def test_tasks_without_the_harness_are_refused_with_the_remedy():
     tasks.check([])
 
 
+def test_a_task_that_the_harness_does_not_know_is_refused_before_any_work_with_those_like_it(monkeypatch):
+    monkeypatch.setattr(tasks, "installed", lambda: True)
+    monkeypatch.setattr(tasks, "_known", lambda: ("arc_challenge", "arc_easy", "hellaswag"))
+    tasks.check(["arc_easy", "hellaswag"])
+    with pytest.raises(ValueError, match=r"names \['arc_esy'\], which the .* does not know; near: arc_easy"):
+        tasks.check(["hellaswag", "arc_esy"])
+    with pytest.raises(ValueError, match=r"names \['zzz'\].*; `lm_eval ls tasks` lists"):
+        tasks.check(["zzz"])
+
+
 def test_a_local_task_file_is_measured_by_the_harness(tmp_path):
     pytest.importorskip("lm_eval")
     from pipeline.runtime.checkpoint import load_tokenizer

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline import measuring
 from pipeline.data.packing import Packed
 from pipeline.model.blueprint import Blueprint, everything
 from pipeline.model.scores import Scores
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
-from pipeline.runtime.device import open_device
+from pipeline.runtime.device import choose, open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.track import Track
@@ -201,6 +202,15 @@ def test_what_the_report_shows_is_in_its_settings_and_where_it_is_kept_is_not():
     assert evaluate.settings(configured("evaluate.tokens=64")) != evaluate.settings(configured())
     unchanged = configured("distill.tokens=8192", "evaluate.batch=1", "evaluate.chunk=64")
     assert evaluate.settings(unchanged) == evaluate.settings(configured())
+
+
+def test_figures_are_of_the_device_that_is_found_and_of_its_chip(monkeypatch):
+    asked = [configured(f"device={kind}") for kind in ("auto", "cpu")]
+    auto, cpu = map(evaluate.settings, asked)
+    assert (auto == cpu) == (choose("auto") == "cpu")
+    before = [stage.settings(asked[0]) for stage in (dense, evaluate)]
+    monkeypatch.setattr(measuring, "chip_name", lambda kind, index: "another chip")
+    assert all(stage.settings(asked[0]) != was for stage, was in zip((dense, evaluate), before))
 
 
 def test_the_teacher_is_measured_once_and_a_start_that_was_not_recovered_once_as_the_student(world, found, capsys):
