@@ -7,6 +7,7 @@ usage() {
 usage: docker/run.sh npu|cuda|cpu [--devices 0,1,...] [--image NAME] [launch options] [pipeline overrides]
 
 The current folder is mounted at /workspace: models and texts are read from it, runs/ and artifacts/ are written to it.
+What is fetched from the hub is kept in HF_HOME of this host (default: ~/.cache/huggingface), mounted under its own path.
   --devices 0,1,...   default: all of this host
   --image NAME        default: pangu-light:npu, pangu-light:cuda, pangu-light:cpu
 DRY_RUN=1 prints the docker command instead of running it. Launch options: launch/local.sh --help
@@ -37,7 +38,9 @@ done
 
 # As the calling user, so that what is written belongs to them; that user has no home inside.
 flags=(--rm --init --network host --shm-size 64g --user "$(id -u):$(id -g)" --env HOME=/tmp)
-flags+=(--volume "$PWD:/workspace")
+# The hub cache under its own path: artifacts hold links into it.
+export HF_HOME=${HF_HOME:-~/.cache/huggingface}
+flags+=(--volume "$PWD:/workspace" --volume "$HF_HOME:$HF_HOME")
 # By name alone: values stay out of the command line and of the image.
 for name in HF_HOME HF_ENDPOINT HF_TOKEN WANDB_API_KEY WANDB_MODE; do
     if [[ -n ${!name:-} ]]; then flags+=(--env "$name"); fi
@@ -70,5 +73,6 @@ command=(docker run "${flags[@]}" "$image" "device=$kind" ${rest[@]+"${rest[@]}"
 if [[ -n ${DRY_RUN:-} ]]; then
     printf '%q ' "${command[@]}" && echo
 else
+    mkdir -p "$HF_HOME"  # or docker makes it, as root
     exec "${command[@]}"
 fi

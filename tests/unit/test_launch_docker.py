@@ -27,7 +27,7 @@ def docker(tmp_path):
     def run(*arguments: str, code: int = 0, **environment: str) -> list[str] | str:
         ran = subprocess.run(
             [str(ROOT / "docker/run.sh"), *arguments], cwd=tmp_path, capture_output=True, text=True,
-            env={"PATH": f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin", **environment},
+            env={"PATH": f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin", "HOME": str(tmp_path), **environment},
         )  # fmt: skip
         assert ran.returncode == code, ran.stderr
         return ran.stderr if code else ran.stdout.splitlines()
@@ -44,8 +44,9 @@ def test_an_ascend_container_gets_its_npus_the_managing_devices_and_the_driver(d
     devices = ["davinci0", "davinci3", "davinci_manager", "devmm_svm", "hisi_hdc"]
     assert values(arguments, "--device") == [f"/dev/{name}" for name in devices]
     inside = {volume.split(":")[1] for volume in values(arguments, "--volume")}
-    driver = {f"/usr/local/Ascend/driver/{name}" for name in ("lib64", "version.info")}
-    assert inside == driver | {"/usr/local/dcmi", "/usr/local/bin/npu-smi", "/etc/ascend_install.info", "/workspace"}
+    own = {f"/usr/local/Ascend/driver/{name}" for name in ("lib64", "version.info")}
+    own |= {"/usr/local/dcmi", "/usr/local/bin/npu-smi", "/etc/ascend_install.info"}
+    assert inside == own | {"/workspace", f"{tmp_path}/.cache/huggingface"}
     assert f"{tmp_path}:/workspace" in values(arguments, "--volume")
     assert values(arguments, "--network") == ["host"] and values(arguments, "--shm-size") == ["64g"]
     assert arguments[-4:] == ["pangu-light:npu", "device=npu", "run=mine", "--max-restarts=2"]
@@ -62,6 +63,14 @@ def test_a_container_runs_as_the_caller_and_sees_secrets_by_name_only(docker):
     assert values(arguments, "--user") == [f"{os.getuid()}:{os.getgid()}"]
     assert "WANDB_API_KEY" in values(arguments, "--env") and "HF_TOKEN" not in values(arguments, "--env")
     assert not [argument for argument in arguments if "0123456789abcdef" in argument]
+
+
+@pytest.mark.parametrize("given", [None, "hub cache"])
+def test_the_hub_cache_of_the_host_is_that_of_the_container_under_its_own_path(docker, tmp_path, given):
+    cache = tmp_path / (given or ".cache/huggingface")
+    arguments = docker("cpu", **({"HF_HOME": str(cache)} if given else {}))
+    assert f"{cache}:{cache}" in values(arguments, "--volume") and "HF_HOME" in values(arguments, "--env")
+    assert cache.is_dir()
 
 
 def test_what_cannot_run_is_refused(docker):
