@@ -107,5 +107,6 @@ def _diverged(section: str, step: int, metrics: Mapping[str, float], saved: int,
     kept = f"the state after step {saved} is kept in {checkpoints}" if saved else "no checkpoint had been saved yet"
     return (
         f"{section} stopped at step {step}: loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g} at "
-        f"learning rate {metrics['learning_rate']:.3g}; {kept}; lower {section}.learning_rate or {section}.clip"
+        f"learning rate {metrics['learning_rate']:.3g}; {kept}; lower {section}.learning_rate or {section}.clip,"
+        f" with which {section} begins anew"
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .facts import MODELS, Report, perplexity_of, times
+from .facts import MODELS, Report, perplexity_of, start_of, times
 
 MINUS = "\N{MINUS SIGN}"
 SPACE = "\N{NO-BREAK SPACE}"
@@ -59,7 +59,7 @@ def summary(report: Report) -> str:
     ]
     for name, values in perplexity_of(report).items():
         if "start" in values:
-            table.append(f"before recovery the perplexity on {name} was {times(values['start'])}")
+            table.append(f"{start_of(report)} the perplexity on {name} was {times(values['start'])}")
     return "\n".join([*table, *filter(None, [unsteady(report)])])
 
 

@@ -76,6 +76,11 @@ def perplexity_of(report: Report) -> dict[str, dict[str, float]]:
     }
 
 
+def start_of(report: Report) -> str:
+    """Give the name of the state that the last recovery began with: in rounds there were others before it."""
+    return "after the last cut" if "rounds" in report else "before recovery"
+
+
 def infinite(value: float | None) -> float:
     """Give a figure that JSON holds: null is one beyond all numbers."""
     return math.inf if value is None else value

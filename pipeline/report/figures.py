@@ -136,11 +136,11 @@ def thinned(points: Curve, most: int) -> Curve:
     return [tuple(sum(column) / len(part) for column in zip(*part)) for part in parts]
 
 
-def perplexities(domains: Mapping[str, Mapping[str, float]]) -> Drawing:
+def perplexities(domains: Mapping[str, Mapping[str, float]], start: str = "before recovery") -> Drawing:
     """Draw, for each evaluation text, the perplexity of teacher, start and student on one logarithmic axis.
 
-    `domains` maps a text's name to {"teacher", "start", "student"} -> perplexity; `start` may be absent. What is beyond
-    GONE stands there.
+    `domains` maps a text's name to {"teacher", "start", "student"} -> perplexity; `start`, which names that state, may
+    be absent. What is beyond GONE stands there.
     """
     step, top = 46.0, 46.0
     shown = {name: {who: min(value, GONE) for who, value in row.items()} for name, row in domains.items()}
@@ -157,7 +157,7 @@ def perplexities(domains: Mapping[str, Mapping[str, float]]) -> Drawing:
         at = {who: x(value) for who, value in shown[name].items()}
         if "start" in row:
             marks.append(Line(((at["start"], y), (at["student"], y)), "kept", 2.2))
-            tip = f"{name}, before recovery: {times(row['start'])}"
+            tip = f"{name}, {start}: {times(row['start'])}"
             marks.append(Dot(at["start"], y, 4.2, "kept", tip, hollow=True))
         marks.append(Dot(at["student"], y, 4.6, "kept", f"{name}, student: {times(row['student'])}"))
         marks.append(Dot(at["teacher"], y, 4.6, "ink", f"{name}, teacher: {times(row['teacher'])}"))
@@ -166,7 +166,7 @@ def perplexities(domains: Mapping[str, Mapping[str, float]]) -> Drawing:
         ("student", lambda a, b: Dot(a + 5, b, 4.2, "kept")),
     ]
     if any("start" in row for row in domains.values()):
-        keys.append(("before recovery", lambda a, b: Dot(a + 5, b, 4.0, "kept", hollow=True)))
+        keys.append((start, lambda a, b: Dot(a + 5, b, 4.0, "kept", hollow=True)))
     marks += legend(keys, 0, 31)
     said = ((name, (f"{who} {times(value, '.4g')}" for who, value in row.items())) for name, row in domains.items())
     told = "; ".join(f"{name}: {', '.join(each)}" for name, each in said)

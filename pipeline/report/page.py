@@ -10,7 +10,7 @@ from .blocks import blocks_section
 from .comparison import MINUS, count, percent, rate, size, unsteady, whole
 from .drawing import COLOURS, Drawing, svg
 from .exported import export_section
-from .facts import Report, perplexity_of, times
+from .facts import Report, perplexity_of, start_of, times
 from .figures import duration
 from .layout import beside, panels, paragraph, section
 from .rounds import rounds_section
@@ -50,7 +50,7 @@ def _lede(report: Report) -> str:
     told = [f"The student has {amount} parameters {'than' if smaller else 'as'} its teacher"]
     told[0] += f" ({percent(inner)} outside the embeddings)." if inner else "."
     name, values = next(iter(perplexity_of(report).items()))
-    cut = f", and right after the cut it was {times(values['start'])}" if "start" in values else ""
+    cut = f", and {start_of(report)} it was {times(values['start'])}" if "start" in values else ""
     told.append(
         f"Its perplexity on held-out text ({name}) is {times(values['student'])}; "
         f"the teacher’s is {times(values['teacher'])}{cut}."
@@ -77,7 +77,7 @@ def _headline(report: Report) -> str:
         return f"{show(values['teacher'])} → {show(values['student'])}"
 
     name, values = next(iter(perplexity_of(report).items()))
-    before = f", {times(values['start'], '.1f')} before recovery" if "start" in values else ""
+    before = f", {times(values['start'], '.1f')} {start_of(report)}" if "start" in values else ""
     entries = [
         ("Parameters", signed("parameters"), pair(report["parameters"], count)),
         (f"Perplexity, {name}", times(values["student"], ".1f"), f"teacher {times(values['teacher'], '.1f')}{before}"),
@@ -132,8 +132,9 @@ def _won_back(report: Report) -> str:
     """Say which share of the loss added by the cut the recovery took away again, where it did.
 
     Not where the teacher was corrected: a part of what the cut added is then missing between start and given teacher.
+    Not in rounds either: between start and teacher lies what all cuts added, less what all recoveries but one took.
     """
-    if "correction" in report:
+    if "correction" in report or "rounds" in report:
         return ""
     shares = [
         f"{math.log(values['start'] / values['student']) / math.log(values['start'] / values['teacher']):.0%} on {name}"

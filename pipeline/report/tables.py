@@ -6,9 +6,9 @@ from html import escape
 from typing import Any
 
 from .comparison import rows, size, whole
-from .facts import Report, faster, infinite, times, widths
+from .facts import Report, faster, infinite, start_of, times, widths
 
-NAMES = {"teacher": "teacher", "start": "before recovery", "student": "student"}
+WHO = ("teacher", "start", "student")
 MEASURES = (
     ("perplexity", "perplexity", ".2f"),
     ("bits_per_byte", "bits per byte", ".3f"),
@@ -30,7 +30,7 @@ def comparison_table(report: Report, caption: str) -> str:
 def quality_table(report: Report, caption: str) -> str:
     """Give every measure on every text; how it was measured stands beside the text's name."""
     first = next(iter(report["perplexity"].values()))
-    who = [model for model in NAMES if model in first]
+    who = [model for model in WHO if model in first]
     body = []
     for name, text in report["perplexity"].items():
         told = (
@@ -43,7 +43,7 @@ def quality_table(report: Report, caption: str) -> str:
                 body.append(line(label, [times(infinite(text[model][key]), form) for model in who], who))
             if key == "perplexity" and "over_teacher" in text["student"]:
                 body.append(line("... over the teacher's", ["", *(_times(text[model]) for model in who[1:])], who))
-    return table([NAMES[model] for model in who], body, caption)
+    return table([start_of(report) if model == "start" else model for model in who], body, caption)
 
 
 def task_table(report: Report, caption: str) -> str:

@@ -24,10 +24,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PANGU = "PanguEmbedded"  # openPangu-Embedded 1B and 7B: a Llama with biases under a name of its own
 COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-CARRIED = (
-    "tokeniz*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "generation_config.json", "*.model",
-)  # fmt: skip
+TOKENIZER = ("tokeniz*", "vocab*", "merges.txt", "*.model")
+CARRIED = (*TOKENIZER, "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json")
 
 logging.disable_progress_bar()  # the pipeline shows its own
 

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ def locate(path: str, field: str = "model.path", allow_pickle: bool = False) -> 
     raise ValueError(f"{field}: {path} does not exist; give a model folder, a .gguf file, a hub id or package:NAME")
 
 
+def model_folder(path: str, allow_pickle: bool) -> Path | None:
+    """The model folder that model.path names, for checks before any work; None for a GGUF, whose config is inside."""
+    return locate(path, allow_pickle=allow_pickle).folder
+
+
 def inspect(folder: Path, field: str, allow_pickle: bool) -> Checkpoint:
     """Open the model folder that a setting names, its weights held against its config and table.
 
@@ -86,6 +92,7 @@ def _packaged(name: str, field: str) -> tuple[Path, ...]:
     return whole or found
 
 
+@cache
 def _fetched(name: str, field: str, allow_pickle: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -14,6 +14,7 @@ from pipeline.prune.absorption import fitted_scales, removed_scales
 from pipeline.prune.measure import inverse_rms
 from pipeline.prune.reinit import Stream, absorb_post_norms, post_norm_modules, with_static_scales
 from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint, read_config, write_checkpoint
+from pipeline.runtime.origin import model_folder
 from pipeline.runtime.placing import placed
 
 MAKES = "start"
@@ -23,8 +24,8 @@ EVERY_RANK = True
 
 def check(config: Config) -> None:
     """Refuse scales that were asked for by name and have no place in the teacher, where its config.json is at hand."""
-    folder = Path(config.model.path).expanduser()
-    if (folder / "config.json").is_file():
+    folder = model_folder(config.model.path, config.model.allow_pickle)
+    if folder:
         _check_family(config, FAMILIES.get(read_config(folder)["model_type"]))
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.runtime import origin
-from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.checkpoint import TOKENIZER, carry_tokenizer, open_checkpoint
 
 MAKES = "start"
 NEEDS = ("teacher",)
 EVERY_RANK = False
+REVISION = 2  # 2: with the teacher's tokenizer where there is none
 FIELD = "model.start"
 
 
@@ -33,9 +34,17 @@ def settings(config: Config) -> dict:
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
-    """Fill `out` with the model folder; ValueError if it has no family table or another vocabulary than the teacher."""
+    """Fill `out` with the model folder, the teacher's tokenizer in it where it brings none.
+
+    ValueError if it has no family table, or another vocabulary than the teacher.
+    """
     shutil.rmtree(out, ignore_errors=True)
-    origin.adopt(_located(config), out)
+    given = _located(config)
+    if given.folder is not None and not any(path for pattern in TOKENIZER for path in given.folder.glob(pattern)):
+        out.mkdir(parents=True)
+        carry_tokenizer(inputs["teacher"], out)
+        machine.say(f"adopt: {config.model.start} brings no tokenizer; it gets the teacher's")
+    origin.adopt(given, out)
     teacher, student = (open_checkpoint(path, config.model.allow_pickle).anatomy for path in (inputs["teacher"], out))
     if teacher.sizes.vocabulary != student.sizes.vocabulary:
         raise ValueError(

@@ -20,6 +20,7 @@ from pipeline.prune.pad import pad
 from pipeline.prune.reinit import Stream, fold_scales, post_norm_modules
 from pipeline.runtime import configuration_decilm, decilm_reader, modelling
 from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint, read_config, write_checkpoint
+from pipeline.runtime.origin import model_folder
 
 MAKES = "export"
 NEEDS = ("start",)
@@ -48,8 +49,9 @@ print(json.dumps({"class": type(model).__name__, "generated": new.shape[1] - len
 
 def check(config: Config) -> None:
     """Refuse a form that the teacher's family cannot take, where its config.json is at hand, before any work."""
-    folder, form = Path(config.model.path).expanduser(), config.export.form
-    if form not in CHECKS or not (folder / "config.json").is_file():
+    form = config.export.form
+    folder = model_folder(config.model.path, config.model.allow_pickle) if form in CHECKS else None
+    if folder is None:
         return
     kind = read_config(folder)
     family = FAMILIES.get(kind["model_type"])

@@ -20,7 +20,7 @@ from pipeline.report.axes import number
 from pipeline.report.blocks import errors_by_layer
 from pipeline.report.comparison import summary
 from pipeline.report.drawing import Drawing, save_png
-from pipeline.report.facts import Curve, cut_facts, gather, perplexity_of, recovery_curves, recovery_facts
+from pipeline.report.facts import Curve, cut_facts, gather, perplexity_of, recovery_curves, recovery_facts, start_of
 from pipeline.report.figures import curve, cut_figures, perplexities, shapes_searched, stage_costs
 from pipeline.report.page import page
 from pipeline.report.rounds import cuts, layers_by_round, round_facts
@@ -75,10 +75,10 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     if "shape" in inputs and (inputs["shape"] / "search.json").is_file():
         report["search"] = json.loads((inputs["shape"] / "search.json").read_text())
         drawings["shapes"] = shapes_searched(report["search"])
-    drawings["perplexity"] = perplexities(perplexity_of(report))
     rounds = _rounds(anatomy, inputs)
     if rounds:
         report["rounds"], drawings["rounds"] = rounds, layers_by_round(rounds)
+    drawings["perplexity"] = perplexities(perplexity_of(report), start_of(report))
     if "corrected" in inputs:
         corrected = recovery_curves(_metrics(inputs["corrected"]), SEEN)
         report["correction"] = recovery_facts(corrected, SEEN)

@@ -19,7 +19,7 @@ from pipeline.report.blocks import errors_by_layer
 from pipeline.report.comparison import rows, summary
 from pipeline.report.drawing import Box, Dot, Drawing, Line, save_png, svg
 from pipeline.report.exported import export_section
-from pipeline.report.facts import cut_facts, gather, perplexity_of, recovery_curves, recovery_facts
+from pipeline.report.facts import cut_facts, gather, perplexity_of, recovery_curves, recovery_facts, start_of
 from pipeline.report.figures import curve, cut_figures, duration, perplexities, stage_costs, thinned
 from pipeline.report.page import page
 from pipeline.report.rounds import cuts, layers_by_round, round_facts, rounds_section
@@ -437,8 +437,10 @@ def test_the_page_tells_of_rounds_each_on_a_line_and_of_their_cuts_where_there_w
     drawings = example_drawings(report)
     assert "Round by round" not in page(report, drawings)
     _, _, told = in_rounds()
+    assert start_of(report) == "before recovery"
     report["rounds"] = told
     drawings["rounds"] = layers_by_round(told)
+    drawings["perplexity"] = perplexities(perplexity_of(report), start_of(report))
     drawings["loss"] = curve("Distillation loss", CURVES["loss"], "tokens", "", cuts=cuts(told, "tokens"))
     (dashed,) = (mark for mark in drawings["loss"].marks if isinstance(mark, Line) and mark.dashed)
     assert dashed.points[0][0] == pytest.approx(46.0 + 0.5 * (348 - 46 - 10)) and dashed.tip == "round 2 begins"
@@ -451,10 +453,13 @@ def test_the_page_tells_of_rounds_each_on_a_line_and_of_their_cuts_where_there_w
         "round\xa02",
         "4\xa0→\xa01.5",
         "After every cut",
+        "after the last cut it was",
         "12–24",
         "channels",
     ):
         assert expected in words, expected
+    assert "before recovery" not in words and "took back" not in words
+    assert summary(report).splitlines()[-1] == "after the last cut the perplexity on news was 80.00"
     assert json.loads(json.dumps(told)) == told
     alone = rounds_section({"rounds": in_rounds(False)[2]}, drawings)
     assert "held-out" not in alone and "tokens" not in alone and "scored anew and cut a part of the way" in alone

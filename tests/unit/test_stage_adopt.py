@@ -40,6 +40,22 @@ def test_a_dry_run_answers_for_the_student_that_is_given(world, tmp_path, capsys
     assert set(found) == {"teacher", "start"} and "recovery needs 1 x " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_student_without_a_tokenizer_gets_the_teachers_and_one_with_its_own_keeps_it(world, tmp_path, own):
+    given = tmp_path / "given"
+    save_tiny(tiny_model("llama-tied", dtype=torch.float32, num_hidden_layers=2), given)
+    (given / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    if own:
+        (given / "tokenizer.json").write_text("its own")
+    before = {path.name: path.read_bytes() for path in given.iterdir()}
+    found = made(world, "recipe=recover", f"model.start={given}", "stages=[adopt]")["start"]
+    assert (found / "generation_config.json").read_text() == '{"max_new_tokens": 7}'
+    there = {path.name: path.read_bytes() for path in found.glob("tokeniz*")}
+    teachers = {path.name: path.read_bytes() for path in (world / "model").glob("tokeniz*")}
+    assert len(teachers) > 1 and there == ({"tokenizer.json": b"its own"} if own else teachers)
+    assert {path.name: path.read_bytes() for path in given.iterdir()} == before
+
+
 def test_what_cannot_be_adopted_is_refused(world, tmp_path):
     with pytest.raises(ValueError, match="model.start is not set"):
         made(world, "recipe=recover")
