@@ -32,14 +32,15 @@ def plan(
 
     With `clap`, the KV groups of every dropped layer compete with those of the nearest kept layer below it for its
     places (a run of dropped layers in one ranking, which equals folding them deepest first). A donor whose attention
-    type differs from the host's does not compete. `clap_normalise` divides scores by their layer's mean first.
+    type differs from the host's, or whose KV groups have fewer query heads than the width asks of one, does not
+    compete. `clap_normalise` divides scores by their layer's mean first.
     """
     ends = [*hosts[1:], len(anatomy.sizes.layers)]
     plans = []
     for host, end, width in zip(hosts, ends, widths, strict=True):
-        donors = range(host, end) if clap else (host,)
-        donors = [layer for layer in donors if anatomy.layer_types[layer] == anatomy.layer_types[host]]
-        groups = _groups(anatomy, scores, donors, width, clap_normalise)
+        dropped = range(host + 1, end) if clap else ()
+        donors = [layer for layer in dropped if _competes(anatomy, layer, host, width)]
+        groups = _groups(anatomy, scores, [host, *donors], width, clap_normalise)
         plans.append(LayerPlan(host, groups, _top(scores.neurons[host], width.neurons)))
     return Blueprint(_top(scores.channels, hidden), tuple(plans))
 
@@ -103,6 +104,13 @@ def kept_layers(influence: Tensor, count: int, policy: str, keep_first: int) -> 
         order = sorted(range(keep_first, total), key=lambda layer: (float(influence[layer]), -layer))
         gone = set(order[:drop])
     return [layer for layer in range(total) if layer not in gone]
+
+
+def _competes(anatomy: Anatomy, donor: int, host: int, width: LayerSizes) -> bool:
+    """Whether a dropped layer's KV groups can take places of a host of this width."""
+    own = anatomy.sizes.layers[donor]
+    alike = anatomy.layer_types[donor] == anatomy.layer_types[host]
+    return alike and own.heads // own.groups >= width.heads // width.groups
 
 
 def _groups(

@@ -1,6 +1,7 @@
 """Laws of planning: depth, CLAP, groups, neurons, channels; pure and fast."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,6 +119,25 @@ def test_a_donor_of_another_attention_type_does_not_compete_and_is_refused_in_a_
     wrong = Blueprint(tuple(range(24)), (LayerPlan(1, (Group(2, 0, (0, 1)),), tuple(range(16))),))
     with pytest.raises(ValueError, match="donor layer 2 is sliding_attention and host layer 1 is full_attention"):
         wrong.check(of)
+
+
+def test_a_donor_of_fewer_heads_a_group_than_its_host_is_asked_for_does_not_compete():
+    """Layer 1 goes and is loudest, with one head a group: it donates to a host asked for one, to none asked for two."""
+    of = anatomy(layers=4)
+    own = (LayerSizes(6, 3, 16), LayerSizes(3, 3, 16), LayerSizes(6, 3, 16), LayerSizes(6, 3, 16))
+    of = replace(of, sizes=replace(of.sizes, layers=own))
+    given = scores(of)
+    given = replace(given, heads=tuple(h * loud for h, loud in zip(given.heads, (1e-4, 1e4, 1.0, 1.0), strict=True)))
+
+    def donors(*widths):
+        made = plan(of, given, [0, 3], widths, 24, clap=True)
+        made.check(of)
+        return {group.layer for group in made.layers[0].groups}
+
+    assert donors(LayerSizes(6, 3, 16), LayerSizes(6, 3, 16)) == {2}
+    assert donors(LayerSizes(3, 3, 16), LayerSizes(6, 3, 16)) == {1}
+    with pytest.raises(ValueError, match="shape.groups is 2, but a KV group of layer 1 has 1 heads"):
+        plan(of, given, [0, 1], [LayerSizes(6, 3, 16)] * 2, 24, clap=True)
 
 
 def test_layers_may_have_widths_of_their_own():
