@@ -37,9 +37,16 @@ SCRATCH = "student"  # the one cut student there is at a time
 
 
 def check(config: Config) -> None:
-    """Refuse a shape that is given and searched, too."""
-    if needed(config) and config.shape.given:
+    """Refuse a shape that is given and searched, too, and a search among some axes: all are sifted."""
+    if not needed(config):
+        return
+    if config.shape.given:
         raise ValueError("recipe.shape is search, but shape.* gives the shape; limit a search by budget.* instead")
+    if config.budget.axes != "all":
+        raise ValueError(
+            f"budget.axes is {config.budget.axes}, but recipe.shape=search sifts all axes; set budget.axes=all, or "
+            "recipe.shape=given"
+        )
 
 
 def needed(config: Config) -> bool:

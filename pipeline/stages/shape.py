@@ -33,7 +33,9 @@ def check(config: Config) -> None:
     axes, widths = config.budget.axes, config.plan.widths
     if axes != "all" and config.budget.predicted:
         limits = list(config.budget.predicted)
-        raise ValueError(f"budget.axes={axes} goes by budget.parameters alone; leave {limits} out")
+        raise ValueError(
+            f"budget.axes={axes} goes by budget.parameters alone; leave {limits} out, or set budget.axes=all"
+        )
     alike = axes == "layers" or (axes == "neurons" and widths != "measured")
     if alike and widths != "uniform":
         raise ValueError(f"budget.axes={axes} makes all layers alike, and plan.widths={widths} does not; set axes=all")

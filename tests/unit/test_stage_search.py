@@ -161,6 +161,14 @@ def test_a_shape_that_is_given_and_limited_by_predictions_or_searched_is_refused
         line.check(configure(folder, "recipe.shape=given", "shape.layers=3", "budget.speedup=1.2"))
 
 
+def test_a_search_among_some_axes_is_refused_and_one_among_all_is_not(world):
+    for asked in ("budget.axes=layers", "budget.axes=neurons", "recipe=best"):
+        with pytest.raises(ValueError, match=r"^budget.axes is \w+, but recipe.shape=search sifts all axes; set"):
+            line.check(configure(world[0], asked))
+        line.check(configure(world[0], asked, "recipe.shape=given"))
+        line.check(configure(world[0], asked, "budget.axes=all"))
+
+
 def test_limits_of_speed_and_memory_hold_with_nothing_measured(world, tmp_path):
     folder, made = world
     teacher = open_checkpoint(made["teacher"]).anatomy
