@@ -25,7 +25,7 @@ def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
     is searched. With one rank the fewest devices that hold a training are found; with more, theirs.
     """
     anatomy = open_checkpoint(made["teacher"], config.model.allow_pickle).anatomy
-    teacher = ModelShape.of(anatomy.sizes, anatomy.tied)
+    teacher = ModelShape.of(anatomy, config.reinit.bias_compensation)
     devices, settles = ranks if ranks > 1 else None, config.settle.norm != "none"
     student, told = _student(config, made, teacher)
     for section, trains in (("correct", config.corrects), ("settle", settles)):
@@ -45,7 +45,7 @@ def _student(config: Config, made: Mapping[str, Path], teacher: ModelShape) -> t
     """Give the student's shape, and what is to be said of it first."""
     if "start" in made:
         given = open_checkpoint(made["start"], config.model.allow_pickle).anatomy
-        return ModelShape.of(given.sizes, given.tied), []
+        return ModelShape.of(given), []
     if "shape" in made:
         return teacher.changed(json.loads((made["shape"] / "shape.json").read_text())), []
     found = shape_within(_chip(config), teacher, Serving(**config.search.serving), Limits(**config.budget.limits))

@@ -7,6 +7,9 @@ from pathlib import Path
 import torch
 import transformers
 
+from pipeline.model.anatomy import Anatomy, Sizes
+from pipeline.model.families import FAMILIES
+
 BASE = {
     "hidden_size": 32,
     "intermediate_size": 24,
@@ -60,6 +63,13 @@ def save_tiny(model, folder: Path) -> Path:
     """Save a model as a folder through safetensors, the tied output matrix left out as transformers does."""
     model.save_pretrained(folder)
     return folder
+
+
+def anatomy_with(sizes: Sizes, kind: str = "llama", tied: bool = True) -> Anatomy:
+    """Give the anatomy of a family's model of these sizes, with the weights of its table alone."""
+    family = FAMILIES[kind]
+    weights = frozenset(name for name in family.layer if name.endswith(".weight"))
+    return Anatomy(family, sizes, weights, tied, ("full_attention",) * len(sizes.layers))
 
 
 def tensors_of(model) -> dict[str, torch.Tensor]:

@@ -49,8 +49,14 @@ def _said(source: Anatomy, student: Anatomy) -> LayerSizes:
 
 def accepts_heads(student: Anatomy, hidden: int, heads: int) -> bool:
     """Whether the family's config class, or that of the same network under another name, takes this many heads."""
+    return not needs_even_heads(student) or hidden % heads == 0
+
+
+def needs_even_heads(student: Anatomy, biased: bool = False) -> bool:
+    """Whether the family's config class refuses hidden sizes that are no multiple of the heads, and no other class has
+    the same network; `biased`: as the network will be with every bias its class can have."""
     family = student.family
-    return not family.even_heads or hidden % heads == 0 or (family.uneven is not None and not _biased(student))
+    return family.even_heads and (family.uneven is None or biased or _biased(student))
 
 
 def _biased(student: Anatomy) -> bool:

@@ -226,7 +226,7 @@ def _sift(chip: Chip, teacher: ModelShape, serving: Serving, limits: Limits, mul
     decoding = _grid_seconds(chip, teacher, serving.decoding(), grid)
     reading = _grid_seconds(chip, teacher, serving.reading(), grid)
     seconds = reading if serving.speed == "prefill" else decoding
-    mask = np.ones(grid.counts.shape, bool)
+    mask = grid.accepted.copy()
     if limits.parameters is not None:
         mask &= grid.counts <= limits.parameters * teacher.non_embedding_parameters()
     if limits.speedup is not None:
@@ -245,7 +245,7 @@ def _sift(chip: Chip, teacher: ModelShape, serving: Serving, limits: Limits, mul
     rows, counts = grid.rows(mask)
     kept = counts / teacher.non_embedding_parameters()
     lopsided = imbalance(teacher, rows, kept)
-    return _Sieve(mask.size, rows, counts, kept, seconds[mask], lopsided, lopsided - np.log(kept))
+    return _Sieve(int(grid.accepted.sum()), rows, counts, kept, seconds[mask], lopsided, lopsided - np.log(kept))
 
 
 def _grid_seconds(chip: Chip, teacher: ModelShape, work: Work, grid: Grid) -> np.ndarray:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.model.anatomy import LayerSizes, Sizes
+from pipeline.model.anatomy import Anatomy, LayerSizes
+from pipeline.model.settings import needs_even_heads
 
 AXES = ("layers", "hidden", "heads", "groups", "neurons")
 WIDTHS = (512, 256, 128, 64, 32, 16)  # 256 bf16 elements are one aligned 512-byte burst; 16 is the cube's edge
@@ -20,6 +21,7 @@ class ModelShape:
     """A Llama-like decoder in plain numbers: SwiGLU, grouped queries, two norms a layer, one at the end, no biases.
 
     Where layers differ, `own` says what each of the teacher has; of that a student keeps no more than the five numbers.
+    `even_heads`: the student's config class refuses hidden sizes that are no multiple of its query heads.
     """
 
     layers: int
@@ -31,10 +33,15 @@ class ModelShape:
     vocabulary: int
     tied: bool
     own: tuple[LayerSizes, ...] = ()  # empty where all layers are alike
+    even_heads: bool = False
 
     @staticmethod
-    def of(sizes: Sizes, tied: bool) -> "ModelShape":
-        """Give the shape of a model; of layers that differ it says the most groups, heads of a group, and neurons."""
+    def of(anatomy: Anatomy, biased: bool = False) -> "ModelShape":
+        """Give the shape of a model; of layers that differ it says the most groups, heads of a group, and neurons.
+
+        `biased`: the students will have every bias their class can have, whether or not the model has them.
+        """
+        sizes = anatomy.sizes
         groups = max(widths.groups for widths in sizes.layers)
         return ModelShape(
             layers=len(sizes.layers),
@@ -44,8 +51,9 @@ class ModelShape:
             head_size=sizes.head_size,
             neurons=max(widths.neurons for widths in sizes.layers),
             vocabulary=sizes.vocabulary,
-            tied=tied,
+            tied=anatomy.tied,
             own=() if sizes.uniform else sizes.layers,
+            even_heads=needs_even_heads(anatomy, biased),
         )
 
     def changed(self, axes: Mapping[str, int]) -> "ModelShape":
@@ -56,6 +64,18 @@ class ModelShape:
         """What each layer of the teacher keeps at most, [layer of the teacher]; where they are alike, what each has."""
         widest = LayerSizes(self.heads, self.groups, self.neurons)
         return tuple(widest.within(own) for own in self.own) or (widest,) * self.layers
+
+    @property
+    def said_heads(self) -> set[int]:
+        """The numbers of query heads of which the student's config may say one for all layers: the one that all have,
+        or, where layers differ and each says its own, any that a layer of the teacher has."""
+        heads = {each.heads for each in self.each()}
+        return heads if len(heads) == 1 else {own.heads for own in self.own}
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the student's config class takes these widths."""
+        return not self.even_heads or any(self.hidden % heads == 0 for heads in self.said_heads)
 
     def non_embedding_parameters(self) -> int:
         """Everything but the vocabulary matrices; of layers that differ the largest count, whichever will stay."""
@@ -126,7 +146,7 @@ def possible_shapes(
     """Give every aligned shape keeping `least` to `most` of the teacher's non-embedding parameters, smallest first."""
     grid = Grid(teacher, multiples or multiples_for(teacher))
     whole = teacher.non_embedding_parameters()
-    rows, counts = grid.rows((grid.counts >= least * whole) & (grid.counts <= most * whole))
+    rows, counts = grid.rows(grid.accepted & (grid.counts >= least * whole) & (grid.counts <= most * whole))
     for row in rows[np.argsort(counts, kind="stable")].tolist():
         yield replace(teacher, **dict(zip(AXES, row, strict=True)))
 
@@ -145,9 +165,9 @@ def shape_for(teacher: ModelShape, fraction: float, multiples: Multiples | None 
         return teacher
     grid = Grid(teacher, multiples or multiples_for(teacher))
     budget = fraction * teacher.non_embedding_parameters()
-    fits = grid.counts <= budget
+    fits = grid.accepted & (grid.counts <= budget)
     if not fits.any():
-        least = grid.counts.min() / teacher.non_embedding_parameters()
+        least = grid.counts[grid.accepted].min() / teacher.non_embedding_parameters()
         raise ValueError(f"budget.parameters is {fraction}; the smallest possible shape keeps {least:.4f}")
     fullest = grid.counts[fits].max()
     rows, counts = grid.rows(fits & (grid.counts >= min((1.0 - NEARNESS) * budget, fullest)))
@@ -192,54 +212,6 @@ def imbalance(teacher: ModelShape, rows: np.ndarray, fraction: float | np.ndarra
     return ((kept - np.log(fraction)[..., None] * np.array([LEAN[axis] for axis in AXES])) ** 2).sum(axis=1)
 
 
-def given_shape(teacher: ModelShape, requested: Mapping[str, int | None]) -> ModelShape:
-    """Give the requested shape, the teacher's value where it is null; ValueError naming the nearest possible ones."""
-    unknown = sorted(set(requested) - set(AXES))
-    if unknown:
-        raise ValueError(f"shape has no axis {unknown}; it has {list(AXES)}")
-    values = {axis: requested.get(axis) or getattr(teacher, axis) for axis in AXES}
-    fault = _fault(teacher, values)
-    if fault:
-        near = "; ".join(_words(shape) for shape in possible_near(teacher, requested))
-        raise ValueError(f"{fault}. Nearest possible shapes: {near}")
-    return replace(teacher, **values)
-
-
-def possible_near(teacher: ModelShape, requested: Mapping[str, int | None], count: int = 3) -> list[ModelShape]:
-    """Give the `count` possible shapes nearest to a request, nearest first, by the changes relative to the teacher.
-
-    Possible means that it can be cut from the teacher; alignment is not asked for: a requested width is kept as it is.
-    """
-    wanted = {axis: requested.get(axis) or getattr(teacher, axis) for axis in AXES}
-    clipped = {axis: min(max(value, 1), getattr(teacher, axis)) for axis, value in wanted.items()}
-    queries = teacher.heads // teacher.groups
-    pairs = [(k * each, k) for k in range(1, teacher.groups + 1) for each in range(1, queries + 1)]
-    pairs.sort(
-        key=lambda pair: (
-            abs(pair[0] - wanted["heads"]) / teacher.heads + abs(pair[1] - wanted["groups"]) / teacher.groups,
-            -pair[0],
-            -pair[1],
-        )
-    )
-    return [replace(teacher, **{**clipped, "heads": heads, "groups": groups}) for heads, groups in pairs[:count]]
-
-
-def _fault(teacher: ModelShape, values: Mapping[str, int]) -> str | None:
-    for axis, value in values.items():
-        if not 1 <= value <= getattr(teacher, axis):
-            return f"shape.{axis} is {value}, outside 1..{getattr(teacher, axis)} (the teacher's)"
-    heads, groups, queries = values["heads"], values["groups"], teacher.heads // teacher.groups
-    if heads % groups:
-        return f"shape.heads is {heads}, not a multiple of shape.groups ({groups})"
-    if heads // groups > queries:
-        return f"shape.heads is {heads} for {groups} groups; a group has at most the teacher's {queries} query heads"
-    return None
-
-
-def _words(shape: ModelShape) -> str:
-    return " ".join(f"{axis}={value}" for axis, value in shape.axes().items())
-
-
 def _widest(width: int) -> int:
     return next((multiple for multiple in WIDTHS if width >= STEPS * multiple), WIDTHS[-1])
 
@@ -249,18 +221,24 @@ def _steps(width: int, multiple: int) -> tuple[int, ...]:
 
 
 class Grid:
-    """All combinations of possible values; counts: non-embedding weights [layers, hidden, (heads, groups), neurons]."""
+    """All combinations of possible values, [layers, hidden, (heads, groups), neurons] each: counts, their non-embedding
+    weights; accepted, whether the student's class takes them."""
 
     def __init__(self, teacher: ModelShape, multiples: Multiples):
         values = possible_values(teacher, multiples)
         self.layers, self.hidden, self.attention, self.neurons = (np.array(axis) for axis in values.values())
-        pairs = [LayerSizes(heads, groups, 0) for heads, groups in values["attention"]]
-        kept = [[pair.within(own) for pair in pairs] for own in teacher.each()]
+        pairs = values["attention"]
+        kept = [[LayerSizes(*pair, 0).within(own) for pair in pairs] for own in teacher.each()]
         bundles = np.array([[pair.heads + pair.groups for pair in layer] for layer in kept]) * teacher.head_size
         neurons = np.minimum(self.neurons, np.array([[own.neurons] for own in teacher.each()]))  # [layer, neurons]
         width = 2 * bundles[:, :, None] + 3 * neurons[:, None] + 2  # of a layer per hidden channel
         most = np.sort(width, axis=0)[::-1].cumsum(axis=0)  # of 1, 2, ... layers, [layers, (heads, groups), neurons]
         self.counts = self.hidden[:, None, None] * (most[self.layers - 1][:, None] + 1)
+        accepted = [
+            [replace(teacher, hidden=hidden, heads=heads, groups=groups).accepted for heads, groups in pairs]
+            for hidden in values["hidden"]
+        ]
+        self.accepted = np.broadcast_to(np.array(accepted)[:, :, None], self.counts.shape)
 
     def rows(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Give the shapes under a mask, [shapes, 5] in the order of AXES, and their parameters, [shapes]."""

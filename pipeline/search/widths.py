@@ -6,7 +6,6 @@ Weights are those of Q, K, V, O, gate, up and down (`budgets.layer_weights`).
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from pipeline.model.anatomy import Anatomy, LayerSizes, Sizes
 
 from .budgets import MOST, adapted, layer_weights, threshold_widths, uniform_widths, widths_at
+from .requests import possible_near
 from .shapes import ModelShape, multiples_for
 
 FINE = 2000  # shifts of all sparsities tried, a unit of sparsity
@@ -89,9 +89,12 @@ def widths_above(
 
 
 def partway(teacher: ModelShape, student: ModelShape, done: int, rounds: int) -> ModelShape:
-    """Give the shape after `done` of `rounds` equal parts of the way, in the multiples that suit the teacher."""
-    if done == rounds:
-        return student
+    """Give the shape after `done` of `rounds` equal parts of the way, in the multiples that suit the teacher.
+
+    Where the class of the students refuses that, the nearest one that is no wider than after the part before.
+    """
+    if done in (0, rounds):
+        return student if done else teacher
     multiples = multiples_for(teacher)
 
     def between(first: int, last: int, multiple: int = 1) -> int:
@@ -99,14 +102,15 @@ def partway(teacher: ModelShape, student: ModelShape, done: int, rounds: int) ->
         return max(last, min(first, nearest))
 
     groups = between(teacher.groups, student.groups)
-    return replace(
-        student,
-        layers=between(teacher.layers, student.layers),
-        hidden=between(teacher.hidden, student.hidden, multiples.hidden),
-        heads=groups * between(teacher.heads // teacher.groups, student.heads // student.groups),
-        groups=groups,
-        neurons=between(teacher.neurons, student.neurons, multiples.neurons),
-    )
+    wanted = {
+        "layers": between(teacher.layers, student.layers),
+        "hidden": between(teacher.hidden, student.hidden, multiples.hidden),
+        "heads": groups * between(teacher.heads // teacher.groups, student.heads // student.groups),
+        "groups": groups,
+        "neurons": between(teacher.neurons, student.neurons, multiples.neurons),
+    }
+    before = partway(teacher, student, done - 1, rounds)
+    return possible_near(before, wanted, count=1, least=student)[0]
 
 
 def _least_shift(sizes: Sizes, at: Callable[[float], list[LayerSizes]], weights: int) -> float:

@@ -96,7 +96,7 @@ def _widths(
     if config.plan.widths == "uniform":
         return even
     origin = _original(config, inputs)
-    multiple = multiples_for(ModelShape.of(origin.sizes, origin.tied)).neurons
+    multiple = multiples_for(ModelShape.of(origin)).neurons
     own = replace(anatomy.sizes, hidden=shape["hidden"], layers=tuple(anatomy.sizes.layers[host] for host in hosts))
     weights = shape.get("weights") or layer_weights(own, even)
     if config.plan.widths == "threshold":

@@ -55,8 +55,10 @@ def needed(config: Config) -> bool:
 
 
 def settings(config: Config) -> dict:
-    """Give the search and its limits, the chip, how a student is planned and cut, and what measures it."""
-    return {
+    """Give the search, its limits and what else decides which shapes are possible, the chip, how a student is planned
+    and cut, and what measures it."""
+    biased = {"bias_compensation": True} if config.reinit.bias_compensation else {}
+    return biased | {
         "search": config.search.model_dump(),
         "limits": config.budget.limits,
         "chip": config.device.chip_facts,
@@ -78,7 +80,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     rows = _rows(text, scores.tokens, config)
     if len(rows) < config.search.tokens // text.sequence:
         machine.say(f"search: scoring left {len(rows)} sequences of {text.sequence} of the text; all are measured")
-    teacher = ModelShape.of(source.anatomy.sizes, source.anatomy.tied)
+    teacher = ModelShape.of(source.anatomy, config.reinit.bias_compensation)
     need_space(out, source.bytes())
 
     def measure(shape: ModelShape) -> float:

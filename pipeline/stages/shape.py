@@ -12,7 +12,8 @@ from pipeline.prune.plan import kept_layers
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.search.chip import Chip
 from pipeline.search.pareto import Limits, Serving, check_alike, shape_within
-from pipeline.search.shapes import ModelShape, depth_for, given_shape, multiples_for, neurons_for, shape_for
+from pipeline.search.requests import given_shape
+from pipeline.search.shapes import ModelShape, depth_for, multiples_for, neurons_for, shape_for
 from pipeline.search.widths import even_widths, partway, weights_within
 
 MAKES = "shape"
@@ -49,7 +50,7 @@ def check(config: Config) -> None:
         return
     anatomy = open_checkpoint(folder, config.model.allow_pickle).anatomy
     if config.recipe.shape == "search" or config.budget.predicted:
-        check_alike(ModelShape.of(anatomy.sizes, anatomy.tied))
+        check_alike(ModelShape.of(anatomy))
     elif needed(config) and (config.stages is None or MAKES in config.stages):
         student, _ = _student(config, anatomy)
         if "plan" in config.recipe.line:
@@ -62,13 +63,15 @@ def needed(config: Config) -> bool:
 
 
 def settings(config: Config) -> dict:
-    """Give the shape and budget sections; where limits are predicted, also the chip and how it is used."""
+    """Give the shape and budget sections and what else decides which shapes are possible; where limits are predicted,
+    also the chip and how it is used."""
     budget = config.budget.model_dump(include={"parameters", "axes", "fallback"})
     asked = {"shape": config.shape.model_dump(), "budget": budget, "way": config.recipe.shape}
     if config.budget.predicted:
         serving, chip = config.search.serving, config.device.chip_facts
         asked |= {"limits": config.budget.limits, "serving": serving, "chip": chip}
-    return asked | ({"layers": "own"} if config.plan.widths != "uniform" else {}) | config.recipe.progress
+    biased = {"bias_compensation": True} if config.reinit.bias_compensation else {}
+    return asked | ({"layers": "own"} if config.plan.widths != "uniform" else {}) | biased | config.recipe.progress
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
@@ -78,7 +81,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     shape of equal layers that hold them. ValueError, naming the nearest possible shapes, for one that cannot be cut.
     """
     anatomy = open_checkpoint(inputs.get("original", inputs["teacher"]), config.model.allow_pickle).anatomy
-    teacher = ModelShape.of(anatomy.sizes, anatomy.tied)
+    teacher = ModelShape.of(anatomy)
     student, own = _student(config, anatomy)
     (out / "shape.json").write_text(json.dumps(student.axes() | own, indent=2))
     kept = student.non_embedding_parameters() / teacher.non_embedding_parameters()
@@ -90,7 +93,7 @@ def _student(config: Config, anatomy: Anatomy) -> tuple[ModelShape, dict[str, in
     done, rounds = config.recipe.part
     budget = config.budget.parameters or config.budget.fallback
     own = {}
-    teacher = ModelShape.of(anatomy.sizes, anatomy.tied)
+    teacher = ModelShape.of(anatomy, config.reinit.bias_compensation)
     if config.shape.given:
         student = given_shape(teacher, config.shape.model_dump())
     elif config.budget.predicted:
@@ -99,7 +102,7 @@ def _student(config: Config, anatomy: Anatomy) -> tuple[ModelShape, dict[str, in
     elif config.plan.widths != "uniform":
         own = {"weights": weights_within(anatomy, 1.0 - (1.0 - budget) * done / rounds)}
         even = even_widths(anatomy.sizes, own["weights"], multiples_for(teacher).neurons)
-        student = ModelShape.of(replace(anatomy.sizes, layers=tuple(even)), anatomy.tied)
+        student = ModelShape.of(anatomy.narrowed(replace(anatomy.sizes, layers=tuple(even)), anatomy.layer_types))
     else:
         student = CHOICES[config.budget.axes](teacher, budget)
     if not own:

@@ -176,6 +176,15 @@ def test_what_the_teacher_cannot_give_is_refused_before_any_work(world, case):
         line.check(configured(*[f"{key}={value}" for key, value in chosen.items()]))
 
 
+def test_a_hidden_size_that_the_class_of_the_student_refuses_is_refused_before_any_work(world, tmp_path):
+    biased = make_world(tmp_path, "llama-biases")
+    given = {"shape__hidden": 30, "shape__layers": None, "shape__neurons": None}
+    line.check(configured(*settings(world, run="x", **given)))
+    for folder, chosen in ((biased, []), (world, ["recipe=flap"])):  # which gives a Llama biases
+        with pytest.raises(ValueError, match=r"^shape.hidden is 30; .* multiples of its query heads \(4\)"):
+            line.check(configured(*settings(folder, run="x", **given), *chosen))
+
+
 HARMS = {
     "no model_type": (edited(model_type=None), "config.json has no model_type"),
     "no width": (edited(hidden_size=None), "config.json: hidden_size is None, not a positive integer"),

@@ -79,6 +79,18 @@ def test_candidates_keep_to_the_limits_are_aligned_and_rise_in_time(name):
     assert seconds == sorted(seconds)
 
 
+def test_what_the_class_of_the_students_refuses_is_no_candidate():
+    npu, limits = chip("910B3"), Limits(parameters=0.75)
+    plain = ModelShape(26, 1536, 12, 6, 128, 6144, 153376, False)
+    even = replace(plain, even_heads=True)
+    assert any(each.shape.hidden % each.shape.heads for each in candidates(npu, plain, DECODE, limits, 8))
+    found = search(npu, even, DECODE, limits, 8, 0.1, lambda shape: 1.0 + shape.hidden % shape.heads)
+    assert len(found.candidates) >= 2 and {each.loss for each in found.candidates} == {1.0}
+    assert found.costed.aligned == len(list(possible_shapes(even, 0.0, 1.0)))
+    shape = shape_within(npu, even, DECODE, limits)
+    assert shape.hidden % shape.heads == 0
+
+
 def test_limits_no_shape_keeps_are_refused_by_name():
     with pytest.raises(ValueError, match=r"no aligned student of this teacher keeps to speedup=1000 on 910B1"):
         candidates(chip("910B1"), TEACHER, DECODE, Limits(speedup=1000.0), 4)

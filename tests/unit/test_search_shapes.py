@@ -10,21 +10,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pipeline.model.anatomy import LayerSizes, Sizes, anatomy_of
 from pipeline.search.pareto import Limits, Serving, shape_within
+from pipeline.search.requests import given_shape
 from pipeline.search.shapes import (
-    AXES,
     ModelShape,
     Multiples,
     depth_for,
-    given_shape,
     multiples_for,
     neurons_for,
-    possible_near,
     possible_shapes,
     possible_values,
     shape_for,
 )
 from tests.chips import chip
-from tests.tiny import config_of, tensors_of, tiny_model
+from tests.tiny import anatomy_with, config_of, tensors_of, tiny_model
 
 SMOLLM2 = ModelShape(30, 576, 9, 3, 64, 1536, 49152, True)
 LLAMA_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, False)
@@ -118,37 +116,6 @@ def test_query_heads_are_a_multiple_of_groups_and_no_group_grows():
         assert heads % groups == 0 and heads // groups <= 4 and 8 % groups == 0
 
 
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
-        ({"heads": 8}, r"shape\.heads is 8, not a multiple of shape\.groups \(3\)\. Nearest .*heads=9 groups=3"),
-        ({"heads": 6, "groups": 1}, r"shape\.heads is 6 for 1 groups; a group has at most the teacher's 3 query heads"),
-        ({"layers": 31}, r"shape\.layers is 31, outside 1\.\.30"),
-        ({"widht": 3}, r"shape has no axis \['widht'\]"),
-    ],
-)  # fmt: skip
-def test_an_impossible_request_is_refused_by_name_with_the_nearest_possible_ones(request_, message):
-    with pytest.raises(ValueError, match=message):
-        given_shape(SMOLLM2, request_)
-
-
-@pytest.mark.parametrize(
-    "request_", [{"heads": 8}, {"layers": 99, "neurons": 5000}, {"heads": 7, "groups": 2}, {"heads": 40, "groups": 9}]
-)
-def test_the_nearest_possible_shapes_are_possible(request_):
-    near = possible_near(SMOLLM2, request_)
-    assert len(near) == 3
-    for shape in near:
-        assert given_shape(SMOLLM2, shape.axes()) == shape
-
-
-def test_a_possible_request_is_its_own_nearest_and_a_null_keeps_the_teacher():
-    request = {"layers": 26, "hidden": 500, "heads": None, "groups": 1, "neurons": None} | {"heads": 3}
-    shape = given_shape(SMOLLM2, request)
-    assert possible_near(SMOLLM2, request, count=1) == [shape]
-    assert given_shape(SMOLLM2, dict.fromkeys(AXES)) == SMOLLM2
-
-
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_the_ffn_alone_is_as_wide_as_the_budget_and_alignment_admit(teacher):
     step, whole = multiples_for(teacher).neurons, teacher.non_embedding_parameters()
@@ -162,6 +129,27 @@ def test_the_ffn_alone_is_as_wide_as_the_budget_and_alignment_admit(teacher):
         neurons_for(teacher, 0.01)
 
 
+PANGU_1B = ModelShape(26, 1536, 12, 6, 128, 6144, 153376, False)  # openPangu-Embedded, a Llama with biases
+
+
+def test_a_class_that_takes_only_multiples_of_the_heads_is_asked_for_no_other():
+    even = replace(PANGU_1B, even_heads=True)
+    assert shape_for(PANGU_1B, 0.75).hidden % shape_for(PANGU_1B, 0.75).heads
+    window = [replace(shape, even_heads=True) for shape in possible_shapes(PANGU_1B, 0.70, 0.75)]
+    taken = [shape for shape in window if shape.hidden % shape.heads == 0]
+    assert 0 < len(taken) < len(window) and list(possible_shapes(even, 0.70, 0.75)) == taken
+    for fraction in (0.9, 0.75, 0.5, 0.25):
+        shape = shape_for(even, fraction)
+        assert shape.hidden % shape.heads == 0 and given_shape(even, shape.axes()) == shape
+        assert 0.95 * fraction <= shape.non_embedding_parameters() / even.non_embedding_parameters() <= fraction
+    three = multiples_for(even, tensor_parallel=3)  # 3 heads at least, so that the narrowest stream, 128, is refused
+    smallest = next(possible_shapes(even, 0.0, 1.0, three))
+    kept = smallest.non_embedding_parameters() / even.non_embedding_parameters()
+    with pytest.raises(ValueError, match=f"the smallest possible shape keeps {kept:.4f}"):
+        shape_for(even, 1e-6, three)
+    assert smallest.hidden == 384
+
+
 UNEQUAL = Sizes(96, 32, 8, (LayerSizes(4, 2, 24), LayerSizes(2, 1, 40), LayerSizes(4, 2, 20), LayerSizes(2, 1, 24)))
 
 
@@ -169,7 +157,7 @@ def test_layers_that_differ_count_as_they_are_and_as_a_shape_leaves_them():
     """By the tensors of a checkpoint: every shape holds what the largest choice of layers would leave of it."""
     model = tiny_model("llama")
     anatomy = anatomy_of(config_of(model), tensors_of(model)).narrowed(UNEQUAL, ("full_attention",) * 4)
-    teacher = ModelShape.of(UNEQUAL, False)
+    teacher = ModelShape.of(anatomy)
     assert (teacher.heads, teacher.groups, teacher.neurons) == (4, 2, 40)
     assert (teacher.parameters(), teacher.non_embedding_parameters()) == anatomy.parameters()
     every = list(possible_shapes(teacher, 0.0, 1.0))
@@ -189,7 +177,7 @@ def test_layers_that_differ_count_as_they_are_and_as_a_shape_leaves_them():
 
 @pytest.mark.parametrize("choose", [shape_for, depth_for, neurons_for])
 def test_a_budget_is_of_what_layers_that_differ_really_hold(choose):
-    teacher = ModelShape.of(UNEQUAL, False)
+    teacher = ModelShape.of(anatomy_with(UNEQUAL, tied=False))
     shape = choose(teacher, 0.8)
     assert 0.5 < shape.non_embedding_parameters() / teacher.non_embedding_parameters() <= 0.8005
 
@@ -197,5 +185,5 @@ def test_a_budget_is_of_what_layers_that_differ_really_hold(choose):
 def test_no_speed_is_predicted_of_layers_that_differ():
     serving = Serving(1, 16, 32, "bf16", 1, "decode")
     with pytest.raises(ValueError, match="the chip model takes all to be alike"):
-        shape_within(chip("910B4"), ModelShape.of(UNEQUAL, True), serving, Limits(parameters=0.8))
+        shape_within(chip("910B4"), ModelShape.of(anatomy_with(UNEQUAL)), serving, Limits(parameters=0.8))
     shape_within(chip("910B4"), SMOLLM2, serving, Limits(parameters=0.8))

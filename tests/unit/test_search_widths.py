@@ -1,13 +1,16 @@
 """Laws of widths layer by layer: never above the budget, never wider than before, close to what is allowed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pipeline.model.anatomy import LayerSizes, Sizes, anatomy_of
 from pipeline.search.budgets import adapted, layer_weights
+from pipeline.search.requests import given_shape
 from pipeline.search.shapes import ModelShape
 from pipeline.search.widths import adaptive_widths, even_widths, partway, weights_within, widths_above
-from tests.tiny import config_of, tensors_of, tiny_model
+from tests.tiny import anatomy_with, config_of, tensors_of, tiny_model
 
 LAYER = LayerSizes(9, 3, 1536)
 SIZES = Sizes(1000, 576, 64, (LAYER,) * 30)
@@ -101,7 +104,7 @@ def test_one_threshold_takes_from_the_layers_that_score_low():
 
 
 def test_shapes_on_the_way_narrow_in_equal_parts_and_end_at_the_student():
-    teacher = ModelShape.of(SIZES, True)
+    teacher = ModelShape.of(anatomy_with(SIZES))
     student = ModelShape(26, 512, 6, 3, 64, 1152, 1000, True)
     shapes = [partway(teacher, student, done, 4) for done in range(5)]
     assert shapes[0] == teacher and shapes[4] == student
@@ -109,3 +112,25 @@ def test_shapes_on_the_way_narrow_in_equal_parts_and_end_at_the_student():
         assert all(other.axes()[axis] <= one.axes()[axis] for axis in one.axes())
         assert other.hidden % 64 == 0 and other.neurons % 128 == 0 and other.heads % other.groups == 0
     assert [shape.layers for shape in shapes] == [30, 29, 28, 27, 26]
+
+
+@pytest.mark.parametrize("rounds", [2, 3, 5])
+def test_shapes_on_the_way_are_such_as_the_class_takes_and_never_widen(rounds):
+    teacher = ModelShape(3, 96, 6, 3, 16, 48, 500, True, even_heads=True)
+    attention = [(k * each, k) for k in (1, 2, 3) for each in (1, 2)]
+    widths = [(hidden, *pair) for pair in attention for hidden in range(pair[0], 97, pair[0])]
+    for hidden, heads, groups in widths:
+        student = replace(teacher, layers=2, hidden=hidden, heads=heads, groups=groups)
+        shapes = [partway(teacher, student, done, rounds) for done in range(rounds + 1)]
+        assert shapes[0] == teacher and shapes[-1] == student
+        for one, other in zip(shapes, shapes[1:]):
+            assert other.accepted and given_shape(one, other.axes()) == other
+
+
+def test_a_way_that_the_class_refuses_goes_on_by_the_nearest_steps_it_takes():
+    teacher = ModelShape(26, 1536, 12, 6, 128, 6144, 153376, False)
+    way = [partway(teacher, replace(teacher, hidden=1152), done, 4).hidden for done in range(5)]
+    assert way == [1536, 1408, 1408, 1280, 1152]
+    even = replace(teacher, even_heads=True)
+    way = [partway(even, replace(even, hidden=1152), done, 4).hidden for done in range(5)]
+    assert way == [1536, 1392, 1392, 1296, 1152]

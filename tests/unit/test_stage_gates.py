@@ -18,6 +18,7 @@ from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.track import Track
 from pipeline.search.shapes import ModelShape, depth_for
 from pipeline.stages import gates, settle, tokens
+from tests.tiny import anatomy_with
 from tests.tiny_text import configured
 from tests.world import make_world
 
@@ -95,7 +96,7 @@ def test_layers_that_stay_anyway_and_too_short_texts_are_told_at_once(world, tmp
 
 @pytest.mark.parametrize(("fraction", "layers"), [(1.0, 8), (0.75, 5), (0.5, 3), (0.2, 1)])
 def test_whole_layers_keep_the_most_within_the_fraction(fraction, layers):
-    teacher = ModelShape.of(Sizes(96, 32, 8, (LayerSizes(4, 2, 24),) * 8), True)
+    teacher = ModelShape.of(anatomy_with(Sizes(96, 32, 8, (LayerSizes(4, 2, 24),) * 8)))
     shape = depth_for(teacher, fraction)
     whole = teacher.non_embedding_parameters()
     assert shape == replace(teacher, layers=layers) and shape.non_embedding_parameters() <= fraction * whole

@@ -169,10 +169,28 @@ def test_a_search_among_some_axes_is_refused_and_one_among_all_is_not(world):
         line.check(configure(world[0], asked, "budget.axes=all"))
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_llama_that_is_to_get_biases_is_searched_as_one_that_has_them(world, biased, tmp_path, monkeypatch):
+    folder, made = world
+    config = configure(folder, f"reinit.bias_compensation={biased}")
+
+    def told(chip, teacher, *_):
+        raise InterruptedError(teacher.even_heads)
+
+    monkeypatch.setattr(search, "search_shapes", told)
+    monkeypatch.setattr(advice, "shape_within", told)
+    with pytest.raises(InterruptedError, match=str(biased)):
+        made_by(search, config, made, tmp_path)
+    with pytest.raises(InterruptedError, match=str(biased)):
+        advice.needs(config, made, 1)
+    plain = configure(folder)
+    assert all((stage.settings(config) == stage.settings(plain)) is not biased for stage in (shape, search))
+
+
 def test_limits_of_speed_and_memory_hold_with_nothing_measured(world, tmp_path):
     folder, made = world
     teacher = open_checkpoint(made["teacher"]).anatomy
-    dense = ModelShape.of(teacher.sizes, teacher.tied)
+    dense = ModelShape.of(teacher)
     config = configure(folder, "recipe.shape=given", "device/chip=910B1", "budget.speedup=1.3", "search.batch=8")
     serving = Serving(**config.search.serving)
     npu = chip("910B1")
