@@ -1,4 +1,4 @@
-"""One layer narrowed in place and put back: many widths of one model measured, each for a copy of two matrices."""
+"""One layer narrowed in place and put back: many widths of one model measured, each for a copy of a few matrices."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ from .gram import projections
 from .plan import plan
 from .restore import DAMPING, restore
 from .sequential import columns_of
+from .spans import alone
 
 
 @contextmanager
@@ -26,22 +27,24 @@ def masked(
 ) -> Iterator[None]:
     """Zero the columns of W_O and W_down that a plan of a layer by its own heads leaves out.
 
-    With Gram matrices by module name, those that stay are restored. Inside, the layer is the one that `cut` makes of
-    the plan; afterwards its weights are what they were, bit for bit.
+    Gains that span all heads see those that stay (`alone`). With Gram matrices by module name, columns that stay are
+    restored. Inside, the layer is the one that `cut` makes of the plan; afterwards its weights are what they were, bit
+    for bit.
     """
     heads = torch.tensor([head for group in wanted.groups for head in group.heads], dtype=torch.int64)
     neurons = torch.tensor(wanted.neurons, dtype=torch.int64)
     kept = {"n d": columns_of(heads, anatomy.sizes.head_size), "f": neurons}
-    changed = []
+    narrowed = dict(alone(anatomy, wanted.host, heads, lambda name: model.get_parameter(name).data))
     for axes, module in projections(anatomy).items():
         name = module.format(layer=wanted.host)
-        weight = model.get_submodule(name).weight.data
+        weight = model.get_parameter(f"{name}.weight").data
         stays = kept[axes].to(weight.device)
         if len(stays) < weight.shape[1]:
             narrow = torch.zeros_like(weight)
             own = restore(weight, grams[name], stays, damping) if grams is not None and len(stays) else weight[:, stays]
             narrow[:, stays] = own.to(narrow)
-            changed.append((weight, weight.clone(), narrow))
+            narrowed[f"{name}.weight"] = narrow
+    changed = [(whole := model.get_parameter(name).data, whole.clone(), narrow) for name, narrow in narrowed.items()]
     try:
         for weight, _, narrow in changed:
             weight.copy_(narrow)

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from pipeline.model.anatomy import Anatomy, LayerSizes, Segment, Sizes
+from pipeline.model.anatomy import Anatomy, LayerSizes, Sizes
+
+from .spans import rescaled
 
 Grid = tuple[int, ...]
 
@@ -18,9 +20,8 @@ Grid = tuple[int, ...]
 def pad(anatomy: Anatomy, wide: Sizes, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yield a checkpoint with every layer widened to `wide`, groups and heads of a group keeping their first places.
 
-    Each layer needs at least as many groups, heads per group and neurons as it has. Where a gain spans all heads of a
-    layer (a norm over the rows of W_Q or W_K), the rows are scaled by sqrt(wide / narrow) and the gain by its inverse:
-    the zeros then change no mean square, whatever the norm's epsilon.
+    Each layer needs at least as many groups, heads per group and neurons as it has. Gains that span all heads of a
+    layer and what they normalise are rescaled, so that zeros change no mean square (`spans`).
     """
     places = {
         name.format(layer=layer): (name, layer) for name in anatomy.layer_tensors for layer in range(len(wide.layers))
@@ -30,7 +31,8 @@ def pad(anatomy: Anatomy, wide: Sizes, stream: Iterable[tuple[str, Tensor]]) -> 
             pattern, layer = places[name]
             narrow, wider = anatomy.sizes.layers[layer], wide.layers[layer]
             if narrow != wider:
-                tensor = _balanced(anatomy, pattern, tensor, narrow, wider)
+                shares = {"n d": wider.heads / narrow.heads, "k d": wider.groups / narrow.groups}
+                tensor = rescaled(anatomy, pattern, tensor, shares)
                 tensor = _widened(anatomy, pattern, tensor, narrow, wider)
         yield name, tensor
 
@@ -59,17 +61,3 @@ def _embedded(tensor: Tensor, old: list[Grid], new: list[Grid]) -> Tensor:
     zeros[tuple(slice(length) for length in sum(old, ()))] = tensor.reshape(sum(old, ()))
     return zeros.reshape([math.prod(grid) for grid in new])
 
-
-def _balanced(anatomy: Anatomy, pattern: str, tensor: Tensor, narrow: LayerSizes, wider: LayerSizes) -> Tensor:
-    """Scale the rows that a gain over all heads normalises, and the gain inversely; other tensors as they are."""
-    unit, _, kind = pattern.rpartition(".")
-    gain = unit.removesuffix("_proj").removesuffix("_norm") + "_norm.weight"
-    spans: Segment = anatomy.layer_tensors.get(gain, (("d",),))[0]
-    if not unit.endswith(("_proj", "_norm")) or spans == ("d",):
-        return tensor
-    grown = wider.heads / narrow.heads if spans == ("n d",) else wider.groups / narrow.groups
-    exact = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-    if pattern == gain:
-        offset = anatomy.family.norm_offset
-        return ((exact + offset) / math.sqrt(grown) - offset).to(tensor.dtype)
-    return (exact * math.sqrt(grown)).to(tensor.dtype)

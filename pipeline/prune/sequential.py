@@ -5,7 +5,7 @@ Týr's supernet holds several candidates of every projection; the input of the n
 weighted average weight, which is what `expected_weight` gives, for W_O and for W_down.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from .layerwise import layers_of, recorded
 from .measure import Batch
 from .removal import Removal
 from .restore import DAMPING, restore
+from .spans import alone
 
 # (projection module name, weight [out, in], H [in, in] float64) -> weight [out, in] that its successors will live with
 Prune = Callable[[str, Tensor, Tensor], Tensor]
@@ -34,11 +35,11 @@ def prune_in_sequence(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights that `prune` chose, by name, W_O and then W_down of each layer from the first to the last.
 
-    `model` maps ids [batch, sequence] to hidden states and is left with these weights. Of the layers `kept`, if given,
-    the stream passes by all others. H is the Gram matrix of what the
-    projection reads once all before it, W_O of its own layer too, have theirs, on `place` where that has float64; it is
-    one rank's share, which `prune` adds over ranks. Time: three forward passes. Memory: on `place` one layer and one
-    batch, on the model's own device the stream of all batches.
+    `model` maps ids [batch, sequence] to hidden states and is left with these weights, gains that span all heads seeing
+    those that W_O reads (`alone`). Of the layers `kept`, if given, the stream passes by all others. H is the Gram
+    matrix of what the projection reads once all before it, W_O of its own layer too, have theirs, on `place` where that
+    has float64; it is one rank's share, which `prune` adds over ranks. Time: three forward passes. Memory: on `place`
+    one layer and one batch, on the model's own device the stream of all batches.
     """
     home = next(model.parameters()).device
     modules = dict(model.named_modules(prefix="model"))
@@ -57,6 +58,8 @@ def prune_in_sequence(
                 hook.remove()
             weight = prune(name, modules[name].weight, total)
             modules[name].weight.copy_(weight)
+            if axis == "n d":
+                _narrow_gains(modules, anatomy, index, weight)
             yield f"{name}.weight", weight
         for step in steps:
             step.advance(layer, index, place)
@@ -88,6 +91,18 @@ def at_width(weight: Tensor, gram: Tensor, removal: Removal, count: int, damping
 def columns_of(units: Tensor, size: int) -> Tensor:
     """Give the columns [units · size] of units of `size` consecutive ones, in the order of the units."""
     return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
+
+
+def _narrow_gains(modules: Mapping[str, nn.Module], anatomy: Anatomy, layer: int, weight: Tensor) -> None:
+    """Let gains that span all heads see those of which W_O [h, n d] reads anything."""
+
+    def parameter(name: str) -> Tensor:
+        module, _, kind = name.rpartition(".")
+        return getattr(modules[module], kind)
+
+    heads = weight.unflatten(1, (-1, anatomy.sizes.head_size)).ne(0).any(2).any(0).nonzero().flatten()
+    for name, narrow in alone(anatomy, layer, heads, parameter):
+        parameter(name).copy_(narrow)
 
 
 def _add(total: Tensor, mask: Tensor | None, module: nn.Module, inputs: tuple) -> None:

@@ -9,9 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from pipeline.model.anatomy import Anatomy
+
+from .gram import projections
 from .removal import Removal
 from .restore import DAMPING, damped
 from .sequential import columns_of, expected_weight
+from .spans import alone
 
 Keep = Callable[[int, Tensor], None]  # (units kept, columns [out, kept · size] float64)
 Choice = Mapping[str, int]  # units kept, by projection module
@@ -65,17 +69,32 @@ def widened(columns: Tensor, order: Tensor, count: int, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def compose(model: nn.Module, stored: Mapping[str, Tensor], choice: Choice, present: dict[str, int]) -> None:
+def compose(
+    model: nn.Module,
+    anatomy: Anatomy,
+    source: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor],
+    choice: Choice,
+    present: dict[str, int],
+) -> None:
     """Give projections of a causal model the candidates of a choice; `present` says which it has, and is kept true.
 
-    `stored` may be lazy and holds, by `candidate`, columns, and by `removal_of` the order [units] of each module. Only
-    what differs is read.
+    `stored` may be lazy and holds, by `candidate`, columns, and by `removal_of` the order [units] of each module; the
+    dense tensors of `source` are those whose gains span all heads and see the chosen ones (`alone`). Only what differs
+    is read.
     """
+    output = projections(anatomy)["n d"]
+    layers = {output.format(layer=layer): layer for layer in range(len(anatomy.sizes.layers))}
     for name, count in choice.items():
-        if present.get(name) != count:
-            weight = model.get_submodule(name).weight
-            weight.copy_(widened(stored[candidate(name, count)], stored[removal_of(name)], count, weight.shape[1]))
-            present[name] = count
+        if present.get(name) == count:
+            continue
+        weight, order = model.get_submodule(name).weight, stored[removal_of(name)]
+        weight.copy_(widened(stored[candidate(name, count)], order, count, weight.shape[1]))
+        if name in layers:
+            heads = columns_of(order[len(order) - count :], anatomy.sizes.layers[layers[name]].heads // len(order))
+            for other, narrow in alone(anatomy, layers[name], heads, source.__getitem__):
+                model.get_parameter(other).copy_(narrow)
+        present[name] = count
 
 
 def candidate(name: str, count: int) -> str:

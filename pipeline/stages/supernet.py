@@ -25,6 +25,7 @@ from pipeline.prune.narrow import Narrowed, local_order, narrow_units
 from pipeline.prune.plan import layers_that_stay
 from pipeline.prune.removal import Removal
 from pipeline.prune.sequential import prune_in_sequence
+from pipeline.prune.spans import spans
 from pipeline.prune.supernet import candidate, compose, expectation, removal_of, widened
 from pipeline.runtime.artifacts import need_space, write_atomically
 from pipeline.runtime.checkpoint import (
@@ -184,7 +185,8 @@ def _round(bench: Bench, number: int, centre: Widths, loss: Loss) -> list[Genera
     stored = open_tensors(_supernet(bench, number, places))
 
     def measured(widths: Widths, selection: int) -> float:
-        compose(bench.model, stored, dict(zip(bench.sites, widths, strict=True)), bench.present)
+        choice = dict(zip(bench.sites, widths, strict=True))
+        compose(bench.model, bench.source.anatomy, bench.source, stored, choice, bench.present)
         return loss(selection)
 
     search = evolve(
@@ -262,9 +264,10 @@ def _pass(bench: Bench, solve: Solve, label: str) -> None:
     """Put dense weights into the model, and then, layer by layer, what rank 0 solves for the inputs of all ranks."""
     ranks, model, place = bench.machine.ranks, bench.model.cpu(), with_float64(bench.machine.device.torch)
     bench.present.clear()
+    spanned = (name.format(layer=layer) for name in spans(bench.source.anatomy) for layer in bench.kept)
     with torch.no_grad():
-        for name in bench.sites:
-            model.get_submodule(name).weight.copy_(bench.source[f"{name}.weight"])
+        for name in (*(f"{name}.weight" for name in bench.sites), *spanned):
+            model.get_parameter(name).copy_(bench.source[name])
 
     def prune(name: str, weight: Tensor, gram: Tensor) -> Tensor:
         ranks.sum_([gram])

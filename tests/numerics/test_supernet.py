@@ -124,7 +124,8 @@ def test_accumulation_lowers_the_error_of_the_whole_model():
         for accumulation in (True, False):
             model, dense = tiny_model("llama", seed), tiny_model("llama", seed)
             stored = supernet(model, [1, 2, 6, 12, 18], accumulation, text)
-            compose(model, stored, {n: 12 if n.endswith("down_proj") else 1 for n in names_in(stored)}, {})
+            choice = {n: 12 if n.endswith("down_proj") else 1 for n in names_in(stored)}
+            compose(model, anatomy(model), {}, stored, choice, {})
             with torch.no_grad():
                 gaps = (model(ids).logits - dense(ids).logits for ids in text)
                 found.append(sum(float(gap.square().sum()) for gap in gaps))
@@ -143,11 +144,12 @@ def test_a_composed_model_is_read_only_where_it_differs_and_can_be_taken_back():
             read.append(name)
             return super().__getitem__(name)
 
-    stored = Watched(stored)
-    compose(model, stored, {name: 24 if name.endswith("down_proj") else 2 for name in names}, present)
+    stored, source = Watched(stored), Watched(dense)
+    whole = {name: 24 if name.endswith("down_proj") else 2 for name in names}
+    compose(model, anatomy(model), source, stored, whole, present)
     assert all(torch.equal(tensor, dense[name]) for name, tensor in model.state_dict().items())
     read.clear()
-    compose(model, stored, present | {names[1]: 12}, present)
+    compose(model, anatomy(model), source, stored, present | {names[1]: 12}, present)
     assert sorted(read) == sorted([candidate(names[1], 12), removal_of(names[1])])
     assert int((model.get_submodule(names[1]).weight.abs().sum(0) > 0).sum()) == 12
 

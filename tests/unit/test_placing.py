@@ -59,7 +59,7 @@ def held(model) -> dict[str, tuple[torch.Tensor, int]]:
     return {name: (tensor.clone(), tensor.data_ptr()) for name, tensor in named}
 
 
-@pytest.mark.parametrize("kind", ["llama-tied", "llama-biases", "gemma3_text", "glm4", "phi3"])
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-biases", "gemma3_text", "glm4", "olmo2", "phi3"])
 def test_a_streamed_model_computes_what_the_whole_one_does_and_is_left_as_it_was(kind):
     model = tiny_model(kind)
     before, wanted = held(model), computed(model, False)

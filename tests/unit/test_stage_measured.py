@@ -46,7 +46,7 @@ def rows_of(folders):
     return json.loads((folders["sensitivities"] / sensitivity.FILE).read_text())
 
 
-@pytest.mark.parametrize("kind", ["llama-biases", "gemma3_text", "glm4", "phi3"])
+@pytest.mark.parametrize("kind", ["llama-biases", "gemma3_text", "glm4", "olmo2", "phi3"])
 def test_masking_equals_cutting_and_leaves_every_weight_as_it_was(kind, tmp_path):
     model = tiny_model(kind)
     config, source = config_of(model), tensors_of(model)

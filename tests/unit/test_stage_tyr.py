@@ -8,7 +8,8 @@ import torch
 
 from pipeline import line
 from pipeline.data.packing import Packed
-from pipeline.data.stream import beginning
+from pipeline.data.stream import beginning, left_over
+from pipeline.evaluation.divergence import divergence, final_states
 from pipeline.model.anatomy import LayerSizes
 from pipeline.model.blueprint import Blueprint
 from pipeline.prune.gram import gram
@@ -145,6 +146,26 @@ def test_composed_and_solved_weights_are_cut_to_the_same_widths(world, weights):
     facts = json.loads((folders["restored"] / "supernet.json").read_text())
     found = facts["rounds"][-1]["widths"]
     assert facts["taken"] == weights and widths_of(folders) == list(zip(found[::2], found[1::2], strict=True))
+
+
+@pytest.mark.parametrize("weights", ["composed", "solved_again"])
+def test_the_loss_found_is_that_of_the_student_also_where_a_norm_spans_all_heads(tmp_path, weights):
+    world = make_world(tmp_path, "olmo2", num_key_value_heads=4)
+    model = load_model(world / "model", torch.float32, "eager")
+    with torch.no_grad():
+        for layer in model.model.layers:  # attention that depends on what it reads
+            layer.self_attn.q_norm.weight.mul_(60.0)
+            layer.post_attention_layernorm.weight.mul_(4.0)
+    save_tiny(model, world / "model")
+    chosen = [*TYR, f"supernet.weights={weights}", "supernet.rounds=1", "supernet.tokens=[256,999999]"]
+    folders = made(world, [*chosen, "budget.parameters=0.5"])
+    told = json.loads((folders["restored"] / "supernet.json").read_text())["losses"][weights]
+    assert min(groups for groups, _ in widths_of(folders)) < 4
+    text = Packed(folders["tokens"] / "calibration")
+    ids = torch.tensor([text[row].tolist() for row in left_over(text, 1024 // 32, 0)])
+    dense, narrow = (load_model(folders[name], torch.float32, "eager") for name in ("teacher", "start"))
+    sums = divergence(narrow, ids, final_states(dense, ids), 64)
+    assert told == pytest.approx(float(sums[0] / sums[1]), rel=1e-2)  # layers compute in bf16 here
 
 
 def test_without_accumulation_the_error_is_larger(world):
