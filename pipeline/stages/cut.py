@@ -7,9 +7,7 @@ from pipeline.config import Config
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.settings import student_config
 from pipeline.prune.fluctuation import biased_anatomy, biased_config, compensate_biases
-from pipeline.prune.reinit import compensate_gain, stabilise_gains
-from pipeline.prune.restore import restore_outputs
-from pipeline.prune.surgery import as_it_is, cut
+from pipeline.prune.start import begun
 from pipeline.runtime.artifacts import need_space
 from pipeline.runtime.checkpoint import open_checkpoint, open_tensors, write_checkpoint
 
@@ -44,14 +42,9 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     anatomy, kind = source.anatomy, source.config
     step = inputs["blueprint"] / "step.json"  # in later rounds: of the model that is cut here
     blueprint = Blueprint.load(step if step.exists() else inputs["blueprint"] / "blueprint.json")
-    donate = compensate_gain(anatomy, source) if config.reinit.gain_compensation else as_it_is
-    stream = cut(anatomy, blueprint, source, donate)
-    if config.restore.outputs:
-        grams = open_tensors(inputs["grams"])
-        stream = restore_outputs(anatomy, blueprint, source, grams, stream, config.restore.damping)
-    if config.reinit.slnp:
-        scales = source.config.get("pruned", {}).get("scales", ())
-        stream = stabilise_gains(anatomy, blueprint, source, stream, scales)
+    grams = open_tensors(inputs["grams"]) if config.restore.outputs else None
+    asked = config.reinit.model_dump(include={"slnp", "gain_compensation"})
+    stream = begun(anatomy, blueprint, source, kind, **asked, grams=grams, damping=config.restore.damping)
     if config.reinit.bias_compensation:
         stream = compensate_biases(anatomy, blueprint, source, open_tensors(inputs["scores"] / "means"), stream)
         anatomy, kind = biased_anatomy(anatomy), biased_config(kind)

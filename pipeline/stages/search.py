@@ -17,8 +17,7 @@ from pipeline.model.anatomy import LayerSizes
 from pipeline.model.scores import Scores
 from pipeline.model.settings import student_config
 from pipeline.prune.plan import plan_by
-from pipeline.prune.reinit import compensate_gain, stabilise_gains
-from pipeline.prune.surgery import as_it_is, cut
+from pipeline.prune.start import begun
 from pipeline.runtime.artifacts import need_space, write_atomically
 from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint, write_checkpoint
 from pipeline.runtime.device import choose
@@ -139,10 +138,8 @@ def _student(
     anatomy, device = source.anatomy, machine.device
     widths = [LayerSizes(shape.heads, shape.groups, shape.neurons)] * len(anatomy.sizes.layers)
     blueprint = plan_by(anatomy, scores, widths, shape.hidden, shape.layers, **config.plan.policy, seed=config.seed)
-    donate = compensate_gain(anatomy, source) if config.reinit.gain_compensation else as_it_is
-    stream = cut(anatomy, blueprint, source, donate)
-    if config.reinit.slnp:
-        stream = stabilise_gains(anatomy, blueprint, source, stream)
+    asked = config.reinit.model_dump(include={"slnp", "gain_compensation"})
+    stream = begun(anatomy, blueprint, source, source.config, **asked)
     shutil.rmtree(scratch, ignore_errors=True)
     write_checkpoint(scratch, student_config(source.config, anatomy, blueprint), stream, config.export.shard_bytes)
     return load_model(scratch, device.compute_dtype, device.attention, config.model.trust_remote_code)

@@ -1,6 +1,7 @@
 """The search stage: it measures what plan and cut make, on text nothing else was read from, and resumes."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from pipeline import advice, line
 from pipeline.data.packing import Packed
 from pipeline.data.stream import left_over, stream
 from pipeline.evaluation.perplexity import tally
+from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
+from pipeline.model.settings import with_scales
 from pipeline.report.drawing import Dot
 from pipeline.report.figures import shapes_searched
 from pipeline.report.tables import search_table
-from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
 from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import Ranks
@@ -53,10 +56,7 @@ def made_by(stage, config, inputs: dict[str, Path], out: Path) -> Path:
 def world(tmp_path_factory):
     """A teacher, its tokens and its scores."""
     folder = make_world(tmp_path_factory.mktemp("search"), **SMALL)
-    config, made = configure(folder), {"teacher": folder / "model"}
-    made["tokens"] = made_by(tokens, config, made, folder / "tokens")
-    made["scores"] = made_by(score, config, made, folder / "scores")
-    return folder, made
+    return folder, scored(folder)
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +77,41 @@ def test_a_search_writes_the_shape_it_picked_and_how_it_was_found(found):
     assert sorted(path.name for path in found.iterdir()) == ["losses.json", "pareto.png", "search.json", "shape.json"]
 
 
-def test_the_loss_of_the_picked_shape_is_that_of_what_plan_and_cut_make(world, found, tmp_path):
+def scored(folder: Path) -> dict[str, Path]:
+    """Give a world's teacher, its tokens and its scores."""
+    config, made = configure(folder), {"teacher": folder / "model"}
+    made["tokens"] = made_by(tokens, config, made, folder / "tokens")
+    return made | {"scores": made_by(score, config, made, folder / "scores")}
+
+
+def with_static_scales(folder: Path) -> Path:
+    """Give a world whose teacher's post-norms are scales by now."""
+    source = open_checkpoint(make_world(folder, "gemma2", **SMALL) / "model")
+    told = {name: tensor.clone() for name, tensor in source.items()}
+    write_checkpoint(folder / "scaled", with_scales(source.config, source.anatomy), told.items(), 1e9, source.folder)
+    shutil.rmtree(folder / "model")
+    (folder / "scaled").rename(folder / "model")
+    return folder
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_the_loss_of_the_picked_shape_is_that_of_what_plan_and_cut_make(world, found, tmp_path, scales):
     folder, made = world
     config = configure(folder)
+    if scales:
+        made = scored(folder := with_static_scales(tmp_path / "scales"))
+        found = made_by(search, config := configure(folder), made, tmp_path / "found")
+        assert json.loads((found / "shape.json").read_text())["hidden"] < 64
     made = made | {"shape": found}
     made["blueprint"] = made_by(plan, config, made, tmp_path / "blueprint")
     start = made_by(cut, config, made, tmp_path / "start")
+    if scales:
+        channels = list(Blueprint.load(made["blueprint"] / "blueprint.json").channels)
+        norm = "model.layers.0.post_feedforward_layernorm.weight"
+        assert torch.equal(open_checkpoint(start)[norm], open_checkpoint(made["teacher"])[norm][channels])
     text = Packed(made["tokens"] / "calibration")
     rows = search._rows(text, Scores.load(made["scores"] / "scores.safetensors").tokens, config)
-    model = load_model(start, torch.float32, "sdpa")
+    model = load_model(start, torch.float32, machine().device.attention)
     total = tally(model, [search._batch(text, rows)], 1024)
     told = json.loads((found / "search.json").read_text())
     loss = next(each["loss"] for each in told["candidates"] if each["shape"] == told["picked"])
