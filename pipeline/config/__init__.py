@@ -168,6 +168,17 @@ class Config(Section):
                 f"recipe.line has no absorb, which reinit.absorb={self.reinit.absorb} needs; add it after cut, or set "
                 "reinit.absorb=false"
             )
+        changes = {
+            "restore.sequence=true": self.restore.sequence,
+            "plan.widths=evolved": self.plan.widths == "evolved",
+            f"settle.norm={self.settle.norm}": self.settle.norm != "none",
+        }
+        if turned and self.blocks.epochs and any(changes.values()):
+            raise ValueError(
+                f"blocks.epochs={self.blocks.epochs} lets FFNs learn from the teacher in the axes of "
+                f"basis.kind=principal, which turns a model that {next(name for name in changes if changes[name])} has "
+                "changed; set blocks.epochs=0, or basis.kind=none and plan.channels=scores"
+            )
         layerwise = "restore.sequence=true" if self.restore.sequence else "plan.widths=evolved"
         if self.restore.sequence or self.plan.widths == "evolved":
             clashes = {

@@ -216,6 +216,23 @@ def test_the_report_tells_what_ffns_learnt_before_post_norms_became_scales(tmp_p
 
 
 @pytest.mark.parametrize(
+    ("chosen", "told"),
+    [
+        (["restore.sequence=true"], "restore.sequence=true has changed; set blocks.epochs=0"),
+        (["recipe=tyr"], "plan.widths=evolved has changed; set blocks.epochs=0, or basis.kind=none"),
+        (["plan.depth=gates", "settle.norm=l2"], "settle.norm=l2 has changed; set blocks.epochs=0"),
+    ],
+)
+def test_the_teacher_of_a_turned_student_is_not_one_that_was_changed_before(chosen, told):
+    """Which would make the distance that FFNs are to mend look smaller than it is."""
+    turned, common = ["basis.kind=principal", "plan.channels=leading"], ["plan.clap=false", "recipe.rounds=1"]
+    for learns, basis in (([], turned), (LEARN, [])):
+        configured(*chosen, *common, *learns, *basis)
+    with pytest.raises(ValueError, match=told):
+        configured(*chosen, *common, *LEARN, *turned)
+
+
+@pytest.mark.parametrize(
     ("changed", "told"),
     [
         ({"blocks": {"tokens": 15}}, "blocks.tokens is 15"),
