@@ -28,7 +28,9 @@ from pipeline.runtime.checkpoint import (
 
 MAKES = "start"
 NEEDS = ("teacher", "start", "tokens", "blueprint")
-OPTIONAL = ("source",)  # the teacher in other axes, where the student was cut from it
+# Source is the teacher in other axes, where the student was cut from it. In later rounds `original` teaches, and
+# `teacher` is the student of the round before.
+OPTIONAL = ("source", "original")
 EVERY_RANK = True
 RESUMES = True  # what a layer has learnt is on disk
 LEARNT = "learnt"  # folder of a folder a layer
@@ -64,11 +66,11 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     every token.
     """
     ranks, device, trust = machine.ranks, machine.device, config.model.trust_remote_code
-    origin = open_checkpoint(inputs.get("source", inputs["teacher"]), config.model.allow_pickle)
+    taught_by = inputs.get("original", inputs.get("source", inputs["teacher"]))
+    origin = open_checkpoint(taught_by, config.model.allow_pickle)
     start = open_checkpoint(inputs["start"])
     need_space(out, 3 * start.bytes())  # the student, and until it is written its FFNs in float32
-    step = inputs["blueprint"] / "step.json"  # in later rounds: of the model that was cut
-    blueprint = Blueprint.load(step if step.exists() else inputs["blueprint"] / "blueprint.json")
+    blueprint = Blueprint.load(inputs["blueprint"] / "blueprint.json")  # of all rounds so far
     teacher, student = (
         (load_model(each.folder, device.compute_dtype, device.attention, trust).get_decoder(), each.anatomy)
         for each in (origin, start)
