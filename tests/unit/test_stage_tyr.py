@@ -1,7 +1,10 @@
 """The layer-by-layer stages on tiny models: pruning in sequence, and Týr-the-Pruner from supernet to student."""
 
+import errno
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,6 +140,29 @@ def test_the_supernet_gives_layers_widths_of_their_own_within_the_budget(world):
     assert facts["losses"][facts["taken"]] == min(facts["losses"].values())
     torch.testing.assert_close(logits(folders["start"]), logits(folders["restored"]), rtol=1e-5, atol=1e-5)
     assert not (folders["restored"] / "work").exists()
+
+
+def test_files_that_a_network_file_system_keeps_while_they_are_mapped_end_no_search(world, monkeypatch):
+    remove = shutil.rmtree
+
+    def silly(folder, ignore_errors=False, **named):
+        """Rename open files to hidden ones, as NFS does, and so leave a folder that is not empty."""
+        if Path(folder).name != supernet.WORK:
+            return remove(folder, ignore_errors=ignore_errors, **named)
+        for number, file in enumerate(path for path in Path(folder).rglob("*") if path.is_file()):
+            file.rename(file.with_name(f".nfs{number:04d}"))
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+
+    monkeypatch.setattr(shutil, "rmtree", silly)
+    chosen = [*TYR, "supernet.rounds=1", "supernet.generations=0", f"artifacts={world / 'mapped'}"]
+    folder = made(world, chosen)["restored"]
+    assert list((folder / supernet.WORK).rglob(".nfs*"))
+    manifest = folder / "manifest.json"
+    assert not any(name.startswith(supernet.WORK) for name in json.loads(manifest.read_text())["files"])
+    remove(folder / supernet.WORK)  # as it goes when the process ends
+    before = manifest.stat().st_mtime_ns
+    assert made(world, chosen)["restored"].samefile(folder) and manifest.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("weights", ["composed", "solved_again"])
