@@ -30,12 +30,11 @@ class Grams:
     inputs: dict[str, Tensor]  # H = Σ x xᵀ by projection module, [(n d), (n d)] for W_O and [f, f] for W_down
     stream: Tensor | None  # Σ u uᵀ [h, h], u = x / rms(x) at every pre-norm and the final norm
     final: Tensor | None  # its share of the final norm [h, h]
-    tokens: Tensor  # [1]
     mask: Tensor | None = field(default=None, repr=False)  # of the batch under way, [batch, sequence]
 
     def tensors(self) -> list[Tensor]:
         """Give every sum, to be added over ranks in place."""
-        return [*self.inputs.values(), *(x for x in (self.stream, self.final) if x is not None), self.tokens]
+        return [*self.inputs.values(), *(x for x in (self.stream, self.final) if x is not None)]
 
 
 @torch.no_grad()
@@ -60,17 +59,15 @@ def gram(
     }
     stream_sums = [zeros(anatomy.sizes.hidden, anatomy.sizes.hidden) if stream else None for _ in range(2)]
     inputs = {name: zeros(width, width) for name, width in widths.items()}
-    grams = Grams(inputs, *stream_sums, zeros(1))
+    grams = Grams(inputs, *stream_sums)
     with ExitStack() as hooks:
         _watch(model, anatomy, grams, hooks)
         for batch in batches:
             ids, mask = batch if isinstance(batch, tuple) else (batch, None)
             grams.mask = None if mask is None else mask.to(place, torch.bool)
-            grams.tokens += ids.numel() if mask is None else int(mask.sum())
             model(input_ids=ids.to(place), attention_mask=grams.mask, use_cache=False)
     grams.inputs = {name: total.cpu() for name, total in grams.inputs.items()}
     grams.stream, grams.final = (None if total is None else total.cpu() for total in (grams.stream, grams.final))
-    grams.tokens = grams.tokens.cpu()
     return grams
 
 

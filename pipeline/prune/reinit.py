@@ -12,13 +12,8 @@ from pipeline.model.families import FINAL_NORM, LAYER
 Stream = Iterable[tuple[str, Tensor]]
 
 
-def stabilise_gain(kept: Tensor, original: Tensor) -> Tensor:
-    """Give a narrowed gain [h'] the L2 norm it had at [h] (SLNP, Pangu Light eq. 6); effective gains."""
-    return kept * stabilising_factor(kept, original)
-
-
 def stabilising_factor(kept: Tensor, original: Tensor) -> Tensor:
-    """Give the SLNP factor c = |original| / |kept| of effective gains [h'] and [h]."""
+    """Give the SLNP factor c = |original| / |kept| of effective gains [h'] and [h] (Pangu Light, eq. 6)."""
     return original.norm() / kept.norm()
 
 

@@ -56,13 +56,6 @@ def restore(weight: Tensor, gram: Tensor, kept: Sequence[int], damping: float = 
     return wide[:, places] + torch.cholesky_solve(lost.T, factor).T
 
 
-def output_error(weight: Tensor, columns: Tensor, gram: Tensor, kept: Sequence[int]) -> float:
-    """Give tr((W - W') H (W - W')ᵀ) for W' [out, in] that has these columns [out, kept] and zeros elsewhere."""
-    gap = weight.to(gram.device, torch.float64, copy=True)
-    gap[:, torch.as_tensor(kept, device=gap.device)] -= columns.to(gap)
-    return float(((gap @ gram.to(torch.float64)) * gap).sum())
-
-
 def restore_outputs(
     anatomy: Anatomy,
     blueprint: Blueprint,

@@ -79,7 +79,7 @@ def threshold_widths(
     costs, values, owners = [], [], []
     for layer, widths in enumerate(sizes.layers):
         for kind, scores, cost, floor in (
-            (0, groups[layer], _group_weights(sizes, widths), least[0]),
+            (0, groups[layer], group_weights(sizes, widths), least[0]),
             (1, neurons[layer], 3 * sizes.hidden, min(max(least[1], multiple), widths.neurons)),
         ):
             ranked = scores.to(torch.float64).sort().values[: len(scores) - floor]
@@ -101,9 +101,14 @@ def threshold_widths(
     return result
 
 
+def group_weights(sizes: Sizes, widths: LayerSizes) -> int:
+    """Give the weights of a KV group of a layer of these widths, in Q, K, V and O."""
+    return 2 * sizes.hidden * sizes.head_size * (widths.heads // widths.groups + 1)
+
+
 def layer_weights(sizes: Sizes, layers: Sequence[LayerSizes]) -> int:
     """Give the weights of Q, K, V, O, gate, up and down of layers of these widths."""
-    return sum(w.groups * _group_weights(sizes, w) + 3 * sizes.hidden * w.neurons for w in layers)
+    return sum(w.groups * group_weights(sizes, w) + 3 * sizes.hidden * w.neurons for w in layers)
 
 
 def greedy_depth(total: int, count: int, loss: Loss, keep_first: int) -> Depth:
@@ -177,10 +182,6 @@ def _left(kept: Sequence[int], gone: set[int]) -> tuple[int, ...]:
 def _check_depth(total: int, count: int, keep_first: int) -> None:
     if not max(1, keep_first) <= count <= total:
         raise ValueError(f"shape.layers is {count}; it must lie between {max(1, keep_first)} and {total}")
-
-
-def _group_weights(sizes: Sizes, widths: LayerSizes) -> int:
-    return 2 * sizes.hidden * sizes.head_size * (widths.heads // widths.groups + 1)
 
 
 def _without(sizes: Sizes, gone: Sequence[tuple[int, int]], multiple: int) -> list[LayerSizes]:

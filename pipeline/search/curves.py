@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.model.anatomy import LayerSizes, Sizes
 
-from .budgets import layer_weights
+from .budgets import group_weights, layer_weights
 
 Curve = Sequence[tuple[int, float]]  # units removed, ascending from 0, and the loss then
 
@@ -101,10 +101,9 @@ def measured_widths(
 
 
 def _ways(sizes: Sizes, widths: LayerSizes, groups: Curve, neurons: Curve, multiple: int) -> tuple[Way, Way]:
-    bundle = layer_weights(sizes, [LayerSizes(widths.heads // widths.groups, 1, 0)])
     narrower = range((widths.neurons - 1) // multiple * multiple, 0, -multiple)
     return (
-        _way(range(widths.groups, 0, -1), bundle, groups),
+        _way(range(widths.groups, 0, -1), group_weights(sizes, widths), groups),
         _way((widths.neurons, *narrower), 3 * sizes.hidden, neurons),
     )
 

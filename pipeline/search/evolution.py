@@ -61,11 +61,6 @@ def candidate_widths(centre: int, most: int, least: int, granularity: float, ste
     return tuple(sorted({min(max(centre + i * step, least), most) for i in range(-steps, steps + 1)}))
 
 
-def weights_of(places: Sequence[Place], widths: Widths) -> int:
-    """Give the parameters of a choice."""
-    return sum(place.weights * width for place, width in zip(places, widths, strict=True))
-
-
 def mutated(places: Sequence[Place], widths: Widths, draw: torch.Generator) -> Widths:
     """Give a choice with one place a candidate wider and another of its kind as many parameters narrower.
 

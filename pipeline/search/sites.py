@@ -6,6 +6,7 @@ from math import gcd
 
 from pipeline.model.anatomy import Sizes
 
+from .budgets import group_weights
 from .evolution import Widths, spread
 
 
@@ -34,7 +35,7 @@ def sites_of(sizes: Sizes, kept: Sequence[int], modules: Mapping[str, str], mult
     for layer in kept:
         widths = sizes.layers[layer]
         each = widths.heads // widths.groups
-        group = 2 * sizes.hidden * sizes.head_size * (each + 1)
+        group = group_weights(sizes, widths)
         attention, ffn = (modules[axis].format(layer=layer) for axis in ("n d", "f"))
         sites.append(Site(attention, layer, "attention", each, each * sizes.head_size, widths.groups, 1, group))
         sites.append(Site(ffn, layer, "ffn", 0, 1, widths.neurons, least, 3 * sizes.hidden))

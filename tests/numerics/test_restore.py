@@ -7,7 +7,7 @@ from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
 from pipeline.model.settings import student_config
 from pipeline.prune.gram import gram
-from pipeline.prune.restore import damped, output_error, restore, restore_outputs
+from pipeline.prune.restore import damped, restore, restore_outputs
 from pipeline.prune.surgery import cut
 from pipeline.runtime.checkpoint import load_model, write_checkpoint
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
@@ -19,6 +19,13 @@ def problem(width=24, out=10, rows=200, seed=0):
     mixing = torch.randn(width, width, generator=draw, dtype=torch.float64) / width**0.5
     inputs = torch.randn(rows, width, generator=draw, dtype=torch.float64) @ (mixing + torch.eye(width))
     return torch.randn(out, width, generator=draw, dtype=torch.float64), inputs.T @ inputs
+
+
+def output_error(weight, columns, moments, kept):
+    """Give tr((W - W') H (W - W')ᵀ) for W' [out, in] that has these columns [out, kept] and zeros elsewhere."""
+    gap = weight.to(torch.float64, copy=True)
+    gap[:, torch.as_tensor(kept)] -= columns.to(gap)
+    return float(((gap @ moments.to(torch.float64)) * gap).sum())
 
 
 def parts(kind):

@@ -7,8 +7,8 @@ from pipeline.model.anatomy import LayerSizes, anatomy_of
 from pipeline.model.scores import Scores
 from pipeline.prune.plan import plan
 from pipeline.prune.removal import head_order, head_scores, obs_order, tyr_order
-from pipeline.prune.restore import damped, output_error, restore
-from tests.numerics.test_restore import problem
+from pipeline.prune.restore import damped, restore
+from tests.numerics.test_restore import output_error, problem
 from tests.tiny import config_of, tensors_of, tiny_model
 
 TINY = 1e-14

@@ -8,10 +8,10 @@ import torch
 from pipeline.model.anatomy import anatomy_of
 from pipeline.prune.gram import gram
 from pipeline.prune.removal import obs_order
-from pipeline.prune.restore import output_error, restore
+from pipeline.prune.restore import restore
 from pipeline.prune.sequential import at_width, expected_weight, prune_in_sequence
 from tests.numerics.test_gram import inputs_of
-from tests.numerics.test_restore import problem
+from tests.numerics.test_restore import output_error, problem
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
 
 HERE = torch.device("cpu")

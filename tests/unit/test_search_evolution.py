@@ -5,12 +5,17 @@ import itertools
 import pytest
 import torch
 
-from pipeline.search.evolution import Place, candidate_widths, evolve, mutated, spread, weights_of
+from pipeline.search.evolution import Place, candidate_widths, evolve, mutated, spread
 
 CURVES = torch.rand(6, generator=torch.Generator().manual_seed(3)).add(0.1).tolist()
 PLACES = [Place("ffn", (16, 32, 48, 64), 3)] * 4 + [Place("attention", (1, 2, 3), 40)] * 2
 START = (64, 16, 48, 16, 3, 1)
 ASKED = {"offspring": 8, "survivors": [4, 1], "swaps": 3, "seed": 1}
+
+
+def weights_of(places, widths):
+    """Give the parameters of a choice."""
+    return sum(place.weights * width for place, width in zip(places, widths, strict=True))
 
 
 def separable(widths, selection):

@@ -17,9 +17,9 @@ from pipeline.model.blueprint import Blueprint, everything
 from pipeline.model.scores import Scores
 from pipeline.model.settings import student_config
 from pipeline.prune.measure import measure, only_layers
-from pipeline.prune.restore import output_error
 from pipeline.prune.surgery import cut
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, open_tensors, write_checkpoint
+from tests.numerics.test_restore import output_error
 from tests.tiny import config_of, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
 from tests.world import make_world, pipeline, settings
