@@ -10,7 +10,7 @@ from typing import Any
 from pipeline import advice
 from pipeline.config import Config
 from pipeline.lineup import STAGES, check, idle, is_wanted, makers_of, needs_of
-from pipeline.runtime import artifacts
+from pipeline.runtime import artifacts, disk
 from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import join, place
@@ -59,7 +59,7 @@ def run(config: Config, command: str) -> dict[str, Path]:
     about = (tracked.mode, tracked.project, tracked.entity, tracked.group, tracked.tags)
     with ranks.guard(), open_track(*about, config.run, view, record["config"], ranks.rank) as track:
         machine = Machine(device, ranks, track)
-        store = artifacts.Store(Path(config.artifacts), ranks, artifacts.code_revision())
+        store = artifacts.Store(Path(config.artifacts), ranks, artifacts.code_revision(), device.name)
         if config.dry_run:
             made = _take(config, ["teacher", "adopt", "shape"], {}, store, machine, record)
             machine.say(advice.needs(config, made, ranks.world))
@@ -77,7 +77,7 @@ def _probe_folders(config: Config) -> None:
     for field in ("artifacts", "runs"):
         folder = Path(getattr(config, field))
         try:
-            artifacts.probe(folder)
+            disk.probe(folder)
         except OSError as fault:
             raise ValueError(f"{field} is {folder}: {fault.strerror}; give one where files can be locked") from None
 

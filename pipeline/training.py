@@ -20,8 +20,9 @@ from pipeline.distill.holdout import hold_out, share_out
 from pipeline.distill.loop import HELD_OUT, Course, train
 from pipeline.distill.schedule import learning_rate
 from pipeline.model.families import HEAD
-from pipeline.runtime.artifacts import need_space, write_atomically
+from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import Checkpoint, load_model, write_checkpoint
+from pipeline.runtime.disk import need_space
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.placing import need_memory
 from pipeline.search.training import state_bytes

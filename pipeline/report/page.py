@@ -259,8 +259,12 @@ def _costs(report: Report, drawings: Mapping[str, Drawing]) -> str:
     if "stages" not in drawings:
         return ""
     total = duration(sum(stage["seconds"] for stage in report["stages"].values()))
+    devices = sorted({name for stage in report["stages"].values() for name in stage["devices"]})
+    place = _machine(report) if len(devices) < 2 else " and ".join(devices)
     memory = "resident memory" if report["device"]["kind"] == "cpu" else "device memory"
-    told = f"All stages together took {total} on {_machine(report)}. Peak memory is the {memory} of the first process."
+    if len(devices) > 1:
+        memory = "device memory, on a CPU the resident memory,"
+    told = f"All stages together took {total} on {place}. Peak memory is the {memory} of the first process."
     return section("Time and memory", beside(drawings["stages"], told))
 
 

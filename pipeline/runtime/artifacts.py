@@ -4,17 +4,15 @@ A stage fills `<root>/.partial/<stage>-<digest>/`, which survives a crash, under
 the finished folder gets a manifest.json and appears as `<root>/<stage>-<digest>/` by one rename: there it is whole.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +23,7 @@ from pipeline.runtime.log import say
 from pipeline.runtime.ranks import PeerFailed, Ranks
 
 MANIFEST = "manifest.json"
+CLOCK = ".clock.json"
 LIBRARIES = ("torch", "torch_npu", "transformers", "deepspeed", "safetensors", "tokenizers", "datasets", "numpy")
 MIB = 1 << 20
 WHOLE = 64 * MIB   # files up to this size are read whole by `fingerprint`
@@ -60,37 +59,6 @@ def fingerprint(folder: Path) -> str:
     return hasher.hexdigest()[:12]
 
 
-def need_space(folder: Path, needed: int) -> None:
-    """ValueError where the disk that holds (or will hold) the folder has fewer than `needed` bytes for it.
-
-    What an earlier attempt left in the folder counts as free: it is a part of what is needed, or makes room for it.
-    """
-    room = space_free(folder) + _stored(folder)
-    if room < needed:
-        raise ValueError(
-            f"{folder} needs {size(needed)} and its disk has {size(room)} for it; set artifacts=<another disk>"
-        )
-
-
-def space_free(folder: Path) -> int:
-    """Bytes free on the disk that holds, or will hold, the folder."""
-    return shutil.disk_usage(existing(folder)).free
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    there = Path(folder).absolute()
-    while not there.exists():
-        there = there.parent
-    return there
-
-
-def probe(folder: Path) -> None:
-    """Return where the folder, or what will hold it, takes files and locks, and leave nothing; OSError elsewhere."""
-    with tempfile.TemporaryFile(dir=existing(folder)) as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 def code_revision() -> str:
     """The git revision of this code, `-dirty` where files differ from it; the package's version outside a checkout."""
     here = Path(__file__).resolve().parents[2]
@@ -118,7 +86,8 @@ class Store:
 
     root: Path
     ranks: Ranks
-    revision: str       # of the code, written into manifests
+    revision: str  # of the code, written into manifests
+    device: str = ""  # the chip's own name, written into manifests
 
     def path(self, stage: str, key: str) -> Path:
         return Path(self.root) / f"{stage}-{key}"
@@ -144,6 +113,8 @@ class Store:
             if not keep and partial.exists():
                 shutil.rmtree(partial)
             partial.mkdir(parents=True, exist_ok=True)
+            if keep:
+                _start_clock(partial)
             return True
 
         try:
@@ -160,7 +131,8 @@ class Store:
     ) -> Path:
         """Write the manifest of the filled folder and rename it into place.
 
-        `inputs`: the folder name of each artifact read; `seconds`: how long the stage took; `peak_memory`: bytes.
+        `inputs`: the folder name of each artifact read; `seconds`: how long this attempt took, to which those that it
+        went on from are added; `peak_memory`: bytes.
         """
         folder = self.path(stage, key)
         partial = Path(self.root) / ".partial" / folder.name
@@ -171,6 +143,7 @@ class Store:
             "inputs": dict(inputs),
             "revision": self.revision,
             "libraries": library_versions(),
+            "device": self.device,
             "seconds": seconds,
             "peak_memory": peak_memory,
         }
@@ -237,17 +210,8 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(fresh, path)
 
 
-def _stored(folder: Path) -> int:
-    """Bytes of the files under a folder, where another rank may be at work; 0 where there is none."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                total += os.lstat(os.path.join(place, name)).st_size
-    return total
-
-
 def _publish(partial: Path, folder: Path, facts: dict) -> None:
+    facts = facts | {"seconds": facts["seconds"] + _earlier(partial)}
     files = {name: _seal(path) for name, path in _files(partial) if name != MANIFEST}
     if not files:
         raise ValueError(f"{partial} is empty: stage {facts['stage']} made nothing")
@@ -259,8 +223,25 @@ def _publish(partial: Path, folder: Path, facts: dict) -> None:
         aside.parent.mkdir(exist_ok=True)
         folder.rename(aside)
         say(f"the damaged {folder.name} is now {aside}", 0)
+    (partial / CLOCK).unlink(missing_ok=True)
     partial.rename(folder)
     _sync(folder.parent)
+
+
+def _start_clock(partial: Path) -> None:
+    """Note when an attempt begins, and how long those before it took, each until the last file that it wrote."""
+    spent = 0.0
+    if (partial / CLOCK).is_file():
+        began = json.loads((partial / CLOCK).read_text())["began"]
+        last = max((path.stat().st_mtime for _, path in _files(partial)), default=began)
+        spent = _earlier(partial) + max(0.0, last - began)
+    write_atomically(partial / CLOCK, json.dumps({"began": time.time(), "earlier": spent}))
+
+
+def _earlier(partial: Path) -> float:
+    """Seconds that the attempts before this one took; 0 where a stage cleared the folder and began anew."""
+    clock = partial / CLOCK
+    return json.loads(clock.read_text())["earlier"] if clock.is_file() else 0.0
 
 
 def _seal(path: Path) -> dict:
@@ -302,8 +283,3 @@ def _blocks(size: int) -> Iterator[tuple[int, int]]:
 def _git(folder: Path, *arguments: str) -> str:
     answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
     return answer.stdout.strip()
-
-
-def size(count: int) -> str:
-    """Bytes as a person reads them."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -18,8 +18,8 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from pipeline.runtime.artifacts import probe, size, space_free
 from pipeline.runtime.device import BACKENDS, Device, missing, open_device
+from pipeline.runtime.disk import probe, size, space_free
 from pipeline.runtime.track import logged_in
 
 OK, WARNING, FAILS = "ok", "warning", "FAILS"

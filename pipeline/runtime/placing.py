@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from pipeline.runtime.artifacts import size
 from pipeline.runtime.device import Device
+from pipeline.runtime.disk import size
 
 SHARE = 0.75  # of the memory that is free, for weights: the rest is for what passes through them
 

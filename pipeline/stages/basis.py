@@ -18,8 +18,8 @@ from pipeline.data.stream import beginning
 from pipeline.model.families import EMBEDDING, FINAL_NORM
 from pipeline.prune.gram import gram
 from pipeline.prune.rotate import check_rotatable, principal_basis, rotate, rotate_tied, tied_basis, tied_gain
-from pipeline.runtime.artifacts import need_space
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.disk import need_space
 from pipeline.runtime.placing import placed
 
 MAKES = "source"

@@ -16,7 +16,6 @@ from pipeline.distill.blocks import HELD_OUT, Learnt, Lessons, Rows, learn
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
 from pipeline.prune.layerwise import ffn_modules, in_step
-from pipeline.runtime.artifacts import need_space
 from pipeline.runtime.checkpoint import (
     Checkpoint,
     load_model,
@@ -25,6 +24,7 @@ from pipeline.runtime.checkpoint import (
     write_checkpoint,
     write_tensors,
 )
+from pipeline.runtime.disk import need_space
 
 MAKES = "start"
 NEEDS = ("teacher", "start", "tokens", "blueprint")

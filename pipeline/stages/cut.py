@@ -8,8 +8,8 @@ from pipeline.model.blueprint import Blueprint
 from pipeline.model.settings import student_config
 from pipeline.prune.fluctuation import biased_anatomy, biased_config, compensate_biases
 from pipeline.prune.start import begun
-from pipeline.runtime.artifacts import need_space
 from pipeline.runtime.checkpoint import open_checkpoint, open_tensors, write_checkpoint
+from pipeline.runtime.disk import need_space
 
 MAKES = "start"
 NEEDS = ("teacher", "blueprint")

@@ -9,8 +9,8 @@ from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
 from pipeline.model.anatomy import Anatomy
 from pipeline.prune.gram import gram, projections
-from pipeline.runtime.artifacts import need_space
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_tensors
+from pipeline.runtime.disk import need_space
 from pipeline.runtime.placing import placed
 
 MAKES = "grams"

@@ -135,7 +135,7 @@ def _name(path: str) -> str:
 
 
 def _stages(inputs: Mapping[str, Path]) -> dict[str, dict]:
-    """Give seconds and peak memory in bytes of every stage behind the inputs, by name, inputs first; rounds add up.
+    """Give seconds, peak memory in bytes and devices of every stage behind the inputs, by name; rounds add up.
 
     Read from their manifests; an input without one, as when it was made by hand, has no entry.
     """
@@ -150,9 +150,10 @@ def _stages(inputs: Mapping[str, Path]) -> dict[str, dict]:
         facts = json.loads(path.read_text())
         for name in facts["inputs"].values():
             follow(folder.parent / name)
-        told = found.setdefault(facts["stage"], {"seconds": 0.0, "peak_memory": 0})
+        told = found.setdefault(facts["stage"], {"seconds": 0.0, "peak_memory": 0, "devices": []})
         told["seconds"] += facts["seconds"]
         told["peak_memory"] = max(told["peak_memory"], facts["peak_memory"])
+        told["devices"] = sorted({*told["devices"], *filter(None, [facts.get("device")])})
 
     for folder in inputs.values():
         follow(folder)

@@ -18,9 +18,10 @@ from pipeline.model.scores import Scores
 from pipeline.model.settings import student_config
 from pipeline.prune.plan import plan_by
 from pipeline.prune.start import begun
-from pipeline.runtime.artifacts import need_space, write_atomically
+from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint, write_checkpoint
 from pipeline.runtime.device import choose
+from pipeline.runtime.disk import need_space
 from pipeline.runtime.placing import placed
 from pipeline.search import picture
 from pipeline.search.chip import Chip

@@ -17,8 +17,8 @@ from pipeline.prune.gram import projections, with_float64
 from pipeline.prune.narrow import Narrowed, narrow_heads, narrow_units
 from pipeline.prune.plan import layers_that_stay
 from pipeline.prune.sequential import prune_in_sequence
-from pipeline.runtime.artifacts import need_space
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.disk import need_space
 
 MAKES = "restored"
 NEEDS = ("teacher", "tokens", "scores", "shape")

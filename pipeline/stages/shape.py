@@ -10,6 +10,7 @@ from pipeline.config import Config
 from pipeline.model.anatomy import Anatomy
 from pipeline.prune.plan import kept_layers
 from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.origin import model_folder
 from pipeline.search.chip import Chip
 from pipeline.search.pareto import Limits, Serving, check_alike, shape_within
 from pipeline.search.requests import given_shape
@@ -45,8 +46,8 @@ def check(config: Config) -> None:
             f"plan.widths={config.plan.widths} gives each layer its own widths and budget.* limits the shape by "
             f"{list(config.budget.predicted)}, predicted of equal ones; set budget.parameters alone"
         )
-    folder = Path(config.model.path).expanduser()
-    if not (folder / "config.json").is_file():
+    folder = model_folder(config.model.path, config.model.allow_pickle)
+    if folder is None:
         return
     anatomy = open_checkpoint(folder, config.model.allow_pickle).anatomy
     if config.recipe.shape == "search" or config.budget.predicted:

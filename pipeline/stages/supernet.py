@@ -27,7 +27,7 @@ from pipeline.prune.removal import Removal
 from pipeline.prune.sequential import prune_in_sequence
 from pipeline.prune.spans import spans
 from pipeline.prune.supernet import candidate, compose, expectation, removal_of, widened
-from pipeline.runtime.artifacts import need_space, write_atomically
+from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import (
     Checkpoint,
     load_model,
@@ -36,6 +36,7 @@ from pipeline.runtime.checkpoint import (
     write_checkpoint,
     write_tensors,
 )
+from pipeline.runtime.disk import need_space
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.placing import placed
 from pipeline.search.evolution import Generation, Place, Widths, candidate_widths, evolve

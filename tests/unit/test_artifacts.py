@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.line import STAGES, key_of
-from pipeline.runtime import artifacts
-from pipeline.runtime.artifacts import Store, damage, digest, fingerprint, need_space
+from pipeline.runtime import artifacts, disk
+from pipeline.runtime.artifacts import Store, damage, digest, fingerprint
+from pipeline.runtime.disk import need_space
 from pipeline.runtime.lock import Lock
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.view import show
@@ -155,11 +156,33 @@ def test_a_second_owner_says_once_whom_it_waits_for_and_takes_the_lock_when_it_i
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_seconds_of_an_artifact_are_those_of_all_attempts_that_it_took(store, monkeypatch):
+    """An attempt that was cut off lasted from its beginning to the last file that it wrote."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(artifacts, "time", SimpleNamespace(time=lambda: clock.now, time_ns=lambda: 0))
+    for begins, lasts in ((1000.0, 40.0), (5000.0, 2.5), (7000.0, None)):  # the last is cut off before any file
+        clock.now = begins
+        with store.open("score", "aa") as partial:
+            if lasts:
+                (partial / "half.txt").write_text("half")
+                os.utime(partial / "half.txt", (begins + lasts, begins + lasts))
+    clock.now = 9000.0
+    folder = make(store)
+    told = json.loads((folder / "manifest.json").read_text())
+    assert told["seconds"] == FACTS["seconds"] + 40.0 + 2.5
+    assert not list(folder.glob(".*")) and not any("clock" in name for name in told["files"])
+    with store.open("score", "bb", keep=False) as partial:
+        (partial / "half.txt").write_text("half")
+    with store.open("score", "bb", keep=False) as partial:
+        (partial / "scores.txt").write_text("anew")
+        assert json.loads((store.publish("score", "bb", **FACTS) / "manifest.json").read_text())["seconds"] == 1.5
+
+
 def test_what_an_earlier_attempt_left_is_a_part_of_the_disk_that_is_needed(tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "weights").write_bytes(b"x" * 10**6)
     (tmp_path / "teacher").symlink_to(tmp_path / "checkpoints" / "weights")
-    monkeypatch.setattr(artifacts, "space_free", lambda folder: 10**6)
+    monkeypatch.setattr(disk, "space_free", lambda folder: 10**6)
     need_space(tmp_path, 2 * 10**6)
     with pytest.raises(ValueError, match="needs 2.1 MB and its disk has 2.0 MB for it"):
         need_space(tmp_path, 2_100_000)

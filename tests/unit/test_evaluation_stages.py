@@ -182,13 +182,13 @@ def test_the_report_tells_recovery_and_the_cost_of_every_stage_behind_it(world, 
     (student / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, stage, inputs in (("tokens-1", "tokens", {}), ("distill-1", "distill", {"tokens": "tokens-1"})):
         (folder / name).mkdir(exist_ok=True)
-        facts = {"stage": stage, "inputs": inputs, "seconds": 1.5, "peak_memory": 10}
+        facts = {"stage": stage, "inputs": inputs, "seconds": 1.5, "peak_memory": 10, "device": "chip"}
         (folder / name / "manifest.json").write_text(json.dumps(facts))
     inputs = made | {"export": made["start"], "student": student, "evaluation": folder / "evaluation"}
     report.run(config, inputs, out, machine())
     told = json.loads((out / "report.json").read_text())
     assert list(told["stages"]) == ["tokens", "distill"]
-    assert told["stages"]["distill"] == {"seconds": 1.5, "peak_memory": 10}
+    assert told["stages"]["distill"] == {"seconds": 1.5, "peak_memory": 10, "devices": ["chip"]}
     assert told["recovery"]["tokens"] == 512
     assert told["recovery"]["curves"]["held_out_kl"] == {"first": 3.0, "last": 1.0}
     assert "start" in told["perplexity"]["ships"]

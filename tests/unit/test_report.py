@@ -97,7 +97,10 @@ MADE = {
     "versions": {"revision": "abc", "torch": "2"},
     "artifacts": {"teacher": "teacher-0"},
 }
-STAGES = {"score": {"seconds": 3.0, "peak_memory": 2_000_000_000}, "cut": {"seconds": 300.0, "peak_memory": 1}}
+STAGES = {
+    "score": {"seconds": 3.0, "peak_memory": 2_000_000_000, "devices": ["chip"]},
+    "cut": {"seconds": 300.0, "peak_memory": 1, "devices": ["chip"]},
+}
 CURVES = {"loss": [(64.0, 3.0), (128.0, 2.0)], "held_out_kl": [(0.0, 2.5), (128.0, 1.0)]}
 
 
@@ -430,6 +433,16 @@ def test_the_page_says_what_recovery_took_back_but_not_of_a_teacher_that_was_cor
     assert "recovery took back 84% on news" in page(report, example_drawings(report))  # log(80 / 25) / log(80 / 20)
     corrected = report | {"correction": {}}
     assert "took back" not in page(corrected, example_drawings(corrected))
+
+
+def test_the_time_of_stages_is_told_of_every_device_that_ran_one():
+    report = example_report()
+    one = page(report, example_drawings(report))
+    assert "All stages together took 5.0 min on chip (cpu, float32, 2 threads). Peak memory is the resident" in one
+    cut = STAGES["cut"] | {"devices": ["another chip", "chip"]}
+    report = example_report(stages=STAGES | {"cut": cut})
+    several = page(report, example_drawings(report))
+    assert "took 5.0 min on another chip and chip. Peak memory is the device memory, on a CPU the resident" in several
 
 
 def test_the_page_tells_of_rounds_each_on_a_line_and_of_their_cuts_where_there_were_rounds():
