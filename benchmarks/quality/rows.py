@@ -258,6 +258,9 @@ ROWS: dict[str, Row] = {
     "tyr_no_search": _ablation("tyr", "Týr, even widths (no search)", "supernet.generations=0"),
     "tyr_no_accumulation": _ablation("tyr", "Týr without accumulation", "supernet.accumulation=false"),
     # the others
+    "trsp_by_loss": _ablation(
+        "trsp", "TRSP, layers by measured loss", "plan.depth=loss", bare=("settle.norm=none",), trains="settle"
+    ),
     "adapt_even": _ablation("adapt_pruner", "Adapt-Pruner, even widths", "plan.amplitude=0"),
     "adapt_at_once": _ablation("adapt_pruner", "Adapt-Pruner in one round", "recipe.rounds=1"),
     "flap_no_bias": _ablation("flap", "FLAP without bias compensation", "reinit.bias_compensation=false"),

@@ -1,6 +1,6 @@
 """A pass through a model layer by layer: the stream of every batch under way, and one layer at a time on the device."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from typing import Any
@@ -52,9 +52,13 @@ class Step:
 
 @torch.no_grad()
 def recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Batch]) -> list[Step]:
-    """Run the model with stand-ins for its layers: embeddings, masks and rotations are its own, whatever the family."""
+    """Run the model with stand-ins for its layers: embeddings, masks and rotations are its own, whatever the family.
+
+    What the model gives its layers for a batch as it did for the one before, such as masks [batch, 1, sequence,
+    sequence] where nothing is masked out of a batch, is held once.
+    """
     home = next(model.parameters()).device
-    steps = []
+    steps, held = [], ()
     for batch in batches:
         ids, mask = batch if isinstance(batch, tuple) else (batch, None)
         mask = None if mask is None else mask.to(home, torch.bool)
@@ -64,6 +68,10 @@ def recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Ba
                 layer.forward = step.stand_in
                 undo.callback(delattr, layer, "forward")
             model(input_ids=ids.to(home), attention_mask=mask, use_cache=False)
+        own = {id(tensor): tensor for tensor in _tensors(step.arguments)}
+        once = {key: next((other for other in held if _alike(tensor, other)), tensor) for key, tensor in own.items()}
+        step.arguments = _mapped(step.arguments, lambda tensor: once[id(tensor)])
+        held = tuple(once.values())
         steps.append(step)
     return steps
 
@@ -164,10 +172,26 @@ def layers_of(modules: Mapping[str, nn.Module], anatomy: Anatomy) -> list[nn.Mod
 
 
 def _moved(value: Any, place: torch.device) -> Any:
+    return _mapped(value, lambda tensor: tensor.to(place))
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Give the same structure of mappings, tuples and lists with every tensor changed."""
     if isinstance(value, Tensor):
-        return value.to(place)
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: _moved(entry, place) for key, entry in value.items()}
+        return {key: _mapped(entry, change) for key, entry in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_moved(entry, place) for entry in value)
+        return type(value)(_mapped(entry, change) for entry in value)
     return value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Give every tensor of a structure, as often as it stands there."""
+    found = []
+    _mapped(value, lambda tensor: found.append(tensor) or tensor)
+    return found
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)

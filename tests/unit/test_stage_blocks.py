@@ -125,6 +125,26 @@ def test_streams_stay_where_they_are_in_memory(monkeypatch):
     assert not torch.equal(told[0][0], told[-1][0])
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_masks_and_rotations_of_batches_are_held_once_where_they_are_alike(masked):
+    model = tiny_model("gemma2")  # attention masks of two kinds, made by the model
+    layers = layerwise.layers_of(
+        dict(model.get_decoder().named_modules(prefix="model")), anatomy_of(config_of(model), tensors_of(model))
+    )
+    batches = [tokens(seed=seed) for seed in range(3)]
+    if masked:
+        counted = torch.ones_like(batches[0])
+        batches[1:] = [(ids, counted.clone().index_fill_(1, torch.tensor([place]), 0)) for place, ids in
+                       enumerate(batches[1:])]  # fmt: skip
+
+    def held(batches):
+        steps = recorded(model.get_decoder(), layers, batches)
+        return {id(tensor) for step in steps for tensor in layerwise._tensors(step.arguments)}
+
+    one, three = len(held(batches[:1])), len(held(batches))
+    assert one < 10 and (three == one if not masked else three > one)
+
+
 def test_what_a_layer_learnt_from_is_free_before_the_next_streams_are_made(world, monkeypatch):
     learnt_from, passes = [], layerwise._pass
 
