@@ -58,7 +58,7 @@ def recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Ba
     sequence] where nothing is masked out of a batch, is held once.
     """
     home = next(model.parameters()).device
-    steps, held = [], ()
+    steps, held = [], []
     for batch in batches:
         ids, mask = batch if isinstance(batch, tuple) else (batch, None)
         mask = None if mask is None else mask.to(home, torch.bool)
@@ -68,10 +68,7 @@ def recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Ba
                 layer.forward = step.stand_in
                 undo.callback(delattr, layer, "forward")
             model(input_ids=ids.to(home), attention_mask=mask, use_cache=False)
-        own = {id(tensor): tensor for tensor in _tensors(step.arguments)}
-        once = {key: next((other for other in held if _alike(tensor, other)), tensor) for key, tensor in own.items()}
-        step.arguments = _mapped(step.arguments, lambda tensor: once[id(tensor)])
-        held = tuple(once.values())
+        step.arguments, held = _held_once(step.arguments, held)
         steps.append(step)
     return steps
 
@@ -184,6 +181,13 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_mapped(entry, change) for entry in value)
     return value
+
+
+def _held_once(value: Any, held: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+    """Give the same structure with those of the tensors held in the place of its own where they are alike, and all."""
+    own = {id(tensor): tensor for tensor in _tensors(value)}
+    once = {key: next((other for other in held if _alike(tensor, other)), tensor) for key, tensor in own.items()}
+    return _mapped(value, lambda tensor: once[id(tensor)]), list(once.values())
 
 
 def _tensors(value: Any) -> list[Tensor]:
