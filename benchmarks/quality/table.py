@@ -135,13 +135,22 @@ def _sizes(seeds: Sequence[Figures], who: str) -> list[str]:
     inner = [each["non_embedding_parameters"] for each in models]
     whole = [each["models"]["teacher"]["non_embedding_parameters"] for each in seeds]
     left_out = sum(1.0 - here / there for here, there in zip(inner, whole)) / len(seeds)
-    speeds = [each["speed"] for each in models if each["speed"]]
     return [
         f"{_number([each['parameters'] / 1e6 for each in models], '.1f')} M",
         f"{_number([each / 1e6 for each in inner], '.1f')} M" + (f" (−{left_out:.1%})" if who == "student" else ""),
         _number([each["kv_bytes_per_token"] for each in models], ".0f"),
-        *(_number([speed[way] for speed in speeds], ".0f") for way in ("prefill", "decode")),
+        *(_speed(seeds, who, way) for way in ("prefill", "decode")),
     ]
+
+
+def _speed(seeds: Sequence[Figures], who: str, way: str) -> str:
+    """Give tokens a second and, of a student, over those of the dense model that it took turns with."""
+    timed = [{name: facts["speed"] for name, facts in each["models"].items()} for each in seeds]
+    timed = [each for each in timed if all(each.values())]
+    if not timed:
+        return NONE
+    ratio = _number([each["student"][way] / each["teacher"][way] for each in timed], ".2f")
+    return _number([each[who][way] for each in timed], ".0f") + (f" ({ratio}×)" if who == "student" else "")
 
 
 def _share(values: Sequence[float | None]) -> str:

@@ -102,6 +102,7 @@ FINE, ODD = CHATS[0], [{"role": "user", "content": "Hello."}, {"speaker": "bot",
 def test_records_that_are_no_chat_are_found_before_any_work(tmp_path, records, match):
     path = written(tmp_path / "a.jsonl", records)
     talking().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     config = asking(path, "data.text_field=messages", f"model.path={tmp_path}/model")
     with pytest.raises(ValueError, match="data.calibration.path: .*a.jsonl" + match) as fault:
         tokens.check(config)

@@ -189,7 +189,7 @@ def test_cells_are_means_over_seeds_with_half_their_range(tmp_path):
     assert cells["readmes: before"] == "25.00 ± 5.00 (2.50 ± 0.50×)" and cells["after"] == "12.00 (1.20×)"
     assert cells["next word"] == "20.8 ± 4.2 % → 41.7 %"
     assert cells["without embeddings"] == "3.0 M (−25.0%)" and cells["KV bytes a token"] == "48"
-    assert cells["prefill tokens/s"] == "100" and cells["decode tokens/s"] == "40"
+    assert cells["prefill tokens/s"] == "100 (1.00×)" and cells["decode tokens/s"] == "40 (4.00×)"
     assert cells["seconds to cut"] == "5" and cells["tokens learnt from"] == "120k" and cells["computed on"] == "cpu"
     best = cells_of(tmp_path, "best")
     assert best["readmes: before"] == "**15.00 (1.50×)**" and best["decode tokens/s"] == table.NONE
