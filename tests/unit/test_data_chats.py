@@ -10,6 +10,7 @@ import pytest
 from pipeline.data.packing import Packed
 from pipeline.data.sources import check, locate, read
 from pipeline.stages import tokens
+from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import byte_tokenizer, configured, run_tokens
 
 TURN = "{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('no role ' + m.role) }}{% endif %}"
@@ -101,8 +102,7 @@ FINE, ODD = CHATS[0], [{"role": "user", "content": "Hello."}, {"speaker": "bot",
 )
 def test_records_that_are_no_chat_are_found_before_any_work(tmp_path, records, match):
     path = written(tmp_path / "a.jsonl", records)
-    talking().save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    talking().save_pretrained(save_tiny(tiny_model("llama"), tmp_path / "model"))
     config = asking(path, "data.text_field=messages", f"model.path={tmp_path}/model")
     with pytest.raises(ValueError, match="data.calibration.path: .*a.jsonl" + match) as fault:
         tokens.check(config)
