@@ -13,7 +13,10 @@ from tqdm.auto import tqdm
 
 from pipeline.runtime.checkpoint import load_model, load_tokenizer, open_checkpoint, write_checkpoint
 from pipeline.runtime.origin import Origin, adopt, locate
+from pipeline.stages import absorb, export, shape
+from pipeline.stages import tokens as text
 from tests.tiny import save_tiny, tensors_of, tiny_model, tokens
+from tests.tiny_text import configured
 
 
 def logits(model):
@@ -92,6 +95,26 @@ def test_a_hub_model_is_fetched_with_its_code_and_pickles_only_where_allowed(pic
     there = ("model.safetensors", "tokenization_openpangu.py", "pytorch_model.bin")
     fetched = [name for name in there if any(fnmatch(name, pattern) for pattern in asked)]
     assert fetched == list(there[: 2 + pickled])
+
+
+@pytest.mark.parametrize("hub", [False, True])
+@pytest.mark.parametrize(
+    ("stage", "family", "given", "fault"),
+    [
+        (shape, "llama", "shape.hidden=33", "shape.hidden is 33, outside"),
+        (export, "gemma2", "export.form=decilm", "export.form is decilm, and Gemma2ForCausalLM"),
+        (text, "llama", "data.sequence=4096", "data.sequence is 4096, more than the model's"),
+        (absorb, "llama", "reinit.absorb=fitted", "reinit.absorb=fitted puts scales"),
+    ],
+)
+def test_what_a_folder_is_checked_for_before_any_work_a_hub_id_is_too(
+    stage, family, given, fault, hub, tmp_path, monkeypatch
+):
+    folder = save_tiny(tiny_model(family, dtype=torch.float32), tmp_path / "m")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: folder)
+    path = f"somebody/{stage.MAKES}" if hub else folder
+    with pytest.raises(ValueError, match=fault):
+        stage.check(configured(f"model.path={path}", given))
 
 
 def test_a_folder_is_adopted_by_links_and_never_changed(tmp_path):
