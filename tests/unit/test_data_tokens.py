@@ -85,6 +85,14 @@ def test_tokens_are_named_by_what_a_text_holds_and_not_by_where_or_since_when_it
     assert (named(path, *more) == before) == (change in (None, "place", "time", "spelling"))
 
 
+def test_a_folder_of_another_name_is_another_text_as_reports_tell_names(tmp_path):
+    (tmp_path / "old").mkdir()
+    book(tmp_path / "old" / "book.txt", "Book")
+    before = tokens.settings(configured(f"data.evaluation.path={tmp_path}/old"))
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert tokens.settings(configured(f"data.evaluation.path={tmp_path}/new")) != before
+
+
 def test_an_evaluated_paragraph_is_left_out_of_a_copy_of_the_text(tmp_path, capsys):
     long = "words that stand nowhere else, in a paragraph long enough to be told apart from headings"
     for name, numbers in {"part": range(40, 60), "copy": range(100)}.items():
