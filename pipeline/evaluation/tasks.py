@@ -39,10 +39,9 @@ def measure(model: torch.nn.Module, tokenizer: Any, tasks: Sequence[str], batch:
     """Give the metrics of each task by the names the harness gives them (`acc`, ...), and `questions`, their number."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     wanted = [str(Path(task).absolute()) if is_file(task) else task for task in tasks]
-    manager = TaskManager(include_defaults=not all(map(is_file, wanted)))
+    manager = _manager(include_defaults=not all(map(is_file, wanted)))
     subject = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     found = simple_evaluate(subject, tasks=wanted, task_manager=manager, log_samples=False, bootstrap_iters=BOOTSTRAP)
     return {task: _numbers(metrics, found["n-samples"].get(task)) for task, metrics in found["results"].items()}
@@ -53,12 +52,17 @@ def is_file(task: str) -> bool:
     return task.endswith((".yaml", ".yml"))
 
 
+def _known() -> list[str]:
+    """The names of the installed harness's tasks."""
+    return _manager(include_defaults=True).all_tasks
+
+
 @cache
-def _known() -> tuple[str, ...]:
-    """The names of the installed harness's tasks; to list them takes it seconds."""
+def _manager(include_defaults: bool) -> Any:
+    """The harness's index of its tasks, made once a process: that of its own tasks takes seconds."""
     from lm_eval.tasks import TaskManager
 
-    return tuple(TaskManager().all_tasks)
+    return TaskManager(include_defaults=include_defaults)
 
 
 def _numbers(metrics: dict[str, Any], samples: dict[str, int] | None) -> dict[str, float]:

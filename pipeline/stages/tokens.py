@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +135,15 @@ def _names(parts: tuple[split.Part, ...]) -> list[str]:
 def _record(part: split.Part) -> dict:
     """Say what a part is, wherever it lies and whenever it was copied there: a hub id stands for itself."""
     corpus = part.corpus
-    files = [fingerprint(path) for path in corpus.files]
+    files = [_fingerprint(path, path.stat().st_mtime_ns) for path in corpus.files]
     content = files or (version(corpus.key) if corpus.kind == "builtin" else corpus.key)
     return {"name": corpus.name, "kind": corpus.kind, "start": part.start, "stop": part.stop, "content": content}
+
+
+@cache
+def _fingerprint(path: Path, changed: int) -> str:
+    """The digest of what a file holds, read once a process for all purposes while it was not `changed` [ns]."""
+    return fingerprint(path)
 
 
 def _told(parts: dict[str, tuple[split.Part, ...]]) -> list[str]:
