@@ -208,7 +208,7 @@ def _tell(track: Track, run: str, stage: str, folder: Path) -> None:
     """Give the tracker what people look at: the blueprint, the report and its pictures."""
     if stage in TRACKED:
         file, kind = TRACKED[stage]
-        track.artifact(folder / file, f"{run.replace('/', '-')}-{kind}", kind)
+        track.artifact(folder / file, f"{run}-{kind}", kind)
     for picture in sorted((folder / "figures").glob("*.png")):
         track.image(picture, f"{stage}/{picture.stem}")
 

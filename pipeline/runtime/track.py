@@ -7,6 +7,7 @@ is not there: a run without credentials is recorded offline and can be uploaded 
 import json
 import netrc
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ START = 60.0    # seconds W&B may take to open a run
 FINISH = 300.0  # seconds it may take to upload the rest at the end; what is left stays on disk for `wandb sync`
 RETRIES = 3     # of one request while the run is opened
 PUBLIC = ("api.wandb.ai", "api.forge.coreweave.com")  # the public server's two names
+LONGEST = 128  # characters of a W&B name
 MODES = ("auto", "online", "offline", "disabled")
 
 
@@ -52,10 +54,13 @@ class Track:
         self._do(lambda run: run.log({**named, f"{stage}/step": step}))
 
     def artifact(self, path: Path, name: str, kind: str) -> None:
-        """Record a file or a folder as a versioned artifact of a kind such as `blueprint` or `report`."""
+        """Record a file or a folder as a versioned artifact of a kind such as `blueprint` or `report`.
+
+        Any text is a name: it is recorded as `accepted` gives it.
+        """
         if self._run is None:
             return
-        artifact = wandb.Artifact(name, kind)
+        artifact = wandb.Artifact(accepted(name), kind)
         if Path(path).is_dir():
             artifact.add_dir(str(path))
         else:
@@ -113,9 +118,9 @@ def open_track(
     about = {
         "project": project,
         "entity": entity,
-        "group": group,
+        "group": accepted(group) if group and len(group) > LONGEST else group,
         "tags": tags,
-        "name": name,
+        "name": name if len(name) <= LONGEST else accepted(name),
         "dir": str(folder),
         "config": config,
         "id": run_id(folder, config),
@@ -152,6 +157,18 @@ def logged_in() -> bool:
             except netrc.NetrcParseError as fault:
                 raise ValueError(f"{path} cannot be read ({fault}); or set track.mode=offline") from None
     return False
+
+
+def accepted(name: str) -> str:
+    """Return a name in what W&B accepts: 1 to 128 of the characters A-Z a-z 0-9 _ . -
+
+    An acceptable name is returned as it is. In any other the rest becomes `-`, and a digest of the whole name follows,
+    so that two names which differ stay two.
+    """
+    if re.fullmatch(rf"[A-Za-z0-9_.-]{{1,{LONGEST}}}", name):
+        return name
+    mark = digest(name)
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', name)[: LONGEST - len(mark) - 1]}-{mark}"
 
 
 def run_id(folder: Path, config: dict) -> str:

@@ -90,6 +90,15 @@ def test_a_sweep_of_three_shapes_scores_once(world):
         assert open_checkpoint(start).config["num_hidden_layers"] == layers
 
 
+def test_a_sweep_is_tracked_by_the_real_wandb_through_to_each_report(world):
+    chosen = settings(world, seed=12, shape__layers=None, track__mode="offline", evaluate__speed="false")
+    pipeline("run=tracked", *chosen, "shape.layers=2,3", "--multirun", cwd=world)
+    for layers in (2, 3):
+        run = world / "runs" / "tracked" / f"shape.layers={layers}"
+        assert (run / "report.html").is_file() and json.loads((run / "report.json").read_text())["parameters"]
+        assert len(list(run.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
 def test_two_ranks_under_torchrun_give_the_student_of_one(world):
     chosen = settings(world, artifacts=world / "one", distill__micro_batch=8)
     pipeline("run=one", *chosen, "stages=[score,shape,plan,cut,distill]", cwd=world)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import wandb
 from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
 from pipeline.runtime import track as tracking
-from pipeline.runtime.track import logged_in, open_track, run_id
+from pipeline.runtime.track import accepted, logged_in, open_track, run_id
 from tests.processes import on_ranks
 
 CREDENTIALS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_BASE_URL")
@@ -120,6 +121,33 @@ def test_an_offline_run_holds_all_that_was_recorded(one, home, tmp_path):
     assert list(home.iterdir()) == []
     assert {path.name for path in tmp_path.iterdir()} == {"home", "runs", "blueprint.json", "sizes.png"}
     assert {path.name for path in one.iterdir()} == {"wandb", "wandb_id.json"}
+
+
+NAMES = [
+    "demo-blueprint",
+    "sweep/shape.hidden=448-report",
+    "sweep/shape.hidden=448,plan.clap=true-report",
+    "sweep-shape.hidden-448-report",
+    "sweep/shape:hidden=448-report",
+    "a name of words",
+    "größe",
+    "line\nbreak",
+    "",
+    "x" * 128,
+    "x" * 129,
+    "x" * 130,
+]
+
+
+def test_any_name_becomes_one_that_wandb_accepts_and_different_names_stay_different():
+    given = [accepted(name) for name in NAMES]
+    assert len(set(given)) == len(NAMES) and given == [accepted(name) for name in NAMES]
+    for told in given:
+        assert wandb.Artifact(told, "report").name.startswith(told) and len(told) <= 128
+        assert accepted(told) == told
+    assert (given[0], given[9]) == (NAMES[0], NAMES[9])
+    with pytest.raises(ValueError):
+        wandb.Artifact(NAMES[1], "report")
 
 
 def test_running_again_continues_the_run_and_another_configuration_starts_one(tmp_path):
