@@ -18,7 +18,7 @@ def stock(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any], 
 
 def own(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any], Sizes]:
     """Give the config that loads by our modelling file, which travels in the folder; every layer keeps its widths."""
-    pruned = {"base": config["architectures"][0], **config.get("pruned", {})}
+    pruned = config.get("pruned", {}) | {"base": student.family.architecture}
     mapped = {"AutoModelForCausalLM": f"{OWN_FILE.removesuffix('.py')}.{OWN_CLASS}"}
     return dict(config) | {"pruned": pruned, "architectures": [OWN_CLASS], "auto_map": mapped}, student.sizes
 

@@ -124,7 +124,7 @@ def frozen_modules(anatomy: Anatomy) -> list[str]:
 
 def with_scales(config: Mapping[str, Any], anatomy: Anatomy) -> dict[str, Any]:
     """Give the config of the same model with every post-norm frozen to a static scale."""
-    pruned = {"base": config["architectures"][0], **config.get("pruned", {}), "scales": frozen_modules(anatomy)}
+    pruned = config.get("pruned", {}) | {"base": anatomy.family.architecture, "scales": frozen_modules(anatomy)}
     return dict(config) | {"pruned": pruned}
 
 

@@ -16,14 +16,13 @@ from transformers.utils import logging
 
 from pipeline.model import decilm
 from pipeline.model.anatomy import Anatomy, anatomy_of
-from pipeline.model.families import FAMILIES
+from pipeline.model.families import family_of
 
+from .described import check_indices, read_config, read_mapping
 from .modelling import pruned_class
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PANGU = "PanguEmbedded"  # openPangu-Embedded 1B and 7B: a Llama with biases under a name of its own
-COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 TOKENIZER = ("tokeniz*", "vocab*", "merges.txt", "*.model")
 CARRIED = (*TOKENIZER, "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json")
 
@@ -123,48 +122,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Give the config.json of a model or training checkpoint, openPangu-Embedded as the Llama that it is.
-
-    ValueError, naming the file and what to do, for one that is none or damaged, or of quantised weights.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json; give a model folder, a .gguf file or a hub id")
-    config = _mapping(path)
-    if config.get("model_type") == PANGU:
-        kept = {key: value for key, value in config.items() if key not in ("auto_map", "bias")}
-        biased = bool(config.get("bias", config.get("attention_bias", False)))
-        config = kept | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": biased}
-    if config.get("model_type") not in FAMILIES:  # refused where its anatomy is asked for
-        return config
-    for field in COUNTS:
-        if not isinstance(config.get(field), int) or config[field] < 1:
-            raise ValueError(f"{path}: {field} is {config.get(field)}, not a positive integer; fetch it again")
-    if not config.get("architectures"):
-        raise ValueError(f"{path} has no architectures; name the model's class there, or fetch it again")
-    if config.get("quantization_config"):
-        raise ValueError(f"{path} has a quantization_config; give the model's unquantised weights, or its GGUF")
-    return config
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    """Give what a JSON file maps; ValueError, naming it, for anything else."""
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as fault:
-        raise ValueError(f"{path} is no JSON ({fault}); fetch it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {json.dumps(found):.40}, not a JSON object of fields; fetch it again")
-    return found
-
-
 def _places(folder: Path, allow_pickle: bool) -> Iterator[tuple[str, Path]]:
     """Give every tensor name with the shard that holds it, shards checked for truncation by their headers."""
+    check_indices(folder)
     single = folder / SINGLE  # beside it there may be others, of no weights
     shards = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if (folder / INDEX).is_file():
-        listed = _mapping(folder / INDEX).get("weight_map")
+        listed = read_mapping(folder / INDEX).get("weight_map")
         if not isinstance(listed, dict):
             raise ValueError(f"{folder / INDEX} has no weight_map; fetch it again")
         shards = sorted({folder / file for file in listed.values()})
@@ -260,11 +224,12 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str, trust_remote_co
     `attention` is an implementation of transformers, or auto for the one its class prefers.
     ValueError if tensors are missing, unexpected or of another shape than the class needs.
     """
+    check_indices(Path(folder))
     config = read_config(folder)
     if config["model_type"] == decilm.MODEL_TYPE:
         config = open_checkpoint(folder).config
     own = "pruned" in config
-    loader = pruned_class(config["pruned"]["base"]) if own else AutoModelForCausalLM
+    loader = pruned_class(family_of(config["model_type"]).architecture) if own else AutoModelForCausalLM
     extra = {"config": loader.config_class(**config)} if own else {"trust_remote_code": trust_remote_code}
     extra |= {} if attention == "auto" else {"attn_implementation": attention}
     model, told = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True, **extra)

@@ -10,6 +10,8 @@ import torch
 import transformers
 from torch import nn
 
+HEADS = ("num_attention_heads", "num_key_value_heads")  # what a layer of attention may have of its own
+
 
 class StaticScale(nn.Module):
     """y = x * weight: a post-norm frozen to a scale per channel (Pangu Light, post-RMSNorm absorption)."""
@@ -34,7 +36,8 @@ def narrow(model, pruned):
     for name, heads in pruned.get("attention", {}).items():
         module = model.get_submodule(name)
         module.config = copy.copy(module.config)
-        for field, value in heads.items():
+        for field in HEADS:
+            value = heads[field]
             setattr(module.config, field, value)
             if hasattr(module, field):
                 setattr(module, field, value)
@@ -47,7 +50,7 @@ def narrow(model, pruned):
 
 
 def pruned_class(base_name):
-    """Give the class of a pruned model on top of a stock transformers class."""
+    """Give the class of a pruned model on top of the stock transformers class that a table of families names."""
     base = getattr(transformers, base_name)
 
     class PrunedForCausalLM(base):

