@@ -5,7 +5,7 @@
 A decoder layer's seven matrix products (q, k, v, o, gate, up, down), as transformers computes them, in bfloat16: in
 prefill (512 rows) and in decoding (16 rows). Each aligned layer stands beside layers whose hidden channels or neurons
 are no multiple of the tile; where the channels change, the neurons make up for it, so that the parameters stay equal.
-Times are given per weight, relative to the aligned layer. Predicted: `pipeline.search.gemm`, weights in the chip's
+Times are given per weight, relative to the aligned layer. Predicted: `pipeline.costmodel.gemm`, weights in the chip's
 tiled format and row by row, as plain torch keeps them. Measured: passes over several layers' weights, the shapes in
 turn, in another order every round; the figure is the median over rounds of the ratio within a round. It needs a quiet
 machine and, with the defaults, three minutes.
@@ -29,9 +29,9 @@ from composing import composed
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from pipeline.costmodel.chip import Chip  # noqa: E402
+from pipeline.costmodel.gemm import gemm_seconds  # noqa: E402
 from pipeline.runtime.device import open_device  # noqa: E402
-from pipeline.search.chip import Chip  # noqa: E402
-from pipeline.search.gemm import gemm_seconds  # noqa: E402
 
 PHASES = {"prefill": 512, "decoding": 16}  # rows of a product
 COLD = 48 << 20  # bytes of weights that one measured pass reads at least, unless a pass gets too long

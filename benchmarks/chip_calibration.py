@@ -2,7 +2,7 @@
 
     python benchmarks/chip_calibration.py [rounds] [threads] [rounds-of-models] [chip-file]
 
-Products: `pipeline.search.calibrate`. Models: SmolLM2's shape and students of it with random bf16 weights, prefill of
+Products: `pipeline.costmodel.calibrate`. Models: SmolLM2's shape and students of it with random bf16 weights, prefill of
 512 tokens and decoding at a context of 256, batch 1, the models in turn and the shortest time of each kept.
 The time a layer takes beyond its operations is fitted to the teacher's decoding; no student is fitted.
 """
@@ -19,10 +19,10 @@ import yaml
 from arguments import at_least, described
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from pipeline.search.calibrate import calibrate, clock, misfit, with_layer_overhead, write_chip
-from pipeline.search.chip import Chip
-from pipeline.search.cost import Work, pass_seconds
-from pipeline.search.shapes import ModelShape, shape_for
+from pipeline.costmodel.calibrate import calibrate, clock, misfit, with_layer_overhead, write_chip
+from pipeline.costmodel.chip import Chip
+from pipeline.costmodel.cost import Work, pass_seconds
+from pipeline.costmodel.shapes import ModelShape, shape_for
 
 ROOT = Path(__file__).parents[1]
 TEACHER = ModelShape(30, 576, 9, 3, 64, 1536, 49152, True)

@@ -20,7 +20,7 @@ from composing import with_settings
 
 from pipeline.runtime.checkpoint import load_model
 
-STAGES = ("score", "shape", "depth", "basis", "gram", "order", "plan", "cut")
+STAGES = ("importance", "shape", "layer_loss", "rotate", "hessian", "obs_order", "plan", "cut")
 BATCH, SEQUENCE = 8, 512
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     asked, settings = with_settings(parser)
     with tempfile.TemporaryDirectory() as place:
         folders = [f"artifacts={place}/artifacts", f"runs={place}/runs", "run=cost"]
-        tokens = [f"restore.tokens={asked.tokens}", f"basis.tokens={asked.tokens}", f"score.batch={BATCH}"]
+        tokens = [f"restore.tokens={asked.tokens}", f"rotate.tokens={asked.tokens}", f"calibration.batch_size={BATCH}"]
         command = [sys.executable, "-m", "pipeline", *folders, *tokens, *(settings or ["recipe=best"])]
         _run([*command, "stages=[]"])
         model = load_model(Path(place) / "runs" / "cost" / "teacher", torch.bfloat16, "sdpa").get_decoder()

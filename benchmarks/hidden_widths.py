@@ -19,22 +19,22 @@ from pipeline.report.facts import perplexity_of
 
 PREFIX = "hidden"
 WIDTHS = (544, 512, 448)
-PRINCIPAL = ("basis.kind=principal", "plan.channels=leading", "reinit.slnp=true")
+PRINCIPAL = ("rotate.kind=principal", "plan.channels=leading", "reinit.slnp=true")
 WAYS = {
     "plain": ("channels by score", ("reinit.slnp=false",)),
     "slnp": ("... and SLNP", ("reinit.slnp=true",)),
-    "tied": ("principal basis and SLNP, tie kept", (*PRINCIPAL, "basis.tie=keep")),
-    "untied": ("principal basis and SLNP, untied", (*PRINCIPAL, "basis.tie=untied")),
+    "tied": ("principal basis and SLNP, tie kept", (*PRINCIPAL, "rotate.tie=keep")),
+    "untied": ("principal basis and SLNP, untied", (*PRINCIPAL, "rotate.tie=untied")),
 }
 ROWS = {f"{way}{width}": (way, width) for width in WIDTHS for way in WAYS}
 COMMON = (
-    "recipe.line=[score,shape,basis,plan,cut,export,dense,evaluate,report]",
+    "recipe.stages=[importance,shape,rotate,plan,cut,export,evaluate_reference,evaluate,report]",
     "plan.clap=false",
     "data.calibration.path=[builtin:topics,builtin:docstrings]",
     "data.recovery.path=[builtin:topics,builtin:docstrings]",
     "data.split.evaluation=0.1",
     "score.tokens=16384",
-    "basis.tokens=32768",
+    "rotate.tokens=32768",
     "evaluate.tokens=4096",
     "evaluate.words=0",
     "evaluate.speed=false",

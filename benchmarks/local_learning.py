@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
-from pipeline.distill.blocks import BETAS, FLOOR, WARMUP
+from pipeline.distill.local import BETAS, FLOOR, WARMUP
 from pipeline.distill.schedule import learning_rate
 from pipeline.evaluation.perplexity import tally
 from pipeline.runtime.checkpoint import load_model, load_tokenizer

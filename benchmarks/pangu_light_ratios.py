@@ -11,9 +11,9 @@ from pathlib import Path
 import yaml
 from arguments import described
 
-from pipeline.search.chip import Chip
-from pipeline.search.cost import generation_rate, largest_batch
-from pipeline.search.shapes import ModelShape, multiples_for, shape_for
+from pipeline.costmodel.chip import Chip
+from pipeline.costmodel.cost import generation_rate, largest_batch
+from pipeline.costmodel.shapes import ModelShape, multiples_for, shape_for
 
 DEVICES, REQUESTS, LONGEST = 2, [(128, 1024), (256, 2048)], 256 + 2048
 PANGU_38B = ModelShape(64, 5632, 64, 8, 128, 27648, 153376, False)

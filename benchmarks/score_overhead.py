@@ -12,7 +12,7 @@ import time
 import torch
 from arguments import at_least, described, folder_with
 
-from pipeline.prune.measure import measure
+from pipeline.prune.importance.measure import measure
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
 
 BATCH, SEQUENCE, PAIRS = 8, 512, 5

@@ -64,7 +64,7 @@ def _calibrate_chip(overrides: Sequence[str]) -> None:
         print("python -m pipeline calibrate-chip [calibrate.name=NAME] [calibrate.folder=FOLDER] [SETTING=VALUE ...]")
         return
     with _clear_faults(), hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        from pipeline.advice import calibrate_chip
+        from pipeline.estimate import calibrate_chip
 
         values = OmegaConf.to_container(hydra.compose("config", overrides=list(overrides)), resolve=True)
         chosen = values["device"]["chip"] is not None
@@ -89,7 +89,7 @@ def _clear_faults() -> Iterator[None]:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _compose(composed: DictConfig) -> None:
-    from pipeline import line  # here, so that --help answers without loading torch
+    from pipeline import runner  # here, so that --help answers without loading torch
 
     with _clear_faults():
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
@@ -99,7 +99,7 @@ def _compose(composed: DictConfig) -> None:
         config = validate(values)
         if config.device.chip is None and config.predicts:
             config = for_the_chip_found(values, HydraConfig.get().overrides.task)
-        line.run(config, "python -m pipeline " + " ".join(sys.argv[1:]))
+        runner.run(config, "python -m pipeline " + " ".join(sys.argv[1:]))
 
 
 def for_the_chip_found(values: dict[str, Any], overrides: Sequence[str]) -> Config:

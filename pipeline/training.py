@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.config.training import Training
+from pipeline.costmodel.training_cost import state_bytes
 from pipeline.data.packing import Packed
 from pipeline.data.stream import stream
 from pipeline.distill.holdout import hold_out, share_out
@@ -24,14 +25,13 @@ from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import Checkpoint, load_model, write_checkpoint
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.engine import Engine
-from pipeline.runtime.placing import need_memory
-from pipeline.search.training import state_bytes
+from pipeline.runtime.layer_streaming import need_memory
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 STATE_BYTES = 12  # of a parameter in a resumable checkpoint: a float32 weight and two moments
 WEIGHT_BYTES = 4
-FREE = {"micro_batch", "save_every", "keep", "gradient_checkpointing"}  # change speed and memory, not the weights
+FREE = {"micro_batch_size", "save_steps", "save_total_limit", "gradient_checkpointing"}  # change speed and memory, not the weights
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ def train_model(
     attempt's checkpoints in `out` are gone on from, digit for digit.
     """
     asked, ranks = getattr(config, section), machine.ranks
-    count, steps = accumulation(section, asked, ranks.world), steps_of(section, asked, config.data.sequence)
+    count, steps = accumulation(section, asked, ranks.world), steps_of(section, asked, config.data.sequence_length)
     first, last = (steps * part // stretch.count for part in (stretch.number - 1, stretch.number))
     parameters = sum(math.prod(shape) for shape in origin.anatomy.shapes().values())
-    need_space(out, parameters * (STATE_BYTES * (asked.keep + 1) + WEIGHT_BYTES))
-    text, held = hold_out(text, max(1, asked.validate_tokens // config.data.sequence), section)
+    need_space(out, parameters * (STATE_BYTES * (asked.save_total_limit + 1) + WEIGHT_BYTES))
+    text, held = hold_out(text, max(1, asked.eval_tokens // config.data.sequence_length), section)
     engine = _engine(section, config, asked, module, machine, count)
     try:
         done = engine.load(out / CHECKPOINTS)  # of this part
@@ -83,20 +83,20 @@ def train_model(
             _begin(out / METRICS, done, first, stretch.before)
         ranks.wait(f"{section} begins")
         done = done or 0
-        tokens = asked.batch * text.sequence
+        tokens = asked.global_batch_size * text.sequence
         course = Course(
             section,
             last - first,
             count,
             tokens,
-            asked.validate_every,
-            asked.save_every,
-            asked.keep,
+            asked.eval_steps,
+            asked.save_steps,
+            asked.save_total_limit,
             config.seed + first,
         )
 
         def rate(step: int) -> float:
-            return learning_rate(asked.schedule, first + step, steps, asked.learning_rate, asked.warmup, asked.floor)
+            return learning_rate(asked.lr_scheduler, first + step, steps, asked.learning_rate, asked.warmup_ratio, asked.min_lr_ratio)
 
         def record(metrics: dict[str, float]) -> None:
             so_far = {"step": first + metrics["step"], "tokens": first * tokens + metrics["tokens"]}
@@ -104,8 +104,8 @@ def train_model(
 
         train(
             engine,
-            stream(text, asked.micro_batch, ranks.rank, ranks.world, after + (first + done) * asked.batch, config.seed),
-            share_out(held, asked.micro_batch, ranks.rank, ranks.world),
+            stream(text, asked.micro_batch_size, ranks.rank, ranks.world, after + (first + done) * asked.global_batch_size, config.seed),
+            share_out(held, asked.micro_batch_size, ranks.rank, ranks.world),
             course,
             rate,
             done,
@@ -128,13 +128,13 @@ def settings_of(config: Config, asked: Training, apart: set[str]) -> dict[str, A
 
 def accumulation(section: str, asked: Training, world: int) -> int:
     """Give the micro-batches per step and rank; ValueError where the batch is not a whole number of them."""
-    batch, micro = asked.batch, asked.micro_batch
+    batch, micro = asked.global_batch_size, asked.micro_batch_size
     together = micro * world
     if batch % together:
         below, above = batch // together * together, -(-batch // together) * together
         near = f"{below} or {above}" if below else f"{above}"
         raise ValueError(
-            f"{section}.batch is {batch}, not a multiple of {section}.micro_batch ({micro}) x ranks ({world}) ="
+            f"{section}.global_batch_size is {batch}, not a multiple of {section}.micro_batch_size ({micro}) x ranks ({world}) ="
             f" {together}; nearest: {near}"
         )
     return batch // together
@@ -142,13 +142,14 @@ def accumulation(section: str, asked: Training, world: int) -> int:
 
 def steps_of(section: str, asked: Training, sequence: int) -> int:
     """Give the optimizer steps; ValueError where the tokens are too few for one."""
-    per_step = asked.batch * sequence
+    per_step = asked.global_batch_size * sequence
     if asked.tokens < per_step:
         raise ValueError(
-            f"{section}.tokens is {asked.tokens}, less than one step of {section}.batch ({asked.batch}) x"
-            f" data.sequence ({sequence}) = {per_step} tokens; raise it or lower the batch"
+            f"{section}.tokens is {asked.tokens}, less than one step of {section}.global_batch_size ({asked.global_batch_size}) x"
+            f" data.sequence_length ({sequence}) = {per_step} tokens; raise it or lower the batch"
         )
-    return asked.tokens // per_step
+    steps = asked.tokens // per_step
+    return steps if asked.max_steps is None else min(steps, asked.max_steps)
 
 
 def need_training_memory(section: str, config: Config, module: nn.Module, precision: str, machine) -> None:
@@ -183,10 +184,10 @@ def _engine(section: str, config: Config, asked: Training, module: Callable, mac
         machine.ranks,
         stage=config.deepspeed.stage,
         bf16=bf16,
-        micro_batch=asked.micro_batch,
+        micro_batch=asked.micro_batch_size,
         accumulation=count,
-        clip=asked.clip,
-        betas=asked.betas,
+        clip=asked.max_grad_norm,
+        betas=asked.adam_betas,
         weight_decay=asked.weight_decay,
         extra=config.deepspeed.extra,
     )
@@ -218,7 +219,7 @@ def _write(config: Config, engine: Engine, origin: Checkpoint, out: Path, rank: 
     """Write the model under the names of the origin's tensors; every rank takes part, rank 0 writes."""
     tensors = _tensors(engine, origin)
     if rank == 0:
-        write_checkpoint(out, origin.config | {"dtype": "float32"}, tensors, config.export.shard_bytes, origin.folder)
+        write_checkpoint(out, origin.config | {"dtype": "float32"}, tensors, config.checkpoint.shard_bytes, origin.folder)
     else:
         for _ in tensors:
             pass

@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from pipeline import config
-from pipeline.search.chip import Chip
+from pipeline.costmodel.chip import Chip
 
 CONF = Path(__file__).parents[1] / "conf"
 NAMES = sorted(path.stem for path in (CONF / "device" / "chip").glob("*.yaml"))

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.config import Config, validate
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import Ranks
-from pipeline.stages import tokens
+from pipeline.stages.prepare import tokens
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -36,7 +36,7 @@ def byte_tokenizer(bos: bool = False, eos: bool = True, entries: int = 300) -> P
 def configured(*overrides: str) -> Config:
     """Give the default configuration with short sequences and what is overridden."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("config", ["data.sequence=32", *overrides])
+        composed = compose("config", ["data.sequence_length=32", *overrides])
     return validate(OmegaConf.to_container(composed, resolve=True))
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 NAME = re.compile(r"(?P<row>\w+)-(?P<removed>\d+(\.\d+)?)-(?P<seed>\d+)(?P<bare>-start)?")
-GIVEN = ("teacher", "tokens", "adopt")  # stages that prune nothing: what they read is the same for all rows
-TRAINING = ("correct", "settle", "distill")
-TOLD = ("export", "dense", "evaluate", "report")
+GIVEN = ("teacher", "tokens", "external_student")  # stages that prune nothing: what they read is the same for all rows
+TRAINING = ("teacher_correction", "regularize", "distill")
+TOLD = ("export", "evaluate_reference", "evaluate", "report")
 QUALITY = ("perplexity", "next_word")
 SAME = 0.01  # relative difference of the dense model's perplexity between rows that were measured on one text
 Figures = dict[str, Any]

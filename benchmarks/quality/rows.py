@@ -14,13 +14,13 @@ UNCUT = "nobody"  # in the place of a tool: the dense model is its own start
 COMMON = (
     "data.split.evaluation=0.1",
     "score.tokens=16384",
-    "basis.tokens=32768",
+    "rotate.tokens=32768",
     "restore.tokens=32768",
     "plan.depth_tokens=1024",
     "supernet.rounds=1",
     "distill.tokens=60000",
-    "distill.batch=2",
-    "distill.micro_batch=2",
+    "distill.global_batch_size=2",
+    "distill.micro_batch_size=2",
     "evaluate.tokens=4096",
     "evaluate.words=96",
     "evaluate.words_context=200",
@@ -79,10 +79,10 @@ def _peer(name: str, label: str) -> Row:
     return Row(label, "peers", ("recipe=recover",), peer=name)
 
 
-PRINCIPAL = ("basis.kind=principal", "plan.channels=leading")
+PRINCIPAL = ("rotate.kind=principal", "plan.channels=leading")
 ALL_AXES = ("budget.axes=all", *PRINCIPAL)
-BLOCKS = ("blocks.epochs=3", "blocks.tokens=65536")
-ONCE = ("blocks.epochs=1", "blocks.tokens=196608")  # as many steps as BLOCKS
+BLOCKS = ("local_distill.epochs=3", "local_distill.tokens=65536")
+ONCE = ("local_distill.epochs=1", "local_distill.tokens=196608")  # as many steps as BLOCKS
 # KV groups may go too, by two whole sequences and units masked alone; all channels stay
 BY_MASKS = ("budget.axes=all", "plan.widths=measured", "sensitivity.restored=false", "sensitivity.length=512")
 # neurons alone, by 24 beginnings of sequences and what stays restored; no FFN loses more than half
@@ -94,22 +94,22 @@ LITTLE = Written(196608, weight=2, batch=128)  # a sixth beside WIDEST; what a C
 BROAD, WIDE = ("broad", 4), ("wide", 4)  # half of what a row reads
 WIDEST = ("widest", 8)  # two thirds
 ALL = ("all", 16)  # four fifths, and a tenth LITTLE
-MILLION = ("blocks.epochs=1", "blocks.tokens=1048576", "blocks.batch=1024")  # for an accelerator
-TWO_MILLION = ("blocks.epochs=1", "blocks.tokens=2097152", "blocks.batch=1024")
-MORE = ("restore.tokens=131072", "blocks.epochs=1", "blocks.tokens=393216")  # four times, twice of ONCE
+MILLION = ("local_distill.epochs=1", "local_distill.tokens=1048576", "local_distill.batch_tokens=1024")  # for an accelerator
+TWO_MILLION = ("local_distill.epochs=1", "local_distill.tokens=2097152", "local_distill.batch_tokens=1024")
+MORE = ("restore.tokens=131072", "local_distill.epochs=1", "local_distill.tokens=393216")  # four times, twice of ONCE
 MILLION_ONCE = (
-    *("restore.tokens=131072", "blocks.epochs=1", "blocks.tokens=1048576"),
+    *("restore.tokens=131072", "local_distill.epochs=1", "local_distill.tokens=1048576"),
     "data.split.calibration=0.75",  # recovery reads little
 )
 # deeper layers want the higher rate (docs/results.md)
-TWO_MILLION_ONCE = (*MILLION_ONCE, "blocks.tokens=2097152", "blocks.learning_rate=0.02")
+TWO_MILLION_ONCE = (*MILLION_ONCE, "local_distill.tokens=2097152", "local_distill.learning_rate=0.02")
 TWICE = ("distill.tokens=120000",)
 # the teacher learns next tokens of half of the recovery text before anything else; its student recovers from the rest
-CORRECTED = ("correct.tokens=60000", "distill.tokens=60000")
+CORRECTED = ("teacher_correction.tokens=60000", "distill.tokens=60000")
 NEXT = ("distill.loss.cross_entropy=4",)  # the tokens of the text weigh four times the dense model's predictions
-NO_BLOCKS = ("blocks.epochs=0",)
+NO_BLOCKS = ("local_distill.epochs=0",)
 BY_SCORES = ("restore.outputs=false", "restore.order=scores")
-GATES = ("gates.tokens=8192", "gates.batch=1", "gates.learning_rate=3e-2")  # 16 steps for each layer that goes
+GATES = ("layer_gates.tokens=8192", "layer_gates.batch_size=1", "layer_gates.learning_rate=3e-2")  # 16 steps for each layer that goes
 
 
 def _of_all_kinds(label: str, *recovered: str, learnt: tuple[str, ...] = MILLION_ONCE) -> Row:
@@ -123,13 +123,13 @@ ROWS: dict[str, Row] = {
     "minitron": _recipe("minitron", "Minitron"),
     "tyr": _recipe("tyr", "Týr-the-Pruner, recovered"),
     # TRSP trains before it deletes and not afterwards: its training is what the others spend on recovery
-    "trsp": _recipe("trsp", "TRSP", *GATES, bare=("settle.norm=none",), trains="settle"),
+    "trsp": _recipe("trsp", "TRSP", *GATES, bare=("regularize.norm=none",), trains="settle"),
     "trsp_recovered": _recipe(
         "trsp",
         "TRSP, half of the tokens after deletion",
         *GATES,
-        recovered=("settle.tokens=30000", "distill.tokens=30000"),
-        bare=("settle.norm=none",),
+        recovered=("regularize.tokens=30000", "distill.tokens=30000"),
+        bare=("regularize.norm=none",),
     ),
     "adapt_pruner": _recipe("adapt_pruner", "Adapt-Pruner"),
     "flap": _recipe("flap", "FLAP, recovered"),
@@ -139,10 +139,10 @@ ROWS: dict[str, Row] = {
     "pangu_plain": _ablation("pangu_light", "Pangu Light without both", "plan.clap=false", "reinit.slnp=false"),
     # the hidden axis; CLAP off, as a donor's heads are those of another layer in any basis
     "basis_untied": _ablation(
-        "pangu_light", "... without CLAP, principal basis, untied", "plan.clap=false", *PRINCIPAL, "basis.tie=untied"
+        "pangu_light", "... without CLAP, principal basis, untied", "plan.clap=false", *PRINCIPAL, "rotate.tie=untied"
     ),
     "basis_tied": _ablation(
-        "pangu_light", "... without CLAP, principal basis, tie kept", "plan.clap=false", *PRINCIPAL, "basis.tie=keep"
+        "pangu_light", "... without CLAP, principal basis, tie kept", "plan.clap=false", *PRINCIPAL, "rotate.tie=keep"
     ),
     # heads and neurons
     "restored": _ablation(
@@ -152,7 +152,7 @@ ROWS: dict[str, Row] = {
         "pangu_light", "... the same, OBS order", "plan.clap=false", "restore.outputs=true", "restore.order=obs"
     ),
     "restored_sequence": _ablation(
-        "pangu_light", "... the same, layer by layer (accumulation)", "plan.clap=false", "restore.sequence=true"
+        "pangu_light", "... the same, layer by layer (accumulation)", "plan.clap=false", "restore.sequential=true"
     ),
     "depth_loss": _ablation(
         "pangu_light", "... without CLAP, depth by measured loss", "plan.clap=false", "plan.depth=loss"
@@ -202,7 +202,7 @@ ROWS: dict[str, Row] = {
         "... and FFNs learn from two million tokens", *TWICE, *NEXT, learnt=TWO_MILLION_ONCE
     ),
     "best_all_by_layer_next_steps_longer": _of_all_kinds(
-        "... from one million, in steps of one sequence", *TWICE, *NEXT, "distill.batch=1", "distill.micro_batch=1"
+        "... from one million, in steps of one sequence", *TWICE, *NEXT, "distill.global_batch_size=1", "distill.micro_batch_size=1"
     ),
     "best_all_by_layer_corrected_longer": _of_all_kinds(
         "... from one million, the teacher corrected instead", *CORRECTED
@@ -245,21 +245,21 @@ ROWS: dict[str, Row] = {
     "best_scores": _ablation("best", "... and by scores, not restored", *NO_BLOCKS, *BY_SCORES),
     "best_order": _ablation("best", "... and by scores, restored", *NO_BLOCKS, "restore.order=scores"),
     "best_sequence": _ablation(
-        "best", "... and layer by layer (accumulation)", *NO_BLOCKS, *BY_SCORES, "restore.sequence=true"
+        "best", "... and layer by layer (accumulation)", *NO_BLOCKS, *BY_SCORES, "restore.sequential=true"
     ),
     "best_measured": _ablation("best", "... and widths by measured loss", *NO_BLOCKS, *BY_MASKS),
     "best_measured_restored": _ablation(
         "best", "... and FFN widths by losses of what the cut leaves", *NO_BLOCKS, *BY_LOSS
     ),
     "best_all_axes": _ablation("best", "... and all axes narrower", *NO_BLOCKS, "budget.axes=all"),
-    "best_untied": _ablation("best", "... and the principal basis, untied", *NO_BLOCKS, *ALL_AXES, "basis.tie=untied"),
-    "best_tied": _ablation("best", "... and the principal basis, tie kept", *NO_BLOCKS, *ALL_AXES, "basis.tie=keep"),
+    "best_untied": _ablation("best", "... and the principal basis, untied", *NO_BLOCKS, *ALL_AXES, "rotate.tie=untied"),
+    "best_tied": _ablation("best", "... and the principal basis, tie kept", *NO_BLOCKS, *ALL_AXES, "rotate.tie=keep"),
     # Týr: the search and what it is built on
     "tyr_no_search": _ablation("tyr", "Týr, even widths (no search)", "supernet.generations=0"),
     "tyr_no_accumulation": _ablation("tyr", "Týr without accumulation", "supernet.accumulation=false"),
     # the others
     "trsp_by_loss": _ablation(
-        "trsp", "TRSP, layers by measured loss", "plan.depth=loss", bare=("settle.norm=none",), trains="settle"
+        "trsp", "TRSP, layers by measured loss", "plan.depth=loss", bare=("regularize.norm=none",), trains="settle"
     ),
     "adapt_even": _ablation("adapt_pruner", "Adapt-Pruner, even widths", "plan.amplitude=0"),
     "adapt_at_once": _ablation("adapt_pruner", "Adapt-Pruner in one round", "recipe.rounds=1"),

@@ -6,18 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, PrivateAttr, ValidationError, model_validator
 
-from .fields import Count, Section, Seed
-from .inputs import Data, Generate, Model
-from .methods import Basis, Depth, Gates, Plan, Reinit, Restore, Score, Sensitivity, Supernet
-from .results import Evaluate, Export, Report, Track
-from .shapes import Budget, Calibrate, Chip, Search, Shape
-from .training import Blocks, Correct, DeepSpeed, Distill, Settle
+from pipeline.config.fields import Count, Section, Seed
+from pipeline.config.inputs import Calibration, Data, Logits, Model, SelfGenerate
+from pipeline.config.methods import LayerGates, LayerLoss, Plan, Reinit, Restore, Rotate, Score, Sensitivity, Supernet
+from pipeline.config.results import Checkpoint, Evaluate, Export, Report, Track
+from pipeline.config.shapes import Budget, Calibrate, Chip, Shape, ShapeSearch
+from pipeline.config.training import DeepSpeed, Distill, LocalDistill, Regularize, TeacherCorrection
 
 
 class Recipe(Section):
     name: str
     shape: Literal["given", "search"]
-    line: list[str]
+    stages: list[str]
     rounds: Count
     repeat: list[str]
     _round: int | None = PrivateAttr(default=None)  # no setting: where the line is
@@ -38,7 +38,7 @@ class Device(Section):
     chip: Chip | None
     attention: Literal["auto", "sdpa", "eager"]
     deterministic: bool
-    stream: Literal["auto"] | bool
+    layer_streaming: Literal["auto"] | bool
     timeout: Count
 
     @property
@@ -66,22 +66,25 @@ class Config(Section):
     recipe: Recipe
     model: Model
     data: Data
-    generate: Generate
-    correct: Correct
+    self_generate: SelfGenerate
+    teacher_correction: TeacherCorrection
+    calibration: Calibration
+    logits: Logits
+    checkpoint: Checkpoint
     shape: Shape
     budget: Budget
     score: Score
-    search: Search
-    basis: Basis
+    shape_search: ShapeSearch
+    rotate: Rotate
     restore: Restore
     supernet: Supernet
-    depth: Depth
-    gates: Gates
-    settle: Settle
+    layer_loss: LayerLoss
+    layer_gates: LayerGates
+    regularize: Regularize
     sensitivity: Sensitivity
     plan: Plan
     reinit: Reinit
-    blocks: Blocks
+    local_distill: LocalDistill
     distill: Distill
     export: Export
     evaluate: Evaluate
@@ -99,7 +102,7 @@ class Config(Section):
     @property
     def corrects(self) -> bool:
         """Whether the teacher is corrected before it teaches."""
-        return self.correct.tokens > 0 and "correct" in self.recipe.line
+        return self.teacher_correction.tokens > 0 and "teacher_correction" in self.recipe.stages
 
     def at_round(self, number: int) -> "Config":
         """Give the same configuration in a round of the line."""
@@ -111,28 +114,28 @@ class Config(Section):
     def _rounds_repeat_what_can_be_repeated(self):
         if self.recipe.rounds == 1:
             return self
-        strange = [name for name in self.recipe.repeat if name not in self.recipe.line]
+        strange = [name for name in self.recipe.repeat if name not in self.recipe.stages]
         if strange or not self.recipe.repeat:
-            raise ValueError(f"recipe.repeat names {strange or 'nothing'}; choose from recipe.line {self.recipe.line}")
+            raise ValueError(f"recipe.repeat names {strange or 'nothing'}; choose from recipe.stages {self.recipe.stages}")
         if self.recipe.shape == "search":
             raise ValueError("recipe.rounds goes to a known shape in equal parts; set recipe.shape=given")
-        if self.basis.kind != "none":
+        if self.rotate.kind != "none":
             raise ValueError(
                 f"recipe.rounds={self.recipe.rounds} tells what was cut in the teacher's own channels, which "
-                f"basis.kind={self.basis.kind} turns; set basis.kind=none, or recipe.rounds=1"
+                f"rotate.kind={self.rotate.kind} turns; set rotate.kind=none, or recipe.rounds=1"
             )
         return self
 
     @model_validator(mode="after")
     def _stages_belong_to_the_recipe(self):
-        unknown = [stage for stage in self.stages or [] if stage not in self.recipe.line]
+        unknown = [stage for stage in self.stages or [] if stage not in self.recipe.stages]
         if unknown:
-            raise ValueError(f"stages names {unknown}; recipe {self.recipe.name} has {self.recipe.line}")
+            raise ValueError(f"stages names {unknown}; recipe {self.recipe.name} has {self.recipe.stages}")
         return self
 
     @model_validator(mode="after")
     def _methods_go_together(self):
-        turned = self.basis.kind == "principal"
+        turned = self.rotate.kind == "principal"
         if turned and self.plan.channels == "scores":
             raise ValueError(
                 "plan.channels=scores takes the teacher's own channels, not those of a principal basis; "
@@ -140,54 +143,54 @@ class Config(Section):
             )
         if not turned and self.plan.channels == "leading":
             raise ValueError(
-                "plan.channels=leading takes the first channels of a principal basis; set basis.kind=principal"
+                "plan.channels=leading takes the first channels of a principal basis; set rotate.kind=principal"
             )
         if turned and (self.distill.loss.hidden or self.distill.loss.embedding):
             raise ValueError(
                 "distill.loss.hidden and distill.loss.embedding compare channels with the teacher's, which "
-                "basis.kind=principal turns; set both to 0"
+                "rotate.kind=principal turns; set both to 0"
             )
         if self.restore.order == "obs" and self.plan.clap:
             raise ValueError(
                 "restore.order=obs ranks KV groups inside a layer and plan.clap compares layers; set plan.clap=false "
                 "or restore.order=scores"
             )
-        if self.settle.norm != "none" and not self.plan.measures_depth:
+        if self.regularize.norm != "none" and not self.plan.measures_depth:
             raise ValueError(
-                f"settle.norm={self.settle.norm} empties the layers that go, which plan.depth={self.plan.depth} "
+                f"regularize.norm={self.regularize.norm} empties the layers that go, which plan.depth={self.plan.depth} "
                 "names only in the plan; set plan.depth=gates, loss or evolved"
             )
-        if self.settle.norm != "none" and (self.restore.outputs or self.restore.order == "obs"):
+        if self.regularize.norm != "none" and (self.restore.outputs or self.restore.order == "obs"):
             raise ValueError(
                 "restore.outputs and restore.order=obs solve with the inputs of the teacher's layers, which "
-                f"settle.norm={self.settle.norm} changes; set settle.norm=none, or restore.outputs=false and "
+                f"regularize.norm={self.regularize.norm} changes; set regularize.norm=none, or restore.outputs=false and "
                 "restore.order=scores"
             )
-        if self.reinit.absorb in ("fitted", "removed") and "absorb" not in self.recipe.line:
+        if self.reinit.absorb in ("fitted", "removed") and "absorb_norms" not in self.recipe.stages:
             raise ValueError(
-                f"recipe.line has no absorb, which reinit.absorb={self.reinit.absorb} needs; add it after cut, or set "
+                f"recipe.stages has no absorb_norms, which reinit.absorb={self.reinit.absorb} needs; add it after cut, or set "
                 "reinit.absorb=false"
             )
         changes = {
-            "restore.sequence=true": self.restore.sequence,
+            "restore.sequential=true": self.restore.sequential,
             "plan.widths=evolved": self.plan.widths == "evolved",
-            f"settle.norm={self.settle.norm}": self.settle.norm != "none",
+            f"regularize.norm={self.regularize.norm}": self.regularize.norm != "none",
         }
-        if turned and self.blocks.epochs and any(changes.values()):
+        if turned and self.local_distill.epochs and any(changes.values()):
             raise ValueError(
-                f"blocks.epochs={self.blocks.epochs} lets FFNs learn from the teacher in the axes of "
-                f"basis.kind=principal, which turns a model that {next(name for name in changes if changes[name])} has "
-                "changed; set blocks.epochs=0, or basis.kind=none and plan.channels=scores"
+                f"local_distill.epochs={self.local_distill.epochs} lets FFNs learn from the teacher in the axes of "
+                f"rotate.kind=principal, which turns a model that {next(name for name in changes if changes[name])} has "
+                "changed; set local_distill.epochs=0, or rotate.kind=none and plan.channels=scores"
             )
-        layerwise = "restore.sequence=true" if self.restore.sequence else "plan.widths=evolved"
-        if self.restore.sequence or self.plan.widths == "evolved":
+        layerwise = "restore.sequential=true" if self.restore.sequential else "plan.widths=evolved"
+        if self.restore.sequential or self.plan.widths == "evolved":
             clashes = {
                 "plan.clap=false": self.plan.clap,
                 "plan.heads=scores": self.plan.heads != "scores",
                 "plan.neurons=scores": self.plan.neurons != "scores",
                 "restore.outputs=false": self.restore.outputs,
                 "restore.order=scores": self.restore.order != "scores",
-                "settle.norm=none": self.settle.norm != "none",
+                "regularize.norm=none": self.regularize.norm != "none",
             }
             if any(clashes.values()):
                 wanted = ", ".join(change for change, clash in clashes.items() if clash)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from .fields import Count, Portion, Positive, Section, Share
+from pipeline.config.fields import Count, Portion, Positive, Section, Share
 
 Paths = str | list[str]
 
@@ -45,7 +45,7 @@ class Split(Section):
 
 
 class Data(Section):
-    sequence: Annotated[int, Field(ge=8)]
+    sequence_length: Annotated[int, Field(ge=8)]
     text_field: str
     calibration: Source
     recovery: Source
@@ -59,9 +59,17 @@ class Data(Section):
         return self
 
 
-class Generate(Section):
+class SelfGenerate(Section):
     tokens: Count
     length: Count
-    batch: Count
+    batch_size: Count
     temperature: Positive
     chat: Portion
+
+
+class Calibration(Section):
+    batch_size: Count
+
+
+class Logits(Section):
+    chunk: Count

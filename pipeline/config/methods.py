@@ -4,18 +4,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .fields import Count, Fraction, Portion, Positive, Section, Size, Weight
+from pipeline.config.fields import Count, Fraction, Portion, Positive, Section, Size, Weight
 
 
 class Score(Section):
     kind: Literal["activation", "taylor", "fluctuation", "magnitude"]
     tokens: Count
-    batch: Count
     aggregation: Literal["sum", "minitron"]
     norms: Literal["all", "pre"]
 
 
-class Basis(Section):
+class Rotate(Section):
     kind: Literal["none", "principal"]
     tie: Literal["untied", "keep"]
     own_axes: Size
@@ -29,7 +28,7 @@ class Restore(Section):
     at_once: Count
     tokens: Count
     memory: Positive
-    sequence: bool
+    sequential: bool
     local: Literal["obs", "tyr", "tyr_curvature"]
 
 
@@ -47,19 +46,18 @@ class Supernet(Section):
     weights: Literal["composed", "solved_again", "better"]
 
 
-class Depth(Section):
+class LayerLoss(Section):
     start: Literal["influence", "loss"]
     generations: Size
     offspring: Count
 
 
-class Gates(Section):
+class LayerGates(Section):
     form: Literal["residual", "stream"]
     penalty: Weight
     learning_rate: Positive
     tokens: Count
-    batch: Count
-    chunk: Count
+    batch_size: Count
 
 
 class Sensitivity(Section):
@@ -84,7 +82,7 @@ class Plan(Section):
     @property
     def measures_depth(self) -> bool:
         """Whether a stage before the plan finds the layers that stay."""
-        return self.depth in ("loss", "evolved", "gates")
+        return self.layer_loss in ("loss", "evolved", "gates")
 
     @property
     def policy(self) -> dict[str, Any]:
@@ -93,7 +91,7 @@ class Plan(Section):
         Block influence stands in for a loss or gates until these are measured or learnt.
         """
         drawn = [kind for kind in ("channels", "heads", "neurons") if getattr(self, kind) == "random"]
-        depth = "influence" if self.measures_depth else self.depth
+        depth = "influence" if self.measures_depth else self.layer_loss
         asked = self.model_dump(include={"keep_first", "clap", "clap_normalise"})
         return asked | {"depth": depth, "drawn": drawn}
 

@@ -2,20 +2,18 @@
 
 from typing import Literal
 
-from .fields import Count, Positive, Section, Size
+from pipeline.config.fields import Count, Positive, Section, Size
 
 
 class Export(Section):
     form: Literal["auto", "own", "padded", "decilm"]
     dtype: Literal["bfloat16", "float16", "float32"]
-    shard_bytes: Positive
     tolerance: Positive
 
 
 class Evaluate(Section):
     tokens: Count
-    batch: Count
-    chunk: Count
+    batch_size: Count
     words: Size
     words_context: Count
     tasks: list[str]
@@ -37,3 +35,7 @@ class Track(Section):
     entity: str | None
     group: str | None
     tags: list[str]
+
+
+class Checkpoint(Section):
+    shard_bytes: Positive

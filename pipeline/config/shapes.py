@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .fields import Count, Fraction, Portion, Positive, Section, Weight
+from pipeline.config.fields import Count, Fraction, Portion, Positive, Section, Weight
 
 
 class Shape(Section):
@@ -41,12 +41,12 @@ class Budget(Section):
         return self.predicted | ({"parameters": parameters} if parameters else {})
 
 
-class Search(Section):
+class ShapeSearch(Section):
     candidates: Count
     tolerance: Weight
     tokens: Count
     speed: Literal["decode", "prefill"]
-    batch: Count
+    batch_size: Count
     prompt: Count
     context: Count
     precision: Literal["bf16", "fp32", "int8"]

@@ -4,13 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from .fields import Count, Portion, Positive, Section, Share, Size, Weight
+from pipeline.config.fields import Count, Portion, Positive, Section, Share, Size, Weight
 
 
-class Blocks(Section):
+class LocalDistill(Section):
     epochs: Size
     tokens: Count
-    batch: Count
+    batch_tokens: Count
     learning_rate: Positive
 
 
@@ -21,38 +21,36 @@ class Loss(Section):
     cross_entropy: Weight
     hidden: Weight
     embedding: Weight
-    chunk: Count
     kernel: Literal["auto", "reference", "triton"]
 
 
 class Training(Section):
     tokens: Count
-    batch: Count
-    micro_batch: Count
+    max_steps: Count | None
+    global_batch_size: Count
+    micro_batch_size: Count
     learning_rate: Positive
-    schedule: Literal["cosine", "constant_decay"]
-    warmup: Share
-    floor: Portion
-    betas: tuple[Share, Share]
+    lr_scheduler: Literal["cosine", "wsd"]
+    warmup_ratio: Share
+    min_lr_ratio: Portion
+    adam_betas: tuple[Share, Share]
     weight_decay: Weight
-    clip: Positive
+    max_grad_norm: Positive
     precision: Literal["auto", "bf16", "fp32"]
     gradient_checkpointing: bool
-    save_every: Count
-    keep: Count
-    validate_every: Count
-    validate_tokens: Count
+    save_steps: Count
+    save_total_limit: Count
+    eval_steps: Count
+    eval_tokens: Count
 
 
-class Settle(Training):
+class Regularize(Training):
     norm: Literal["none", "l1", "l2"]
     weight: Weight
-    chunk: Count
 
 
-class Correct(Training):
+class TeacherCorrection(Training):
     tokens: Size
-    chunk: Count
 
 
 class Distill(Training):
@@ -60,11 +58,11 @@ class Distill(Training):
 
 
 OWN = {  # of DeepSpeed's settings: those that say again what these say
-    "train_batch_size": "distill.batch",
-    "train_micro_batch_size_per_gpu": "distill.micro_batch",
-    "gradient_accumulation_steps": "distill.batch and distill.micro_batch",
-    "optimizer": "distill.learning_rate, distill.betas and distill.weight_decay",
-    "scheduler": "distill.schedule, distill.warmup and distill.floor",
+    "train_batch_size": "distill.global_batch_size",
+    "train_micro_batch_size_per_gpu": "distill.micro_batch_size",
+    "gradient_accumulation_steps": "distill.global_batch_size and distill.micro_batch_size",
+    "optimizer": "distill.learning_rate, distill.adam_betas and distill.weight_decay",
+    "scheduler": "distill.lr_scheduler, distill.warmup_ratio and distill.min_lr_ratio",
 }
 
 
@@ -76,6 +74,6 @@ class DeepSpeed(Section):
     def _says_nothing_twice(self):
         for name, ours in OWN.items():
             if name in self.extra:
-                others = "(correct's or settle's where they train)"
+                others = "(teacher_correction's or regularize's where they train)"
                 raise ValueError(f"extra.{name} would say again what {ours} says {others}; set that")
         return self

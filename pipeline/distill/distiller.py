@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .language import logit_form, next_tokens
-from .loss import linear_distillation
+from pipeline.distill.loss import linear_distillation
+from pipeline.distill.next_token import logit_form, next_tokens
 
 EMBEDDING = -1  # the place of the embedding output among the layers' outputs
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .language import LanguageHead, next_tokens
+from pipeline.distill.next_token import LanguageHead, next_tokens
 
 
 @dataclass(frozen=True)

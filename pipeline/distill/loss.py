@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import fused
-
-from .rows import DIVERGENCES, PLAIN, Logits, Terms, compare
+from pipeline.distill.divergences import DIVERGENCES, PLAIN, Logits, Terms, compare
 
 IGNORED = -100             # a label that takes no part in the cross entropy
 CACHED = 1 << 20           # logits worked on at once on a CPU: few enough to stay in its caches between passes

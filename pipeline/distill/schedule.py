@@ -21,7 +21,7 @@ def learning_rate(kind: str, step: int, steps: int, peak: float, warmup: float, 
     if kind == "constant_decay":
         begin = max(top, steps - math.ceil(DECAYED * steps) - 1)
         return peak * (1.0 - (1.0 - floor) * max(0.0, _progress(step, begin, steps)))
-    raise ValueError(f"distill.schedule is {kind!r}; choose cosine or constant_decay")
+    raise ValueError(f"distill.lr_scheduler is {kind!r}; choose cosine or constant_decay")
 
 
 def _progress(step: int, begin: int, steps: int) -> float:

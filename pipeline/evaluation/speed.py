@@ -9,7 +9,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from .samples import continuation
+from pipeline.evaluation.samples import continuation
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def word_starts(tokenizer: Any) -> list[int]:
     words = {place: token.lstrip("Ġ▁") for place, token in enumerate(tokens) if token}
     words = {place: word for place, word in words.items() if len(word) > 2 and word.isalpha()}
     if not words:
-        raise ValueError("the tokenizer has no token that is a word of three letters; set generate.chat=1.0")
+        raise ValueError("the tokenizer has no token that is a word of three letters; set self_generate.chat=1.0")
     return [place for place, word in words.items() if word[0].isupper()] or list(words)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from .families import EMBEDDING, FINAL_NORM, HEAD, LAYER, Family, family_of
+from pipeline.model.families import EMBEDDING, FINAL_NORM, HEAD, LAYER, Family, family_of
 
 Axis = str  # "v", "h", "f", "d", "n d" or "k d"
 Segment = tuple[Axis, ...]

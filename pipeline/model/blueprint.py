@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .anatomy import Anatomy, LayerSizes, Sizes
+from pipeline.model.anatomy import Anatomy, LayerSizes, Sizes
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pipeline.model.anatomy import Sizes
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
-
-from .axes import legend
-from .drawing import Arc, Box, Dot, Drawing, Line, Mark, Text
+from pipeline.report.axes import legend
+from pipeline.report.drawing import Arc, Box, Dot, Drawing, Line, Mark, Text
 
 LABEL, BIN, SHARE = 34.0, 4.0, 64.0  # pixels: layer numbers, one bin of neurons, the number at the end of a row
 WIDTH = 736.0  # of the page's text

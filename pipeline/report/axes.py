@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .drawing import Line, Mark, Text
+from pipeline.report.drawing import Line, Mark, Text
 
 WIDTH, HEIGHT = 348.0, 224.0  # a panel: one column of the page, the whole width of a phone
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 34.0, 34.0

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .facts import MODELS, Report, perplexity_of, start_of, times
+from pipeline.report.facts import MODELS, Report, perplexity_of, start_of, times
 
 MINUS = "\N{MINUS SIGN}"
 SPACE = "\N{NO-BREAK SPACE}"

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from .comparison import change, count, size, whole
-from .drawing import Drawing
-from .facts import Report
-from .layout import paragraph, section
-from .tables import line, table
+from pipeline.report.comparison import change, count, size, whole
+from pipeline.report.drawing import Drawing
+from pipeline.report.facts import Report
+from pipeline.report.layout import paragraph, section
+from pipeline.report.tables import line, table
 
 LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({folder}{code})

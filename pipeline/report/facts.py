@@ -7,8 +7,7 @@ from typing import Any
 from pipeline.model.anatomy import Sizes
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
-
-from .anatomy_map import fate
+from pipeline.report.anatomy_map import fate
 
 MODELS = ("teacher", "student")
 Report = dict[str, Any]

@@ -6,11 +6,10 @@ from typing import Any
 from pipeline.model.anatomy import Sizes
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
-
-from .anatomy_map import anatomy_map, fate
-from .axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, legend, number, panel, scale
-from .drawing import Area, Box, Dot, Drawing, Line, Mark, Text
-from .facts import Curve, faster, times, widths
+from pipeline.report.anatomy_map import anatomy_map, fate
+from pipeline.report.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, legend, number, panel, scale
+from pipeline.report.drawing import Area, Box, Dot, Drawing, Line, Mark, Text
+from pipeline.report.facts import Curve, faster, times, widths
 
 BARS = 120
 GONE = 1e9  # a perplexity far above that of any vocabulary: larger ones say no more, and would press the rest together

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from .drawing import Drawing, svg
+from pipeline.report.drawing import Drawing, svg
 
 
 def section(title: str, *body: str) -> str:

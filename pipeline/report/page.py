@@ -6,15 +6,15 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from .blocks import blocks_section
-from .comparison import MINUS, count, percent, rate, size, unsteady, whole
-from .drawing import COLOURS, Drawing, svg
-from .exported import export_section
-from .facts import Report, perplexity_of, start_of, times
-from .figures import duration
-from .layout import beside, panels, paragraph, section
-from .rounds import rounds_section
-from .tables import comparison_table, plain_table, quality_table, search_table, task_table
+from pipeline.report.comparison import MINUS, count, percent, rate, size, unsteady, whole
+from pipeline.report.drawing import COLOURS, Drawing, svg
+from pipeline.report.exported import export_section
+from pipeline.report.facts import Report, perplexity_of, start_of, times
+from pipeline.report.figures import duration
+from pipeline.report.layout import beside, panels, paragraph, section
+from pipeline.report.local_distill import blocks_section
+from pipeline.report.rounds import rounds_section
+from pipeline.report.tables import comparison_table, plain_table, quality_table, search_table, task_table
 
 TEMPLATE = Path(__file__).with_name("page.html")
 TEXT_WIDTH = 736  # pixels of the page's column

@@ -6,13 +6,12 @@ from typing import Any
 
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
-
-from .axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, legend, panel
-from .comparison import SPACE, count
-from .drawing import Box, Drawing
-from .facts import Report
-from .layout import beside, section
-from .tables import line, table
+from pipeline.report.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, legend, panel
+from pipeline.report.comparison import SPACE, count
+from pipeline.report.drawing import Box, Drawing
+from pipeline.report.facts import Report
+from pipeline.report.layout import beside, section
+from pipeline.report.tables import line, table
 
 AXES = {"layers": "layers", "hidden": "channels", "heads": "heads", "groups": "KV groups", "neurons": "neurons"}
 KL = "held_out_kl"

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .comparison import rows, size, whole
-from .facts import Report, faster, infinite, start_of, times, widths
+from pipeline.report.comparison import rows, size, whole
+from pipeline.report.facts import Report, faster, infinite, start_of, times, widths
 
 WHO = ("teacher", "start", "student")
 MEASURES = (

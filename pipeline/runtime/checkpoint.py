@@ -17,9 +17,8 @@ from transformers.utils import logging
 from pipeline.model import decilm
 from pipeline.model.anatomy import Anatomy, anatomy_of
 from pipeline.model.families import family_of
-
-from .described import check_indices, read_config, read_mapping
-from .modelling import pruned_class
+from pipeline.runtime.described import check_indices, read_config, read_mapping
+from pipeline.runtime.modelling import pruned_class
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from pipeline.runtime.checkpoint import open_checkpoint, write_checkpoint
 from pipeline.runtime.device import Device
+from pipeline.runtime.optimizer_state import FUSED_ADAM, MASTER, States
 from pipeline.runtime.ranks import Ranks
-from pipeline.runtime.states import FUSED_ADAM, MASTER, States
 
 SHARD_BYTES = 1 << 30       # of a checkpoint: also what rank 0 holds in memory while writing one
 COMPUTE = {"bf16": torch.bfloat16, "fp16": torch.float16}  # DeepSpeed's setting -> type of the parameters

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.runtime.pulse import FAILED, Pulse, alive
+from pipeline.runtime.heartbeat import FAILED, Pulse, alive
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LOOK = 0.5       # most seconds between two looks of a waiting rank at the others

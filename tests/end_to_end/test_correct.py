@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 
-from pipeline import line, training
+from pipeline import runner, training
 from pipeline.runtime.checkpoint import open_checkpoint
 from tests.tiny_text import configured
 from tests.world import make_world, settings
 
-ROUNDS = "recipe.repeat=[score,shape,plan,cut]"
+ROUNDS = "recipe.repeat=[importance,shape,plan,cut]"
 CORRECTED, RECOVERED = 1024, 2048  # tokens; 256 a step
 
 
@@ -23,7 +23,7 @@ def world(tmp_path_factory):
 def made(world, run, *overrides, **changed):
     """Run a line in this process; give its artifacts by name."""
     small = {"run": run, "evaluate__speed": "false", "report__samples": 0, "correct__tokens": CORRECTED}
-    return line.run(configured(*settings(world, **(small | changed)), *overrides), "a test")
+    return runner.run(configured(*settings(world, **(small | changed)), *overrides), "a test")
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +53,21 @@ def rows(folder):
 
 
 def test_what_cuts_and_teaches_reads_the_corrected_teacher_and_what_compares_the_given_one(world, corrected, plain):
-    new, given = corrected["teacher"].name, plain["teacher"].name
+    new, given = corrected["teacher"].name, plain["reference"].name
     assert new.startswith("correct-") and given.startswith("teacher-")
-    for stage in ("scores", "blueprint", "start", "student"):
-        assert inputs(corrected[stage])["teacher"] == new, stage
+    for stage in ("scores", "blueprint", "initial_student", "recovered"):
+        assert {"teacher", "subject"} & set(inputs(corrected[stage])) and given not in inputs(corrected[stage]).values(), stage
     for stage in ("dense", "evaluation", "report"):
-        assert inputs(corrected[stage])["teacher"] == given, stage
-    assert corrected["dense"] == plain["dense"] and corrected["tokens"] == plain["tokens"]
+        assert inputs(corrected[stage])["reference"] == given, stage
+    assert corrected["reference_evaluation"] == plain["reference_evaluation"] and corrected["tokens"] == plain["tokens"]
     assert dense_of(told(world, "corrected")) == dense_of(told(world, "plain"))
     view = world / "runs" / "corrected"
-    assert (view / "teacher").resolve().name == given and (view / "corrected").resolve().name == new
+    assert (view / "teacher").resolve().name == given and (view / "corrected_teacher").resolve().name == new
     assert not (world / "runs" / "plain" / "corrected").exists()
 
 
 def test_the_student_is_cut_from_the_corrected_weights(corrected, plain):
-    folders = (plain["teacher"], corrected["teacher"], corrected["start"])
+    folders = (plain["teacher"], corrected["teacher"], corrected["initial_student"])
     old, new, start = map(open_checkpoint, folders)
     assert set(old) == set(new)
     assert not any(torch.equal(old[name], new[name]) for name in old), "all weights are trained"
@@ -111,8 +111,8 @@ def test_recovery_reads_on_where_the_correction_ended(world, monkeypatch):
 
 
 def test_a_part_of_the_line_reads_the_corrected_teacher_too(world, corrected):
-    part = made(world, "part", "stages=[score]", correct__learning_rate=1e-2, artifacts=world / "part")
-    assert inputs(part["scores"])["teacher"] == corrected["teacher"].name
+    part = made(world, "part", "stages=[importance]", correct__learning_rate=1e-2, artifacts=world / "part")
+    assert inputs(part["scores"])["subject"] == corrected["teacher"].name
 
 
 def test_a_teacher_with_code_of_its_own_keeps_it(world, tmp_path):
@@ -123,48 +123,48 @@ def test_a_teacher_with_code_of_its_own_keeps_it(world, tmp_path):
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_mine.Mine"}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     own = {"model__path": tmp_path / "model", "model__trust_remote_code": "true", "artifacts": tmp_path / "artifacts"}
-    part = made(world, "own", "stages=[score]", **own)
-    assert inputs(part["scores"])["teacher"] == part["corrected"].name
-    assert (part["corrected"] / "modeling_mine.py").is_file()
+    part = made(world, "own", "stages=[importance]", **own)
+    assert inputs(part["scores"])["subject"] == part["corrected_teacher"].name
+    assert (part["corrected_teacher"] / "modeling_mine.py").is_file()
 
 
 def test_a_line_without_the_stage_is_as_without_its_tokens(world, plain, tmp_path):
     """Where nothing is cut, nothing is asked of the stage, and recovery reads its text from the beginning."""
-    given = {"model__start": plain["start"], "recipe": "recover"}
+    given = {"model__start": plain["initial_student"], "recipe": "recover"}
     asked = [
-        made(world, f"recover-{tokens}", "recipe.line=[adopt,distill]", correct__tokens=tokens, **given)
+        made(world, f"recover-{tokens}", "recipe.stages=[external_student,distill]", correct__tokens=tokens, **given)
         for tokens in (0, CORRECTED)
     ]
     assert asked[0]["student"] == asked[1]["student"]
 
 
 def test_right_before_recovery_it_teaches_alone(world, plain):
-    last = made(world, "late", "recipe.line=[score,shape,plan,cut,correct,distill,export]")
-    assert last["start"] == plain["start"]
-    assert inputs(last["student"])["teacher"] == last["corrected"].name == last["teacher"].name
+    last = made(world, "late", "recipe.stages=[importance,shape,plan,cut,teacher_correction,distill,export]")
+    assert last["initial_student"] == plain["initial_student"]
+    assert inputs(last["recovered"])["teacher"] == last["corrected_teacher"].name == last["teacher"].name
 
 
 def test_in_rounds_the_corrected_teacher_teaches_all_of_them(world):
     wide = {"shape__neurons": None, "shape__layers": None, "budget__parameters": 0.8, "distill__batch": 4}
     last = made(world, "rounds", "recipe=adapt_pruner", recipe__rounds=2, plan__amplitude=0.05, **wide)
-    folder = last["corrected"].name
+    folder = last["corrected_teacher"].name
     assert last["teacher"].name == folder
-    second = inputs(last["student"])
-    first = inputs(last["student"].parent / second["teacher"])
-    assert second["original"] == folder and first["teacher"] == folder
-    assert inputs(last["evaluation"])["teacher"] == last["given"].name != folder
+    second = inputs(last["recovered"])
+    first = inputs(last["recovered"].parent / second["previous_student"])
+    assert second["teacher"] == folder and first["teacher"] == folder
+    assert inputs(last["evaluation"])["reference"] == last["reference"].name != folder
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("correct.tokens=100",), "correct.tokens is 100, less than one step"),
-        (("correct.batch=6",), r"correct\.batch is 6, not a multiple of correct\.micro_batch"),
-        (("recipe.line=[score,shape,plan,cut,export]",), "recipe.line has no correct, which"),
-        (("correct.validate_tokens=64",), "correct.validate_tokens is 64 and distill.validate_tokens 128"),
-        (("recipe.line=[correct,score,shape,correct,plan,cut,export]",), "is corrected once"),
-        (("recipe.line=[score,shape,plan,cut,distill,correct,export]",), "is corrected once"),
-        (("recipe.rounds=2", "recipe.line=[score,shape,plan,cut,correct,distill,export]", ROUNDS), "is corrected once"),
+        (("teacher_correction.tokens=100",), "teacher_correction.tokens is 100, less than one step"),
+        (("teacher_correction.global_batch_size=6",), r"correct\.batch is 6, not a multiple of correct\.micro_batch"),
+        (("recipe.stages=[importance,shape,plan,cut,export]",), "recipe.stages has no correct, which"),
+        (("teacher_correction.eval_tokens=64",), "teacher_correction.eval_tokens is 64 and distill.eval_tokens 128"),
+        (("recipe.stages=[teacher_correction,importance,shape,teacher_correction,plan,cut,export]",), "is corrected once"),
+        (("recipe.stages=[importance,shape,plan,cut,distill,teacher_correction,export]",), "is corrected once"),
+        (("recipe.rounds=2", "recipe.stages=[importance,shape,plan,cut,teacher_correction,distill,export]", ROUNDS), "is corrected once"),
     ],
 )
 def test_a_correction_that_cannot_be_is_refused(world, overrides, message):

@@ -33,7 +33,7 @@ def views(tmp_path_factory):
     world = make_world(tmp_path_factory.mktemp("exports"), num_key_value_heads=4, intermediate_size=128)
     given = {"recipe": "flap", "reinit__bias_compensation": "false", "budget__parameters": 0.6}
     chosen = settings(world, shape__layers=None, shape__neurons=None, **given)
-    part = "stages=[score,shape,plan,cut,export]"
+    part = "stages=[importance,shape,plan,cut,export]"
     said = pipeline("run=forms", *chosen, part, f"export.form={','.join(FORMS)}", "--multirun", cwd=world).stdout
     assert said.count("cut: finished before") == 2, "the forms share all before them"
     return {form: world / "runs" / "forms" / f"export.form={form}" for form in FORMS}

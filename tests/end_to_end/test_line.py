@@ -40,7 +40,7 @@ def test_one_command_gives_a_smaller_model_and_a_report(world, first):
     assert student.config["num_hidden_layers"] == 3 and student.config["intermediate_size"] == 16
     for place in report["perplexity"].values():
         assert place["teacher"]["perplexity"] > 1 and place["student"]["perplexity"] > 1
-    assert {"score", "cut", "distill"} <= set(report["stages"])
+    assert {"importance", "cut", "distill"} <= set(report["stages"])
     assert all(stage["seconds"] > 0 and stage["peak_memory"] > 0 for stage in report["stages"].values())
     assert "<html" in (run / "report.html").read_text()
     assert list((run / "figures").glob("*.png"))
@@ -64,8 +64,8 @@ def test_a_second_run_does_no_work_and_says_so(world, first):
 
 def test_a_changed_setting_redoes_only_what_depends_on_it(world, first):
     chosen = settings(world, plan__clap="false")
-    said = pipeline("run=other", *chosen, "stages=[score,shape,plan,cut]", cwd=world).stdout
-    for stage in ("teacher", "tokens", "score", "shape"):
+    said = pipeline("run=other", *chosen, "stages=[importance,shape,plan,cut]", cwd=world).stdout
+    for stage in ("teacher", "tokens", "importance", "shape"):
         assert f"{stage}: finished before" in said
     for stage in ("plan", "cut"):
         assert f"{stage}: finished before" not in said
@@ -80,7 +80,7 @@ def test_a_part_that_needs_an_unmade_artifact_says_which_stage_makes_it(world, f
 def test_a_sweep_of_three_shapes_scores_once(world):
     chosen = settings(world, seed=11, shape__layers=None)
     said = pipeline(
-        "run=sweep", *chosen, "shape.layers=2,3,4", "stages=[score,shape,plan,cut]", "--multirun", cwd=world
+        "run=sweep", *chosen, "shape.layers=2,3,4", "stages=[importance,shape,plan,cut]", "--multirun", cwd=world
     ).stdout
     assert said.count("score: finished before") == 2
     views = sorted(path.name for path in (world / "runs" / "sweep").iterdir() if path.is_dir())
@@ -101,9 +101,9 @@ def test_a_sweep_is_tracked_by_the_real_wandb_through_to_each_report(world):
 
 def test_two_ranks_under_torchrun_give_the_student_of_one(world):
     chosen = settings(world, artifacts=world / "one", distill__micro_batch=8)
-    pipeline("run=one", *chosen, "stages=[score,shape,plan,cut,distill]", cwd=world)
+    pipeline("run=one", *chosen, "stages=[importance,shape,plan,cut,distill]", cwd=world)
     chosen = settings(world, artifacts=world / "two", distill__micro_batch=4)
-    pipeline("run=two", *chosen, "deepspeed=zero3", "stages=[score,shape,plan,cut,distill]", cwd=world, ranks=2)
+    pipeline("run=two", *chosen, "deepspeed=zero3", "stages=[importance,shape,plan,cut,distill]", cwd=world, ranks=2)
     scores = [open_scores(world / "runs" / name) for name in ("one", "two")]
     for name in scores[0]:
         torch.testing.assert_close(scores[0][name], scores[1][name], rtol=1e-5, atol=1e-5)
@@ -114,7 +114,7 @@ def test_two_ranks_under_torchrun_give_the_student_of_one(world):
 
 def test_a_sweep_under_torchrun_recovers_each_student_as_a_run_of_its_own_does(world):
     """The ranks keep their process group from job to job, and DeepSpeed's second start sees nothing of its first."""
-    stages = "stages=[score,shape,plan,cut,distill]"
+    stages = "stages=[importance,shape,plan,cut,distill]"
     swept = settings(world, shape__layers=None, artifacts=world / "swept")
     pipeline("run=swept", *swept, "shape.layers=2,3", stages, "--multirun", cwd=world, ranks=2)
     pipeline("run=alone", *settings(world, artifacts=world / "alone"), stages, cwd=world, ranks=2)

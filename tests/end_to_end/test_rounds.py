@@ -6,9 +6,9 @@ from html import unescape
 import pytest
 import torch
 
-from pipeline import line, training
+from pipeline import runner, training
 from pipeline.model.blueprint import Blueprint
-from pipeline.prune.surgery import cut
+from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import open_checkpoint
 from tests.tiny_text import configured
 from tests.world import make_world, settings
@@ -25,7 +25,7 @@ def made(world, *overrides, **changed):
     """Run a line of two rounds in this process; give its artifacts by name."""
     given = {"shape__layers": None, "shape__neurons": None, "evaluate__speed": "false", "report__samples": 0}
     recovery = {"distill__tokens": STEPS * TOKENS, "distill__micro_batch": 8, "recipe__rounds": 2}
-    return line.run(configured(*settings(world, **(given | recovery | changed)), *overrides), "a test")
+    return runner.run(configured(*settings(world, **(given | recovery | changed)), *overrides), "a test")
 
 
 def adapted(world, run, *overrides, **changed):
@@ -96,7 +96,7 @@ def test_one_schedule_one_text_and_one_curve_run_through_all_rounds(world, strai
     assert report["recovery"]["tokens"] == STEPS * TOKENS
     assert report["recovery"]["curves"]["held_out_kl"] == {"first": held[0][1], "last": held[-1][1]}
     told = json.loads((view(world) / "run.json").read_text())["stages"]
-    assert {"score, round 1", "distill, round 1", "score", "distill", "report"} <= set(told)
+    assert {"importance, round 1", "distill, round 1", "importance", "distill", "report"} <= set(told)
     both = [json.loads((f / "manifest.json").read_text())["seconds"] for f in recovered(world)]
     assert report["stages"]["distill"]["seconds"] == pytest.approx(sum(both))
     assert report["cut"]["layers"] == 4 and report["cut"]["neurons"] == 512
@@ -117,8 +117,8 @@ def test_the_report_tells_what_each_round_left_and_where_it_cut(world, straight)
 
 def test_the_original_teaches_in_every_round(world, straight):
     links = [json.loads((folder / "manifest.json").read_text())["inputs"] for folder in recovered(world)]
-    assert "original" not in links[0] and links[1]["original"] == links[0]["teacher"]
-    assert links[1]["teacher"] == recovered(world)[0].name
+    assert "previous_student" not in links[0] and links[1]["teacher"] == links[0]["teacher"]
+    assert links[1]["previous_student"] == recovered(world)[0].name
 
 
 def test_a_second_run_does_no_work(world, straight, capsys):
@@ -140,7 +140,7 @@ def test_cut_off_in_the_second_round_it_goes_on_as_if_nothing_had_happened(world
         adapted(world, "cut-off", artifacts=place)
     assert len(list(place.glob("distill-*"))) == 1
     capsys.readouterr()
-    adapted(world, "cut-off", "stages=[score,shape,plan,cut,distill]", artifacts=place)
+    adapted(world, "cut-off", "stages=[importance,shape,plan,cut,distill]", artifacts=place)
     said = capsys.readouterr().out
     assert "distill: goes on after step 12 of 16" in said and said.count("score: finished before") == 2
     for one, other in zip(recovered(world), recovered(world, "cut-off"), strict=True):
@@ -150,14 +150,14 @@ def test_cut_off_in_the_second_round_it_goes_on_as_if_nothing_had_happened(world
 
 
 def test_without_its_recovery_a_round_ends_the_line(world, capsys):
-    adapted(world, "part", "stages=[score,shape,plan,cut]", seed=3)
+    adapted(world, "part", "stages=[importance,shape,plan,cut]", seed=3)
     assert "stages leaves out what round 2 of 2 begins with" in capsys.readouterr().out
 
 
 def test_a_shape_is_reached_in_equal_parts(world):
     """Pangu Light's line in two rounds: depth, channels, heads and neurons half the way, then all of it."""
     given = {"shape__layers": 2, "shape__hidden": 16, "shape__groups": 2, "shape__heads": 2, "shape__neurons": 64}
-    stages = "stages=[score,shape,plan,cut,absorb,distill]"
+    stages = "stages=[importance,shape,plan,cut,absorb_norms,distill]"
     made(world, stages, run="shape", distill__loss__hidden=0.5, distill__tokens=4 * TOKENS, **given)
     starts = [open_checkpoint(view(world, f"shape{part}") / "start").anatomy.sizes for part in ("/rounds/1", "")]
     assert [len(sizes.layers) for sizes in starts] == [3, 2] and starts[1].hidden == 16

@@ -8,7 +8,7 @@ import torch
 from pipeline.runtime.checkpoint import open_checkpoint
 from tests.world import make_world, pipeline, settings
 
-STAGES = "stages=[shape,gates,settle]"
+STAGES = "stages=[shape,layer_gates,regularize]"
 
 
 def asked(world, **changed):
@@ -34,7 +34,7 @@ def rounds(world, artifacts):
 def test_one_command_deletes_the_picked_layers_of_the_settled_model_and_reports(world):
     said = pipeline("run=trsp", *asked(world), cwd=world).stdout
     view = world / "runs" / "trsp"
-    depth, report = (json.loads((view / f"{name}.json").read_text()) for name in ("depth", "report"))
+    depth, report = (json.loads((view / f"{name}.json").read_text()) for name in ("layer_loss", "report"))
     assert depth["kept"] == depth["tried"][-1]["kept"] and len(depth["kept"]) == 3 and 0 in depth["kept"]
     settled, start, student = (open_checkpoint(view / name) for name in ("restored", "start", "student"))
     for name, tensor in start.items():
@@ -47,7 +47,7 @@ def test_one_command_deletes_the_picked_layers_of_the_settled_model_and_reports(
     assert report["recovery"] is None and report["cut"]["dropped_layers"] == [({0, 1, 2, 3} - set(depth["kept"])).pop()]
     for text in report["perplexity"].values():
         assert set(text) & {"teacher", "start", "student"} == {"teacher", "student"}
-    assert {"gates", "settle", "cut"} <= set(report["stages"]) and "distill" not in report["stages"]
+    assert {"layer_gates", "regularize", "cut"} <= set(report["stages"]) and "distill" not in report["stages"]
     assert "<html" in (view / "report.html").read_text() and "held-out change" in said
     changes = [row["held_out_change"] for row in rows(world, "artifacts") if "held_out_change" in row]
     assert changes[-1] < changes[0]

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.data.packing import Domain, Packed, build, frame
 from pipeline.data.sources import Piece, check, locate, read
-from pipeline.stages import tokens
+from pipeline.stages.prepare import tokens
 from tests.tiny_text import byte_tokenizer, configured, run_tokens
 
 PROSE = "Words enough for a sequence or two, again and again. " * 20
@@ -141,14 +141,14 @@ def test_a_share_shorter_than_a_sequence_is_found_before_any_work(tmp_path):
 
 def test_a_text_of_fewer_tokens_than_a_sequence_is_refused_by_its_name(tmp_path):
     (tmp_path / "few.txt").write_text("again and " * 10)  # two tokens a word: found only by tokenising
-    config = configured(f"data.recovery.path={tmp_path}/few.txt", "data.sequence=64")
+    config = configured(f"data.recovery.path={tmp_path}/few.txt", "data.sequence_length=64")
     with pytest.raises(ValueError, match=r"data.recovery.path: .*few.txt has \d+ tokens, fewer than one sequence"):
         run_tokens(config, tmp_path)
 
 
 def test_a_sequence_longer_than_the_models_positions_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="data.sequence is 65, more than the model's 64 positions; lower it"):
-        run_tokens(configured("data.sequence=65"), tmp_path)
+    with pytest.raises(ValueError, match="data.sequence_length is 65, more than the model's 64 positions; lower it"):
+        run_tokens(configured("data.sequence_length=65"), tmp_path)
 
 
 def pack(folder, vocabulary):

@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pipeline import line
+from pipeline import runner
 from pipeline.__main__ import _clear_faults, main
 from pipeline.config import validate
 from tests.tiny import save_tiny, tiny_model
@@ -30,7 +30,7 @@ def world(tmp_path_factory):
 CASES = {
     "unknown key": (["distill.epochs=3"], "epochs"),
     "wrong type": (["distill.tokens=many"], "distill.tokens"),
-    "unknown stage": (["stages=[score,prune]"], "prune"),
+    "unknown stage": (["stages=[importance,prune]"], "prune"),
     "wider than the teacher": (["shape.neurons=4096"], "shape.neurons is 4096"),
     "heads not a multiple of groups": (["shape.heads=3", "shape.groups=2"], "not a multiple of shape.groups"),
     "no such layers": (["shape.layers=9"], "Nearest possible"),
@@ -39,7 +39,7 @@ CASES = {
     "unsupported text": (["data.recovery.path=model"], "data.recovery.path"),
     "too short a text": (["data.recovery.path=short.txt"], "data.recovery.path"),
     "empty text": (["data.recovery.path=empty.txt"], "data.recovery.path"),
-    "a batch that cannot be split": (["distill.batch=7", "distill.micro_batch=4"], "distill.batch"),
+    "a batch that cannot be split": (["distill.global_batch_size=7", "distill.micro_batch_size=4"], "distill.global_batch_size"),
 }
 
 
@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_any_stage(world, t
         places = {"artifacts": tmp_path / "artifacts", "runs": tmp_path / "runs"} | {field: folder}
         values = validate(composed(*settings(world, **places)))
         with pytest.raises(ValueError, match=f"^{field} is {folder}: "):
-            line.run(values, "a test")
+            runner.run(values, "a test")
     assert not list(tmp_path.iterdir())
 
 
@@ -100,9 +100,9 @@ def test_a_disk_that_fills_up_is_one_line_that_names_the_folder(world, tmp_path,
     def fill(*_):
         raise OSError(errno.ENOSPC, "No space left on device")  # as write() does, naming no file
 
-    monkeypatch.setitem(line.STAGES, "teacher", SimpleNamespace(**vars(line.STAGES["teacher"]) | {"run": fill}))
+    monkeypatch.setitem(runner.STAGES, "teacher", replace(runner.STAGES["teacher"], run=fill))
     with pytest.raises(SystemExit, match="2"), _clear_faults():
-        line.run(validate(composed(*settings(world, artifacts=tmp_path / "full", runs=tmp_path))), "a test")
+        runner.run(validate(composed(*settings(world, artifacts=tmp_path / "full", runs=tmp_path))), "a test")
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/full/teacher-")
     with pytest.raises(SystemExit, match="2"), _clear_faults():
         (tmp_path / "full" / ".partial" / "x").rmdir()
@@ -154,7 +154,7 @@ def test_weights_that_are_no_numbers_end_with_the_first_scores(world, tmp_path):
     save_file(weights, tmp_path / "hurt" / "model.safetensors", {"format": "pt"})
     chosen = settings(world, run="x", artifacts=tmp_path / "made", runs=tmp_path / "runs")
     with pytest.raises(ValueError, match="^model.path: scores of .* are not finite"):
-        line.run(configured(*chosen, f"model.path={tmp_path / 'hurt'}", "stages=[score]"), "a test")
+        runner.run(configured(*chosen, f"model.path={tmp_path / 'hurt'}", "stages=[importance]"), "a test")
 
 
 IMPOSSIBLE = {
@@ -164,7 +164,7 @@ IMPOSSIBLE = {
     "heads": (["shape.heads=3", "shape.groups=2"], "not a multiple of shape.groups"),
     "budget": (["shape.layers=null", "shape.neurons=null", "budget.parameters=0.01"], "the smallest possible shape"),
     "first layers": (["plan.keep_first=4"], "shape.layers is 3; it must lie between 4"),
-    "positions": (["data.sequence=128"], "more than the model's 64 positions"),
+    "positions": (["data.sequence_length=128"], "more than the model's 64 positions"),
 }
 
 
@@ -173,16 +173,16 @@ def test_what_the_teacher_cannot_give_is_refused_before_any_work(world, case):
     changes, told = IMPOSSIBLE[case]
     chosen = dict(pair.split("=", 1) for pair in (*settings(world, run="x"), *changes))
     with pytest.raises(ValueError, match=told):
-        line.check(configured(*[f"{key}={value}" for key, value in chosen.items()]))
+        runner.check(configured(*[f"{key}={value}" for key, value in chosen.items()]))
 
 
 def test_a_hidden_size_that_the_class_of_the_student_refuses_is_refused_before_any_work(world, tmp_path):
     biased = make_world(tmp_path, "llama-biases")
     given = {"shape__hidden": 30, "shape__layers": None, "shape__neurons": None}
-    line.check(configured(*settings(world, run="x", **given)))
+    runner.check(configured(*settings(world, run="x", **given)))
     for folder, chosen in ((biased, []), (world, ["recipe=flap"])):  # which gives a Llama biases
         with pytest.raises(ValueError, match=r"^shape.hidden is 30; .* multiples of its query heads \(4\)"):
-            line.check(configured(*settings(folder, run="x", **given), *chosen))
+            runner.check(configured(*settings(folder, run="x", **given), *chosen))
 
 
 HARMS = {
@@ -212,7 +212,7 @@ def test_a_damaged_folder_is_refused_in_one_line_before_any_work(world, case, tm
     fields = {"model.path": []} | ({"model.start": ["recipe=recover"]} if case in HARMS else {})
     for field, chosen in fields.items():
         with pytest.raises(ValueError) as fault:
-            line.check(configured(*settings(world, run="x"), *chosen, f"{field}={tmp_path / 'hurt'}"))
+            runner.check(configured(*settings(world, run="x"), *chosen, f"{field}={tmp_path / 'hurt'}"))
         message = str(fault.value)
         assert message.startswith(f"{field}: ") and str(tmp_path / "hurt") in message and told in message, message
         assert "\n" not in message
@@ -226,9 +226,9 @@ def test_a_line_whose_stages_stand_in_no_possible_order_is_refused_before_any_wo
     }
     for stages, told in refused.items():
         with pytest.raises(ValueError, match=told):
-            line.check(validate(composed(*settings(world, recipe__line=stages))))
+            runner.check(validate(composed(*settings(world, recipe__line=stages))))
     part = settings(world, recipe__line="[score,shape,cut]", stages="[score]")
-    assert line.check(validate(composed(*part)))[-1] == "cut"
+    assert runner.check(validate(composed(*part)))[-1] == "cut"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ sys.path[0] = str(ROOT)
 
 from tests.npu.simulated import install  # noqa: E402
 
-STAGES = "stages=[score,shape,plan,cut,distill]"
+STAGES = "stages=[importance,shape,plan,cut,distill]"
 FAULTS = {
     "sound": None,
     "a hard-coded device": (
@@ -24,12 +24,12 @@ FAULTS = {
         'loss, parts = self._engine(batch.to("cuda"))',
     ),
     "a missing .to": (
-        "pipeline/prune/measure.py",
+        "pipeline/prune/importance/measure.py",
         "model(input_ids=ids.to(place), attention_mask",
         "model(input_ids=ids, attention_mask",
     ),
     "a tensor made on the CPU": (
-        "pipeline/distill/language.py",
+        "pipeline/distill/next_token.py",
         "torch.full_like(tokens[:, :1], IGNORED)",
         "torch.full(tokens[:, :1].shape, IGNORED)",
     ),
@@ -79,7 +79,7 @@ if __name__ == "__main__":
     os.environ["DS_ACCELERATOR"] = "npu"
     import deepspeed  # noqa: F401
 
-    import pipeline.line  # noqa: F401
+    import pipeline.runner  # noqa: F401
     from tests.world import make_world, settings
 
     with tempfile.TemporaryDirectory() as scratch:

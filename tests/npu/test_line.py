@@ -43,7 +43,7 @@ def errors(artifacts: Path) -> torch.Tensor:
 def test_the_line_on_two_npus_under_zero_3_computes_what_one_cpu_computes(tmp_path):
     world = make_world(tmp_path, "glm4")  # sandwich norms, so that every stage has work
     chosen = dict(artifacts=world / "on-npu", device="npu", distill__micro_batch=4)
-    learn = ("blocks.epochs=2", "blocks.tokens=1024", "blocks.batch=64")
+    learn = ("local_distill.epochs=2", "local_distill.tokens=1024", "local_distill.batch_tokens=64")
     on_npu("run=npu", *settings(world, **chosen), *learn, "deepspeed=zero3", cwd=world, ranks=2)
     record = json.loads((world / "runs/npu/run.json").read_text())
     assert record["device"] == "Simulated NPU"
@@ -54,7 +54,7 @@ def test_the_line_on_two_npus_under_zero_3_computes_what_one_cpu_computes(tmp_pa
     again = shutil.ignore_patterns("score-*", "blocks-*", "distill-*")
     shutil.copytree(world / "on-npu", world / "on-cpu", ignore=again, symlinks=True)
     chosen = dict(artifacts=world / "on-cpu", distill__micro_batch=8)
-    pipeline("run=cpu", *settings(world, **chosen), *learn, "stages=[score,blocks,distill]", cwd=world)
+    pipeline("run=cpu", *settings(world, **chosen), *learn, "stages=[importance,local_distill,distill]", cwd=world)
     npu, cpu = (load_file(world / "runs" / run / "scores/scores.safetensors") for run in ("npu", "cpu"))
     assert npu.keys() == cpu.keys()
     for name in npu:  # both in their compute type, which may be bfloat16
@@ -69,7 +69,7 @@ def test_the_line_on_two_npus_under_zero_3_computes_what_one_cpu_computes(tmp_pa
 
 def test_ffns_learn_the_same_where_the_models_do_not_fit_on_the_npu(tmp_path):
     world = make_world(tmp_path, "glm4")
-    learn = ("blocks.epochs=2", "blocks.tokens=1024", "blocks.batch=64", "stages=[score,shape,depth,plan,cut,blocks]")
+    learn = ("local_distill.epochs=2", "local_distill.tokens=1024", "local_distill.batch_tokens=64", "stages=[importance,shape,layer_loss,plan,cut,local_distill]")
     told = {}
     for name, memory in (("whole", 64 << 30), ("by-layer", 1 << 10)):
         chosen = settings(world, artifacts=world / name, device="npu")

@@ -14,8 +14,8 @@ import torch
 
 import fused
 from fused import budget, reference, triton_launch
+from pipeline.distill.divergences import Terms, compare
 from pipeline.distill.loss import PLAIN, Logits, linear_distillation
-from pipeline.distill.rows import Terms, compare
 
 DEVICE = os.environ.get("KERNELS_DEVICE", "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1.1e-3, torch.bfloat16: 8e-3}

@@ -8,10 +8,10 @@ import torch
 
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.families import FAMILIES
-from pipeline.model.settings import with_scales
-from pipeline.prune.absorption import fitted_scales, least_squares_scale, removed_scales
-from pipeline.prune.measure import inverse_rms
-from pipeline.prune.reinit import absorb_post_norms, post_norm_modules, with_static_scales
+from pipeline.model.hf_config import with_scales
+from pipeline.prune.importance.measure import inverse_rms
+from pipeline.prune.surgery.absorption import fitted_scales, least_squares_scale, removed_scales
+from pipeline.prune.surgery.reinit import absorb_post_norms, post_norm_modules, with_static_scales
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
 from tests.processes import on_ranks
 from tests.tiny import config_of, tensors_of, tiny_model, tokens

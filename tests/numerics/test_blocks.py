@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.distill.blocks import Learnt, Lessons, Rows, learn
+from pipeline.distill.local import Learnt, Lessons, Rows, learn
 
 LESSONS = Lessons(4, 64, 0.02, 0)
 

@@ -7,8 +7,8 @@ from pipeline.model.anatomy import LayerSizes, anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, compose, everything
 from pipeline.model.scores import Scores
 from pipeline.prune.plan import plan
-from pipeline.prune.reinit import stabilise_gains
-from pipeline.prune.surgery import cut
+from pipeline.prune.surgery.cut import cut
+from pipeline.prune.surgery.reinit import stabilise_gains
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model
 
 # Their gains follow one source layer, so they compose where no heads are donated.

@@ -5,8 +5,8 @@ import torch
 
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import everything
-from pipeline.prune.coupled import coupled, magnitude
-from pipeline.prune.surgery import cut
+from pipeline.prune.importance.magnitude import coupled, magnitude
+from pipeline.prune.surgery.cut import cut
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model
 
 OUTSIDE = ("o_proj.bias", "down_proj.bias")

@@ -5,8 +5,8 @@ import torch
 
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
-from pipeline.model.settings import student_config
-from pipeline.prune.fluctuation import (
+from pipeline.model.hf_config import student_config
+from pipeline.prune.importance.fluctuation import (
     biased_anatomy,
     biased_config,
     compensate_biases,
@@ -14,9 +14,9 @@ from pipeline.prune.fluctuation import (
     moments,
     standardised,
 )
-from pipeline.prune.gram import gram
-from pipeline.prune.restore import restore_outputs
-from pipeline.prune.surgery import cut
+from pipeline.prune.second_order.hessian import gram
+from pipeline.prune.second_order.restore import restore_outputs
+from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import load_model, write_checkpoint
 from tests.numerics.test_gram import inputs_of
 from tests.tiny import config_of, tensors_of, tiny_model, tokens

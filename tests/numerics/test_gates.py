@@ -5,13 +5,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from pipeline.distill.gates import Learning, gated, learn, objective, smallest
-from pipeline.distill.language import LanguageHead, next_tokens
-from pipeline.distill.settling import Settling
+from pipeline.distill.next_token import LanguageHead, next_tokens
+from pipeline.distill.regularize import Settling
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan
-from pipeline.model.settings import student_config
-from pipeline.prune.measure import only_layers
-from pipeline.prune.surgery import cut
+from pipeline.model.hf_config import student_config
+from pipeline.prune.importance.measure import only_layers
+from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import load_model, write_checkpoint
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.model.anatomy import anatomy_of
-from pipeline.prune.gram import CHUNK, add_products, gram
+from pipeline.prune.second_order.hessian import CHUNK, add_products, gram
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
 
 

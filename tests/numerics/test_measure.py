@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.model.anatomy import anatomy_of
-from pipeline.prune.measure import inverse_rms, measure
+from pipeline.prune.importance.measure import inverse_rms, measure
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pipeline.evaluation.divergence import final_states
-from pipeline.prune.measure import only_layers
-from pipeline.prune.prefix import PrefixCache
+from pipeline.prune.importance.measure import only_layers
+from pipeline.prune.passes.prefix import PrefixCache
 from tests.tiny import counted, tiny_model, tokens
 
 

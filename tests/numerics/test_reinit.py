@@ -7,15 +7,15 @@ import torch
 
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
-from pipeline.model.settings import folded_config, student_config, with_scales
-from pipeline.prune.reinit import (
+from pipeline.model.hf_config import folded_config, student_config, with_scales
+from pipeline.prune.surgery.cut import cut
+from pipeline.prune.surgery.reinit import (
     absorb_post_norms,
     compensate_gain,
     fold_scales,
     post_norm_modules,
     stabilise_gains,
 )
-from pipeline.prune.surgery import cut
 from pipeline.runtime.checkpoint import load_model, read_config, write_checkpoint
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
 

@@ -5,10 +5,10 @@ import torch
 
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
-from pipeline.model.settings import student_config
-from pipeline.prune.gram import gram
-from pipeline.prune.restore import damped, restore, restore_outputs
-from pipeline.prune.surgery import cut
+from pipeline.model.hf_config import student_config
+from pipeline.prune.second_order.hessian import gram
+from pipeline.prune.second_order.restore import damped, restore, restore_outputs
+from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import load_model, write_checkpoint
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
 

@@ -7,12 +7,19 @@ import torch
 
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, everything
-from pipeline.model.settings import student_config
-from pipeline.prune.gram import gram
-from pipeline.prune.reinit import stabilise_gains
-from pipeline.prune.restore import restore_outputs
-from pipeline.prune.rotate import principal_basis, rotate, rotate_tied, rotated_anatomy, tied_basis, tied_gain
-from pipeline.prune.surgery import cut
+from pipeline.model.hf_config import student_config
+from pipeline.prune.second_order.hessian import gram
+from pipeline.prune.second_order.restore import restore_outputs
+from pipeline.prune.surgery.cut import cut
+from pipeline.prune.surgery.reinit import stabilise_gains
+from pipeline.prune.surgery.rotate import (
+    principal_basis,
+    rotate,
+    rotate_tied,
+    rotated_anatomy,
+    tied_basis,
+    tied_gain,
+)
 from pipeline.runtime.checkpoint import load_model, write_checkpoint
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from pipeline.model.anatomy import anatomy_of
-from pipeline.prune.gram import gram
-from pipeline.prune.removal import obs_order
-from pipeline.prune.restore import restore
-from pipeline.prune.sequential import at_width, expected_weight, prune_in_sequence
+from pipeline.prune.second_order.hessian import gram
+from pipeline.prune.second_order.removal_order import obs_order
+from pipeline.prune.second_order.restore import restore
+from pipeline.prune.second_order.sequential import at_width, expected_weight, prune_in_sequence
 from tests.numerics.test_gram import inputs_of
 from tests.numerics.test_restore import output_error, problem
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens

@@ -7,12 +7,12 @@ import torch
 
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Group, LayerPlan, everything
-from pipeline.model.settings import student_config
-from pipeline.prune.gram import gram
-from pipeline.prune.sequential import columns_of, prune_in_sequence
-from pipeline.prune.spans import alone
-from pipeline.prune.supernet import compose
-from pipeline.prune.surgery import cut
+from pipeline.model.hf_config import student_config
+from pipeline.prune.head_norms import alone
+from pipeline.prune.second_order.hessian import gram
+from pipeline.prune.second_order.sequential import columns_of, prune_in_sequence
+from pipeline.prune.second_order.supernet import compose
+from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import load_model, write_checkpoint
 from tests.numerics.test_sequential import HERE, batches
 from tests.numerics.test_supernet import names_in, supernet

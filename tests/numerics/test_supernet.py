@@ -7,9 +7,9 @@ import torch
 
 from pipeline.evaluation.divergence import divergence, final_states
 from pipeline.model.anatomy import LayerSizes
-from pipeline.prune.narrow import ORDERS, local_order, narrow_heads, narrow_units
-from pipeline.prune.sequential import at_width, columns_of, expected_weight, prune_in_sequence
-from pipeline.prune.supernet import candidate, candidates, compose, expectation, removal_of, widened
+from pipeline.prune.second_order.narrow import ORDERS, local_order, narrow_heads, narrow_units
+from pipeline.prune.second_order.sequential import at_width, columns_of, expected_weight, prune_in_sequence
+from pipeline.prune.second_order.supernet import candidate, candidates, compose, expectation, removal_of, widened
 from tests.numerics.test_restore import output_error, problem
 from tests.numerics.test_sequential import HERE, anatomy, batches
 from tests.tiny import tiny_model, tokens

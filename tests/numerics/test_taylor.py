@@ -5,9 +5,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.distill.language import LanguageHead
+from pipeline.distill.next_token import LanguageHead
 from pipeline.model.anatomy import anatomy_of
-from pipeline.prune.taylor import gradients, saliency
+from pipeline.prune.importance.taylor import gradients, saliency
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
 
 

@@ -10,21 +10,21 @@ from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import join, leave, place
 
 OVERRIDES = (
-    "data.sequence=16",
-    "distill.batch=4",
-    "distill.micro_batch=1",
+    "data.sequence_length=16",
+    "distill.global_batch_size=4",
+    "distill.micro_batch_size=1",
     "distill.tokens=512",
     "distill.learning_rate=0.01",
-    "distill.save_every=3",
-    "distill.validate_every=4",
-    "distill.validate_tokens=64",
+    "distill.save_steps=3",
+    "distill.eval_steps=4",
+    "distill.eval_tokens=64",
     "distill.precision=bf16",
     "distill.loss.hidden=0.2",
-    "correct.tokens=512",
-    "correct.learning_rate=0.03",
-    "settle.learning_rate=0.03",
-    "settle.weight=1.0",
-    "settle.norm=l2",
+    "teacher_correction.tokens=512",
+    "teacher_correction.learning_rate=0.03",
+    "regularize.learning_rate=0.03",
+    "regularize.weight=1.0",
+    "regularize.norm=l2",
     "plan.depth=gates",
     "deepspeed=zero2",
 )
@@ -41,7 +41,7 @@ class Doomed(Machine):
 
 
 def main(folder: Path, stage: str, name: str) -> None:
-    from pipeline.line import STAGES
+    from pipeline.runner import STAGES
     from pipeline.runtime.track import Track
     from tests.tiny_text import configured
 
@@ -51,7 +51,7 @@ def main(folder: Path, stage: str, name: str) -> None:
     module = STAGES[stage]
     module.check(config)
     (folder / name).mkdir(exist_ok=True)
-    wanted = (*module.NEEDS, *getattr(module, "OPTIONAL", ()))
+    wanted = (*module.needs, *module.optional)
     inputs = {each: folder / each for each in wanted if (folder / each).exists()}
     module.run(config, inputs, folder / name, machine)
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from pipeline.search.training import LIVE_PARAMETERS
+from pipeline.costmodel.training_cost import LIVE_PARAMETERS
 from tests.processes import on_ranks
 from tests.tiny import tiny_model
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from pipeline.runtime.pulse import GAVE_UP
+from pipeline.runtime.heartbeat import GAVE_UP
 from tests.world import ROOT, environment
 
 

@@ -24,7 +24,7 @@ def test_a_killed_rank_is_started_again_and_the_recovery_goes_on_from_its_checkp
     command = [str(ROOT / "launch/local.sh"), "--nproc-per-node", "2", "--max-restarts", "1"]
     with (world / "log").open("w") as log:
         run = subprocess.Popen(
-            [*command, *chosen, "run=again", "stages=[score,shape,plan,cut,distill]"],
+            [*command, *chosen, "run=again", "stages=[importance,shape,plan,cut,distill]"],
             cwd=world, env=told, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:

@@ -9,7 +9,7 @@ import torch
 from pipeline.data.packing import Domain, build, frame
 from pipeline.data.sources import Piece
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan
-from pipeline.model.settings import with_scales
+from pipeline.model.hf_config import with_scales
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
 from tests.ranks.test_engine import launch
 from tests.tiny import save_tiny, tiny_model

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from pipeline import line
+from pipeline import runner
 from pipeline.config import validate
-from pipeline.line import STAGES
+from pipeline.runner import STAGES
 from tests.tiny import save_tiny, tiny_model, tokenizer_folder
 from tests.unit.test_conf import composed
 from tests.world import ROOT, environment, make_world, settings
@@ -32,7 +32,7 @@ def test_rows_differ_only_in_what_becomes_of_post_norms(tmp_path):
     tokenizer_folder(model, "Some words to learn from.")
     found = {row: configuration(row, f"model.path={model}") for row in absorption.ROWS}
     for config in found.values():
-        line.check(config)
+        runner.check(config)
         assert config.distill.tokens == 4096
     ways = {row: config.reinit.absorb for row, config in found.items()}
     assert ways == {"keep": False, "removed": "removed", "absorbed": "auto", "fitted": "fitted"}
@@ -40,7 +40,7 @@ def test_rows_differ_only_in_what_becomes_of_post_norms(tmp_path):
     for values in bare:
         del values["reinit"]["absorb"]
     assert bare.count(bare[0]) == len(absorption.ROWS)
-    for stage in ("score", "plan", "cut", "distill"):
+    for stage in ("importance", "plan", "cut", "distill"):
         assert len({json.dumps(STAGES[stage].settings(config), default=str) for config in found.values()}) == 1
 
 

@@ -14,7 +14,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline import line
+from pipeline import runner
 from pipeline.__main__ import arranged
 from pipeline.config import Config, validate
 from tests.tiny import tensors_of, tokenizer_folder
@@ -102,7 +102,7 @@ def try_out(command: list[str], teacher: Path, folder: Path, monkeypatch) -> int
         config = validate(values)
         if not set(BESIDE) & set(arguments):
             made_up(config, folder)
-            line.check(config)
+            runner.check(config)
     return len(points(arguments))
 
 
@@ -122,7 +122,7 @@ def test_a_documented_command_passes_the_check_of_its_line(command, teacher, tmp
 IMPOSSIBLE = {
     "python -m pipeline run=x shape.layers=26 budget.speedup=2 device/chip=910B3": "shape.* gives the shape and budget",
     "python -m pipeline run=x --multirun plan.widths=uniform,adaptive device/chip=910B3 budget.speedup=2": "own widths",
-    "torchrun --nnodes 2 --nproc-per-node 3 -m pipeline run=x": "distill.batch is 4, not a multiple",
+    "torchrun --nnodes 2 --nproc-per-node 3 -m pipeline run=x": "distill.global_batch_size is 4, not a multiple",
     "python -m pipeline run=x data.calibration.path=[a.txt,b.txt] data.calibration.weights=[1]": "1 entries for 2",
 }
 

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from pipeline.__main__ import for_the_chip_found
 from pipeline.config import validate
-from pipeline.line import STAGES
+from pipeline.runner import STAGES
 from pipeline.runtime.device import chip_model, open_device
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +26,7 @@ def composed(*overrides: str) -> dict:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes_and_validates(choice):
     config = validate(composed(choice))
-    assert set(config.recipe.line) <= set(STAGES)
+    assert set(config.recipe.stages) <= set(STAGES)
 
 
 def test_python_holds_no_default_that_the_yaml_lacks():
@@ -50,10 +50,10 @@ def test_an_unknown_key_is_refused_by_its_name():
 @pytest.mark.parametrize(
     ("override", "remedy"),
     [
-        ("train_batch_size=8", "distill.batch"),
-        ("gradient_accumulation_steps=2", "distill.micro_batch"),
+        ("train_batch_size=8", "distill.global_batch_size"),
+        ("gradient_accumulation_steps=2", "distill.micro_batch_size"),
         ("optimizer={type: Adam}", "distill.learning_rate"),
-        ("scheduler={type: WarmupLR}", "distill.warmup"),
+        ("scheduler={type: WarmupLR}", "distill.warmup_ratio"),
     ],
 )
 def test_raw_deepspeed_settings_say_nothing_that_the_pipeline_says(override, remedy):
@@ -111,9 +111,9 @@ def test_no_run_leaves_its_folder():
     ("override", "field"),
     [
         ("distill.learning_rate=inf", "distill.learning_rate"),
-        ("distill.clip=nan", "distill.clip"),
-        ("distill.betas=[0.9,1.0]", "distill.betas.1"),
-        ("distill.betas=[-0.1,0.9]", "distill.betas.0"),
+        ("distill.max_grad_norm=nan", "distill.max_grad_norm"),
+        ("distill.adam_betas=[0.9,1.0]", "distill.adam_betas.1"),
+        ("distill.adam_betas=[-0.1,0.9]", "distill.adam_betas.0"),
         ("seed=-1", "seed"),
         ("seed=4294967296", "seed"),
     ],

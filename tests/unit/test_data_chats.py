@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.data.packing import Packed
 from pipeline.data.sources import check, locate, read
-from pipeline.stages import tokens
+from pipeline.stages.prepare import tokens
 from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import byte_tokenizer, configured, run_tokens
 
@@ -54,7 +54,7 @@ def test_the_tokens_of_chats_are_those_of_the_chat_template(tmp_path, name, form
     """Rows of a whole `tokens` run; what the template does not write itself stands once between two chats."""
     tokenizer = talking(form)
     path = written(tmp_path / name, [None, *CHATS, []])
-    config = asking(path, "data.text_field=messages", "data.sequence=16")
+    config = asking(path, "data.text_field=messages", "data.sequence_length=16")
     run_tokens(config, tmp_path, tokenizer)
     expected = []
     for chat in CHATS:

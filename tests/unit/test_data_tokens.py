@@ -6,7 +6,7 @@ import os
 import pytest
 
 from pipeline.data.packing import Packed
-from pipeline.stages import tokens
+from pipeline.stages.prepare import tokens
 from tests.tiny_text import byte_tokenizer, configured, run_tokens
 
 
@@ -35,7 +35,7 @@ def test_a_text_of_all_purposes_is_split_said_and_recorded(tmp_path, capsys):
     assert max(evaluated) < min(calibrated) <= max(calibrated) < min(recovered)
     shares = "evaluation 0% to 20%, calibration 20% to 50%, recovery 50% to 100%"
     assert f"{path} is split, contiguously: {shares}" in capsys.readouterr().out
-    assert {purpose: (part["start"], part["stop"]) for purpose, (part,) in record["parts"].items()} == {
+    assert {purpose: (part["initial_student"], part["stop"]) for purpose, (part,) in record["parts"].items()} == {
         "evaluation": (0, 0.2),
         "calibration": (0.2, 0.5),
         "recovery": (0.5, 1),
@@ -105,7 +105,7 @@ def test_an_evaluated_paragraph_is_left_out_of_a_copy_of_the_text(tmp_path, caps
 
 
 def test_an_attempt_that_was_cut_off_leaves_nothing_behind(tmp_path):
-    config = configured("data.sequence=64")
+    config = configured("data.sequence_length=64")
     run_tokens(config, tmp_path / "a")
     once, twice = tmp_path / "a/out", tmp_path / "b/out"
     (twice / "recovery").mkdir(parents=True)
@@ -131,7 +131,7 @@ def test_settings_follow_the_texts_and_their_parts_and_nothing_else(tmp_path):
     before = tokens.settings(configured(given))
     json.dumps(before)
     assert tokens.settings(configured(given, "distill.tokens=99", "seed=5")) == before
-    assert tokens.settings(configured(given, "data.sequence=64")) != before
+    assert tokens.settings(configured(given, "data.sequence_length=64")) != before
     assert tokens.settings(configured(given, "data.split.evaluation=0.2")) != before
     path.write_text(path.read_text() + "more")
     assert tokens.settings(configured(given)) != before

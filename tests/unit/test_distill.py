@@ -174,9 +174,9 @@ def test_held_out_rows_are_the_tails_and_no_training_row(sizes, rows, held):
 
 
 def test_more_than_half_the_text_is_never_held_out():
-    with pytest.raises(ValueError, match="distill.validate_tokens holds out 6 of the 10"):
+    with pytest.raises(ValueError, match="distill.eval_tokens holds out 6 of the 10"):
         hold_out(Text(10), 6, "distill")
-    with pytest.raises(ValueError, match="distill.validate_tokens .* every domain is one sequence"):
+    with pytest.raises(ValueError, match="distill.eval_tokens .* every domain is one sequence"):
         hold_out(Text(1, 1), 1, "distill")
 
 
@@ -271,10 +271,10 @@ def test_batches_that_do_not_divide_and_runs_below_a_step_are_refused():
         return SimpleNamespace(**({"batch": 8, "micro_batch": 4, "tokens": 49152} | changed))
 
     assert accumulation("distill", asked(), 2) == 1
-    with pytest.raises(ValueError, match=r"distill.batch is 10, .* \(4\) x ranks \(1\) = 4; nearest: 8 or 12"):
+    with pytest.raises(ValueError, match=r"distill.global_batch_size is 10, .* \(4\) x ranks \(1\) = 4; nearest: 8 or 12"):
         accumulation("distill", asked(batch=10), 1)
     with pytest.raises(ValueError, match=r"= 12; nearest: 12"):
         accumulation("distill", asked(), 3)
-    with pytest.raises(ValueError, match="settle.tokens is 4095, less than one step"):
+    with pytest.raises(ValueError, match="regularize.tokens is 4095, less than one step"):
         steps_of("settle", asked(tokens=4095), 512)
     assert steps_of("distill", asked(tokens=9000), 512) == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import measuring
+from pipeline import evaluator
 from pipeline.data.packing import Packed
 from pipeline.model.blueprint import Blueprint, everything
 from pipeline.model.scores import Scores
@@ -17,7 +17,9 @@ from pipeline.runtime.device import choose, open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.track import Track
-from pipeline.stages import cut, dense, evaluate, report, tokens
+from pipeline.stages.build import cut
+from pipeline.stages.deliver import evaluate, evaluate_reference, report
+from pipeline.stages.prepare import tokens
 from tests.processes import on_ranks
 from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import byte_tokenizer, configured
@@ -31,7 +33,7 @@ OVERRIDES = (
     "evaluate.speed_repeats=2",
     "report.sample_prompt=60",
     "report.sample_tokens=8",
-    "export.shard_bytes=1e6",
+    "checkpoint.shard_bytes=1e6",
 )
 SENTENCES = "The ferry left the harbour before the morning bell. ", "Nobody on the old pier had seen a captain."
 
@@ -67,7 +69,7 @@ def world(tmp_path_factory):
     )
     whole = everything(sizes)
     Blueprint(whole.channels, (whole.layers[0], *whole.layers[2:])).save(made["blueprint"] / "blueprint.json")
-    cut.run(config, made, made["start"], machine())
+    cut.run(config, made, made["initial_student"], machine())
     return config, made, folder
 
 
@@ -75,16 +77,16 @@ def evaluated(config, inputs: dict[str, Path], out: Path, on: Machine) -> dict:
     out.mkdir()
     place = out.with_name(f"dense-of-{out.name.partition('-')[0]}")  # one folder for all ranks, as in the line
     place.mkdir(exist_ok=True)
-    dense.run(config, inputs, place, on)
+    evaluate_reference.run(config, inputs, place, on)
     on.ranks.wait("dense")
-    evaluate.run(config, inputs | {"dense": place}, out, on)
+    evaluate.run(config, inputs | {"reference_evaluation": place}, out, on)
     return json.loads((out / "evaluation.json").read_text()) if on.ranks.rank == 0 else {}
 
 
 @pytest.fixture(scope="module")
 def found(world):
     config, made, folder = world
-    inputs = made | {"export": made["start"], "student": made["start"]}
+    inputs = made | {"student": made["initial_student"], "recovered": made["initial_student"]}
     return evaluated(config, inputs, folder / "evaluation", machine())
 
 
@@ -97,7 +99,7 @@ def test_the_perplexity_is_that_of_the_models_own_logits_on_the_texts_rows(world
         ids = torch.stack([torch.from_numpy(packed[row].astype("int64")) for row in range(8)])
         decoded = byte_tokenizer().batch_decode(ids[:, 1:], skip_special_tokens=True)
         assert text["bytes"] == sum(len(row.encode()) for row in decoded)
-        for who, folder in (("teacher", made["teacher"]), ("start", made["start"]), ("student", made["start"])):
+        for who, folder in (("teacher", made["teacher"]), ("start", made["initial_student"]), ("student", made["initial_student"])):
             logits = load_model(folder, torch.float32, "sdpa")(ids).logits[:, :-1].transpose(1, 2)
             losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(1)
             loss = losses.mean().item()
@@ -113,7 +115,7 @@ def test_the_perplexity_is_that_of_the_models_own_logits_on_the_texts_rows(world
 
 def test_sizes_are_those_of_the_folders(world, found):
     made = world[1]
-    for who, folder, layers in (("teacher", made["teacher"], 4), ("student", made["start"], 3)):
+    for who, folder, layers in (("teacher", made["teacher"], 4), ("student", made["initial_student"], 3)):
         model = load_model(folder, torch.float32, "sdpa")
         facts = found["models"][who]
         outer = sum(p.numel() for p in (model.get_input_embeddings().weight, model.lm_head.weight))
@@ -142,7 +144,7 @@ def two_ranks(ranks, overrides, inputs, out):
 @pytest.mark.slow
 def test_two_ranks_give_the_numbers_of_one(world, found):
     config, made, folder = world
-    inputs = {name: str(path) for name, path in (made | {"export": made["start"], "student": made["start"]}).items()}
+    inputs = {name: str(path) for name, path in (made | {"student": made["initial_student"], "recovered": made["initial_student"]}).items()}
     paths = [f"data.{name}.path={getattr(config.data, name).path}" for name in tokens.PURPOSES]
     assert on_ranks(two_ranks, folder / "ranks", 2, 60.0, (paths, inputs, str(folder / "two"))) == [None, None]
     both = json.loads((folder / "two-0" / "evaluation.json").read_text())
@@ -160,7 +162,7 @@ def test_the_report_has_its_page_pictures_and_no_time_of_stages_without_a_manife
     config, made, folder = world
     out = folder / "report"
     out.mkdir()
-    report.run(config, made | {"export": made["start"], "evaluation": folder / "evaluation"}, out, machine())
+    report.run(config, made | {"student": made["initial_student"], "evaluation": folder / "evaluation"}, out, machine())
     told = json.loads((out / "report.json").read_text())
     assert told["stages"] == {} and told["recovery"] is None and "start" not in told["perplexity"]["ships"]
     assert told["parameters"]["student"] == found["models"]["student"]["parameters"]
@@ -184,7 +186,7 @@ def test_the_report_tells_recovery_and_the_cost_of_every_stage_behind_it(world, 
         (folder / name).mkdir(exist_ok=True)
         facts = {"stage": stage, "inputs": inputs, "seconds": 1.5, "peak_memory": 10, "device": "chip"}
         (folder / name / "manifest.json").write_text(json.dumps(facts))
-    inputs = made | {"export": made["start"], "student": student, "evaluation": folder / "evaluation"}
+    inputs = made | {"student": made["initial_student"], "recovered": student, "evaluation": folder / "evaluation"}
     report.run(config, inputs, out, machine())
     told = json.loads((out / "report.json").read_text())
     assert list(told["stages"]) == ["tokens", "distill"]
@@ -200,7 +202,7 @@ def test_what_the_report_shows_is_in_its_settings_and_where_it_is_kept_is_not():
     assert report.settings(configured("plan.clap=false")) != plain
     assert report.settings(configured("artifacts=elsewhere", "runs=elsewhere")) == plain
     assert evaluate.settings(configured("evaluate.tokens=64")) != evaluate.settings(configured())
-    unchanged = configured("distill.tokens=8192", "evaluate.batch=1", "evaluate.chunk=64")
+    unchanged = configured("distill.tokens=8192", "evaluate.batch_size=1", "logits.chunk=64")
     assert evaluate.settings(unchanged) == evaluate.settings(configured())
 
 
@@ -208,17 +210,17 @@ def test_figures_are_of_the_device_that_is_found_and_of_its_chip(monkeypatch):
     asked = [configured(f"device={kind}") for kind in ("auto", "cpu")]
     auto, cpu = map(evaluate.settings, asked)
     assert (auto == cpu) == (choose("auto") == "cpu")
-    before = [stage.settings(asked[0]) for stage in (dense, evaluate)]
-    monkeypatch.setattr(measuring, "chip_name", lambda kind, index: "another chip")
-    assert all(stage.settings(asked[0]) != was for stage, was in zip((dense, evaluate), before))
+    before = [stage.settings(asked[0]) for stage in (evaluate_reference, evaluate)]
+    monkeypatch.setattr(evaluator, "chip_name", lambda kind, index: "another chip")
+    assert all(stage.settings(asked[0]) != was for stage, was in zip((evaluate_reference, evaluate), before))
 
 
 def test_the_teacher_is_measured_once_and_a_start_that_was_not_recovered_once_as_the_student(world, found, capsys):
     config, made, folder = world
-    bare = evaluated(config, made | {"export": made["start"]}, folder / "bare", machine())
+    bare = evaluated(config, made | {"student": made["initial_student"]}, folder / "bare", machine())
     said = capsys.readouterr().out
     assert said.count("teacher on ships") == 1 and "start on" not in said
     for name, text in found["texts"].items():
         assert text["start"] == text["student"] == bare["texts"][name]["student"]
         assert bare["texts"][name] == {key: value for key, value in text.items() if key != "start"}
-    assert dense.settings(config) == dense.settings(configured(*OVERRIDES, "evaluate.speed=false", "plan.clap=false"))
+    assert evaluate_reference.settings(config) == evaluate_reference.settings(configured(*OVERRIDES, "evaluate.speed=false", "plan.clap=false"))

@@ -6,8 +6,8 @@ import torch
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
 from pipeline.model.families import family_of
-from pipeline.model.settings import student_config
-from pipeline.prune.surgery import cut
+from pipeline.model.hf_config import student_config
+from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
 from tests.tiny import CLASSES, config_of, save_tiny, tensors_of, tiny_model, tokens
 

@@ -12,18 +12,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.model import decilm
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
-from pipeline.model.forms import own, padded, stock
-from pipeline.model.settings import student_config, with_scales
-from pipeline.prune.pad import pad
-from pipeline.prune.reinit import absorb_post_norms, post_norm_modules
-from pipeline.prune.surgery import cut
+from pipeline.model.export_forms import own, padded, stock
+from pipeline.model.hf_config import student_config, with_scales
+from pipeline.prune.surgery.cut import cut
+from pipeline.prune.surgery.pad import pad
+from pipeline.prune.surgery.reinit import absorb_post_norms, post_norm_modules
 from pipeline.runtime import configuration_decilm, decilm_reader
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
 from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.track import Track
-from pipeline.stages import export
+from pipeline.stages.deliver import export
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from pipeline import line
+from pipeline import runner
 from pipeline.config import validate
 from tests.tiny import save_tiny, tiny_model, tokenizer_folder
 from tests.unit.test_conf import composed
@@ -23,7 +23,7 @@ def test_rows_differ_only_in_the_hidden_axis(tmp_path):
     more = ["data.evaluation.path=builtin:topics", f"model.path={model}"]
     found = [validate(composed(*hidden_widths.row_settings(row, ROOT, more))) for row in hidden_widths.ROWS]
     for config in found:
-        line.check(config)
+        runner.check(config)
     assert len(found) == 12 and {config.shape.hidden for config in found} == set(hidden_widths.WIDTHS)
     bare = [config.model_dump() for config in found]
     for values in bare:

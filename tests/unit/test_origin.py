@@ -12,9 +12,11 @@ import torch
 from tqdm.auto import tqdm
 
 from pipeline.runtime.checkpoint import load_model, load_tokenizer, open_checkpoint, write_checkpoint
-from pipeline.runtime.origin import Origin, adopt, locate
-from pipeline.stages import absorb, export, shape
-from pipeline.stages import tokens as text
+from pipeline.runtime.model_source import Origin, adopt, locate
+from pipeline.stages.build import absorb_norms
+from pipeline.stages.choose import shape
+from pipeline.stages.deliver import export
+from pipeline.stages.prepare import tokens as text
 from tests.tiny import save_tiny, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
 
@@ -103,8 +105,8 @@ def test_a_hub_model_is_fetched_with_its_code_and_pickles_only_where_allowed(pic
     [
         (shape, "llama", "shape.hidden=33", "shape.hidden is 33, outside"),
         (export, "gemma2", "export.form=decilm", "export.form is decilm, and Gemma2ForCausalLM"),
-        (text, "llama", "data.sequence=4096", "data.sequence is 4096, more than the model's"),
-        (absorb, "llama", "reinit.absorb=fitted", "reinit.absorb=fitted puts scales"),
+        (text, "llama", "data.sequence_length=4096", "data.sequence_length is 4096, more than the model's"),
+        (absorb_norms, "llama", "reinit.absorb=fitted", "reinit.absorb=fitted puts scales"),
     ],
 )
 def test_what_a_folder_is_checked_for_before_any_work_a_hub_id_is_too(
@@ -112,7 +114,7 @@ def test_what_a_folder_is_checked_for_before_any_work_a_hub_id_is_too(
 ):
     folder = save_tiny(tiny_model(family, dtype=torch.float32), tmp_path / "m")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: folder)
-    path = f"somebody/{stage.MAKES}" if hub else folder
+    path = f"somebody/{stage.STAGE.name}" if hub else folder
     with pytest.raises(ValueError, match=fault):
         stage.check(configured(f"model.path={path}", given))
 

@@ -12,20 +12,21 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import line, measuring
+from pipeline import evaluator, runner
 from pipeline.evaluation.perplexity import tally
 from pipeline.evaluation.samples import continue_greedily
 from pipeline.model.anatomy import anatomy_of
-from pipeline.prune.gram import gram
-from pipeline.prune.mask import masked, without
-from pipeline.prune.measure import measure, only_layers
+from pipeline.prune.importance.measure import measure, only_layers
+from pipeline.prune.second_order.hessian import gram
+from pipeline.prune.second_order.mask import masked, without
 from pipeline.runtime.checkpoint import open_tensors
 from pipeline.runtime.device import Device, open_device
+from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine
-from pipeline.runtime.placing import placed
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.track import Track
-from pipeline.stages import evaluate, gates, score
+from pipeline.stages.analyse import importance, layer_gates
+from pipeline.stages.deliver import evaluate
 from pipeline.training import need_training_memory
 from tests.processes import on_ranks
 from tests.tiny import config_of, tensors_of, tiny_model, tokens
@@ -130,7 +131,7 @@ def test_on_an_npu_that_is_too_small_there_is_a_part_of_a_layer_at_a_time(tmp_pa
 
 
 MEASURED = [
-    "score.kind=fluctuation", "plan.depth=evolved", "depth.start=loss", "depth.generations=2", "depth.offspring=2",
+    "score.kind=fluctuation", "plan.depth=evolved", "layer_loss.start=loss", "layer_loss.generations=2", "layer_loss.offspring=2",
     "plan.depth_tokens=256", "plan.widths=measured", "sensitivity.levels=[0.5]", "restore.order=obs", "plan.clap=false",
     "evaluate.speed=false",
 ]  # fmt: skip
@@ -139,13 +140,13 @@ TYR = [
     "supernet.tokens=[64]", "supernet.survivors=[1]", "budget.parameters=0.7", "plan.depth=influence",
 ]  # fmt: skip
 LINES = {  # family, choices, and what places a model
-    "measured": ("glm4", [*MEASURED, "stages=[score,shape,depth,gram,order,sensitivity,plan,cut,absorb,export,dense,"
-                          "evaluate]"], {"score", "depth", "gram", "sensitivity", "absorb", "measuring"}),
-    "searched": ("llama", [*TYR, "stages=[score,shape,supernet]"], {"score", "supernet"}),
-    "turned": ("llama-tied", ["basis.kind=principal", "plan.channels=leading", "plan.clap=false", "recipe.shape=search",
-                              "search.tokens=256", "search.candidates=2", "stages=[score,search,basis]"],
-               {"score", "search", "basis"}),
-    "written": ("llama", ["recipe=generate", "generate.tokens=64", "generate.length=8", "generate.batch=4"],
+    "measured": ("glm4", [*MEASURED, "stages=[importance,shape,layer_loss,hessian,obs_order,sensitivity,plan,cut,absorb_norms,export,evaluate_reference,"
+                          "evaluate]"], {"importance", "layer_loss", "hessian", "sensitivity", "absorb_norms", "measuring"}),
+    "searched": ("llama", [*TYR, "stages=[importance,shape,supernet]"], {"importance", "supernet"}),
+    "turned": ("llama-tied", ["rotate.kind=principal", "plan.channels=leading", "plan.clap=false", "recipe.shape=search",
+                              "shape_search.tokens=256", "shape_search.candidates=2", "stages=[importance,shape_search,rotate]"],
+               {"importance", "shape_search", "rotate"}),
+    "written": ("llama", ["recipe=generate", "self_generate.tokens=64", "self_generate.length=8", "self_generate.batch_size=4"],
                 {"generate"}),
 }  # fmt: skip
 
@@ -169,7 +170,7 @@ def test_stages_leave_the_same_artifacts_streamed_or_not(name, tmp_path, monkeyp
         asked.append((who, stream))
         return placed(model, device, stream)
 
-    for module in (measuring, *line.STAGES.values()):
+    for module in (evaluator, *runner.STAGES.values()):
         if hasattr(module, "placed"):
             monkeypatch.setattr(module, "placed", partial(placed_and_told, module.__name__.rpartition(".")[2]))
     free = {} if name == "measured" else {"shape__layers": None, "shape__neurons": None}
@@ -178,7 +179,7 @@ def test_stages_leave_the_same_artifacts_streamed_or_not(name, tmp_path, monkeyp
             shutil.copytree(exported, world / "streamed" / exported.name)
         given = settings(world, artifacts=world / way, run=way, **free)
         asked.clear()
-        made[way] = line.run(configured(*given, *chosen, f"device.stream={stream}"), "a test")
+        made[way] = runner.run(configured(*given, *chosen, f"device.layer_streaming={stream}"), "a test")
         assert set(asked) == {(who, stream) for who in placing}
     for artifact, folder in made["whole"].items():
         assert contents(folder) == contents(made["streamed"][artifact]), artifact
@@ -205,14 +206,14 @@ def test_what_needs_the_whole_model_on_a_device_that_is_too_small_is_refused_bef
     (world / "shape.json").write_text('{"layers": 2}')
     inputs = dict.fromkeys(("teacher", "export"), world / "model") | {"shape": world, "tokens": world}
     for stage, choice, remedy in (
-        (score, "score.kind=taylor", "set score.kind=activation"),
-        (gates, "plan.depth=gates", "set plan.depth=influence"),
+        (importance, "score.kind=taylor", "set score.kind=activation"),
+        (layer_gates, "plan.depth=gates", "set plan.depth=influence"),
         (evaluate, "evaluate.speed=true", "set evaluate.speed=false"),
     ):
         monkeypatch.setattr(stage, "load_model", None, raising=False)
         told = rf"{choice} needs 0\.1 MB of weights.* on one device, which has 0\.0 MB; {remedy}.*, or take devices"
         with pytest.raises(ValueError, match=told):
-            stage.run(configured(choice, "device.stream=true"), inputs, tmp_path, machine(10_000))
+            stage.run(configured(choice, "device.layer_streaming=true"), inputs, tmp_path, machine(10_000))
 
 
 class Trained(nn.Module):

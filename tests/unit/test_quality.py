@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 
-from pipeline import line
+from pipeline import runner
 from pipeline.config import validate
 from pipeline.data.sources import locate, read
 from pipeline.model.blueprint import Blueprint, everything
-from pipeline.prune.surgery import cut
+from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import open_checkpoint
 from tests.tiny import save_tiny, tiny_model
 from tests.world import ROOT, environment, make_world, settings
@@ -54,14 +54,14 @@ def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
     config = validate(
         run.composed(run.row_settings(row, 37.5, recovery, [*start, "data.evaluation.path=builtin:topics"]))
     )
-    stages = line.check(config)
-    asked = {"distill": True, "settle": config.settle.norm != "none", "correct": config.correct.tokens > 0}
+    stages = runner.check(config)
+    asked = {"distill": True, "settle": config.regularize.norm != "none", "correct": config.teacher_correction.tokens > 0}
     trains = {stage for stage, does in asked.items() if does and stage in stages}
     early = {"trsp_recovered": {"settle"}, "best_all_by_layer_corrected_longer": {"correct"}}.get(name, set())
     assert trains == ({row.trains} | early if recovery else set())
     spent = sum(getattr(config, stage).tokens for stage in trains)
     assert spent == ((120000 if name.endswith("_longer") else 60000) if recovery else 0)
-    assert (config.score.tokens, config.basis.tokens) == (16384, 32768)
+    assert (config.score.tokens, config.rotate.tokens) == (16384, 32768)
     assert row.peer or config.restore.tokens == (131072 if row.kinds and row.kinds[0] != "broad" else 32768)
     assert config.budget.parameters == (None if row.peer else 0.625)
     paths = 2 + bool(row.writes) + bool(row.kinds)
@@ -176,7 +176,7 @@ def view(folder, name, dense=10.0, start=20.0, student=12.0, rounds=1, settle="n
 def cells_of(folder, label):
     """The cells of a row, by the head of their column."""
     written = table.tables(results.collect(folder, folder / "saved.json"))[1].splitlines()
-    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in written]
+    split = [[cell.strip() for cell in runner.strip("|").split("|")] for line in written]
     return dict(zip(split[0], next(cells for cells in split if cells[0] == label)))
 
 
@@ -221,7 +221,7 @@ def test_bars_begin_at_the_dense_model_and_dots_below_it_stand_inside(after, low
     drawing.draw_bars(results.collect(tmp_path, tmp_path / "saved.json"), tmp_path / "bars.png")
     for axes in drawn[0].axes:
         left, right = axes.get_xlim()
-        dots = [float(x) for line in axes.lines for x in line.get_xdata() if line.get_marker() == "o"]
+        dots = [float(x) for line in axes.lines for x in runner.get_xdata() if runner.get_marker() == "o"]
         assert left == pytest.approx(low) and sorted(dots) == [after / 10.0, 2.0] and right > 3.0
 
 

@@ -15,12 +15,12 @@ from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
 from pipeline.model.scores import Scores
 from pipeline.report.anatomy_map import anatomy_map, fate
 from pipeline.report.axes import Scale, number, scale
-from pipeline.report.blocks import errors_by_layer
 from pipeline.report.comparison import rows, summary
 from pipeline.report.drawing import Box, Dot, Drawing, Line, save_png, svg
 from pipeline.report.exported import export_section
 from pipeline.report.facts import cut_facts, gather, perplexity_of, recovery_curves, recovery_facts, start_of
 from pipeline.report.figures import curve, cut_figures, duration, perplexities, stage_costs, thinned
+from pipeline.report.local_distill import errors_by_layer
 from pipeline.report.page import page
 from pipeline.report.rounds import cuts, layers_by_round, round_facts, rounds_section
 from tests.tiny import config_of, tensors_of, tiny_model

@@ -5,8 +5,7 @@ import itertools
 import pytest
 import torch
 
-from pipeline.model.anatomy import LayerSizes, Sizes
-from pipeline.search.budgets import (
+from pipeline.allocate.budgets import (
     adapted,
     evolved_depth,
     greedy_depth,
@@ -15,6 +14,7 @@ from pipeline.search.budgets import (
     uniform_widths,
     widths_at,
 )
+from pipeline.model.anatomy import LayerSizes, Sizes
 
 LAYER = LayerSizes(12, 4, 1536)
 SIZES = Sizes(1000, 64, 16, (LAYER,) * 6)

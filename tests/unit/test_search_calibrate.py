@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from pipeline import config
-from pipeline.search.calibrate import (
+from pipeline.costmodel.calibrate import (
     FITTED_WEIGHTS,
     HELD_OUT_WEIGHTS,
     ROWS,
@@ -21,10 +21,10 @@ from pipeline.search.calibrate import (
     with_layer_overhead,
     write_chip,
 )
-from pipeline.search.chip import Chip
-from pipeline.search.cost import Work, pass_seconds
-from pipeline.search.gemm import gemm_seconds
-from pipeline.search.shapes import ModelShape
+from pipeline.costmodel.chip import Chip
+from pipeline.costmodel.cost import Work, pass_seconds
+from pipeline.costmodel.gemm import gemm_seconds
+from pipeline.costmodel.shapes import ModelShape
 from tests.chips import chip
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pipeline.search.cost import (
+from pipeline.costmodel.cost import (
     MEMORY_SHARE,
     Work,
     cache_bytes,
@@ -17,8 +17,8 @@ from pipeline.search.cost import (
     prefill,
     serving_bytes,
 )
-from pipeline.search.shapes import ModelShape
-from pipeline.search.training import (
+from pipeline.costmodel.shapes import ModelShape
+from pipeline.costmodel.training_cost import (
     LIVE_PARAMETERS,
     Recovery,
     activation_bytes,

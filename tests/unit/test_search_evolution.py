@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from pipeline.search.evolution import Place, candidate_widths, evolve, mutated, spread
+from pipeline.allocate.evolution import Place, candidate_widths, evolve, mutated, spread
 
 CURVES = torch.rand(6, generator=torch.Generator().manual_seed(3)).add(0.1).tolist()
 PLACES = [Place("ffn", (16, 32, 48, 64), 3)] * 4 + [Place("attention", (1, 2, 3), 40)] * 2

@@ -7,8 +7,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from pipeline import config
-from pipeline.search.chip import Chip
-from pipeline.search.gemm import allreduce_seconds, gather_seconds, gemm_seconds, gemm_terms, row_share, vector_seconds
+from pipeline.costmodel.chip import Chip
+from pipeline.costmodel.gemm import (
+    allreduce_seconds,
+    gather_seconds,
+    gemm_seconds,
+    gemm_terms,
+    row_share,
+    vector_seconds,
+)
 from tests.chips import CONF, NAMES, chip
 
 # M, N, K, precision, tile, chip, published microseconds, error of the model in percent

@@ -6,18 +6,9 @@ from math import inf, log
 
 import pytest
 
-from pipeline.search import picture
-from pipeline.search.pareto import (
-    Candidate,
-    Limits,
-    Serving,
-    candidates,
-    describe,
-    pick,
-    search,
-    shape_within,
-)
-from pipeline.search.shapes import AXES, LEAN, ModelShape, multiples_for, possible_shapes, possible_values
+from pipeline.costmodel import pareto_plot
+from pipeline.costmodel.pareto import Candidate, Limits, Serving, candidates, describe, pick, search, shape_within
+from pipeline.costmodel.shapes import AXES, LEAN, ModelShape, multiples_for, possible_shapes, possible_values
 from tests.chips import chip
 
 TEACHER = ModelShape(4, 64, 4, 2, 16, 96, 500, True)
@@ -160,5 +151,5 @@ def test_a_search_is_plain_data_and_draws_a_picture(tmp_path):
     assert data["picked"] == found.picked.shape.axes()
     assert [each["loss"] for each in data["candidates"]] == [each.loss for each in found.candidates]
     assert data["teacher"]["kept"] == 1.0 and data["chip"] == "910B1" and "0.25 nats" in data["rule"]
-    picture.draw(found, tmp_path / "front.png")
+    pareto_plot.draw(found, tmp_path / "front.png")
     assert (tmp_path / "front.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pipeline.model.anatomy import LayerSizes, Sizes, anatomy_of
-from pipeline.search.pareto import Limits, Serving, shape_within
-from pipeline.search.requests import given_shape
-from pipeline.search.shapes import (
+from pipeline.costmodel.nearest_shape import given_shape
+from pipeline.costmodel.pareto import Limits, Serving, shape_within
+from pipeline.costmodel.shapes import (
     ModelShape,
     Multiples,
     depth_for,
@@ -21,6 +20,7 @@ from pipeline.search.shapes import (
     possible_values,
     shape_for,
 )
+from pipeline.model.anatomy import LayerSizes, Sizes, anatomy_of
 from tests.chips import chip
 from tests.tiny import anatomy_with, config_of, tensors_of, tiny_model
 

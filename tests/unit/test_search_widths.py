@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pipeline.allocate.budgets import adapted, layer_weights
+from pipeline.allocate.widths import adaptive_widths, even_widths, partway, weights_within, widths_above
+from pipeline.costmodel.nearest_shape import given_shape
+from pipeline.costmodel.shapes import ModelShape
 from pipeline.model.anatomy import LayerSizes, Sizes, anatomy_of
-from pipeline.search.budgets import adapted, layer_weights
-from pipeline.search.requests import given_shape
-from pipeline.search.shapes import ModelShape
-from pipeline.search.widths import adaptive_widths, even_widths, partway, weights_within, widths_above
 from tests.tiny import anatomy_with, config_of, tensors_of, tiny_model
 
 LAYER = LayerSizes(9, 3, 1536)

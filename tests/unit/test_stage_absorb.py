@@ -6,18 +6,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline import line
+from pipeline import runner
 from pipeline.data.packing import Packed
 from pipeline.data.stream import stream
-from pipeline.prune.absorption import fitted_scales
-from pipeline.prune.reinit import post_norm_modules
+from pipeline.prune.surgery.absorption import fitted_scales
+from pipeline.prune.surgery.reinit import post_norm_modules
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
-from pipeline.stages import absorb
+from pipeline.stages.build import absorb_norms
 from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import configured
 from tests.world import make_world, pipeline, settings
 
-CUT = "stages=[score,shape,plan,cut,absorb]"
+CUT = "stages=[importance,shape,plan,cut,absorb_norms]"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def world(tmp_path_factory):
 
 
 def made(world, *overrides):
-    return line.run(configured(*settings(world, run="unit"), *overrides), "a test")
+    return runner.run(configured(*settings(world, run="unit"), *overrides), "a test")
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +41,11 @@ def gains(folder):
 
 
 def test_fitted_scales_are_written_and_nothing_else_changes(world, kept):
-    found = made(world, CUT, "reinit.absorb=fitted", "reinit.absorb_tokens=1024")["start"]
-    before, after = open_checkpoint(kept["start"]), open_checkpoint(found)
+    found = made(world, CUT, "reinit.absorb=fitted", "reinit.absorb_tokens=1024")["initial_student"]
+    before, after = open_checkpoint(kept["initial_student"]), open_checkpoint(found)
     assert set(after.config["pruned"]["scales"]) == set(post_norm_modules(before.anatomy))
     text = islice(stream(Packed(kept["tokens"] / "calibration"), 8, 0, 1, 0, 0), 4)
-    model = load_model(kept["start"], torch.float64, "eager").get_decoder()
+    model = load_model(kept["initial_student"], torch.float64, "eager").get_decoder()
     wanted = dict(fitted_scales(model, before.anatomy, text, torch.device("cpu"), lambda sums: None))
     for name in before:
         if name.removesuffix(".weight") not in wanted:
@@ -56,10 +56,10 @@ def test_fitted_scales_are_written_and_nothing_else_changes(world, kept):
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_any_number_of_ranks_measures_the_same_text(world, kept, world_size):
-    asked = configured(*settings(world), "reinit.absorb_tokens=640", "score.batch=3")  # no multiple of a step of ranks
+    asked = configured(*settings(world), "reinit.absorb_tokens=640", "calibration.batch_size=3")  # no multiple of a step of ranks
 
     def read(size):
-        batches = [absorb._batches(asked, kept, SimpleNamespace(rank=rank, world=size)) for rank in range(size)]
+        batches = [absorb_norms._batches(asked, kept, SimpleNamespace(rank=rank, world=size)) for rank in range(size)]
         return sorted(tuple(row.tolist()) for share in batches for batch in share for row in batch)
 
     assert read(world_size) == read(1) and len(read(1)) == 640 // asked.data.sequence
@@ -67,12 +67,12 @@ def test_any_number_of_ranks_measures_the_same_text(world, kept, world_size):
 
 def test_removed_scales_are_ones_whatever_the_tokens(world, kept):
     first, second = (made(world, CUT, "reinit.absorb=removed", f"reinit.absorb_tokens={n}") for n in (512, 1024))
-    assert first["start"] == second["start"] != kept["start"]
-    assert all(torch.equal(scale, torch.ones_like(scale)) for scale in gains(first["start"]).values())
+    assert first["initial_student"] == second["initial_student"] != kept["initial_student"]
+    assert all(torch.equal(scale, torch.ones_like(scale)) for scale in gains(first["initial_student"]).values())
 
 
 def test_the_papers_way_keeps_its_name_and_the_fitted_one_has_another():
-    told = {way: absorb.settings(configured(f"reinit.absorb={way}")) for way in ("auto", "fitted")}
+    told = {way: absorb_norms.settings(configured(f"reinit.absorb={way}")) for way in ("auto", "fitted")}
     assert "absorb" not in told["auto"] and told["fitted"] == told["auto"] | {"absorb": "fitted"}
 
 
@@ -88,18 +88,18 @@ def test_a_model_without_norms_on_both_sides_is_refused_by_name_and_left_alone_b
     folder = save_tiny(tiny_model(kind, dtype=torch.float32), tmp_path / "model")
     asked = configured(f"model.path={folder}", f"reinit.absorb={way}")
     with pytest.raises(ValueError, match=f"^reinit.absorb={way}.*{kind}.*reinit.absorb=auto or false$"):
-        absorb.check(asked)
+        absorb_norms.check(asked)
     with pytest.raises(ValueError, match=f"^reinit.absorb={way}.*{kind}"):  # of a model that was not at hand before
-        absorb.applies(asked, {"start": folder})
+        absorb_norms.applies(asked, {"start": folder})
     auto = configured(f"model.path={folder}")
-    absorb.check(auto)
-    assert not absorb.applies(auto, {"start": folder})
+    absorb_norms.check(auto)
+    assert not absorb_norms.applies(auto, {"start": folder})
 
 
 @pytest.mark.parametrize("way", ["fitted", "removed"])
 def test_a_line_without_the_stage_cannot_do_what_is_asked_by_name(way):
-    with pytest.raises(ValueError, match=f"recipe.line has no absorb, which reinit.absorb={way} needs"):
-        configured("recipe.line=[score,shape,plan,cut,export]", f"reinit.absorb={way}")
+    with pytest.raises(ValueError, match=f"recipe.stages has no absorb, which reinit.absorb={way} needs"):
+        configured("recipe.stages=[importance,shape,plan,cut,export]", f"reinit.absorb={way}")
 
 
 def test_an_unknown_way_is_refused():

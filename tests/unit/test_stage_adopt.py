@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline import line
+from pipeline import runner
 from pipeline.runtime.checkpoint import open_checkpoint
 from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import configured
@@ -16,11 +16,11 @@ def world(tmp_path_factory):
 
 
 def made(world, *overrides):
-    return line.run(configured(*settings(world, run="unit"), *overrides), "a test")
+    return runner.run(configured(*settings(world, run="unit"), *overrides), "a test")
 
 
 def test_recovery_does_not_ask_who_cut(world, tmp_path):
-    pipeline(*settings(world, run="ours"), "stages=[score,shape,plan,cut,distill]", cwd=world)
+    pipeline(*settings(world, run="ours"), "stages=[importance,shape,plan,cut,distill]", cwd=world)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for file in (world / "runs/ours/start").iterdir():
@@ -48,7 +48,7 @@ def test_a_student_without_a_tokenizer_gets_the_teachers_and_one_with_its_own_ke
     if own:
         (given / "tokenizer.json").write_text("its own")
     before = {path.name: path.read_bytes() for path in given.iterdir()}
-    found = made(world, "recipe=recover", f"model.start={given}", "stages=[adopt]")["start"]
+    found = made(world, "recipe=recover", f"model.start={given}", "stages=[external_student]")["initial_student"]
     assert (found / "generation_config.json").read_text() == '{"max_new_tokens": 7}'
     there = {path.name: path.read_bytes() for path in found.glob("tokeniz*")}
     teachers = {path.name: path.read_bytes() for path in (world / "model").glob("tokeniz*")}
@@ -61,7 +61,7 @@ def test_what_cannot_be_adopted_is_refused(world, tmp_path):
         made(world, "recipe=recover")
     with pytest.raises(ValueError, match="model.start: .* does not exist"):
         made(world, "recipe=recover", f"model.start={tmp_path / 'nowhere'}")
-    with pytest.raises(ValueError, match="recipe.line has no adopt"):
+    with pytest.raises(ValueError, match="recipe.stages has no adopt"):
         made(world, f"model.start={world / 'model'}")
     save_tiny(tiny_model("llama-tied", dtype=torch.float32, vocab_size=40), tmp_path / "other")
     with pytest.raises(ValueError, match="needs one vocabulary"):

@@ -7,26 +7,26 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline import line
+from pipeline import runner
 from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
 from pipeline.evaluation.perplexity import tally
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, everything
+from pipeline.model.hf_config import student_config
 from pipeline.model.scores import Scores
-from pipeline.model.settings import student_config
-from pipeline.prune.measure import measure, only_layers
-from pipeline.prune.surgery import cut
+from pipeline.prune.importance.measure import measure, only_layers
+from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, open_tensors, write_checkpoint
 from tests.numerics.test_restore import output_error
 from tests.tiny import config_of, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
 from tests.world import make_world, pipeline, settings
 
-PRINCIPAL = {"basis.kind": "principal", "plan.channels": "leading", "basis.own_axes": 8}
-BASIS = ["recipe=best", "basis.kind=principal", "plan.channels=leading", "basis.tie=keep", "basis.own_axes=4"]
-CUT = ["score", "shape", "basis", "gram", "order", "depth", "plan", "cut"]
+PRINCIPAL = {"rotate.kind": "principal", "plan.channels": "leading", "rotate.own_axes": 8}
+BASIS = ["recipe=best", "rotate.kind=principal", "plan.channels=leading", "rotate.tie=keep", "rotate.own_axes=4"]
+CUT = ["importance", "shape", "rotate", "hessian", "obs_order", "layer_loss", "plan", "cut"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def world(tmp_path_factory):
 def made(world, stages, *overrides, **values):
     """Run stages in this process; give their artifacts by name."""
     chosen = settings(world, **values, run="unit", stages="[" + ",".join(stages) + "]")
-    return line.run(configured(*chosen, *overrides), "a test")
+    return runner.run(configured(*chosen, *overrides), "a test")
 
 
 def whole(**changed):
@@ -59,11 +59,11 @@ def logits(folder):
 @pytest.mark.parametrize(("tie", "axes"), [("untied", 8), ("keep", 32)])
 def test_a_full_width_basis_leaves_the_teachers_logits_through_the_stages(world, tie, axes):
     """Untied exactly; tied where every channel keeps an axis of its own. Weights are float32 on disk."""
-    chosen = dotted(PRINCIPAL | {"basis.tie": tie, "basis.own_axes": axes})
+    chosen = dotted(PRINCIPAL | {"rotate.tie": tie, "rotate.own_axes": axes})
     folders = made(world, CUT, *chosen, "plan.clap=false", **whole())
     kinds = {name: open_checkpoint(folders[name]) for name in ("teacher", "source", "start")}
     own = tie == "untied"
-    assert ("lm_head.weight" in kinds["start"]) == own and kinds["start"].config["tie_word_embeddings"] != own
+    assert ("lm_head.weight" in kinds["initial_student"]) == own and kinds["initial_student"].config["tie_word_embeddings"] != own
     dense = logits(folders["teacher"])
     for name in ("source", "start"):
         embeddings = [kinds[key]["model.embed_tokens.weight"] for key in ("teacher", name)]
@@ -72,8 +72,8 @@ def test_a_full_width_basis_leaves_the_teachers_logits_through_the_stages(world,
 
 
 def test_slnp_after_a_principal_cut_is_the_root_of_the_widths(world):
-    folders = made(world, CUT, *dotted(PRINCIPAL | {"basis.tie": "untied"}), **whole(hidden=20))
-    start = open_checkpoint(folders["start"])
+    folders = made(world, CUT, *dotted(PRINCIPAL | {"rotate.tie": "untied"}), **whole(hidden=20))
+    start = open_checkpoint(folders["initial_student"])
     assert Blueprint.load(folders["blueprint"] / "blueprint.json").channels == tuple(range(20))
     for pattern in start.anatomy.norms:
         gain = start[pattern.format(layer=1)]
@@ -85,7 +85,7 @@ def test_a_turned_stream_changes_no_score_of_heads_neurons_and_layers(world):
     folders = made(world, CUT, *dotted(PRINCIPAL), **whole(hidden=20))
     one, other = (
         measure(load_model(folder, torch.float64, "eager").model, open_checkpoint(folder).anatomy, [tokens()]).scores()
-        for folder in (folders["teacher"], folders["source"])
+        for folder in (folders["teacher"], folders["rotated"])
     )
     assert not torch.allclose(one.channels, other.channels, rtol=1e-2)
     for kind in ("heads", "neurons"):
@@ -97,7 +97,7 @@ def test_a_turned_stream_changes_no_score_of_heads_neurons_and_layers(world):
 def errors(folders):
     """Give the output error of W_O and W_down of every student layer against its host, on the calibration text."""
     teacher, start = (open_checkpoint(folders[name]) for name in ("teacher", "start"))
-    grams = open_tensors(folders["grams"])
+    grams = open_tensors(folders["hessians"])
     blueprint = Blueprint.load(folders["blueprint"] / "blueprint.json")
     found = {}
     for place, plan in enumerate(blueprint.layers):
@@ -132,8 +132,8 @@ def test_restoration_never_raises_the_error_and_its_order_lowers_it_further(worl
 
 def test_gram_matrices_do_not_depend_on_how_many_fit_in_memory(world):
     chosen = ("restore.outputs=true", "plan.clap=false")
-    together = open_tensors(made(world, CUT, *chosen, **whole())["grams"])
-    apart = made(world, CUT, *chosen, "restore.memory=1", f"artifacts={world / 'apart'}", **whole())["grams"]
+    together = open_tensors(made(world, CUT, *chosen, **whole())["hessians"])
+    apart = made(world, CUT, *chosen, "restore.memory=1", f"artifacts={world / 'apart'}", **whole())["hessians"]
     assert len(list(apart.glob("layer-*.safetensors"))) == 4 and len(together) == 8
     for name, matrix in open_tensors(apart).items():
         torch.testing.assert_close(matrix, together[name], rtol=1e-9, atol=1e-9)
@@ -141,14 +141,14 @@ def test_gram_matrices_do_not_depend_on_how_many_fit_in_memory(world):
 
 def test_depth_by_loss_keeps_the_layers_of_least_measured_loss(world):
     """One layer goes: of all layers, the one whose absence, in a checkpoint really cut, costs least."""
-    chosen = ["plan.depth=loss", "plan.depth_tokens=256", "plan.clap=false", "score.batch=4"]
+    chosen = ["plan.depth=loss", "plan.depth_tokens=256", "plan.clap=false", "calibration.batch_size=4"]
     folders = made(world, CUT, *chosen, **whole(layers=3))
     found = json.loads((folders["depth"] / "depth.json").read_text())
     blueprint = Blueprint.load(folders["blueprint"] / "blueprint.json")
     assert [plan.host for plan in blueprint.layers] == found["kept"] and len(found["tried"]) == 3
     assert found["loss"] == min(each["loss"] for each in found["tried"])
     batches = beginning(Packed(folders["tokens"] / "calibration"), 256, 4, 0, 1, 0)
-    sums = tally(load_model(folders["start"], torch.float32, "eager"), batches, 64)
+    sums = tally(load_model(folders["initial_student"], torch.float32, "eager"), batches, 64)
     assert float(sums[0] / sums[2]) == pytest.approx(found["loss"], rel=2e-2)
 
 
@@ -161,16 +161,16 @@ def test_where_all_layers_stay_no_loss_is_measured(world):
 def test_two_ranks_measure_what_one_measures(world):
     """Gram matrices, energies and losses add over ranks; layers are ordered in turns. Layers compute in bf16 here."""
     chosen = [*BASIS, "plan.depth_tokens=256", "shape.layers=3"]
-    one = made(world, CUT, *chosen, "score.batch=8", "shape.hidden=24", "shape.heads=2", "shape.groups=1")
+    one = made(world, CUT, *chosen, "calibration.batch_size=8", "shape.hidden=24", "shape.heads=2", "shape.groups=1")
     widths = {"shape__hidden": 24, "shape__heads": 2, "shape__groups": 1, "artifacts": world / "two"}
     stages = f"stages=[{','.join(CUT)}]"
-    pipeline("run=two", *chosen, "score.batch=4", stages, *settings(world, **widths), cwd=world, ranks=2)
+    pipeline("run=two", *chosen, "calibration.batch_size=4", stages, *settings(world, **widths), cwd=world, ranks=2)
     view = world / "runs" / "two"
-    sources = (one["source"], view / "source")
+    sources = (one["rotated"], view / "source")
     energies = [json.loads((folder / "basis.json").read_text())["energy"] for folder in sources]
     torch.testing.assert_close(torch.tensor(energies[0]), torch.tensor(energies[1]), rtol=2e-2, atol=2e-2)
     (grams,) = (world / "two").glob("gram-*")
-    for name, matrix in open_tensors(one["grams"]).items():
+    for name, matrix in open_tensors(one["hessians"]).items():
         assert (open_tensors(grams)[name] - matrix).norm() / matrix.norm() < 1e-2, name
     (orders,) = (world / "two").glob("order-*")
     for each in Scores.load(orders / "scores.safetensors").neurons:
@@ -202,33 +202,33 @@ def test_passing_layers_by_equals_cutting_them_away(kind, tmp_path):
 def test_every_recipe_composes_and_validates(recipe):
     config = configured(f"recipe={recipe}")
     assert isinstance(config, Config) and config.recipe.name == recipe
-    line.check(config)
+    runner.check(config)
 
 
 @pytest.mark.parametrize("recipe", ["pangu_light", "minitron"])
 def test_recipes_of_papers_need_none_of_the_stages_beside_them(recipe):
     config = configured(f"recipe={recipe}")
-    assert not any(line.STAGES[name].needed(config) for name in ("basis", "gram", "order", "depth"))
+    assert not any(runner.STAGES[name].enabled(config) for name in ("rotate", "hessian", "obs_order", "layer_loss"))
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["basis.kind=principal"], "set plan.channels=leading"),
-        (["plan.channels=leading"], "set basis.kind=principal"),
+        (["rotate.kind=principal"], "set plan.channels=leading"),
+        (["plan.channels=leading"], "set rotate.kind=principal"),
         (["restore.order=obs"], "plan.clap=false or restore.order=scores"),
         ([*BASIS, "distill.loss.hidden=1.0"], "set both to 0"),
-        ([*BASIS, "recipe.line=[score,shape,gram,order,plan,cut]"], "has no depth, basis"),
+        ([*BASIS, "recipe.stages=[importance,shape,hessian,obs_order,plan,cut]"], "has no depth, basis"),
     ],
 )
 def test_choices_that_do_not_go_together_are_refused_before_any_work(overrides, message):
     with pytest.raises(ValueError, match=message):
-        line.check(configured(*overrides))
+        runner.check(configured(*overrides))
 
 
 def test_a_part_without_a_stage_its_settings_ask_for_says_which(world):
     with pytest.raises(ValueError, match="cut needs source, which stage basis makes; add basis to stages"):
-        made(world, ["score", "shape", "plan", "cut"], *dotted(PRINCIPAL), "seed=5", **whole(hidden=24))
+        made(world, ["importance", "shape", "plan", "cut"], *dotted(PRINCIPAL), "seed=5", **whole(hidden=24))
 
 
 def test_a_model_with_post_norms_is_refused_before_its_stream_is_measured(tmp_path):
@@ -238,8 +238,8 @@ def test_a_model_with_post_norms_is_refused_before_its_stream_is_measured(tmp_pa
 
 
 def test_too_many_axes_of_their_own_are_refused(world):
-    with pytest.raises(ValueError, match="basis.own_axes is 40; the model has 32"):
-        made(world, CUT, *dotted(PRINCIPAL | {"basis.tie": "keep", "basis.own_axes": 40}), **whole())
+    with pytest.raises(ValueError, match="rotate.own_axes is 40; the model has 32"):
+        made(world, CUT, *dotted(PRINCIPAL | {"rotate.tie": "keep", "rotate.own_axes": 40}), **whole())
 
 
 def test_the_best_recipe_runs_to_its_report(world):
@@ -248,7 +248,7 @@ def test_the_best_recipe_runs_to_its_report(world):
     said = pipeline(*BASIS, "run=best", *chosen, "plan.depth_tokens=256", cwd=world).stdout
     view = world / "runs" / "best"
     report = json.loads((view / "report.json").read_text())
-    assert {"basis", "gram", "order", "depth", "cut", "distill"} <= set(report["stages"])
+    assert {"rotate", "hessian", "obs_order", "layer_loss", "cut", "distill"} <= set(report["stages"])
     energy = json.loads((view / "source" / "basis.json").read_text())["energy"]
     assert report["cut"]["channel_score_kept"] == pytest.approx(sum(energy[:24]) / sum(energy)) and "basis:" in said
     student = open_checkpoint(view / "student")

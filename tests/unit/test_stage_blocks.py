@@ -9,23 +9,23 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from pipeline import line
+from pipeline import runner
 from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
-from pipeline.distill.blocks import learn
+from pipeline.distill.local import learn
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint
-from pipeline.prune import layerwise
-from pipeline.prune.layerwise import ffn_modules, in_step, recorded
+from pipeline.prune.passes import layerwise
+from pipeline.prune.passes.layerwise import ffn_modules, in_step, recorded
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
-from pipeline.stages import blocks
+from pipeline.stages.build import local_distill
 from tests.tiny import config_of, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
 from tests.world import make_world, pipeline, settings
 
-STAGES = ["score", "shape", "plan", "cut", "blocks"]
-LEARN = ["blocks.epochs=8", "blocks.tokens=2048", "blocks.batch=64", "blocks.learning_rate=0.03"]
+STAGES = ["importance", "shape", "plan", "cut", "local_distill"]
+LEARN = ["local_distill.epochs=8", "local_distill.tokens=2048", "local_distill.batch_tokens=64", "local_distill.learning_rate=0.03"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def world(tmp_path_factory):
 
 def made(world, *overrides, stages=STAGES, **values):
     chosen = settings(world, **values, run="unit", stages="[" + ",".join(stages) + "]")
-    return line.run(configured(*chosen, *overrides), "a test")
+    return runner.run(configured(*chosen, *overrides), "a test")
 
 
 def widths(**changed):
@@ -156,16 +156,16 @@ def test_what_a_layer_learnt_from_is_free_before_the_next_streams_are_made(world
         assert not any(each() is not None for each in learnt_from)
         return passes(*given)
 
-    monkeypatch.setattr(blocks, "learn", told)
+    monkeypatch.setattr(local_distill, "learn", told)
     monkeypatch.setattr(layerwise, "_pass", watched)
-    made(world, *LEARN, "blocks.tokens=1024", **widths())
+    made(world, *LEARN, "local_distill.tokens=1024", **widths())
     assert len(learnt_from) == 2 * 4
 
 
 @pytest.mark.parametrize(("changed", "layers"), [({}, 4), ({"layers": 3}, 3), ({"hidden": 24}, 4)])
 def test_every_ffn_errs_less_and_nothing_else_changes(world, changed, layers):
-    start = made(world, stages=STAGES[:-1], **widths(**changed))["start"]
-    folder = made(world, *LEARN, **widths(**changed))["start"]
+    start = made(world, stages=STAGES[:-1], **widths(**changed))["initial_student"]
+    folder = made(world, *LEARN, **widths(**changed))["initial_student"]
     told = json.loads((folder / "blocks.json").read_text())
     assert [each["layer"] for each in told] == list(range(layers))
     assert all(each["after"] < each["before"] for each in told)
@@ -192,22 +192,22 @@ def test_the_last_distance_told_is_that_of_the_whole_student(world, tmp_path, ro
     wanted, given = (streams(model, batches)[0][len(model.model.layers)][15::16] for model in models)
     wanted = wanted[:, channels]
     distance = ((given - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
-    told = json.loads((folders["start"] / "blocks.json").read_text())
+    told = json.loads((folders["initial_student"] / "blocks.json").read_text())
     assert told[-1]["after"] == pytest.approx(float(distance), rel=0.02)
 
 
 def test_a_student_that_misses_nothing_stays_as_it_is(world):
     """Of the teacher's widths, in the type that is computed in: no error can fall."""
-    start = made(world, stages=STAGES[:-1], **widths(neurons=24))["start"]
-    folder = made(world, *LEARN, **widths(neurons=24))["start"]
+    start = made(world, stages=STAGES[:-1], **widths(neurons=24))["initial_student"]
+    folder = made(world, *LEARN, **widths(neurons=24))["initial_student"]
     assert all(each["before"] == each["after"] < 1e-4 for each in json.loads((folder / "blocks.json").read_text()))
     before, after = open_checkpoint(start), open_checkpoint(folder)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_cut_off_it_goes_on_where_it_was_and_two_ranks_learn_what_one_learns(world, monkeypatch):
-    whole = open_checkpoint(made(world, *LEARN, **widths())["start"])
-    learn, calls = blocks.learn, []
+    whole = open_checkpoint(made(world, *LEARN, **widths())["initial_student"])
+    learn, calls = local_distill.learn, []
 
     def cut_off(*arguments):
         calls.append(None)
@@ -216,15 +216,15 @@ def test_cut_off_it_goes_on_where_it_was_and_two_ranks_learn_what_one_learns(wor
         return learn(*arguments)
 
     apart = f"artifacts={world / 'apart'}"
-    monkeypatch.setattr(blocks, "learn", cut_off)
+    monkeypatch.setattr(local_distill, "learn", cut_off)
     with pytest.raises(KeyboardInterrupt):
         made(world, *LEARN, apart, **widths())
-    again = dict(open_checkpoint(made(world, *LEARN, apart, **widths())["start"]))
+    again = dict(open_checkpoint(made(world, *LEARN, apart, **widths())["initial_student"]))
     assert len(calls) == 3 + 2, "two layers had learnt, two were left"
     shutil.rmtree(world / "apart")
     stages = f"stages=[{','.join(STAGES)}]"
     chosen = settings(world, **widths(), artifacts=world / "two")
-    pipeline("run=two", *LEARN, "score.batch=4", stages, *chosen, cwd=world, ranks=2)
+    pipeline("run=two", *LEARN, "calibration.batch_size=4", stages, *chosen, cwd=world, ranks=2)
     both = open_checkpoint(world / "runs" / "two" / "start")
     for name in whole:
         assert torch.equal(whole[name], again[name]), name
@@ -233,7 +233,7 @@ def test_cut_off_it_goes_on_where_it_was_and_two_ranks_learn_what_one_learns(wor
 
 def test_the_report_tells_what_ffns_learnt_before_post_norms_became_scales(tmp_path):
     world = make_world(tmp_path, "gemma3_text")
-    rest = ["absorb", "export", "dense", "evaluate", "report"]
+    rest = ["absorb_norms", "export", "evaluate_reference", "evaluate", "report"]
     made(world, *LEARN, "evaluate.speed=false", "report.samples=0", stages=[*STAGES, *rest])
     (learnt,) = (world / "artifacts").glob("blocks-*")
     view = world / "runs" / "unit"
@@ -247,14 +247,14 @@ def test_the_report_tells_what_ffns_learnt_before_post_norms_became_scales(tmp_p
 @pytest.mark.parametrize(
     ("chosen", "told"),
     [
-        (["restore.sequence=true"], "restore.sequence=true has changed; set blocks.epochs=0"),
-        (["recipe=tyr"], "plan.widths=evolved has changed; set blocks.epochs=0, or basis.kind=none"),
-        (["plan.depth=gates", "settle.norm=l2"], "settle.norm=l2 has changed; set blocks.epochs=0"),
+        (["restore.sequential=true"], "restore.sequential=true has changed; set local_distill.epochs=0"),
+        (["recipe=tyr"], "plan.widths=evolved has changed; set local_distill.epochs=0, or rotate.kind=none"),
+        (["plan.depth=gates", "regularize.norm=l2"], "regularize.norm=l2 has changed; set local_distill.epochs=0"),
     ],
 )
 def test_the_teacher_of_a_turned_student_is_not_one_that_was_changed_before(chosen, told):
     """Which would make the distance that FFNs are to mend look smaller than it is."""
-    turned, common = ["basis.kind=principal", "plan.channels=leading"], ["plan.clap=false", "recipe.rounds=1"]
+    turned, common = ["rotate.kind=principal", "plan.channels=leading"], ["plan.clap=false", "recipe.rounds=1"]
     for learns, basis in (([], turned), (LEARN, [])):
         configured(*chosen, *common, *learns, *basis)
     with pytest.raises(ValueError, match=told):
@@ -264,8 +264,8 @@ def test_the_teacher_of_a_turned_student_is_not_one_that_was_changed_before(chos
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"blocks": {"tokens": 15}}, "blocks.tokens is 15"),
-        ({"recipe": {"line": ["score", "shape", "plan", "cut"]}}, "recipe.line has no blocks"),
+        ({"blocks": {"tokens": 15}}, "local_distill.tokens is 15"),
+        ({"recipe": {"line": ["importance", "shape", "plan", "cut"]}}, "recipe.stages has no blocks"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(world, changed, told):
@@ -273,4 +273,4 @@ def test_what_cannot_work_is_refused_before_anything_starts(world, changed, told
     for section, values in changed.items():
         settings_[section] |= values
     with pytest.raises(ValueError, match=told):
-        line.check(Config(**settings_))
+        runner.check(Config(**settings_))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import line
+from pipeline import runner
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
 from pipeline.evaluation.perplexity import tally
@@ -19,14 +19,14 @@ from pipeline.runtime.checkpoint import load_model
 from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.track import Track
-from pipeline.stages import depth
+from pipeline.stages.analyse import layer_loss
 from tests.processes import on_ranks
 from tests.tiny import counted
 from tests.tiny_text import configured
 from tests.world import make_world, settings
 
-CHOSEN = ["plan.depth=evolved", "plan.depth_tokens=256", "depth.generations=3", "depth.offspring=3"]
-CUT = "stages=[score,shape,depth,plan,cut]"
+CHOSEN = ["plan.depth=evolved", "plan.depth_tokens=256", "layer_loss.generations=3", "layer_loss.offspring=3"]
+CUT = "stages=[importance,shape,layer_loss,plan,cut]"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def world(tmp_path_factory):
 
 def made(world, *overrides, **values):
     given = {"run": "unit", "shape__neurons": 24} | values
-    return line.run(configured(*settings(world, **given), *CHOSEN, "plan.clap=false", CUT, *overrides), "a test")
+    return runner.run(configured(*settings(world, **given), *CHOSEN, "plan.clap=false", CUT, *overrides), "a test")
 
 
 def found(folders):
@@ -46,7 +46,7 @@ def found(folders):
 
 @pytest.mark.parametrize("start", ["influence", "loss"])
 def test_an_evolved_choice_is_never_worse_than_its_start_and_is_the_one_that_is_cut(world, start):
-    folders = made(world, f"depth.start={start}")
+    folders = made(world, f"layer_loss.start={start}")
     told, tried = found(folders)
     if start == "influence":
         scores = Scores.load(folders["scores"] / "scores.safetensors")
@@ -60,12 +60,12 @@ def test_an_evolved_choice_is_never_worse_than_its_start_and_is_the_one_that_is_
     blueprint = Blueprint.load(folders["blueprint"] / "blueprint.json")
     assert [plan.host for plan in blueprint.layers] == told["kept"] and told["kept"][0] == 0
     batches = beginning(Packed(folders["tokens"] / "calibration"), 256, 8, 0, 1, 0)
-    sums = tally(load_model(folders["start"], torch.float32, "eager"), batches, 64)
+    sums = tally(load_model(folders["initial_student"], torch.float32, "eager"), batches, 64)
     assert float(sums[0] / sums[2]) == pytest.approx(told["loss"], rel=2e-2)
 
 
 def test_enough_generations_find_the_best_of_all_sets(world):
-    told, tried = found(made(world, "depth.generations=30"))
+    told, tried = found(made(world, "layer_loss.generations=30"))
     assert set(tried) == {(0, *rest) for rest in itertools.combinations(range(1, 6), 2)}
     assert told["loss"] == min(tried.values())
 
@@ -85,17 +85,17 @@ def chosen(ranks, place, interrupted_at, *inputs):
         measured.append(arguments)
         return tally(*arguments)
 
-    depth.tally = counted
+    layer_loss.tally = counted
     given = dict(zip(("teacher", "tokens", "shape"), map(Path, inputs), strict=True))
     Path(place).mkdir(exist_ok=True)
     machine = Machine(open_device("cpu", "auto", False, ranks.local_rank, 0), ranks, Track(None))
-    config = configured(*CHOSEN, "depth.start=loss", f"score.batch={8 // ranks.world}")
+    config = configured(*CHOSEN, "layer_loss.start=loss", f"calibration.batch_size={8 // ranks.world}")
     try:
-        depth.run(config, given, Path(place), machine)
+        layer_loss.run(config, given, Path(place), machine)
     except RuntimeError as fault:
         assert str(fault) == "interrupted"
     finally:
-        depth.tally = tally
+        layer_loss.tally = tally
     return len(measured)
 
 
@@ -109,28 +109,28 @@ def chosen_twice(ranks, place, *inputs):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_an_interrupted_choice_measures_no_set_twice_and_ends_the_same(world, tmp_path, world_size):
-    folders = made(world, "stages=[score,shape]")
+    folders = made(world, "stages=[importance,shape]")
     inputs = tuple(str(folders[name].absolute()) for name in ("teacher", "tokens", "shape"))
     told = on_ranks(chosen_twice, tmp_path, world_size, arguments=(str(tmp_path), *inputs))
     straight = told[0][0]
     assert told == [[straight, straight - 2, 2]] * world_size and straight > 5 + 4 + 3
-    for file in ("depth.json", depth.LOSSES):
+    for file in ("depth.json", layer_loss.LOSSES):
         assert (tmp_path / "killed" / file).read_text() == (tmp_path / "straight" / file).read_text(), file
 
 
 def test_a_greedy_choice_runs_no_layer_again_that_two_sets_begin_with(world, monkeypatch):
     """Five sets of five layers, without layer 1, 2, 3, 4, 5: each is reached along what it shares with the last."""
     counts = Counter()
-    monkeypatch.setattr(depth, "load_model", lambda *given: counted(load_model(*given), counts))
-    made(world, "plan.depth=loss", f"artifacts={world / 'counted'}", "score.batch=100", shape__layers=5)
+    monkeypatch.setattr(layer_loss, "load_model", lambda *given: counted(load_model(*given), counts))
+    made(world, "plan.depth=loss", f"artifacts={world / 'counted'}", "calibration.batch_size=100", shape__layers=5)
     assert counts == {0: 2, 1: 2, 2: 3, 3: 4, 4: 4, 5: 4}
 
 
 def test_the_digest_of_the_greedy_choice_knows_nothing_of_evolution():
     plain = configured("plan.depth=loss")
-    assert depth.settings(plain) == depth.settings(configured("plan.depth=loss", "depth.generations=99"))
-    assert set(depth.settings(plain)) == {"tokens", "keep_first", "batch", "seed"} and depth.needs(plain) == ()
-    evolved = depth.settings(configured("plan.depth=evolved"))
+    assert layer_loss.settings(plain) == layer_loss.settings(configured("plan.depth=loss", "layer_loss.generations=99"))
+    assert set(layer_loss.settings(plain)) == {"tokens", "keep_first", "batch", "seed"} and layer_loss.needs(plain) == ()
+    evolved = layer_loss.settings(configured("plan.depth=evolved"))
     assert evolved["evolved"] == {"start": "influence", "generations": 20, "offspring": 8}
-    with pytest.raises(ValueError, match="depth.offspring"):
-        configured("depth.offspring=0")
+    with pytest.raises(ValueError, match="layer_loss.offspring"):
+        configured("layer_loss.offspring=0")

@@ -6,18 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pipeline.costmodel.shapes import ModelShape, depth_for
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
 from pipeline.evaluation.perplexity import tally
 from pipeline.model.anatomy import LayerSizes, Sizes
-from pipeline.prune.measure import only_layers
+from pipeline.prune.importance.measure import only_layers
 from pipeline.runtime.checkpoint import load_model
 from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.track import Track
-from pipeline.search.shapes import ModelShape, depth_for
-from pipeline.stages import gates, settle, tokens
+from pipeline.stages.analyse import layer_gates
+from pipeline.stages.build import regularize
+from pipeline.stages.prepare import tokens
 from tests.tiny import anatomy_with
 from tests.tiny_text import configured
 from tests.world import make_world
@@ -31,7 +33,7 @@ def world(tmp_path_factory):
     config = configured(
         *(f"data.{use}.path={folder / use}.txt" for use in ("calibration", "recovery", "evaluation")),
         "plan.depth=gates",
-        "gates.tokens=256",
+        "layer_gates.tokens=256",
         "plan.depth_tokens=256",
         "plan.keep_first=1",
     )
@@ -52,7 +54,7 @@ def machine() -> Machine:
 
 def chosen(config, made, out):
     out.mkdir()
-    gates.run(config, made, out, machine())
+    layer_gates.run(config, made, out, machine())
     return out
 
 
@@ -60,7 +62,7 @@ def test_every_choice_is_the_smallest_gate_and_is_measured_without_its_layers(wo
     config, made, folder = world
     depth, rounds = (json.loads((folder / f"{name}.json").read_text()) for name in ("depth", "rounds"))
     model = load_model(made["teacher"], torch.float32, "sdpa")
-    text = beginning(Packed(made["tokens"] / "calibration"), 256, config.score.batch, 0, 1, config.seed)
+    text = beginning(Packed(made["tokens"] / "calibration"), 256, config.calibration.batch_size, 0, 1, config.seed)
     left = [0, 1, 2, 3]
     for each, tried in zip(rounds, depth["tried"], strict=True):
         assert each["picked"] == min(left[1:], key=lambda layer: abs(each["gates"][layer]))
@@ -77,7 +79,7 @@ def test_an_interrupted_choice_goes_on_after_the_last_layer_digit_for_digit(worl
     half = tmp_path / "half"
     half.mkdir()
     (half / "rounds.json").write_text(json.dumps(rounds[:1]))
-    gates.run(config, made, half, machine())
+    layer_gates.run(config, made, half, machine())
     assert (half / "rounds.json").read_text() == (folder / "rounds.json").read_text()
     assert (half / "depth.json").read_text() == (folder / "depth.json").read_text()
 
@@ -86,12 +88,12 @@ def test_layers_that_stay_anyway_and_too_short_texts_are_told_at_once(world, tmp
     _, made, _ = world
     with pytest.raises(ValueError, match=r"shape.layers is 2; it must lie between 3 and 4"):
         chosen(configured("plan.depth=gates", "plan.keep_first=3"), made, tmp_path / "kept")
-    with pytest.raises(ValueError, match=r"gates.tokens is 10, less than one step of gates.batch \(2\)"):
-        gates.check(configured("plan.depth=gates", "gates.tokens=10"))
-    with pytest.raises(ValueError, match=r"settle.batch is 3, not a multiple of settle.micro_batch \(2\)"):
-        settle.check(configured("plan.depth=gates", "settle.norm=l1", "settle.batch=3", "settle.micro_batch=2"))
-    with pytest.raises(ValueError, match=r"settle.norm=l2 empties the layers that go"):
-        configured("settle.norm=l2")
+    with pytest.raises(ValueError, match=r"layer_gates.tokens is 10, less than one step of layer_gates.batch_size \(2\)"):
+        layer_gates.check(configured("plan.depth=gates", "layer_gates.tokens=10"))
+    with pytest.raises(ValueError, match=r"regularize.global_batch_size is 3, not a multiple of regularize.micro_batch_size \(2\)"):
+        regularize.check(configured("plan.depth=gates", "regularize.norm=l1", "regularize.global_batch_size=3", "regularize.micro_batch_size=2"))
+    with pytest.raises(ValueError, match=r"regularize.norm=l2 empties the layers that go"):
+        configured("regularize.norm=l2")
 
 
 @pytest.mark.parametrize(("fraction", "layers"), [(1.0, 8), (0.75, 5), (0.5, 3), (0.2, 1)])

@@ -14,7 +14,7 @@ from tests.tiny_text import byte_tokenizer
 from tests.world import make_world, pipeline, settings
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% endfor %}"
-SMALL = ("recipe=generate", "generate.tokens=96", "generate.length=8", "generate.batch=4")
+SMALL = ("recipe=generate", "self_generate.tokens=96", "self_generate.length=8", "self_generate.batch_size=4")
 
 
 @pytest.fixture(scope="module")

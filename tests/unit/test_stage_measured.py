@@ -8,20 +8,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline import line
+from pipeline import runner
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
 from pipeline.evaluation.divergence import divergence, final_states
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, everything
+from pipeline.model.hf_config import student_config
 from pipeline.model.scores import Scores
-from pipeline.model.settings import student_config
-from pipeline.prune.mask import masked, without
-from pipeline.prune.measure import measure
-from pipeline.prune.restore import restore
-from pipeline.prune.surgery import cut
+from pipeline.prune.importance.measure import measure
+from pipeline.prune.second_order.mask import masked, without
+from pipeline.prune.second_order.restore import restore
+from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, open_tensors, write_checkpoint
-from pipeline.stages import sensitivity
+from pipeline.stages.analyse import sensitivity
 from tests.tiny import config_of, counted, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
 from tests.world import make_world, pipeline, settings
@@ -29,7 +29,7 @@ from tests.world import make_world, pipeline, settings
 WIDE = {"num_key_value_heads": 4, "intermediate_size": 128}  # eight multiples of neurons, four groups
 NO_SHAPE = {"shape__layers": None, "shape__neurons": None}
 CHOSEN = ("plan.widths=measured", "plan.depth_tokens=256", "plan.clap=false", "sensitivity.levels=[0.5,1.0]")
-CUT = "stages=[score,shape,depth,gram,order,sensitivity,plan,cut]"
+CUT = "stages=[importance,shape,layer_loss,hessian,obs_order,sensitivity,plan,cut]"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def world(tmp_path_factory):
 
 def made(world, *overrides, **values):
     chosen = settings(world, run="unit", **(NO_SHAPE | values))
-    return line.run(configured(*chosen, *CHOSEN, CUT, *overrides), "a test")
+    return runner.run(configured(*chosen, *CHOSEN, CUT, *overrides), "a test")
 
 
 def rows_of(folders):
@@ -102,7 +102,7 @@ def test_measured_widths_keep_to_the_budget_and_rows_are_the_kl_of_what_would_be
     dense = load_model(folders["teacher"], torch.float64, "eager")
     cut_ = load_model(folders["teacher"], torch.float64, "eager")
     down, name = cut_.model.layers[2].mlp.down_proj.weight.data, "model.layers.2.mlp.down_proj"
-    left = restore(down, open_tensors(folders["grams"])[name], stays) if restored else down[:, stays]
+    left = restore(down, open_tensors(folders["hessians"])[name], stays) if restored else down[:, stays]
     down.zero_()[:, stays] = left
     text = Packed(folders["tokens"] / "calibration")
     read = min(length, text.sequence)
@@ -147,9 +147,9 @@ def test_what_an_interrupted_measuring_wrote_is_not_measured_again(world, monkey
 
     monkeypatch.setattr(sensitivity, "divergence", failing)
     with pytest.raises(RuntimeError, match="interrupted"):
-        made(world, place, "score.batch=4")
+        made(world, place, "calibration.batch_size=4")
     monkeypatch.setattr(sensitivity, "divergence", lambda *arguments: calls.append(1) or divergence(*arguments))
-    rows = rows_of(made(world, place, "score.batch=4"))
+    rows = rows_of(made(world, place, "calibration.batch_size=4"))
     assert len(rows) == 17 and len(calls) == 17 * 2 + 2, "two batches a row; only the broken row is measured twice"
 
 
@@ -162,15 +162,15 @@ def test_the_order_of_removal_says_what_is_masked_and_dropped_layers_are_not_mea
     kept = json.loads((folders["depth"] / "depth.json").read_text())["kept"]
     rows = rows_of(folders)
     assert [row["layer"] for row in rows[1::4]] == kept and rows[0]["loss"] > 0
-    own = open_checkpoint(folders["start"]).anatomy
-    even = open_checkpoint(made(world, "plan.widths=uniform", *chosen, **given)["start"]).anatomy
+    own = open_checkpoint(folders["initial_student"]).anatomy
+    even = open_checkpoint(made(world, "plan.widths=uniform", *chosen, **given)["initial_student"]).anatomy
     assert 0.9 * even.parameters()[1] < own.parameters()[1] <= even.parameters()[1]
 
 
 def test_two_ranks_measure_what_one_measures(world):
-    one = rows_of(made(world, "score.batch=8"))
+    one = rows_of(made(world, "calibration.batch_size=8"))
     chosen = settings(world, run="two", artifacts=world / "two", **NO_SHAPE)
-    pipeline(*chosen, *CHOSEN, CUT, "score.batch=4", cwd=world, ranks=2)
+    pipeline(*chosen, *CHOSEN, CUT, "calibration.batch_size=4", cwd=world, ranks=2)
     two = json.loads((world / "runs" / "two" / "sensitivities.json").read_text())
     for here, there in zip(one, two, strict=True):
         assert here["removed"] == there["removed"] and here["loss"] == pytest.approx(there["loss"], rel=5e-2, abs=1e-4)
@@ -180,7 +180,7 @@ def test_the_line_runs_to_its_report_in_two_rounds(world):
     """Each round measures the student of the one before."""
     chosen = settings(world, **NO_SHAPE, run="rounds", recipe__rounds=2)
     repeat = "score,shape,sensitivity,plan,cut"
-    line_ = (f"recipe.line=[{repeat},export,dense,evaluate,report]", f"recipe.repeat=[{repeat}]")
+    line_ = (f"recipe.stages=[{repeat},export,evaluate_reference,evaluate,report]", f"recipe.repeat=[{repeat}]")
     pipeline(*chosen, *CHOSEN, *line_, cwd=world)
     view = world / "runs" / "rounds"
     first, second = (json.loads((view / place / sensitivity.FILE).read_text()) for place in ("rounds/1", "."))
@@ -199,13 +199,13 @@ def test_the_line_runs_to_its_report_in_two_rounds(world):
         (["recipe=flap", "plan.widths=measured"], "has no sensitivity, which this configuration needs"),
         (["sensitivity.levels=[0.5,1.5]"], "sensitivity.levels.1"),
         (["sensitivity.levels=[]"], "sensitivity.levels"),
-        (["restore.sequence=true"], "plan.widths=measured; choose one"),
+        (["restore.sequential=true"], "plan.widths=measured; choose one"),
     ],
 )
 def test_choices_that_do_not_go_together_are_refused_before_any_work(overrides, message):
     with pytest.raises(ValueError, match=message):
-        line.check(configured(*CHOSEN, *overrides))
+        runner.check(configured(*CHOSEN, *overrides))
 
 
 def test_other_widths_need_no_sensitivities():
-    assert not sensitivity.needed(configured()) and not sensitivity.needed(configured("recipe=best"))
+    assert not sensitivity.enabled(configured()) and not sensitivity.enabled(configured("recipe=best"))

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import advice, line
+from pipeline import estimate, runner
+from pipeline.costmodel.pareto import Serving, describe
+from pipeline.costmodel.shapes import ModelShape
 from pipeline.data.packing import Packed
 from pipeline.data.stream import left_over, stream
 from pipeline.evaluation.perplexity import tally
 from pipeline.model.blueprint import Blueprint
+from pipeline.model.hf_config import with_scales
 from pipeline.model.scores import Scores
-from pipeline.model.settings import with_scales
 from pipeline.report.drawing import Dot
 from pipeline.report.figures import shapes_searched
 from pipeline.report.tables import search_table
@@ -23,9 +25,10 @@ from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.track import Track
-from pipeline.search.pareto import Serving, describe
-from pipeline.search.shapes import ModelShape
-from pipeline.stages import cut, plan, score, search, shape, tokens
+from pipeline.stages.analyse import importance
+from pipeline.stages.build import cut
+from pipeline.stages.choose import plan, shape, shape_search
+from pipeline.stages.prepare import tokens
 from pipeline.training import steps_of
 from tests.chips import chip
 from tests.tiny_text import configured
@@ -42,7 +45,7 @@ def machine() -> Machine:
 
 def configure(folder: Path, *overrides: str):
     paths = [f"data.{use}.path={folder / use}.txt" for use in ("calibration", "recovery", "evaluation")]
-    small = ("score.tokens=512", "search.tokens=256", "search.candidates=3", "recipe.shape=search", "device=cpu")
+    small = ("score.tokens=512", "shape_search.tokens=256", "shape_search.candidates=3", "recipe.shape=search", "device=cpu")
     return configured(*paths, *small, *overrides)
 
 
@@ -62,7 +65,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(world):
     folder, made = world
-    return made_by(search, configure(folder), made, folder / "found")
+    return made_by(shape_search, configure(folder), made, folder / "found")
 
 
 def test_a_search_writes_the_shape_it_picked_and_how_it_was_found(found):
@@ -81,7 +84,7 @@ def scored(folder: Path) -> dict[str, Path]:
     """Give a world's teacher, its tokens and its scores."""
     config, made = configure(folder), {"teacher": folder / "model"}
     made["tokens"] = made_by(tokens, config, made, folder / "tokens")
-    return made | {"scores": made_by(score, config, made, folder / "scores")}
+    return made | {"scores": made_by(importance, config, made, folder / "scores")}
 
 
 def with_static_scales(folder: Path) -> Path:
@@ -100,7 +103,7 @@ def test_the_loss_of_the_picked_shape_is_that_of_what_plan_and_cut_make(world, f
     config = configure(folder)
     if scales:
         made = scored(folder := with_static_scales(tmp_path / "scales"))
-        found = made_by(search, config := configure(folder), made, tmp_path / "found")
+        found = made_by(shape_search, config := configure(folder), made, tmp_path / "found")
         assert json.loads((found / "shape.json").read_text())["hidden"] < 64
     made = made | {"shape": found}
     made["blueprint"] = made_by(plan, config, made, tmp_path / "blueprint")
@@ -110,9 +113,9 @@ def test_the_loss_of_the_picked_shape_is_that_of_what_plan_and_cut_make(world, f
         norm = "model.layers.0.post_feedforward_layernorm.weight"
         assert torch.equal(open_checkpoint(start)[norm], open_checkpoint(made["teacher"])[norm][channels])
     text = Packed(made["tokens"] / "calibration")
-    rows = search._rows(text, Scores.load(made["scores"] / "scores.safetensors").tokens, config)
+    rows = shape_search._rows(text, Scores.load(made["scores"] / "scores.safetensors").tokens, config)
     model = load_model(start, torch.float32, machine().device.attention)
-    total = tally(model, [search._batch(text, rows)], 1024)
+    total = tally(model, [shape_search._batch(text, rows)], 1024)
     told = json.loads((found / "search.json").read_text())
     loss = next(each["loss"] for each in told["candidates"] if each["shape"] == told["picked"])
     assert loss == pytest.approx(float(total[0] / total[2]), rel=1e-5)
@@ -124,7 +127,7 @@ def test_no_sequence_that_was_scored_is_measured(world):
     config = configure(folder)
     text = Packed(made["tokens"] / "calibration")
     scored = {tuple(row.tolist()) for row in next(stream(text, 512 // 32, 0, 1, 0, config.seed))}
-    measured = {tuple(text[row].tolist()) for row in search._rows(text, 512, config)}
+    measured = {tuple(text[row].tolist()) for row in shape_search._rows(text, 512, config)}
     assert len(scored) == 16 and len(measured) == 8 and not scored & measured
 
 
@@ -140,7 +143,7 @@ def test_what_scoring_left_over_is_every_row_no_position_held(world):
 def test_all_that_scoring_left_is_measured_where_it_is_less_than_asked(world):
     folder, made = world
     text = Packed(made["tokens"] / "calibration")
-    rows = search._rows(text, 512, configure(folder, "search.tokens=9999999"))
+    rows = shape_search._rows(text, 512, configure(folder, "shape_search.tokens=9999999"))
     assert rows == left_over(text, 16, 0) and len(rows) == len(text) - 16
 
 
@@ -152,7 +155,7 @@ def test_a_text_that_was_scored_to_its_end_is_refused_before_anything_is_cut(wor
     replace(scores, tokens=all_of_it).save(tmp_path / "scores" / "scores.safetensors")
     made = made | {"scores": tmp_path / "scores"}
     with pytest.raises(ValueError, match=r"score.tokens is 512: scoring read all .* lower it"):
-        made_by(search, configure(folder), made, tmp_path / "out")
+        made_by(shape_search, configure(folder), made, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -161,38 +164,38 @@ def test_a_search_that_was_cut_short_measures_no_shape_twice(world, found, tmp_p
     losses = json.loads((found / "losses.json").read_text())
     first, *rest = losses
     (tmp_path / "losses.json").write_text(json.dumps({first: 1.25}))
-    (tmp_path / search.SCRATCH).mkdir()
-    (tmp_path / search.SCRATCH / "part-0.safetensors").write_bytes(b"half")
-    made_by(search, configure(folder), made, tmp_path)
+    (tmp_path / shape_search.SCRATCH).mkdir()
+    (tmp_path / shape_search.SCRATCH / "part-0.safetensors").write_bytes(b"half")
+    made_by(shape_search, configure(folder), made, tmp_path)
     again = json.loads((tmp_path / "losses.json").read_text())
     assert again == {first: 1.25} | {name: losses[name] for name in rest}
-    assert not (tmp_path / search.SCRATCH).exists()
+    assert not (tmp_path / shape_search.SCRATCH).exists()
 
 
 def test_one_stage_makes_the_shape_and_the_given_one_depends_on_no_scores(world):
     folder, _ = world
-    searching, given = configure(folder), configure(folder, "recipe.shape=given", "search.batch=3")
-    for config, maker, other in ((searching, search, shape), (given, shape, search)):
-        assert maker.needed(config) and not other.needed(config)
-        assert line.check(config)[2:6] == ["correct", "score", "shape", "search"]
-    assert shape.NEEDS == ("teacher",)
+    searching, given = configure(folder), configure(folder, "recipe.shape=given", "shape_search.batch_size=3")
+    for config, maker, other in ((searching, shape_search, shape), (given, shape, shape_search)):
+        assert maker.enabled(config) and not other.enabled(config)
+        assert runner.check(config)[2:6] == ["teacher_correction", "importance", "shape", "shape_search"]
+    assert shape.STAGE.needs == ("teacher",)
     assert shape.settings(given) == shape.settings(configure(folder, "recipe.shape=given", "device/chip=910B3"))
 
 
 def test_a_shape_that_is_given_and_limited_by_predictions_or_searched_is_refused(world):
     folder, _ = world
     with pytest.raises(ValueError, match=r"recipe.shape is search, but shape.\* gives the shape"):
-        line.check(configure(folder, "shape.layers=3"))
+        runner.check(configure(folder, "shape.layers=3"))
     with pytest.raises(ValueError, match=r"budget.\* limits it by \['speedup'\]"):
-        line.check(configure(folder, "recipe.shape=given", "shape.layers=3", "budget.speedup=1.2"))
+        runner.check(configure(folder, "recipe.shape=given", "shape.layers=3", "budget.speedup=1.2"))
 
 
 def test_a_search_among_some_axes_is_refused_and_one_among_all_is_not(world):
     for asked in ("budget.axes=layers", "budget.axes=neurons", "recipe=best"):
         with pytest.raises(ValueError, match=r"^budget.axes is \w+, but recipe.shape=search sifts all axes; set"):
-            line.check(configure(world[0], asked))
-        line.check(configure(world[0], asked, "recipe.shape=given"))
-        line.check(configure(world[0], asked, "budget.axes=all"))
+            runner.check(configure(world[0], asked))
+        runner.check(configure(world[0], asked, "recipe.shape=given"))
+        runner.check(configure(world[0], asked, "budget.axes=all"))
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -203,22 +206,22 @@ def test_a_llama_that_is_to_get_biases_is_searched_as_one_that_has_them(world, b
     def told(chip, teacher, *_):
         raise InterruptedError(teacher.even_heads)
 
-    monkeypatch.setattr(search, "search_shapes", told)
-    monkeypatch.setattr(advice, "shape_within", told)
+    monkeypatch.setattr(shape_search, "search_shapes", told)
+    monkeypatch.setattr(estimate, "shape_within", told)
     with pytest.raises(InterruptedError, match=str(biased)):
-        made_by(search, config, made, tmp_path)
+        made_by(shape_search, config, made, tmp_path)
     with pytest.raises(InterruptedError, match=str(biased)):
-        advice.needs(config, made, 1)
+        estimate.needs(config, made, 1)
     plain = configure(folder)
-    assert all((stage.settings(config) == stage.settings(plain)) is not biased for stage in (shape, search))
+    assert all((stage.settings(config) == stage.settings(plain)) is not biased for stage in (shape, shape_search))
 
 
 def test_limits_of_speed_and_memory_hold_with_nothing_measured(world, tmp_path):
     folder, made = world
     teacher = open_checkpoint(made["teacher"]).anatomy
     dense = ModelShape.of(teacher)
-    config = configure(folder, "recipe.shape=given", "device/chip=910B1", "budget.speedup=1.3", "search.batch=8")
-    serving = Serving(**config.search.serving)
+    config = configure(folder, "recipe.shape=given", "device/chip=910B1", "budget.speedup=1.3", "shape_search.batch_size=8")
+    serving = Serving(**config.shape_search.serving)
     npu = chip("910B1")
     before = describe(npu, dense, dense, serving)
     limit = 0.5 * before.memory_bytes
@@ -231,13 +234,13 @@ def test_limits_of_speed_and_memory_hold_with_nothing_measured(world, tmp_path):
 
 def test_a_dry_run_of_a_search_answers_for_the_shape_that_promises_most(world):
     folder, made = world
-    told = advice.needs(configure(folder), made, 1)
+    told = estimate.needs(configure(folder), made, 1)
     assert told.startswith("the search will measure which shape") and "recovery needs 1 x" in told
 
 
 def told(folder, made, *overrides):
     config = configure(folder, "recipe.shape=given", "device/chip=910B1", "budget.parameters=0.6", *overrides)
-    return advice.needs(config, made | {"shape": made_by(shape, config, made, folder / "dry")}, 1)
+    return estimate.needs(config, made | {"shape": made_by(shape, config, made, folder / "dry")}, 1)
 
 
 def test_a_dry_run_tells_of_the_trainings_of_its_line_and_of_no_other(world):
@@ -248,20 +251,20 @@ def test_a_dry_run_tells_of_the_trainings_of_its_line_and_of_no_other(world):
         assert "recovery" not in said and "settling" not in said
     assert trsp.startswith("settling needs 1 x ") and "recovery" not in trsp
     assert "; recipe trsp has no distill: no weights are trained after the cut to {'layers': 2," in trsp
-    corrected = told(*world, "correct.tokens=1000")
+    corrected = told(*world, "teacher_correction.tokens=1000")
     assert corrected.startswith("correction needs 1 x ") and "; recovery needs 1 x " in corrected
-    assert "no weights are trained after the cut" in told(*world, "recipe=flap", "correct.tokens=1000")
-    line = "recipe.line=[score,shape,plan,cut,distill,export]"
-    assert "correction" not in told(*world, "correct.tokens=1000", line)
-    both = told(*world, "recipe=trsp", "recipe.line=[score,shape,gates,settle,plan,cut,distill,export]")
+    assert "no weights are trained after the cut" in told(*world, "recipe=flap", "teacher_correction.tokens=1000")
+    line = "recipe.stages=[importance,shape,plan,cut,distill,export]"
+    assert "correction" not in told(*world, "teacher_correction.tokens=1000", line)
+    both = told(*world, "recipe=trsp", "recipe.stages=[importance,shape,layer_gates,regularize,plan,cut,distill,export]")
     assert both.startswith("settling needs 1 x ") and "; recovery needs 1 x " in both and "no distill" not in both
 
 
 def test_a_dry_run_counts_the_steps_that_training_takes(world):
     """Tokens that fill no step are not learnt from."""
-    asked = configure(world[0], "distill.tokens=1000", "distill.batch=8", "distill.micro_batch=4")
+    asked = configure(world[0], "distill.tokens=1000", "distill.global_batch_size=8", "distill.micro_batch_size=4")
     steps = steps_of("distill", asked.distill, asked.data.sequence)
-    said = told(*world, "distill.tokens=1000", "distill.batch=8", "distill.micro_batch=4")
+    said = told(*world, "distill.tokens=1000", "distill.global_batch_size=8", "distill.micro_batch_size=4")
     assert steps == 3 and "hours for 768 tokens: 3 steps of" in said
 
 
@@ -273,16 +276,16 @@ def test_a_dry_run_of_a_line_without_training_asks_for_no_chip(world):
 
 def test_a_settling_that_cannot_be_split_is_refused_by_its_own_fields(world):
     folder, made = world
-    config = configure(folder, "recipe=trsp", "recipe.shape=given", "device/chip=910B1", "settle.batch=2")
+    config = configure(folder, "recipe=trsp", "recipe.shape=given", "device/chip=910B1", "regularize.global_batch_size=2")
     with pytest.raises(ValueError, match=r"settle\.batch is 2, not a multiple of settle\.micro_batch"):
-        advice.needs(config, made | {"shape": made_by(shape, config, made, folder / "dry")}, 3)
+        estimate.needs(config, made | {"shape": made_by(shape, config, made, folder / "dry")}, 3)
 
 
 def test_a_dry_run_answers_for_a_student_that_was_cut_elsewhere(world):
     folder, made = world
     config = configure(folder, "recipe=recover", "recipe.shape=given", f"model.start={folder / 'model'}")
     config = config.model_copy(update={"device": configure(folder, "device/chip=910B1").device})
-    given = advice.needs(config, made | {"start": folder / "model"}, 1)
+    given = estimate.needs(config, made | {"initial_student": folder / "model"}, 1)
     assert given.startswith("recovery needs 1 x ") and "search" not in given
 
 

@@ -9,28 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import line
+from pipeline import runner
+from pipeline.allocate import evolution
+from pipeline.allocate.budgets import layer_weights
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning, left_over
 from pipeline.evaluation.divergence import divergence, final_states
 from pipeline.model.anatomy import LayerSizes
 from pipeline.model.blueprint import Blueprint
-from pipeline.prune.gram import gram
+from pipeline.prune.second_order.hessian import gram
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, open_tensors
-from pipeline.search import evolution
-from pipeline.search.budgets import layer_weights
-from pipeline.stages import supernet
+from pipeline.stages.build import supernet
 from tests.numerics.test_gram import inputs_of
 from tests.tiny import save_tiny, tiny_model, tokens
 from tests.tiny_text import configured
 from tests.world import make_world, pipeline, settings
 
-CUT = ["score", "shape", "depth", "sequence", "supernet", "plan", "cut"]
+CUT = ["importance", "shape", "layer_loss", "sequential", "supernet", "plan", "cut"]
 NONE = {f"shape__{axis}": "null" for axis in ("layers", "hidden", "heads", "groups", "neurons")}
-SEQUENCE = ["restore.sequence=true", "plan.clap=false", "reinit.slnp=false"]
+SEQUENCE = ["restore.sequential=true", "plan.clap=false", "reinit.slnp=false"]
 TYR = [
     "recipe=tyr",
-    "recipe.line=[score,shape,depth,sequence,supernet,plan,cut,export,dense,evaluate,report]",
+    "recipe.stages=[importance,shape,layer_loss,sequential,supernet,plan,cut,export,evaluate_reference,evaluate,report]",
     "budget.parameters=0.7",
     "supernet.multiple=4",
     "supernet.generations=3",
@@ -49,7 +49,7 @@ def world(tmp_path_factory):
 def made(world, overrides, stages=CUT, **values):
     """Run stages in this process; give their artifacts by name."""
     chosen = settings(world, **(NONE | values), run="unit", stages="[" + ",".join(stages) + "]")
-    return line.run(configured(*chosen, *overrides), "a test")
+    return runner.run(configured(*chosen, *overrides), "a test")
 
 
 def logits(folder):
@@ -68,9 +68,9 @@ def test_pruned_in_sequence_the_cut_model_is_the_masked_one(world, shape, chosen
     heads, groups, neurons = shape
     widths = {"shape__heads": heads, "shape__groups": groups, "shape__neurons": neurons}
     folders = made(world, [*SEQUENCE, f"restore.local={chosen}"], **widths)
-    start = open_checkpoint(folders["start"])
+    start = open_checkpoint(folders["initial_student"])
     assert {(each.heads, each.groups, each.neurons) for each in start.anatomy.sizes.layers} == {shape}
-    torch.testing.assert_close(logits(folders["start"]), logits(folders["restored"]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(folders["initial_student"]), logits(folders["restored"]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "tie", "axes"), [("llama", "untied", 0), ("llama-tied", "keep", 32)])
@@ -78,18 +78,18 @@ def test_pruned_in_sequence_and_then_turned_the_cut_model_is_the_masked_one(tmp_
     """In float64 on disk. The stream that is turned is the pruned model's own: its axes are principal there."""
     world = make_world(tmp_path, kind)
     save_tiny(tiny_model(kind), world / "model")
-    basis = ["basis.kind=principal", "plan.channels=leading", f"basis.tie={tie}", f"basis.own_axes={axes}"]
+    basis = ["rotate.kind=principal", "plan.channels=leading", f"rotate.tie={tie}", f"rotate.own_axes={axes}"]
     widths = {"shape__heads": 2, "shape__groups": 1, "shape__neurons": 12}
     folders = made(world, [*SEQUENCE, *basis], [*CUT, "basis"], **widths)
     names = ("teacher", "restored", "start")
     teacher, restored, start = (logits(folders[name]) for name in names)
-    assert open_checkpoint(folders["start"]).anatomy.sizes.layers == (LayerSizes(2, 1, 12),) * 4
+    assert open_checkpoint(folders["initial_student"]).anatomy.sizes.layers == (LayerSizes(2, 1, 12),) * 4
     assert (start - restored).norm() / restored.norm() < 1e-6 < 1e-2 < (restored - teacher).norm() / teacher.norm()
-    narrow = load_model(folders["start"], torch.float64, "eager")
+    narrow = load_model(folders["initial_student"], torch.float64, "eager")
     batches = beginning(Packed(folders["tokens"] / "calibration"), 1024, 8, 0, 1, 0)
-    stream = gram(narrow.model, open_checkpoint(folders["start"]).anatomy, batches, (), stream=True).stream
+    stream = gram(narrow.model, open_checkpoint(folders["initial_student"]).anatomy, batches, (), stream=True).stream
     energy = stream.diagonal()
-    told = torch.tensor(json.loads((folders["source"] / "basis.json").read_text())["energy"], dtype=torch.float64)
+    told = torch.tensor(json.loads((folders["rotated"] / "basis.json").read_text())["energy"], dtype=torch.float64)
     torch.testing.assert_close(energy * 32 / energy.sum(), told, rtol=2e-2, atol=2e-2)  # measured in bf16 there
     if tie == "untied":
         assert (stream - energy.diag()).norm() / energy.norm() < 2e-2
@@ -127,7 +127,7 @@ def test_layers_that_go_take_no_part(world):
 def test_the_supernet_gives_layers_widths_of_their_own_within_the_budget(world):
     folders = made(world, TYR)
     facts = json.loads((folders["restored"] / "supernet.json").read_text())
-    teacher, start = open_checkpoint(folders["teacher"]), open_checkpoint(folders["start"])
+    teacher, start = open_checkpoint(folders["teacher"]), open_checkpoint(folders["initial_student"])
     allowed = json.loads((folders["shape"] / "shape.json").read_text())["weights"]
     weights = layer_weights(start.anatomy.sizes, start.anatomy.sizes.layers)
     assert allowed - 3 * 32 * 4 < weights <= allowed
@@ -138,7 +138,7 @@ def test_the_supernet_gives_layers_widths_of_their_own_within_the_budget(world):
     assert widths_of(folders) == list(zip(found[::2], found[1::2], strict=True))
     assert found != facts["start"] and facts["rounds"][0]["losses"][-1] < facts["rounds"][0]["losses"][0]
     assert facts["losses"][facts["taken"]] == min(facts["losses"].values())
-    torch.testing.assert_close(logits(folders["start"]), logits(folders["restored"]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(folders["initial_student"]), logits(folders["restored"]), rtol=1e-5, atol=1e-5)
     assert not (folders["restored"] / "work").exists()
 
 
@@ -168,7 +168,7 @@ def test_files_that_a_network_file_system_keeps_while_they_are_mapped_end_no_sea
 @pytest.mark.parametrize("weights", ["composed", "solved_again"])
 def test_composed_and_solved_weights_are_cut_to_the_same_widths(world, weights):
     folders = made(world, [*TYR, f"supernet.weights={weights}", "supernet.rounds=1"])
-    torch.testing.assert_close(logits(folders["start"]), logits(folders["restored"]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(folders["initial_student"]), logits(folders["restored"]), rtol=1e-5, atol=1e-5)
     facts = json.loads((folders["restored"] / "supernet.json").read_text())
     found = facts["rounds"][-1]["widths"]
     assert facts["taken"] == weights and widths_of(folders) == list(zip(found[::2], found[1::2], strict=True))
@@ -237,10 +237,10 @@ def test_two_ranks_find_what_one_finds(world, tokens):
     """Also where all text is one sequence, of which the second rank has none."""
     chosen = [*TYR, "supernet.rounds=1", "supernet.generations=1"]
     chosen += [f"{section}.tokens={count}" for section, count in tokens.items()]
-    one = made(world, [*chosen, "score.batch=8"])
+    one = made(world, [*chosen, "calibration.batch_size=8"])
     stages = f"stages=[{','.join(CUT)}]"
     values = settings(world, **NONE, artifacts=world / f"two-{len(tokens)}")
-    pipeline("run=two", *values, *chosen, "score.batch=4", stages, cwd=world, ranks=2)
+    pipeline("run=two", *values, *chosen, "calibration.batch_size=4", stages, cwd=world, ranks=2)
     (two,) = (world / f"two-{len(tokens)}").glob("supernet-*")
     facts = [json.loads((folder / "supernet.json").read_text()) for folder in (one["restored"], two)]
     assert facts[0]["start"] == facts[1]["start"]
@@ -252,7 +252,7 @@ def test_two_ranks_find_what_one_finds(world, tokens):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([*SEQUENCE, "plan.clap=true"], "restore.sequence=true .* set plan.clap=false"),
+        ([*SEQUENCE, "plan.clap=true"], "restore.sequential=true .* set plan.clap=false"),
         ([*SEQUENCE, "plan.widths=threshold"], "choose one"),
         ([*TYR, "restore.outputs=true", "plan.heads=random"], "set plan.heads=scores, restore.outputs=false"),
         ([*TYR, "supernet.survivors=[2,2]"], "end in 1"),
@@ -261,18 +261,18 @@ def test_two_ranks_find_what_one_finds(world, tokens):
 )
 def test_what_does_not_go_together_is_refused_before_any_work(overrides, message):
     with pytest.raises(ValueError, match=message):
-        line.check(configured(*overrides))
+        runner.check(configured(*overrides))
 
 
 def test_the_tyr_recipe_runs_to_its_report_and_with_distill_added_recovers(world):
-    plain = [each for each in TYR if not each.startswith("recipe.line")] + ["supernet.rounds=1"]
+    plain = [each for each in TYR if not each.startswith("recipe.stages")] + ["supernet.rounds=1"]
     pipeline("run=tyr", *plain, *settings(world, **NONE), cwd=world)
     report = json.loads((world / "runs" / "tyr" / "report.json").read_text())
     student = open_checkpoint(world / "runs" / "tyr" / "student").anatomy
     assert report["parameters"]["student"] == student.parameters()[0] < report["parameters"]["teacher"]
     assert not student.sizes.uniform and "distill" not in report["stages"]
-    line_ = ["score", "shape", "depth", "supernet", "plan", "cut", "distill"]
-    added = f"recipe.line=[{','.join(line_)},export,dense,evaluate,report]"
+    line_ = ["importance", "shape", "layer_loss", "supernet", "plan", "cut", "distill"]
+    added = f"recipe.stages=[{','.join(line_)},export,evaluate_reference,evaluate,report]"
     stages = f"stages=[{','.join(line_)}]"
     said = pipeline("run=more", *plain, added, stages, *settings(world, **NONE), cwd=world).stdout
     assert "cut: finished before" in said

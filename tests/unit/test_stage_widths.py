@@ -5,25 +5,25 @@ import json
 import pytest
 import torch
 
-from pipeline import line
+from pipeline import runner
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
-from pipeline.distill.language import LanguageHead
+from pipeline.distill.next_token import LanguageHead
 from pipeline.model.anatomy import LayerSizes
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
-from pipeline.prune.coupled import magnitude
-from pipeline.prune.fluctuation import fluctuation, moments
-from pipeline.prune.taylor import gradients, saliency
+from pipeline.prune.importance.fluctuation import fluctuation, moments
+from pipeline.prune.importance.magnitude import magnitude
+from pipeline.prune.importance.taylor import gradients, saliency
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
 from tests.tiny_text import configured
 from tests.world import make_world, pipeline, settings
 
 WIDE = {"num_key_value_heads": 4, "intermediate_size": 128}  # eight multiples of neurons, four groups
 NO_SHAPE = {"shape__layers": None, "shape__neurons": None}
-CUT = "stages=[score,shape,plan,cut]"
-SEQUENCE = ["stages=[score,shape,sequence,plan,cut]", "plan.clap=false"]
-TYR = ["stages=[score,shape,supernet,plan,cut]", "recipe=tyr", "supernet.generations=0", "supernet.multiple=8"]
+CUT = "stages=[importance,shape,plan,cut]"
+SEQUENCE = ["stages=[importance,shape,sequential,plan,cut]", "plan.clap=false"]
+TYR = ["stages=[importance,shape,supernet,plan,cut]", "recipe=tyr", "supernet.generations=0", "supernet.multiple=8"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def world(tmp_path_factory):
 
 
 def made(world, *overrides, **values):
-    return line.run(configured(*settings(world, run="unit", **(NO_SHAPE | values)), *overrides), "a test")
+    return runner.run(configured(*settings(world, run="unit", **(NO_SHAPE | values)), *overrides), "a test")
 
 
 def scored(folders):
@@ -47,8 +47,8 @@ def near(found, wanted):
 
 @pytest.mark.parametrize("kind", ["taylor", "fluctuation", "magnitude"])
 def test_a_kind_replaces_the_scores_of_heads_and_neurons_alone(world, kind):
-    folders = made(world, f"score.kind={kind}", "stages=[score]")
-    plain, found = scored(made(world, "stages=[score]")), scored(folders)
+    folders = made(world, f"score.kind={kind}", "stages=[importance]")
+    plain, found = scored(made(world, "stages=[importance]")), scored(folders)
     assert torch.equal(plain.channels, found.channels) and torch.equal(plain.layers, found.layers)
     source = open_checkpoint(folders["teacher"])
     model, anatomy = load_model(folders["teacher"], torch.float64, "eager"), source.anatomy
@@ -65,8 +65,8 @@ def test_a_kind_replaces_the_scores_of_heads_and_neurons_alone(world, kind):
 @pytest.mark.parametrize("kind", ["taylor", "fluctuation"])
 def test_two_ranks_score_what_one_scores(world, kind):
     """Gradients add before they are made absolute: with as many tokens as here, the other order is far off."""
-    one = scored(made(world, f"score.kind={kind}", "stages=[score]", "reinit.bias_compensation=true"))
-    more = (f"score.kind={kind}", "score.batch=4", "stages=[score]", "reinit.bias_compensation=true")
+    one = scored(made(world, f"score.kind={kind}", "stages=[importance]", "reinit.bias_compensation=true"))
+    more = (f"score.kind={kind}", "calibration.batch_size=4", "stages=[importance]", "reinit.bias_compensation=true")
     place = world / f"two-{kind}"
     chosen = settings(world, run=f"two-{kind}", artifacts=place, **NO_SHAPE)
     pipeline(*chosen, *more, cwd=world, ranks=2)
@@ -98,7 +98,7 @@ def test_layers_of_their_own_widths_keep_to_the_budget(world, policy):
 def test_a_given_shape_says_how_many_weights_its_layers_share(world):
     given = {"shape__layers": 3, "shape__hidden": 24, "shape__neurons": 96, "shape__groups": 3, "shape__heads": 3}
     chosen = ("plan.widths=threshold", "score.kind=fluctuation", CUT)
-    equal, own = (open_checkpoint(made(world, *which, **given)["start"]).anatomy for which in ((CUT,), chosen))
+    equal, own = (open_checkpoint(made(world, *which, **given)["initial_student"]).anatomy for which in ((CUT,), chosen))
     assert own.sizes.hidden == 24 and len(own.sizes.layers) == 3 and not own.sizes.uniform
     assert 0.9 * equal.parameters()[1] < own.parameters()[1] <= equal.parameters()[1]
 
@@ -106,7 +106,7 @@ def test_a_given_shape_says_how_many_weights_its_layers_share(world):
 @pytest.fixture(scope="module")
 def unequal(world):
     """A student whose layers differ, to begin with as any teacher."""
-    folder = made(world, "plan.widths=threshold", "plan.clap=false", "budget.parameters=0.7", CUT)["start"]
+    folder = made(world, "plan.widths=threshold", "plan.clap=false", "budget.parameters=0.7", CUT)["initial_student"]
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).write_bytes((world / "model" / file).read_bytes())
     return folder
@@ -117,7 +117,7 @@ def unequal(world):
     [
         ([], {"layers": 3}),
         (["plan.clap=false"], {"layers": 3, "neurons": 88}),
-        ([*SEQUENCE, "restore.sequence=true", "reinit.slnp=false"], {"layers": 3, "neurons": 88}),
+        ([*SEQUENCE, "restore.sequential=true", "reinit.slnp=false"], {"layers": 3, "neurons": 88}),
         (TYR, {"neurons": 88}),
     ],
 )
@@ -142,7 +142,7 @@ def test_a_budget_is_of_what_a_teacher_of_unequal_layers_really_has(world, unequ
 def test_no_speed_is_asked_of_a_teacher_of_unequal_layers(world, unequal):
     for asked in ("budget.speedup=1.5", "recipe.shape=search"):
         with pytest.raises(ValueError, match="the chip model takes all to be alike"):
-            line.check(configured(*settings(world, model__path=unequal, **NO_SHAPE), asked))
+            runner.check(configured(*settings(world, model__path=unequal, **NO_SHAPE), asked))
 
 
 def test_compensating_biases_bring_the_cut_model_nearer_on_average(world):
@@ -153,7 +153,7 @@ def test_compensating_biases_bring_the_cut_model_nearer_on_average(world):
     assert Blueprint.load(folders["blueprint"] / "blueprint.json") == Blueprint.load(
         bare["blueprint"] / "blueprint.json"
     )
-    assert open_checkpoint(folders["start"]).config["mlp_bias"] and "mlp_bias" in open_checkpoint(bare["start"]).config
+    assert open_checkpoint(folders["initial_student"]).config["mlp_bias"] and "mlp_bias" in open_checkpoint(bare["initial_student"]).config
     batches = beginning(Packed(folders["tokens"] / "calibration"), 1024, 8, 0, 1, 0)
 
     def mean(folder):
@@ -163,7 +163,7 @@ def test_compensating_biases_bring_the_cut_model_nearer_on_average(world):
         return torch.cat(states).flatten(0, 1).mean(0)
 
     wanted = mean(folders["teacher"])
-    assert (mean(folders["start"]) - wanted).norm() < 0.5 * (mean(bare["start"]) - wanted).norm()
+    assert (mean(folders["initial_student"]) - wanted).norm() < 0.5 * (mean(bare["initial_student"]) - wanted).norm()
 
 
 def test_a_family_without_biases_is_refused_before_it_is_scored(tmp_path):
@@ -183,16 +183,16 @@ def test_a_family_without_biases_is_refused_before_it_is_scored(tmp_path):
         (["plan.widths=threshold", "budget.axes=layers"], "makes all layers alike, and plan.widths=threshold does not"),
         (["plan.widths=adaptive", "budget.axes=neurons"], "makes all layers alike, and plan.widths=adaptive does not"),
         (["recipe=adapt_pruner", "recipe.repeat=[plan,cut]"], "has no score, shape, which plan needs anew"),
-        (["recipe=adapt_pruner", "recipe.repeat=[score,shape,plan]"], "recipe.repeat has no cut"),
-        (["recipe=adapt_pruner", "recipe.repeat=[score,shape,plan,cut,melt]"], r"recipe.repeat names \['melt'\]"),
-        (["basis.kind=principal", "plan.channels=leading", "recipe.rounds=2"], "set basis.kind=none"),
+        (["recipe=adapt_pruner", "recipe.repeat=[importance,shape,plan]"], "recipe.repeat has no cut"),
+        (["recipe=adapt_pruner", "recipe.repeat=[importance,shape,plan,cut,melt]"], r"recipe.repeat names \['melt'\]"),
+        (["rotate.kind=principal", "plan.channels=leading", "recipe.rounds=2"], "set rotate.kind=none"),
         (["recipe.shape=search", "recipe.rounds=2"], "set recipe.shape=given"),
         (["recipe=adapt_pruner", "distill.tokens=384"], "enough for 3 steps and so for no more rounds"),
     ],
 )
 def test_choices_that_do_not_go_together_are_refused_before_any_work(overrides, message):
     with pytest.raises(ValueError, match=message):
-        line.check(configured(*overrides))
+        runner.check(configured(*overrides))
 
 
 def test_flap_runs_to_its_report_without_recovery(world):
@@ -207,12 +207,12 @@ def test_flap_runs_to_its_report_without_recovery(world):
 
 
 def test_ffns_of_layers_that_differ_learn_each_at_its_width(world):
-    chosen = ["plan.widths=threshold", "budget.parameters=0.7", "plan.clap=false", "blocks.epochs=4"]
-    chosen += ["blocks.tokens=2048", "blocks.batch=64", "blocks.learning_rate=0.03"]
-    folders = made(world, *chosen, "stages=[score,shape,plan,cut,blocks]")
-    told = json.loads((folders["start"] / "blocks.json").read_text())
-    start = open_checkpoint(folders["start"])
+    chosen = ["plan.widths=threshold", "budget.parameters=0.7", "plan.clap=false", "local_distill.epochs=4"]
+    chosen += ["local_distill.tokens=2048", "local_distill.batch_tokens=64", "local_distill.learning_rate=0.03"]
+    folders = made(world, *chosen, "stages=[importance,shape,plan,cut,local_distill]")
+    told = json.loads((folders["initial_student"] / "blocks.json").read_text())
+    start = open_checkpoint(folders["initial_student"])
     assert len({layer.neurons for layer in start.anatomy.sizes.layers}) > 1
     assert len(told) == 4 and all(each["after"] < each["before"] for each in told)
-    logits = load_model(folders["start"], torch.float32, "eager")(torch.arange(12)[None]).logits
+    logits = load_model(folders["initial_student"], torch.float32, "eager")(torch.arange(12)[None]).logits
     assert torch.isfinite(logits).all()

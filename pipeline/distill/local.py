@@ -1,0 +1,124 @@
+"""One FFN at a time learns to bring the student's stream back to its teacher's (after Puzzle's blockwise local
+distillation, 2411.19146): no loss of the whole model and no gradient beyond the FFN, so a step costs little.
+
+In Puzzle a block reads its teacher's stream; here it reads that of the student, whose earlier layers have learnt, and
+so also makes up for what they, and the layers that went, did not give.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pipeline.distill.schedule import learning_rate
+
+HELD_OUT = 16  # one token in so many is only measured
+BETAS = (0.9, 0.99)
+WARMUP, FLOOR = 0.05, 0.01  # of the steps, of the rate
+Add = Callable[[list[Tensor]], None]  # adds tensors over ranks, in place
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """How long a module learns, on how many tokens a step of all ranks, and how fast; `seed` orders the tokens."""
+
+    epochs: int
+    batch: int
+    rate: float  # of a matrix's root mean square
+    seed: int
+    precision: torch.dtype = torch.float32  # computed in; weights are float32
+
+
+@dataclass(frozen=True)
+class Rows:
+    """This rank's tokens: the stream as it is read and as it is wanted, and their places among those of all ranks."""
+
+    read: Tensor    # [tokens, h]
+    wanted: Tensor  # [tokens, h]
+    places: Tensor  # [tokens], int64
+    total: int  # of all ranks
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """The squared distance from the wanted stream over its square, a mean over held-out tokens, before and after.
+
+    They are equal where nothing was gained.
+    """
+
+    before: float
+    after: float
+
+
+def learn(module: nn.Module, rows: Rows, lessons: Lessons, add: Add) -> Learnt:
+    """Train the matrices of a module of float32 weights so that x + module(x) is the wanted stream for x as it is read.
+
+    The loss is the mean over tokens of the squared distance over the square of the wanted stream: what comes next
+    reads it behind a norm, and else the few tokens with massive activations would be all that counts.
+    Adam's rate of each matrix is a share of its root mean square, so that one setting suits models of any scale; it
+    falls along a cosine. Which tokens a step sees does not depend on the number of ranks: each takes those that are its
+    own, and gradients add. Where the distance on held-out tokens does not fall, the weights are put back.
+    """
+    for weight in module.parameters():
+        weight.requires_grad_(weight.dim() > 1)
+    matrices = [weight for weight in module.parameters() if weight.requires_grad]
+    origin = [weight.detach().clone() for weight in matrices]
+    before = _measured(module, rows, lessons, add)
+    seen = torch.arange(rows.total)[torch.arange(rows.total) % HELD_OUT != HELD_OUT - 1]
+    steps = lessons.epochs * -(-len(seen) // lessons.batch)
+    peaks = [lessons.rate * float(weight.detach().square().mean().sqrt()) for weight in matrices]
+    groups = [{"params": [weight], "lr": peak} for weight, peak in zip(matrices, peaks, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    for step, (chosen, count) in enumerate(_chosen(rows, seen, lessons)):
+        share = learning_rate("cosine", step, steps, 1.0, WARMUP, FLOOR)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = share * peak
+        optimizer.zero_grad()
+        with torch.enable_grad():  # a rank without a token of this step has a gradient too: zero
+            (_distances(module, rows, chosen, lessons) / count).backward()
+        add([weight.grad for weight in matrices])
+        optimizer.step()
+    after = _measured(module, rows, lessons, add)
+    if after < before:
+        return Learnt(before, after)
+    with torch.no_grad():
+        for weight, old in zip(matrices, origin, strict=True):
+            weight.copy_(old)
+    return Learnt(before, before)
+
+
+def _chosen(rows: Rows, seen: Tensor, lessons: Lessons) -> Iterator[tuple[Tensor, int]]:
+    """Give for each step this rank's rows of a batch, and the tokens of the batch over all ranks.
+
+    The rows of an epoch go to the device at once: a copy a step would make the host wait for every step.
+    """
+    draw = torch.Generator().manual_seed(lessons.seed)
+    own = torch.full((rows.total,), -1)
+    own[rows.places] = torch.arange(len(rows.places))
+    for _ in range(lessons.epochs):
+        batches = seen[torch.randperm(len(seen), generator=draw)].split(lessons.batch)
+        mine = [here[here >= 0] for here in (own[batch] for batch in batches)]
+        placed = torch.cat(mine).to(rows.read.device).split([len(each) for each in mine])
+        yield from zip(placed, map(len, batches), strict=True)
+
+
+@torch.no_grad()
+def _measured(module: nn.Module, rows: Rows, lessons: Lessons, add: Add) -> float:
+    """Give the mean distance of held-out tokens."""
+    held = (rows.places % HELD_OUT == HELD_OUT - 1).nonzero().flatten().to(rows.read.device)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for part in held.split(lessons.batch):
+        sums += torch.tensor([float(_distances(module, rows, part, lessons)), len(part)], dtype=torch.float64)
+    add([sums])
+    return float(sums[0] / sums[1])
+
+
+def _distances(module: nn.Module, rows: Rows, chosen: Tensor, lessons: Lessons) -> Tensor:
+    """Give the sum over tokens of |x + module(x) - y|² / |y|²."""
+    read, wanted = rows.read[chosen], rows.wanted[chosen].float()
+    weights = {name: weight.to(lessons.precision) for name, weight in module.named_parameters()}
+    added = functional_call(module, weights, (read.to(lessons.precision),))
+    squares = wanted.square().sum(-1).clamp_min(torch.finfo(wanted.dtype).tiny)
+    return ((read.float() + added.float() - wanted).square().sum(-1) / squares).sum()

@@ -1,0 +1,105 @@
+"""The next-token loss of a causal language model, logits existing for one chunk of tokens at a time."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy, linear
+
+from pipeline.distill.loss import IGNORED, Logits
+
+
+class LanguageModel(nn.Module):
+    """A causal language model and its next-token loss.
+
+    `forward(tokens)` gives that loss, a scalar in nats, and its parts: `cross_entropy`, the same.
+    """
+
+    def __init__(self, model: Any, chunk: int, gradient_checkpointing: bool):
+        """Take over a Hugging Face causal language model; `chunk`: tokens whose logits exist at once."""
+        super().__init__()
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.model = model.base_model
+        self.head = LanguageHead(model, chunk)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Give the parameters by their names in the checkpoint, tied ones once."""
+        for parameter in self.parameters():
+            yield self._names[id(parameter)], parameter
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """tokens: [batch, sequence]."""
+        states = self.model(input_ids=tokens, use_cache=False).last_hidden_state
+        entropy = self.head(states, next_tokens(tokens))
+        return entropy, {"cross_entropy": entropy.detach()}
+
+
+class LanguageHead(nn.Module):
+    """A model's output matrix and the cross entropy of the logits it gives.
+
+    The matrix is a parameter of this module and used in its forward alone, which is where ZeRO-3 gathers it.
+    """
+
+    def __init__(self, model: Any, chunk: int):
+        """`model`: a Hugging Face causal language model; `chunk`: tokens whose logits exist at once."""
+        super().__init__()
+        output = model.get_output_embeddings()
+        self.weight, self.bias = output.weight, output.bias
+        self._form, self._chunk = logit_form(model.config), chunk
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Final hidden states [batch, sequence, h] and labels [batch, sequence] to a mean over labels, in nats."""
+        flat, aims = hidden.flatten(0, 1), labels.flatten()
+        return _CrossEntropy.apply(flat, self.weight, self.bias, aims, self._form, self._chunk)
+
+
+def logit_form(config: Any) -> Logits:
+    """What a model does to its logits: Gemma 2's soft cap, Cohere's scale, Granite's divisor."""
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return Logits(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def next_tokens(tokens: Tensor) -> Tensor:
+    """Give the label of every position [batch, sequence]; the last of a sequence has none."""
+    return torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORED)), dim=1)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Gradients are computed in forward, chunk by chunk, where they are wanted; those of the matrix add in float32."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, form, chunk):
+        leaves = [hidden, weight, *([] if bias is None else [bias])]
+        wanted = [place for place in range(len(leaves)) if ctx.needs_input_grad[place]]
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        count = (labels != IGNORED).sum().clamp_min(1)
+        loss = hidden.new_zeros((), dtype=exact)
+        sums = {place: torch.zeros_like(leaves[place], dtype=exact) for place in wanted}
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            own = [hidden[part].detach(), *(leaf.detach() for leaf in leaves[1:])]
+            own = [leaf.requires_grad_(place in wanted) for place, leaf in enumerate(own)]
+            with torch.enable_grad():
+                value = cross_entropy(_bounded(linear(*own).to(exact), form), labels[part], reduction="sum") / count
+            loss += value.detach()
+            for place, gradient in zip(wanted, torch.autograd.grad(value, [own[i] for i in wanted]) if wanted else ()):
+                (sums[place][part] if place == 0 else sums[place]).add_(gradient)
+        ctx.gradients = [sums[i].to(leaves[i].dtype) if i in sums else None for i in range(3)]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        if ctx.gradients is None:
+            raise RuntimeError("the next-token loss keeps its gradients for one backward pass; compute it again")
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if each is None else each.mul_(grad_loss) for each in gradients), None, None, None
+
+
+def _bounded(product: Tensor, form: Logits) -> Tensor:
+    logits = product * form.scale
+    return logits if form.softcap is None else form.softcap * torch.tanh(logits / form.softcap)

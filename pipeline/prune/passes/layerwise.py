@@ -1,0 +1,200 @@
+"""A pass through a model layer by layer: the stream of every batch under way, and one layer at a time on the device."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.model.anatomy import Anatomy
+from pipeline.model.families import LAYER
+from pipeline.prune.importance.measure import Batch
+
+
+class Step:
+    """One batch under way: its stream, and the other arguments that the model gives to each layer."""
+
+    def __init__(self, mask: Tensor | None):
+        self.mask = mask
+        self.hidden: Tensor | None = None  # [batch, sequence, h], set by the first layer
+        self.arguments: list[tuple[tuple, dict[str, Any]]] = []  # by layer
+
+    def stand_in(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
+        """Take a layer's place: note its arguments and pass the stream on."""
+        if self.hidden is None:
+            self.hidden = hidden_states
+        self.arguments.append((rest, named))
+        return hidden_states
+
+    def through(self, layer: nn.Module, index: int, place: torch.device) -> Tensor:
+        """Give what a layer makes of the stream."""
+        rest, named = _moved(self.arguments[index], place)
+        output = layer(self.hidden.to(place), *rest, **named)
+        return output[0] if isinstance(output, tuple) else output
+
+    def advance(self, layer: nn.Module, index: int, place: torch.device) -> None:
+        """Let the stream through a layer, written where it was.
+
+        A new tensor a layer and batch would lie between what the layer needs meanwhile, and a heap so parted keeps
+        twice the streams.
+        """
+        self.hidden.copy_(self.through(layer, index, place))
+
+    def twin(self) -> "Step":
+        """Give the same batch with a stream of its own; the layers' arguments are shared."""
+        other = copy(self)
+        other.hidden = self.hidden.clone()
+        return other
+
+
+@torch.no_grad()
+def recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Batch]) -> list[Step]:
+    """Run the model with stand-ins for its layers: embeddings, masks and rotations are its own, whatever the family.
+
+    What the model gives its layers for a batch as it did for the one before, such as masks [batch, 1, sequence,
+    sequence] where nothing is masked out of a batch, is held once.
+    """
+    home = next(model.parameters()).device
+    steps, held = [], []
+    for batch in batches:
+        ids, mask = batch if isinstance(batch, tuple) else (batch, None)
+        mask = None if mask is None else mask.to(home, torch.bool)
+        step = Step(mask)
+        with ExitStack() as undo:
+            for layer in layers:
+                layer.forward = step.stand_in
+                undo.callback(delattr, layer, "forward")
+            model(input_ids=ids.to(home), attention_mask=mask, use_cache=False)
+        step.arguments, held = _held_once(step.arguments, held)
+        steps.append(step)
+    return steps
+
+
+def in_step(
+    teacher: tuple[nn.Module, Anatomy],
+    student: tuple[nn.Module, Anatomy],
+    hosts: Sequence[int],
+    channels: Sequence[int],
+    batches: Iterable[Batch],
+    place: torch.device,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Let two streams through a teacher and its student; yield for each layer of the student what its FFN is to mend.
+
+    Yielded are the layer, the student's stream before its FFN, and the teacher's where the host of the student's next
+    layer reads it, so that layers which went can be made up for; [tokens that count, h'] each. Layer s of the student
+    comes from layer `hosts[s]`, ascending; its channels are `channels` of the teacher's. Whatever is done to an
+    FFN before the next is asked for, the student's stream goes through it as it then is.
+
+    Models map ids [batch, sequence] to hidden states. Time: a forward pass of either.
+    Memory: on `place` a layer and a batch; on the models' own device two streams of all batches and what is yielded.
+    """
+    batches = list(batches)
+    home = next(student[0].parameters()).device
+    modules = dict(student[0].named_modules(prefix="model"))
+    large, small = layers_of(dict(teacher[0].named_modules(prefix="model")), teacher[1]), layers_of(modules, student[1])
+    dense, thin = recorded(teacher[0], large, batches), recorded(student[0], small, batches)
+    shared, after = torch.tensor(channels, device=home), 0
+    none = next(student[0].parameters()).new_empty(0, len(channels))  # all that a rank without a batch has
+    for index, layer in enumerate(small):
+        until = hosts[index + 1] if index + 1 < len(hosts) else len(large)
+        for number in range(after, until):
+            _pass(dense, large[number], number, place, home)
+        after = until
+        branch = [modules[name] for name in ffn_modules(student[1], index)]
+        with _silent(branch):
+            _pass(thin, layer, index, place, home)
+        yield (  # kept neither here nor by a decorator: what the caller is done with is free before the next pass
+            index,
+            _gathered(thin, slice(None), none),
+            _gathered(dense, shared, none),
+        )
+        _add(thin, nn.Sequential(*branch), place, home)
+
+
+@torch.no_grad()
+def _pass(steps: Sequence[Step], layer: nn.Module, index: int, place: torch.device, home: torch.device) -> None:
+    """Let all streams through a layer, which is on `place` for that long."""
+    layer.to(place)
+    for step in steps:
+        step.advance(layer, index, place)
+    layer.to(home)
+
+
+@contextmanager
+def _silent(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let modules give zeros while it lasts: a layer whose FFN is silent gives what the FFN reads."""
+    with ExitStack() as undo:
+        for module in modules:
+            module.forward = torch.zeros_like
+            undo.callback(delattr, module, "forward")
+        yield
+
+
+@torch.no_grad()
+def _add(steps: Sequence[Step], branch: nn.Module, place: torch.device, home: torch.device) -> None:
+    """Add to all streams what a branch, which is on `place` for that long, makes of them."""
+    branch.to(place)
+    for step in steps:
+        stream = step.hidden.to(place)
+        step.hidden.copy_(stream + branch(stream))
+    branch.to(home)
+
+
+def _gathered(steps: Sequence[Step], channels: Tensor | slice, none: Tensor) -> Tensor:
+    """Give channels of all streams, [tokens that count, h'], like `none` [0, h']; beside them one batch's at a time."""
+    counts = [step.hidden.shape[:-1].numel() if step.mask is None else int(step.mask.sum()) for step in steps]
+    rows = none.new_empty(sum(counts), none.shape[1])
+    for part, step in zip(rows.split(counts), steps, strict=True):
+        counted = step.hidden.flatten(0, 1) if step.mask is None else step.hidden[step.mask]
+        part.copy_(counted[:, channels])
+    return rows
+
+
+def ffn_modules(anatomy: Anatomy, layer: int) -> tuple[str, ...]:
+    """Give the names of a layer's FFN and of the norms before and after it, if any, in the order of the stream."""
+    prefix = LAYER.format(layer=layer)
+    down = anatomy.layer_module("h f").format(layer=layer).removeprefix(prefix)
+    ffn = down.rpartition(".")[0]
+    before = (norm for norm, readers in anatomy.family.pre_norms.items() if readers[0].startswith(f"{ffn}."))
+    after = (norm for norm, writer in anatomy.family.post_norms.items() if writer == down)
+    return tuple(f"{prefix}{name}" for name in (*before, ffn, *after))
+
+
+def layers_of(modules: Mapping[str, nn.Module], anatomy: Anatomy) -> list[nn.Module]:
+    """Give the layers among modules named as in the checkpoint."""
+    return [modules[LAYER.format(layer=layer).rstrip(".")] for layer in range(len(anatomy.sizes.layers))]
+
+
+def _moved(value: Any, place: torch.device) -> Any:
+    return _mapped(value, lambda tensor: tensor.to(place))
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Give the same structure of mappings, tuples and lists with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(entry, change) for key, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_mapped(entry, change) for entry in value)
+    return value
+
+
+def _held_once(value: Any, held: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+    """Give the same structure with those of the tensors held in the place of its own where they are alike, and all."""
+    own = {id(tensor): tensor for tensor in _tensors(value)}
+    once = {key: next((other for other in held if _alike(tensor, other)), tensor) for key, tensor in own.items()}
+    return _mapped(value, lambda tensor: once[id(tensor)]), list(once.values())
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Give every tensor of a structure, as often as it stands there."""
+    found = []
+    _mapped(value, lambda tensor: found.append(tensor) or tensor)
+    return found
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)

@@ -1,0 +1,84 @@
+"""Passes that begin in the middle of a model: what a change costs is measured from where it is on."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.prune.importance.measure import layer_of, only_layers
+
+
+class PrefixCache:
+    """The streams of some batches of ids [batch, sequence] behind the first of a causal model's layers.
+
+    Exact: a pass that goes on from there gives the numbers of a whole one. Memory: on the host one row [h] a token,
+    none before the first layer.
+    """
+
+    def __init__(self, model: nn.Module, total: int, batches: Sequence[Tensor]):
+        self.model, self.total, self.batches = model, total, batches
+        self.done: list[int] = []
+        self.tried: Sequence[int] = ()
+        self.streams: list[Tensor | None] = [None] * len(batches)  # none: as the embedding gives it
+
+    def reach(self, layers: Sequence[int]) -> None:
+        """Be behind these layers, ascending: from where it is if they begin with those that are done, else anew."""
+        if list(layers[: len(self.done)]) != self.done:
+            self.done, self.streams = [], [None] * len(self.batches)
+        for layer in layers[len(self.done) :]:
+            for number in range(len(self.batches)):
+                self.streams[number] = self._behind(layer, number)
+            self.done.append(layer)
+
+    def reach_for(self, kept: Sequence[int]) -> None:
+        """Be behind the layers that `kept` begins with as the choice tried before it did."""
+        self.reach(_shared(kept, self.tried))
+        self.tried = kept
+
+    def rest(self, number: int, kept: Sequence[int]) -> AbstractContextManager[None]:
+        """Let a pass of batch `number` through a model of the layers `kept` run those that are not done.
+
+        `kept` begins with those that are done, and has one more at least.
+        """
+        return self._alone(kept[len(self.done) :], number)
+
+    @torch.inference_mode()
+    def _behind(self, layer: int, number: int) -> Tensor:
+        """Give the stream [batch, sequence, h] of a batch behind a layer, on the host."""
+        seen: list[Tensor] = []
+
+        def keep(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+            seen.append((output[0] if isinstance(output, tuple) else output).cpu())
+
+        hook = layer_of(self.model, layer).register_forward_hook(keep)
+        try:
+            with self._alone([layer], number):
+                place = next(self.model.parameters()).device
+                self.model.base_model(input_ids=self.batches[number].to(place), use_cache=False)
+        finally:
+            hook.remove()
+        return seen[0]
+
+    @contextmanager
+    def _alone(self, layers: Sequence[int], number: int) -> Iterator[None]:
+        """Let these layers alone run, the first of them on the stream that was kept, if one was."""
+        first, stream = layer_of(self.model, layers[0]), self.streams[number]
+        whole = first.forward
+
+        def fed(hidden_states: Tensor, *rest, **named) -> Tensor | tuple:
+            return whole(stream.to(hidden_states.device), *rest, **named)
+
+        with only_layers(self.model, self.total, layers), ExitStack() as undo:
+            if stream is not None:
+                first.forward = fed
+                undo.callback(delattr, first, "forward")
+            yield
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    """Give the layers that two choices begin with; the last of `one` is never among them, so that a pass has a rest."""
+    count = 0
+    while count < min(len(one) - 1, len(other)) and one[count] == other[count]:
+        count += 1
+    return list(one[:count])

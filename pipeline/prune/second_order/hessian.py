@@ -1,0 +1,121 @@
+"""Second moments in one calibration pass: of what W_O and W_down read, and of the directions the residual stream takes.
+
+Least-squares restoration, greedy removal and the principal basis need nothing else from the data.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.model.anatomy import Anatomy
+from pipeline.model.families import FINAL_NORM, LAYER
+from pipeline.prune.importance.measure import Batch
+
+BLOCK = 384  # columns of a product that are multiplied with all that follow them
+CHUNK = 4096  # rows whose products add in float32 before they join the float64 total
+
+
+@dataclass
+class Grams:
+    """Partial sums of one pass, float64, on the CPU once collected; they add over batches and ranks.
+
+    Memory: 8 bytes times (n d)² + f² for every layer watched, plus 2 h² for the stream.
+    """
+
+    inputs: dict[str, Tensor]  # H = Σ x xᵀ by projection module, [(n d), (n d)] for W_O and [f, f] for W_down
+    stream: Tensor | None  # Σ u uᵀ [h, h], u = x / rms(x) at every pre-norm and the final norm
+    final: Tensor | None  # its share of the final norm [h, h]
+    mask: Tensor | None = field(default=None, repr=False)  # of the batch under way, [batch, sequence]
+
+    def tensors(self) -> list[Tensor]:
+        """Give every sum, to be added over ranks in place."""
+        return [*self.inputs.values(), *(x for x in (self.stream, self.final) if x is not None)]
+
+
+@torch.no_grad()
+def gram(
+    model: nn.Module, anatomy: Anatomy, batches: Iterable[Batch], layers: Sequence[int], *, stream: bool
+) -> Grams:
+    """Give the Gram matrices H = XᵀX at the inputs of W_O and W_down of some layers, and of the stream if asked.
+
+    `model` maps ids [batch, sequence] to hidden states. Where all layers' matrices do not fit in memory, make several
+    passes over subsets of `layers`. Products are float32 within a chunk of rows, float64 where the model is.
+    """
+    place = next(model.parameters()).device
+    home = with_float64(place)
+
+    def zeros(*lengths: int) -> Tensor:
+        return torch.zeros(lengths, dtype=torch.float64, device=home)
+
+    widths = {
+        module.format(layer=layer): anatomy.sizes.length(axis, layer)
+        for layer in layers
+        for axis, module in projections(anatomy).items()
+    }
+    stream_sums = [zeros(anatomy.sizes.hidden, anatomy.sizes.hidden) if stream else None for _ in range(2)]
+    inputs = {name: zeros(width, width) for name, width in widths.items()}
+    grams = Grams(inputs, *stream_sums)
+    with ExitStack() as hooks:
+        _watch(model, anatomy, grams, hooks)
+        for batch in batches:
+            ids, mask = batch if isinstance(batch, tuple) else (batch, None)
+            grams.mask = None if mask is None else mask.to(place, torch.bool)
+            model(input_ids=ids.to(place), attention_mask=grams.mask, use_cache=False)
+    grams.inputs = {name: total.cpu() for name, total in grams.inputs.items()}
+    grams.stream, grams.final = (None if total is None else total.cpu() for total in (grams.stream, grams.final))
+    return grams
+
+
+def projections(anatomy: Anatomy) -> dict[str, str]:
+    """Give the `{layer}` module names of the two projections that write to the stream, by the axis they read."""
+    return {axis: anatomy.layer_module(f"h {written}") for axis, written in (("n d", "(n d)"), ("f", "f"))}
+
+
+def with_float64(place: torch.device) -> torch.device:
+    """Give the device where float64 sums for a model on `place` live: its own, or the CPU."""
+    return torch.device("cpu") if place.type in ("npu", "mps") else place
+
+
+def add_products(total: Tensor, rows: Tensor) -> None:
+    """Add XᵀX of rows [..., width] to a total [width, width], chunk by chunk; what is symmetric is multiplied once."""
+    for part in rows.flatten(0, -2).split(CHUNK):
+        wide = part.to(torch.promote_types(part.dtype, torch.float32))
+        product = wide.new_zeros(total.shape)
+        for first in range(0, len(product), BLOCK):
+            block = slice(first, first + BLOCK)
+            product[block, first:] = wide[:, block].T @ wide[:, first:]
+        upper = product.triu().to(total.device, total.dtype)
+        total += upper + upper.triu(1).T
+
+
+def _watch(model: nn.Module, anatomy: Anatomy, grams: Grams, hooks: ExitStack) -> None:
+    modules = dict(model.named_modules(prefix="model"))
+    for name, total in grams.inputs.items():
+        hooks.callback(modules[name].register_forward_pre_hook(partial(_input, grams, total)).remove)
+    if grams.stream is None:
+        return
+    layers = range(len(anatomy.sizes.layers))
+    readers = [f"{LAYER}{norm}".format(layer=layer) for layer in layers for norm in anatomy.family.pre_norms]
+    last = FINAL_NORM.removesuffix(".weight")
+    for name, totals in (*((name, [grams.stream]) for name in readers), (last, [grams.stream, grams.final])):
+        hooks.callback(modules[name].register_forward_pre_hook(partial(_direction, grams, totals)).remove)
+
+
+def _input(grams: Grams, total: Tensor, module: nn.Module, inputs: tuple) -> None:
+    add_products(total, _counted(grams, inputs[0]))
+
+
+def _direction(grams: Grams, totals: list[Tensor], module: nn.Module, inputs: tuple) -> None:
+    wide = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
+    epsilon = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    for total in totals:
+        add_products(total, _counted(grams, unit))
+
+
+def _counted(grams: Grams, values: Tensor) -> Tensor:
+    return values if grams.mask is None else values * grams.mask.unsqueeze(-1)

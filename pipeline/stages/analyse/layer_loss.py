@@ -1,0 +1,140 @@
+"""depth: the layers that stay, by the measured loss of the model without the others: one after another, or evolved."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from pipeline.allocate.budgets import Depth, Loss, evolved_depth, greedy_depth
+from pipeline.config import Config
+from pipeline.data.packing import Packed
+from pipeline.data.stream import beginning
+from pipeline.evaluation.perplexity import tally
+from pipeline.model.scores import Scores
+from pipeline.prune.passes.prefix import PrefixCache
+from pipeline.prune.plan import kept_layers
+from pipeline.runtime.artifacts import write_atomically
+from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.runtime.layer_streaming import placed
+from pipeline.runtime.machine import Machine
+from pipeline.stages.stage import Inputs, Stage
+
+LOSSES = "losses.json"
+
+
+def enabled(config: Config) -> bool:
+    """Whether layers go by measured loss."""
+    return config.plan.depth in ("loss", "evolved")
+
+
+def needs_also(config: Config) -> tuple[str, ...]:
+    """Give what an evolution from the choice of block influence reads beside."""
+    return ("scores",) if config.plan.depth == "evolved" and config.layer_loss.start == "influence" else ()
+
+
+def settings(config: Config) -> dict:
+    """Give the number of tokens, the layers that must stay, the batches, the seed that orders the text, and how sets of
+    layers evolve where they do."""
+    plan = config.plan
+    return {
+        "tokens": plan.depth_tokens,
+        "keep_first": plan.keep_first,
+        "seed": config.seed,
+    } | ({"evolved": config.layer_loss.model_dump()} if plan.depth == "evolved" else {})
+
+
+def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
+    """Write depth.json: the layers `kept`, their `loss` in nats per token, and every choice `tried` with its loss.
+
+    losses.json has the losses by the layers that stay, in the order of measuring.
+    Where all layers stay nothing is measured, and `loss` is null. Layers that a choice begins with as the one before it
+    did are not run again; beside the model their streams are kept, one row [h] a token.
+    """
+    anatomy = open_checkpoint(inputs["subject"], config.model.allow_pickle).anatomy
+    total = len(anatomy.sizes.layers)
+    count = json.loads((inputs["shape"] / "shape.json").read_text())["layers"]
+    whole = count == total
+    found = Depth(tuple(range(total)), None, ()) if whole else _measured(config, inputs, out, total, count, machine)
+    if machine.ranks.rank == 0:
+        tried = [{"kept": kept, "loss": value} for kept, value in found.tried]
+        (out / "depth.json").write_text(json.dumps({"kept": found.kept, "loss": found.loss, "tried": tried}))
+    if whole:
+        machine.say("depth: all layers stay, nothing to measure")
+    else:
+        machine.say(f"depth: {len(found.tried)} choices of layers measured, loss {found.loss:.3f}")
+
+
+def _measured(config: Config, inputs: Inputs, out: Path, total: int, count: int, machine) -> Depth:
+    device, ranks = machine.device, machine.ranks
+    model = load_model(inputs["subject"], device.compute_dtype, device.attention, config.model.trust_remote_code)
+    text = Packed(inputs["tokens"] / "calibration")
+    asked = config.plan
+    batches = list(beginning(text, asked.depth_tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed))
+    losses: dict[str, float] = ranks.share(_told(out / LOSSES) if ranks.rank == 0 else None)
+    trials = max(0, _trials(config, total, count) - len(losses))
+    bar = machine.progress(range(trials), trials, "depth")
+    prefix = PrefixCache(model, total, batches)
+
+    def loss(kept: tuple[int, ...]) -> float:
+        name = " ".join(map(str, kept))
+        if name not in losses:
+            prefix.reach_for(kept)
+            sums = torch.zeros(3, dtype=torch.float64)
+            for number, ids in enumerate(batches):
+                with prefix.rest(number, kept):
+                    sums += tally(model, [ids], config.logits.chunk)
+            ranks.sum_([sums])
+            losses[name] = float(sums[0] / sums[2])
+            if ranks.rank == 0:
+                write_atomically(out / LOSSES, json.dumps(losses, indent=1) + "\n")
+            next(bar, None)
+        return losses[name]
+
+    with placed(model, device, config.device.layer_streaming):
+        if needs_also(config):
+            influence = Scores.load(inputs["scores"] / "scores.safetensors").layers
+            kept = tuple(kept_layers(influence, count, "influence", asked.keep_first))
+            found = Depth(kept, loss(kept), ())
+        else:
+            found = greedy_depth(total, count, loss, asked.keep_first)
+        if asked.depth == "evolved":
+            found = _evolved(config, found, total, loss, machine)
+    for _ in bar:  # sets that were measured before were not measured again
+        pass
+    return found
+
+
+def _evolved(config: Config, start: Depth, total: int, loss: Loss, machine) -> Depth:
+    """Give what evolution makes of a choice, with all that was measured for either."""
+    asked, keep_first = config.layer_loss, config.plan.keep_first
+    found = evolved_depth(
+        total, len(start.kept), loss, keep_first, start.kept, asked.generations, asked.offspring, config.seed
+    )
+    machine.say(f"depth: loss {start.loss:.3f} of the start ({asked.start}), {found.loss:.3f} evolved")
+    return Depth(found.kept, found.loss, tuple(dict((*start.tried, *found.tried)).items()))
+
+
+def _trials(config: Config, total: int, count: int) -> int:
+    """Give how many sets of layers are measured at most."""
+    greedy = sum(left - config.plan.keep_first for left in range(total, count, -1))
+    if config.plan.depth == "loss":
+        return greedy
+    children = config.layer_loss.generations * config.layer_loss.offspring
+    return children + (1 if config.layer_loss.start == "influence" else greedy)
+
+
+def _told(path: Path) -> dict[str, float]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+STAGE = Stage(
+    name="layer_loss",
+    makes="depth",
+    run=run,
+    settings=settings,
+    needs=("subject", "tokens", "shape"),
+    needs_also=needs_also,
+    enabled=enabled,
+    resumable=True,  # every loss is written down as soon as it is measured
+    shows={"depth.json": "depth.json"},
+)

@@ -1,0 +1,217 @@
+"""report: what the run did and what it gave, as report.json, as one page and as pictures."""
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import Config
+from pipeline.model.anatomy import Anatomy
+from pipeline.model.blueprint import Blueprint
+from pipeline.model.scores import Scores
+from pipeline.report.axes import number
+from pipeline.report.comparison import summary
+from pipeline.report.drawing import Drawing, save_png
+from pipeline.report.facts import Curve, cut_facts, gather, perplexity_of, recovery_curves, recovery_facts, start_of
+from pipeline.report.figures import curve, cut_figures, perplexities, shapes_searched, stage_costs
+from pipeline.report.local_distill import errors_by_layer
+from pipeline.report.page import page
+from pipeline.report.rounds import cuts, layers_by_round, round_facts
+from pipeline.runtime.artifacts import LIBRARIES, MANIFEST, code_revision, library_versions
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_source import locate
+from pipeline.stages.stage import Inputs, Stage
+from pipeline.training import METRICS
+
+# Absent where the teacher was not corrected, the student not recovered, the plan made by hand, no channel turned, no
+# weight restored.
+SEEN = "tokens"  # what the curves of trainings run over
+RECOVERY = {
+    "loss": ("loss", "Distillation loss"),
+    "kl": ("held_out_kl", "Held-out KL to the teacher, nats per token"),
+    "rate": ("learning_rate", "Learning rate"),
+}  # figure -> metric, title
+CORRECTION = {"correction": ("held_out_cross_entropy", "Teacher, next-token loss, held-out text, nats")}
+SETTLING = {
+    "settling": ("loss", "Settling loss"),
+    "settling_change": ("held_out_change", "What these layers add, held-out text"),
+    "settling_entropy": ("held_out_cross_entropy", "Next-token loss, held-out text, nats"),
+}
+
+
+def settings(config: Config) -> dict:
+    """Give every setting the report shows: all but where things are kept and which part of the line runs."""
+    return config.model_dump(mode="json", exclude={"stages", "runs", "artifacts", "track"})
+
+
+def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
+    """Write report.json, report.html and figures/*.png, and print the comparison."""
+    anatomy = open_checkpoint(inputs["reference"], config.model.allow_pickle).anatomy
+    sizes = anatomy.sizes
+    blueprint = Blueprint.load(inputs["blueprint"] / "blueprint.json")
+    scores = _scores(inputs)
+    evaluation = json.loads((inputs["evaluation"] / "evaluation.json").read_text())
+    stages = _stages(inputs)
+    curves = recovery_curves(_metrics(inputs["recovered"]), SEEN) if "recovered" in inputs else None
+    report = gather(
+        evaluation,
+        cut_facts(sizes, blueprint, scores),
+        recovery_facts(curves, SEEN) if curves else None,
+        stages,
+        _made_with(config, inputs),
+    )
+    drawings = cut_figures(sizes, blueprint, scores)
+    if "shape" in inputs and (inputs["shape"] / "search.json").is_file():
+        report["search"] = json.loads((inputs["shape"] / "search.json").read_text())
+        drawings["shapes"] = shapes_searched(report["search"])
+    rounds = _rounds(anatomy, inputs)
+    if rounds:
+        report["rounds"], drawings["rounds"] = rounds, layers_by_round(rounds)
+    drawings["perplexity"] = perplexities(perplexity_of(report), start_of(report))
+    if "corrected_teacher" in inputs:
+        corrected = recovery_curves(_metrics(inputs["corrected_teacher"]), SEEN)
+        report["correction"] = recovery_facts(corrected, SEEN)
+        drawings |= _training_figures(corrected, CORRECTION, [])
+    if "restored" in inputs and (inputs["restored"] / METRICS).is_file():
+        settled = recovery_curves(_metrics(inputs["restored"]), SEEN)
+        report["settling"] = recovery_facts(settled, SEEN)
+        drawings |= _training_figures(settled, SETTLING, [])
+    learnt = _nearest(inputs["initial_student"], "initial_student", "blocks.json")
+    if learnt:
+        report["blocks"] = json.loads(learnt.read_text())
+        drawings["blocks"] = errors_by_layer(report["blocks"])
+    if (inputs["student"] / "export.json").is_file():
+        place = {"folder": str(Path(config.runs) / config.run / "student")}
+        report["export"] = json.loads((inputs["student"] / "export.json").read_text()) | place
+    drawings |= _training_figures(curves or {}, RECOVERY, cuts(rounds, SEEN) if rounds else [])
+    if stages:
+        drawings["stages"] = stage_costs(stages)
+    (out / "figures").mkdir(exist_ok=True)
+    for name, drawing in drawings.items():
+        save_png(drawing, out / "figures" / f"{name}.png")
+    (out / "report.html").write_text(page(report, drawings))
+    (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    machine.say(summary(report))
+
+
+def _scores(inputs: Mapping[str, Path]) -> Scores:
+    """Give the scores, of hidden channels as they were cut: by their energy where the stream was turned."""
+    scores = Scores.load(inputs["scores"] / "scores.safetensors")
+    if "rotated" not in inputs:
+        return scores
+    energy = json.loads((inputs["rotated"] / "basis.json").read_text())["energy"]
+    return replace(scores, channels=torch.tensor(energy, dtype=torch.float64))
+
+
+def _made_with(config: Config, inputs: Mapping[str, Path]) -> dict:
+    versions = {"revision": code_revision(), "python": platform.python_version()}
+    return {
+        "model": _name(config.model.path),
+        "run": config.run,
+        "recipe": config.recipe.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "pipeline", *sys.argv[1:]]),
+        "settings": settings(config),
+        "versions": versions | library_versions(("pangu-light", *LIBRARIES)),
+        "artifacts": {name: folder.name for name, folder in inputs.items()},
+    }
+
+
+def _name(path: str) -> str:
+    """Give the model's name: that of its folder, file or hub entry."""
+    place = locate(path).parts[0] if path.startswith("package:") else Path(path)
+    return place.name.removesuffix(".gguf")
+
+
+def _stages(inputs: Mapping[str, Path]) -> dict[str, dict]:
+    """Give seconds, peak memory in bytes and devices of every stage behind the inputs, by name; rounds add up.
+
+    Read from their manifests; an input without one, as when it was made by hand, has no entry.
+    """
+    found: dict[str, dict] = {}
+    seen: set[Path] = set()
+
+    def follow(folder: Path) -> None:
+        path = folder / MANIFEST
+        if folder in seen or not path.is_file():
+            return
+        seen.add(folder)
+        facts = json.loads(path.read_text())
+        for name in facts["inputs"].values():
+            follow(folder.parent / name)
+        told = found.setdefault(facts["stage"], {"seconds": 0.0, "peak_memory": 0, "devices": []})
+        told["seconds"] += facts["seconds"]
+        told["peak_memory"] = max(told["peak_memory"], facts["peak_memory"])
+        told["devices"] = sorted({*told["devices"], *filter(None, [facts.get("device")])})
+
+    for folder in inputs.values():
+        follow(folder)
+    return found
+
+
+def _rounds(teacher: Anatomy, inputs: Mapping[str, Path]) -> dict[str, Any] | None:
+    """Give what each round left, read along the manifests; None where there was one, or they do not tell."""
+    plans = _chain(inputs["blueprint"], "previous_blueprint")
+    if len(plans) == 1:
+        return None
+    students = _chain(inputs["recovered"], "previous_student") if "recovered" in inputs else []
+    metrics = [_metrics(folder) for folder in students] if len(students) == len(plans) else []
+    alone = [rows[len(before) :] for before, rows in zip([[], *metrics], metrics)]
+    return round_facts(teacher, [Blueprint.load(plan / "blueprint.json") for plan in plans], alone, SEEN)
+
+
+def _chain(folder: Path, link: str) -> list[Path]:
+    """Give an artifact and those of its kind in the rounds before, the first first; `link` is the input they are."""
+    known = _inputs(folder)
+    earlier = _chain(folder.parent / known[link], link) if link in known else []
+    return [*earlier, folder]
+
+
+def _nearest(folder: Path, link: str, name: str) -> Path | None:
+    """Give a file of an artifact, or of the last one behind it that has it; `link` is the input they are."""
+    if (folder / name).is_file():
+        return folder / name
+    known = _inputs(folder)
+    return _nearest(folder.parent / known[link], link, name) if link in known else None
+
+
+def _inputs(folder: Path) -> dict[str, str]:
+    """Give the names of the folders an artifact was made from; none where it was made by hand."""
+    path = folder / MANIFEST
+    return json.loads(path.read_text())["inputs"] if path.is_file() else {}
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def _training_figures(
+    curves: Mapping[str, Curve], titles: Mapping[str, tuple[str, str]], cuts: Sequence[tuple[float, str]]
+) -> dict[str, Drawing]:
+    drawings = {}
+    for name, (metric, title) in titles.items():
+        if metric in curves:
+            points = curves[metric]
+            told = f"{number(points[0][1])} → {number(points[-1][1])}"
+            drawings[name] = curve(title, points, SEEN, told, dots=len(points) <= 24, cuts=cuts)
+    return drawings
+
+
+STAGE = Stage(
+    name="report",
+    makes="report",
+    run=run,
+    settings=settings,
+    needs=("reference", "scores", "blueprint", "initial_student", "student", "evaluation"),
+    optional=("corrected_teacher", "recovered", "shape", "rotated", "restored"),
+    all_ranks=False,
+    shows={"report.json": "report.json", "report.html": "report.html", "figures": "figures"},
+)

@@ -1,0 +1,167 @@
+"""tokens: the configured texts, tokenised once by the teacher's tokenizer and packed, evaluation kept apart."""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.data import sources, split
+from pipeline.data.builtin import version
+from pipeline.data.packing import Domain, build, frame
+from pipeline.runtime.artifacts import fingerprint
+from pipeline.runtime.checkpoint import load_tokenizer, read_config
+from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_source import model_folder
+from pipeline.stages.stage import Inputs, Stage
+
+PURPOSES = ("calibration", "recovery", "evaluation")
+SMALL = 1 << 20  # bytes of files that are read through before any work
+SHARD_BYTES = 1 << 26  # a shard is also what packing holds in memory
+
+
+def check(config: Config) -> None:
+    """Refuse texts that could not be read or split, before any work; reads heads and small files, fetches no text.
+
+    Chats are written out where the teacher's tokenizer is at hand, as in a model folder.
+    """
+    folder, trusted = model_folder(config.model.path, config.model.allow_pickle), config.model.trust_remote_code
+    if folder:
+        _check_positions(config.data.sequence_length, read_config(folder))
+    there = folder and (folder / "tokenizer_config.json").is_file()
+    _look(config, lambda: load_tokenizer(folder, trusted) if there else None)
+
+
+def _look(config: Config, tokenizer_of: Callable[[], Any]) -> None:
+    """Refuse texts, by heads and small files; the tokenizer is asked for where there are chats, None leaves these."""
+    field, tokenizer = config.data.text_field, None
+    for purpose, parts in _parts(config).items():
+        for part in parts:
+            try:
+                if sources.check(part.corpus, field):
+                    tokenizer = tokenizer_of() if tokenizer is None else tokenizer
+                    if tokenizer is None:
+                        continue
+                    next(sources.read(part.corpus, field, tokenizer), None)
+                _check_length(part, field, config.data.sequence_length, tokenizer)
+            except ValueError as fault:
+                raise ValueError(f"data.{purpose}.path: {fault}") from None
+
+
+def _check_length(part: split.Part, field: str, sequence: int, tokenizer: Any) -> None:
+    """Refuse a small file that has not `sequence` tokens however it is tokenised: one a byte, two around a piece."""
+    files = part.corpus.files
+    if files and sum(path.stat().st_size for path in files) < SMALL:
+        most = sum(len(piece.text.encode()) + 2 for piece in split.passages(part, field, tokenizer))
+        if most < sequence:
+            fault = f"{part} has at most {most} tokens, fewer than one sequence of {sequence}"
+            raise ValueError(f"{fault}; give a longer text, a larger share, or a smaller data.sequence_length")
+
+
+def _check_positions(sequence: int, model: dict[str, Any]) -> None:
+    longest = model.get("max_position_embeddings")
+    if longest is not None and sequence > longest:
+        raise ValueError(f"data.sequence_length is {sequence}, more than the model's {longest} positions; lower it")
+
+
+def settings(config: Config) -> dict:
+    """Give what determines the tokens beside the teacher: the texts' contents, their parts, the length of a row."""
+    data = config.data
+    return {
+        "sequence": data.sequence_length,
+        "text_field": data.text_field,
+        "weights": {"calibration": data.calibration.weights, "recovery": data.recovery.weights},
+        "parts": {purpose: [_record(part) for part in parts] for purpose, parts in _parts(config).items()},
+    }
+
+
+def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
+    """Write calibration/, recovery/, evaluation/<nn-name>/ and tokens.json."""
+    data, model = config.data, read_config(inputs["teacher"])
+    _check_positions(data.sequence_length, model)
+    tokenizer = load_tokenizer(inputs["teacher"], config.model.trust_remote_code)
+    _look(config, lambda: tokenizer)
+    around, parts, apart = frame(tokenizer), _parts(config), split.Unseen()
+    for line in _told(parts):
+        machine.say(line)
+
+    def pack(purpose: str, folder: str, several, weights, kept) -> dict:
+        pieces = [kept(split.passages(part, data.text_field, tokenizer)) for part in several]
+        domains = [Domain(*each) for each in zip(map(str, several), pieces, weights or [None] * len(several))]
+        shutil.rmtree(out / folder, ignore_errors=True)  # of an attempt that was cut off
+        row, vocabulary = data.sequence_length, model["vocab_size"]
+        try:
+            index = build(out / folder, domains, tokenizer, around, row, vocabulary, SHARD_BYTES, machine.progress)
+        except ValueError as fault:
+            raise ValueError(f"data.{purpose}.path: {fault}") from fault
+        return {key: index[key] for key in ("sequences", "tokens", "domains")}
+
+    record = {"sequence": data.sequence_length, "after": around.after, "first": around.first, "evaluation": {}}
+    for name, part in zip(_names(parts["evaluation"]), parts["evaluation"]):
+        record["evaluation"][name] = pack("evaluation", f"evaluation/{name}", [part], None, apart.evaluated)
+    for purpose in ("calibration", "recovery"):
+        record[purpose] = pack(purpose, purpose, parts[purpose], getattr(data, purpose).weights, apart.seen)
+    if apart.left_out:
+        machine.say(f"data: {apart.left_out} passages of calibration and recovery left out: they stand in evaluation")
+    record["left_out"] = apart.left_out
+    record["parts"] = {
+        purpose: [_record(part) | {"path": part.corpus.given} for part in several] for purpose, several in parts.items()
+    }
+    (out / "tokens.json").write_text(json.dumps(record, indent=1))
+
+
+def _parts(config: Config) -> dict[str, tuple[split.Part, ...]]:
+    corpora = {}
+    for purpose in PURPOSES:
+        try:
+            corpora[purpose] = [sources.locate(path) for path in getattr(config.data, purpose).paths]
+        except ValueError as fault:
+            raise ValueError(f"data.{purpose}.path: {fault}") from None
+    return split.assign(corpora, config.data.split.evaluation, config.data.split.calibration)
+
+
+def _names(parts: tuple[split.Part, ...]) -> list[str]:
+    """A folder name for each part, nn-name, also told apart by the name alone."""
+    names: list[str] = []
+    for part in parts:
+        alike = sum(part.corpus.name == other.corpus.name for other in parts[: len(names)])
+        names.append(f"{len(names):02}-{part.corpus.name}" + (f"-{alike + 1}" if alike else ""))
+    return names
+
+
+def _record(part: split.Part) -> dict:
+    """Say what a part is, wherever it lies and whenever it was copied there: a hub id stands for itself."""
+    corpus = part.corpus
+    files = [_fingerprint(path, path.stat().st_mtime_ns) for path in corpus.files]
+    content = files or (version(corpus.key) if corpus.kind == "builtin" else corpus.key)
+    return {"name": corpus.name, "kind": corpus.kind, "start": part.start, "stop": part.stop, "content": content}
+
+
+@cache
+def _fingerprint(path: Path, changed: int) -> str:
+    """The digest of what a file holds, read once a process for all purposes while it was not `changed` [ns]."""
+    return fingerprint(path)
+
+
+def _told(parts: dict[str, tuple[split.Part, ...]]) -> list[str]:
+    """One line for each text that is split."""
+    shares: dict[sources.Corpus, list[str]] = {}
+    for purpose in ("evaluation", "calibration", "recovery"):
+        for part in parts[purpose]:
+            if not part.whole:
+                shares.setdefault(part.corpus, []).append(f"{purpose} {part.start:.0%} to {part.stop:.0%}")
+    return [f"data: {corpus.given} is split, contiguously: {', '.join(each)}" for corpus, each in shares.items()]
+
+
+STAGE = Stage(
+    name="tokens",
+    makes="tokens",
+    run=run,
+    settings=settings,
+    needs=("teacher",),
+    check=check,
+    all_ranks=False,
+    shows={"tokens": ""},
+)

@@ -1,0 +1,60 @@
+"""The contract of a stage: one typed value that says what it reads, what it makes and how it runs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.runtime.machine import Machine
+
+Inputs = Mapping[str, Path]  # the folder of each artifact that a stage reads, by name
+
+
+def always(config: Config) -> bool:
+    """Return True: every configuration asks for the stage."""
+    return True
+
+
+def always_applies(config: Config, inputs: Inputs) -> bool:
+    """Return True: the stage has work to do on any inputs."""
+    return True
+
+
+def no_check(config: Config) -> None:
+    """Accept every configuration."""
+
+
+def nothing_more(config: Config) -> tuple[str, ...]:
+    """Return no further inputs."""
+    return ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline: reads artifacts by name and fills one folder.
+
+    The artifact is named by the digest of `name`, `revision`, what `settings` returns and the names of the inputs.
+    `run` writes into an empty folder that becomes the artifact once it returns, or, with `resumable`, into the folder
+    that an interrupted attempt left.
+
+    Two model roles are bound by the runner, and a stage may rebind them (`becomes`): `teacher`, what the student learns
+    from, and `subject`, what is pruned now. A third, `reference`, is what results are compared with and never changes.
+    """
+
+    name: str  # names the artifact's folder and enters its digest
+    makes: str  # the name under which later stages read the artifact
+    run: Callable[[Config, Inputs, Path, Machine], None]
+    settings: Callable[[Config], dict[str, Any]]  # what determines the artifact beside its inputs
+    needs: tuple[str, ...] = ()
+    needs_also: Callable[[Config], tuple[str, ...]] = nothing_more  # inputs that depend on the configuration
+    optional: tuple[str, ...] = ()  # read where the configuration asks for the stage that makes them
+    becomes: tuple[str, ...] = ()  # model roles that the artifact takes over for the stages after it
+    enabled: Callable[[Config], bool] = always  # whether this configuration asks for the stage
+    applies: Callable[[Config, Inputs], bool] = always_applies
+    check: Callable[[Config], None] = no_check  # refuses bad settings before any work
+    all_ranks: bool = True  # False: rank 0 alone runs it
+    resumable: bool = False  # keep the partial folder after a crash
+    implied: bool = False  # runs with the stages that need it; recipes do not list it
+    revision: int = 1  # raised when the same settings and inputs give another artifact
+    shows: Mapping[str, str] = field(default_factory=dict)  # name in runs/<run>/ -> path inside the artifact
