@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 
-from pipeline import line
-from pipeline.model.forms import OWN_CLASS, OWN_FILE
+from pipeline import runner
+from pipeline.model.export_forms import OWN_CLASS, OWN_FILE
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
-from pipeline.runtime.origin import adopt, locate
-from pipeline.stages import export
+from pipeline.runtime.model_source import adopt, locate
+from pipeline.stages.deliver import export
 from tests.tiny_text import configured
 from tests.unit.test_forms import machine, student
 from tests.world import make_world, settings
@@ -39,7 +39,7 @@ def refusals(world, folder):
     """Return what is said of a folder given as the teacher and as the student, without the setting's name."""
     for field, chosen in (("model.path", []), ("model.start", ["recipe=recover"])):
         with pytest.raises(ValueError) as fault:
-            line.check(configured(*settings(world, run="x"), *chosen, f"{field}={folder}"))
+            runner.check(configured(*settings(world, run="x"), *chosen, f"{field}={folder}"))
         told = str(fault.value)
         assert told.startswith(f"{field}: {folder}/") and "\n" not in told and ";" in told
         yield told.removeprefix(f"{field}: ")
@@ -91,7 +91,7 @@ def test_the_modelling_file_names_a_class_of_the_table_whatever_the_checkpoint_s
     source = student("llama", tmp_path / "s", dtype=torch.float32)
     edit(source.folder, architectures=named)
     chosen = configured("export.form=own", "export.dtype=float32", "export.tolerance=1e-4")
-    export.run(chosen, {"start": source.folder}, tmp_path / "out", machine())
+    export.run(chosen, {"initial_student": source.folder}, tmp_path / "out", machine())
     written = (tmp_path / "out" / OWN_FILE).read_text()
     assert written.endswith(f'\n{OWN_CLASS} = pruned_class("LlamaForCausalLM")\n')
     assert open_checkpoint(tmp_path / "out").config["pruned"]["base"] == "LlamaForCausalLM"
@@ -118,7 +118,7 @@ def test_code_of_a_source_comes_along_only_where_it_is_trusted(hurt, tmp_path, t
     start = open_checkpoint(tmp_path / "start")
     write_checkpoint(tmp_path / "student", start.config, start.items(), 1e9, start.folder)
     chosen = configured("export.form=auto", "export.dtype=float32", f"model.trust_remote_code={str(trusted).lower()}")
-    export.run(chosen, {"start": tmp_path / "student"}, tmp_path / "out", machine())
+    export.run(chosen, {"initial_student": tmp_path / "student"}, tmp_path / "out", machine())
     for folder in (tmp_path / "start", tmp_path / "student", tmp_path / "out"):
         mapped = ["auto_map" in json.loads((folder / f).read_text()) for f in ("config.json", "tokenizer_config.json")]
         assert mapped == [trusted] * 2 and any(folder.glob("*.py")) is trusted, folder

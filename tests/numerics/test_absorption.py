@@ -138,8 +138,8 @@ def test_padding_counts_for_nothing():
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
     masked, apart = (fitted(tiny_model("glm4"), text) for text in ([(ids, mask)], [ids[:1], ids[1:, :6]]))
-    for name, scale in masked.items():
-        torch.testing.assert_close(scale, apart[name], rtol=1e-9, atol=1e-12)
+    for name, scale in masked.items():  # GLM-4 computes softmax in float32
+        torch.testing.assert_close(scale, apart[name], rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
