@@ -28,7 +28,7 @@ WAYS = {
 }
 ROWS = {f"{way}{width}": (way, width) for width in WIDTHS for way in WAYS}
 COMMON = (
-    "recipe.stages=[importance,shape,rotate,plan,cut,export,evaluate_reference,evaluate,report]",
+    "recipe.stages=[importance,shape,rotate,plan,cut,export,evaluate,report]",
     "plan.clap=false",
     "data.calibration.path=[builtin:topics,builtin:docstrings]",
     "data.recovery.path=[builtin:topics,builtin:docstrings]",

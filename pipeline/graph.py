@@ -98,9 +98,8 @@ def is_wanted(config: Config, name: str) -> bool:
     """Return whether a stage runs where its artifact is missing; `stages` may limit a run to a part of the recipe."""
     stage = STAGES[name]
     selected = config.stages is None or name in config.stages
-    implied = stage.implied and any(
-        stage.makes in STAGES[each].needs for each in config.recipe.stages if is_wanted(config, each)
-    )
+    readers = (each for each in config.recipe.stages if stage.makes in STAGES[each].needs)
+    implied = stage.implied and any(is_wanted(config, each) for each in readers)
     return name in FIRST or selected or "teacher" in stage.becomes or implied
 
 

@@ -43,7 +43,7 @@ def figures(view: Path, name: re.Match, run: Figures) -> Figures:
     """
     evaluation = json.loads((view / "evaluation.json").read_text())
     config, recovered = run["config"], not name["bare"]
-    settles, corrects = config["settle"]["norm"] != "none", "correct" in run["stages"]
+    settles, corrects = config["regularize"]["norm"] != "none", "teacher_correction" in run["stages"]
     trained_early = recovered and (config["recipe"]["rounds"] > 1 or settles or corrects)
     texts = {name: _states(measured, recovered, trained_early) for name, measured in evaluation["texts"].items()}
     seconds = _seconds(view, run["stages"])

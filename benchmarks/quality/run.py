@@ -96,12 +96,12 @@ def row_settings(row: Row, removed: float, recovery: bool, settings: Sequence[st
     chosen += [] if row.peer else [f"budget.parameters={1.0 - removed / 100.0:g}"]
     chosen += settings
     recipe = composed(chosen)["recipe"]
-    wanted = {"line": recipe["line"], "repeat": recipe["repeat"]}
+    wanted = {"stages": recipe["stages"], "repeat": recipe["repeat"]}
     if not recovery:
         wanted = {name: [stage for stage in stages if stage != "distill"] for name, stages in wanted.items()}
-    elif row.trains == "distill" and "distill" not in recipe["line"]:
-        place = recipe["line"].index("export")
-        wanted["line"] = [*recipe["line"][:place], "distill", *recipe["line"][place:]]
+    elif row.trains == "distill" and "distill" not in recipe["stages"]:
+        place = recipe["stages"].index("export")
+        wanted["stages"] = [*recipe["stages"][:place], "distill", *recipe["stages"][place:]]
     changed = [name for name in wanted if wanted[name] != recipe[name]]
     return [*chosen, *(f"recipe.{name}=[{','.join(wanted[name])}]" for name in changed)]
 

@@ -82,7 +82,7 @@ class Plan(Section):
     @property
     def measures_depth(self) -> bool:
         """Whether a stage before the plan finds the layers that stay."""
-        return self.layer_loss in ("loss", "evolved", "gates")
+        return self.depth in ("loss", "evolved", "gates")
 
     @property
     def policy(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Plan(Section):
         Block influence stands in for a loss or gates until these are measured or learnt.
         """
         drawn = [kind for kind in ("channels", "heads", "neurons") if getattr(self, kind) == "random"]
-        depth = "influence" if self.measures_depth else self.layer_loss
+        depth = "influence" if self.measures_depth else self.depth
         asked = self.model_dump(include={"keep_first", "clap", "clap_normalise"})
         return asked | {"depth": depth, "drawn": drawn}
 

@@ -27,7 +27,7 @@ SKEW = 0.48  # ln² 2: no axis of a candidate below half its balanced share
 class Serving:
     """How the student will be used; `speed` says which of its two passes the search makes fast."""
 
-    batch: int
+    batch_size: int
     prompt: int
     context: int
     precision: str
@@ -35,10 +35,10 @@ class Serving:
     speed: str  # decode | prefill
 
     def decoding(self) -> Work:
-        return decode(self.batch, self.context, self.precision, self.tensor_parallel)
+        return decode(self.batch_size, self.context, self.precision, self.tensor_parallel)
 
     def reading(self) -> Work:
-        return prefill(self.batch, self.prompt, self.precision, self.tensor_parallel)
+        return prefill(self.batch_size, self.prompt, self.precision, self.tensor_parallel)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Limits:
 
     parameters: float | None = None  # most, as a fraction of the teacher's non-embedding parameters
     speedup: float | None = None  # least, over the teacher's on the same chip, of the pass `Serving.speed` names
-    memory_bytes: float | None = None  # most on one device, weights and cache at `Serving.batch` and `context`
+    memory_bytes: float | None = None  # most on one device, weights and cache at `Serving.batch_size` and `context`
     decode_rate: float | None = None  # least tokens a second
     prefill_seconds: float | None = None  # most
 
@@ -65,7 +65,7 @@ class Candidate:
     front: bool = False  # no other measured candidate is faster and better
 
     def seconds(self, serving: Serving) -> float:
-        return self.prefill_seconds if serving.speed == "prefill" else serving.batch / self.decode_rate
+        return self.prefill_seconds if serving.speed == "prefill" else serving.batch_size / self.decode_rate
 
     def to_json(self) -> dict:
         return {**asdict(self), "shape": self.shape.axes()}
@@ -108,7 +108,7 @@ class Search:
 
 def describe(chip: Chip, teacher: ModelShape, shape: ModelShape, serving: Serving) -> Candidate:
     """Give what the chip model says of one shape."""
-    batch, context, precision, devices = serving.batch, serving.context, serving.precision, serving.tensor_parallel
+    batch, context, precision, devices = serving.batch_size, serving.context, serving.precision, serving.tensor_parallel
     return Candidate(
         shape=shape,
         kept=shape.non_embedding_parameters() / teacher.non_embedding_parameters(),
@@ -232,7 +232,7 @@ def _sift(chip: Chip, teacher: ModelShape, serving: Serving, limits: Limits, mul
     if limits.speedup is not None:
         mask &= describe(chip, teacher, teacher, serving).seconds(serving) >= limits.speedup * seconds
     if limits.decode_rate is not None:
-        mask &= serving.batch >= limits.decode_rate * decoding
+        mask &= serving.batch_size >= limits.decode_rate * decoding
     if limits.prefill_seconds is not None:
         mask &= reading <= limits.prefill_seconds
     if limits.memory_bytes is not None:
@@ -270,7 +270,7 @@ def _grid_bytes(teacher: ModelShape, serving: Serving, grid: Grid) -> np.ndarray
     vocabulary = grid.hidden[:, None, None] * (teacher.embedding_parameters() // teacher.hidden)
     groups = -(-grid.attention[:, 1] // devices)  # copied where fewer than the devices
     token = 2 * groups * teacher.head_size * size  # bytes a token leaves in a layer's cache
-    cache = serving.batch * serving.context * grid.layers[:, None] * token  # [layers, (heads, groups)]
+    cache = serving.batch_size * serving.context * grid.layers[:, None] * token  # [layers, (heads, groups)]
     return (grid.counts + vocabulary) * size / devices + cache[:, None, :, None]
 
 

@@ -102,9 +102,9 @@ def training_needs(
             return needs
         tried *= 2
     raise ValueError(
-        f"{run.section}.batch is {run.batch} in micro-batches of {run.micro_batch}: no number of {chip.name} devices "
-        f"it splits over has the memory; raise deepspeed.stage (now {run.zero_stage}) or {run.section}.batch, lower "
-        f"{run.section}.micro_batch, or turn on {run.section}.gradient_checkpointing"
+        f"{run.section}.global_batch_size is {run.batch} in micro-batches of {run.micro_batch}: no number of {chip.name} devices "
+        f"it splits over has the memory; raise deepspeed.stage (now {run.zero_stage}) or {run.section}.global_batch_size, lower "
+        f"{run.section}.micro_batch_size, or turn on {run.section}.gradient_checkpointing"
     )
 
 
@@ -189,7 +189,7 @@ def step_parts(
 def _needs(chip: Chip, teacher: ModelShape | None, student: ModelShape, run: Recovery, devices: int) -> Needs:
     if run.batch % (run.micro_batch * devices):
         raise ValueError(
-            f"{run.section}.batch is {run.batch}, not a multiple of {run.section}.micro_batch ({run.micro_batch}) "
+            f"{run.section}.global_batch_size is {run.batch}, not a multiple of {run.section}.micro_batch_size ({run.micro_batch}) "
             f"times {devices} devices"
         )
     memory = memory_parts(teacher, student, run, devices)

@@ -170,7 +170,7 @@ def _search(report: Report, drawings: Mapping[str, Drawing]) -> str:
     )
     serving = search["serving"]
     caption = (
-        f"All but the loss is predicted, for {serving['batch']} sequences at a time, prompts of {serving['prompt']} "
+        f"All but the loss is predicted, for {serving['batch_size']} sequences at a time, prompts of {serving['prompt']} "
         f"tokens, contexts of {serving['context']}, {serving['precision']}. Parameters kept are those outside the "
         "embeddings. The loss is in nats a token, on calibration text that was not scored."
     )

@@ -63,7 +63,7 @@ def test_what_cuts_and_teaches_reads_the_corrected_teacher_and_what_compares_the
     assert dense_of(told(world, "corrected")) == dense_of(told(world, "plain"))
     view = world / "runs" / "corrected"
     assert (view / "teacher").resolve().name == given and (view / "corrected_teacher").resolve().name == new
-    assert not (world / "runs" / "plain" / "corrected").exists()
+    assert not (world / "runs" / "plain" / "corrected_teacher").exists()
 
 
 def test_the_student_is_cut_from_the_corrected_weights(corrected, plain):
@@ -106,8 +106,8 @@ def test_recovery_reads_on_where_the_correction_ended(world, monkeypatch):
     made(world, "alone", correct__tokens=0, distill__tokens=CORRECTED + RECOVERED, artifacts=world / "alone")
     alone = torch.cat(read.pop("distill"))
     made(world, "both", distill__tokens=RECOVERED, artifacts=world / "both")
-    assert len(read["correct"]) < len(read["distill"])
-    assert torch.equal(torch.cat((*read["correct"], *read["distill"])), alone)
+    assert len(read["teacher_correction"]) < len(read["distill"])
+    assert torch.equal(torch.cat((*read["teacher_correction"], *read["distill"])), alone)
 
 
 def test_a_part_of_the_line_reads_the_corrected_teacher_too(world, corrected):
@@ -160,7 +160,7 @@ def test_in_rounds_the_corrected_teacher_teaches_all_of_them(world):
     [
         (("teacher_correction.tokens=100",), "teacher_correction.tokens is 100, less than one step"),
         (("teacher_correction.global_batch_size=6",), r"correct\.batch is 6, not a multiple of correct\.micro_batch"),
-        (("recipe.stages=[importance,shape,plan,cut,export]",), "recipe.stages has no correct, which"),
+        (("recipe.stages=[importance,shape,plan,cut,export]",), "teacher_correction"),
         (("teacher_correction.eval_tokens=64",), "teacher_correction.eval_tokens is 64 and distill.eval_tokens 128"),
         (("recipe.stages=[teacher_correction,importance,shape,teacher_correction,plan,cut,export]",), "is corrected once"),
         (("recipe.stages=[importance,shape,plan,cut,distill,teacher_correction,export]",), "is corrected once"),

@@ -75,8 +75,8 @@ def fresh(program, scratch, *arguments):
 
 
 def same(logits, view):
-    start = load_model(view / "start", torch.float32, "eager")
-    assert not open_checkpoint(view / "start").anatomy.sizes.uniform
+    start = load_model(view / "initial_student", torch.float32, "eager")
+    assert not open_checkpoint(view / "initial_student").anatomy.sizes.uniform
     with torch.no_grad():
         wanted = start(torch.tensor([IDS])).logits[0]
     got = torch.load(logits, weights_only=True)

@@ -86,7 +86,7 @@ def test_a_sweep_of_three_shapes_scores_once(world):
     views = sorted(path.name for path in (world / "runs" / "sweep").iterdir() if path.is_dir())
     assert views == ["shape.layers=2", "shape.layers=3", "shape.layers=4"]
     for layers in (2, 3, 4):
-        start = world / "runs" / "sweep" / f"shape.layers={layers}" / "start"
+        start = world / "runs" / "sweep" / f"shape.layers={layers}" / "initial_student"
         assert open_checkpoint(start).config["num_hidden_layers"] == layers
 
 

@@ -22,12 +22,12 @@ def world(tmp_path_factory):
 
 
 def rows(world, artifacts):
-    (folder,) = (world / artifacts).glob("settle-*")
+    (folder,) = (world / artifacts).glob("regularize-*")
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def rounds(world, artifacts):
-    (folder,) = (world / artifacts).glob("gates-*")
+    (folder,) = (world / artifacts).glob("layer_gates-*")
     return json.loads((folder / "rounds.json").read_text())
 
 

@@ -220,14 +220,14 @@ def test_a_damaged_folder_is_refused_in_one_line_before_any_work(world, case, tm
 
 def test_a_line_whose_stages_stand_in_no_possible_order_is_refused_before_any_work(world):
     refused = {
-        "[score,shape,cut]": "without the blueprint it needs; put plan before it",
+        "[importance,shape,cut]": "without the blueprint it needs; put plan before it",
         "[score,plan,shape,cut]": "comes to plan without the shape it needs; put shape",
         "[score,shape,plan,cut,evaluate,dense,export]": "comes to evaluate without the export it needs; put export",
     }
     for stages, told in refused.items():
         with pytest.raises(ValueError, match=told):
-            runner.check(validate(composed(*settings(world, recipe__line=stages))))
-    part = settings(world, recipe__line="[score,shape,cut]", stages="[score]")
+            runner.check(validate(composed(*settings(world, recipe__stages=stages))))
+    part = settings(world, recipe__stages="[importance,shape,cut]", stages="[importance]")
     assert runner.check(validate(composed(*part)))[-1] == "cut"
 
 

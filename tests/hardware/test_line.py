@@ -37,7 +37,7 @@ def test_the_line_on_an_accelerator_computes_what_the_cpu_computes(tmp_path, zer
     assert (world / "runs/chip/report.html").exists()
 
     # The CPU scores again, and recovers again from the same start.
-    again = shutil.ignore_patterns("score-*", "distill-*")
+    again = shutil.ignore_patterns("importance-*", "distill-*")
     shutil.copytree(world / "artifacts", world / "on-cpu", ignore=again, symlinks=True)
     chosen = settings(world, artifacts=world / "on-cpu")
     pipeline("run=cpu", *chosen, *LEARN, f"deepspeed={zero}", "stages=[importance,distill]", cwd=world)

@@ -36,7 +36,7 @@ def on_npu(*arguments: str, cwd: Path, ranks: int = 1, **told: str) -> str:
 
 def errors(artifacts: Path) -> torch.Tensor:
     """Give the distance of every FFN before and after it learnt [layer, 2]."""
-    (folder,) = artifacts.glob("blocks-*")
+    (folder,) = artifacts.glob("local_distill-*")
     return torch.tensor([[row["before"], row["after"]] for row in json.loads((folder / "blocks.json").read_text())])
 
 
@@ -51,7 +51,7 @@ def test_the_line_on_two_npus_under_zero_3_computes_what_one_cpu_computes(tmp_pa
 
     # One CPU scores and lets FFNs learn again, and recovers again from the same start in float32: the steps of ZeRO-3
     # on two NPUs.
-    again = shutil.ignore_patterns("score-*", "blocks-*", "distill-*")
+    again = shutil.ignore_patterns("importance-*", "local_distill-*", "distill-*")
     shutil.copytree(world / "on-npu", world / "on-cpu", ignore=again, symlinks=True)
     chosen = dict(artifacts=world / "on-cpu", distill__micro_batch=8)
     pipeline("run=cpu", *settings(world, **chosen), *learn, "stages=[importance,local_distill,distill]", cwd=world)

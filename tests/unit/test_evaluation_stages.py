@@ -55,7 +55,7 @@ def world(tmp_path_factory):
     config = configured(*paths, f"data.evaluation.path=[{texts['ships']},{texts['piers']}]", *OVERRIDES)
     teacher = save_tiny(tiny_model("llama", dtype=torch.float32, vocab_size=320), folder / "teacher")
     byte_tokenizer().save_pretrained(teacher)
-    made = {"teacher": teacher}
+    made = dict.fromkeys(("reference", "teacher", "subject"), teacher)
     for name in ("tokens", "scores", "blueprint", "start"):
         made[name] = folder / name
         made[name].mkdir()

@@ -105,7 +105,7 @@ def run_export(source, out, form, **changed):
     """Run the stage on a student; give export.json."""
     asked = {"form": form, "dtype": "float32", "tolerance": 1e-4} | changed
     config = configured(*(f"export.{key}={value}" for key, value in asked.items()))
-    export.run(config, {"start": source.folder}, out, machine())
+    export.run(config, {"initial_student": source.folder}, out, machine())
     return json.loads((out / "export.json").read_text())
 
 

@@ -140,7 +140,7 @@ TYR = [
     "supernet.tokens=[64]", "supernet.survivors=[1]", "budget.parameters=0.7", "plan.depth=influence",
 ]  # fmt: skip
 LINES = {  # family, choices, and what places a model
-    "measured": ("glm4", [*MEASURED, "stages=[importance,shape,layer_loss,hessian,obs_order,sensitivity,plan,cut,absorb_norms,export,evaluate_reference,"
+    "measured": ("glm4", [*MEASURED, "stages=[importance,shape,layer_loss,hessian,obs_order,sensitivity,plan,cut,absorb_norms,export,"
                           "evaluate]"], {"importance", "layer_loss", "hessian", "sensitivity", "absorb_norms", "measuring"}),
     "searched": ("llama", [*TYR, "stages=[importance,shape,supernet]"], {"importance", "supernet"}),
     "turned": ("llama-tied", ["rotate.kind=principal", "plan.channels=leading", "plan.clap=false", "recipe.shape=search",

@@ -149,7 +149,7 @@ def view(folder, name, dense=10.0, start=20.0, student=12.0, rounds=1, settle="n
     (place / "teacher").symlink_to(made / "teacher-0")
     config = {
         "recipe": {"rounds": rounds},
-        "settle": {"norm": settle, "tokens": 1000},
+        "regularize": {"norm": settle, "tokens": 1000},
         "distill": {"tokens": 120000},
         "score": {"tokens": 32768},
     }
@@ -176,7 +176,7 @@ def view(folder, name, dense=10.0, start=20.0, student=12.0, rounds=1, settle="n
 def cells_of(folder, label):
     """The cells of a row, by the head of their column."""
     written = table.tables(results.collect(folder, folder / "saved.json"))[1].splitlines()
-    split = [[cell.strip() for cell in runner.strip("|").split("|")] for line in written]
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in written]
     return dict(zip(split[0], next(cells for cells in split if cells[0] == label)))
 
 
@@ -221,7 +221,7 @@ def test_bars_begin_at_the_dense_model_and_dots_below_it_stand_inside(after, low
     drawing.draw_bars(results.collect(tmp_path, tmp_path / "saved.json"), tmp_path / "bars.png")
     for axes in drawn[0].axes:
         left, right = axes.get_xlim()
-        dots = [float(x) for line in axes.lines for x in runner.get_xdata() if runner.get_marker() == "o"]
+        dots = [float(x) for line in axes.lines for x in line.get_xdata() if line.get_marker() == "o"]
         assert left == pytest.approx(low) and sorted(dots) == [after / 10.0, 2.0] and right > 3.0
 
 

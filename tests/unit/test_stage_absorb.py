@@ -62,7 +62,7 @@ def test_any_number_of_ranks_measures_the_same_text(world, kept, world_size):
         batches = [absorb_norms._batches(asked, kept, SimpleNamespace(rank=rank, world=size)) for rank in range(size)]
         return sorted(tuple(row.tolist()) for share in batches for batch in share for row in batch)
 
-    assert read(world_size) == read(1) and len(read(1)) == 640 // asked.data.sequence
+    assert read(world_size) == read(1) and len(read(1)) == 640 // asked.data.sequence_length
 
 
 def test_removed_scales_are_ones_whatever_the_tokens(world, kept):
@@ -90,15 +90,15 @@ def test_a_model_without_norms_on_both_sides_is_refused_by_name_and_left_alone_b
     with pytest.raises(ValueError, match=f"^reinit.absorb={way}.*{kind}.*reinit.absorb=auto or false$"):
         absorb_norms.check(asked)
     with pytest.raises(ValueError, match=f"^reinit.absorb={way}.*{kind}"):  # of a model that was not at hand before
-        absorb_norms.applies(asked, {"start": folder})
+        absorb_norms.applies(asked, {"initial_student": folder})
     auto = configured(f"model.path={folder}")
     absorb_norms.check(auto)
-    assert not absorb_norms.applies(auto, {"start": folder})
+    assert not absorb_norms.applies(auto, {"initial_student": folder})
 
 
 @pytest.mark.parametrize("way", ["fitted", "removed"])
 def test_a_line_without_the_stage_cannot_do_what_is_asked_by_name(way):
-    with pytest.raises(ValueError, match=f"recipe.stages has no absorb, which reinit.absorb={way} needs"):
+    with pytest.raises(ValueError, match=f"recipe.stages has no absorb_norms, which reinit.absorb={way} needs"):
         configured("recipe.stages=[importance,shape,plan,cut,export]", f"reinit.absorb={way}")
 
 

@@ -169,13 +169,13 @@ def test_two_ranks_measure_what_one_measures(world):
     sources = (one["rotated"], view / "source")
     energies = [json.loads((folder / "basis.json").read_text())["energy"] for folder in sources]
     torch.testing.assert_close(torch.tensor(energies[0]), torch.tensor(energies[1]), rtol=2e-2, atol=2e-2)
-    (grams,) = (world / "two").glob("gram-*")
+    (grams,) = (world / "two").glob("hessian-*")
     for name, matrix in open_tensors(one["hessians"]).items():
         assert (open_tensors(grams)[name] - matrix).norm() / matrix.norm() < 1e-2, name
-    (orders,) = (world / "two").glob("order-*")
+    (orders,) = (world / "two").glob("obs_order-*")
     for each in Scores.load(orders / "scores.safetensors").neurons:
         assert sorted(each.tolist()) == list(range(1, 25))
-    depths = (one["depth"], *(world / "two").glob("depth-*"))
+    depths = (one["depth"], *(world / "two").glob("layer_loss-*"))
     losses = [json.loads((folder / "depth.json").read_text())["loss"] for folder in depths]
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
@@ -218,7 +218,7 @@ def test_recipes_of_papers_need_none_of_the_stages_beside_them(recipe):
         (["plan.channels=leading"], "set rotate.kind=principal"),
         (["restore.order=obs"], "plan.clap=false or restore.order=scores"),
         ([*BASIS, "distill.loss.hidden=1.0"], "set both to 0"),
-        ([*BASIS, "recipe.stages=[importance,shape,hessian,obs_order,plan,cut]"], "has no depth, basis"),
+        ([*BASIS, "recipe.stages=[importance,shape,hessian,obs_order,plan,cut]"], "needs layer_loss, rotate"),
     ],
 )
 def test_choices_that_do_not_go_together_are_refused_before_any_work(overrides, message):

@@ -225,7 +225,7 @@ def test_cut_off_it_goes_on_where_it_was_and_two_ranks_learn_what_one_learns(wor
     stages = f"stages=[{','.join(STAGES)}]"
     chosen = settings(world, **widths(), artifacts=world / "two")
     pipeline("run=two", *LEARN, "calibration.batch_size=4", stages, *chosen, cwd=world, ranks=2)
-    both = open_checkpoint(world / "runs" / "two" / "start")
+    both = open_checkpoint(world / "runs" / "two" / "initial_student")
     for name in whole:
         assert torch.equal(whole[name], again[name]), name
         torch.testing.assert_close(both[name], whole[name], rtol=2e-2, atol=2e-2)
@@ -235,9 +235,9 @@ def test_the_report_tells_what_ffns_learnt_before_post_norms_became_scales(tmp_p
     world = make_world(tmp_path, "gemma3_text")
     rest = ["absorb_norms", "export", "evaluate_reference", "evaluate", "report"]
     made(world, *LEARN, "evaluate.speed=false", "report.samples=0", stages=[*STAGES, *rest])
-    (learnt,) = (world / "artifacts").glob("blocks-*")
+    (learnt,) = (world / "artifacts").glob("local_distill-*")
     view = world / "runs" / "unit"
-    assert "scales" in open_checkpoint(view / "start").config["pruned"]
+    assert "scales" in open_checkpoint(view / "initial_student").config["pruned"]
     told = (learnt / "blocks.json").read_text()
     assert (view / "blocks.json").read_text() == told
     assert json.loads((view / "report.json").read_text())["blocks"] == json.loads(told)
@@ -264,8 +264,8 @@ def test_the_teacher_of_a_turned_student_is_not_one_that_was_changed_before(chos
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"blocks": {"tokens": 15}}, "local_distill.tokens is 15"),
-        ({"recipe": {"line": ["importance", "shape", "plan", "cut"]}}, "recipe.stages has no blocks"),
+        ({"local_distill": {"tokens": 15}}, "local_distill.tokens is 15"),
+        ({"recipe": {"stages": ["importance", "shape", "plan", "cut"]}}, "recipe.stages needs local_distill"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(world, changed, told):

@@ -39,7 +39,7 @@ def world(tmp_path_factory):
     )
     (folder / "shape").mkdir()
     (folder / "shape" / "shape.json").write_text(json.dumps({"layers": 2}))
-    made = {"teacher": folder / "model", "shape": folder / "shape"}
+    made = {"teacher": folder / "model", "subject": folder / "model", "shape": folder / "shape"}
     (folder / "tokens").mkdir()
     tokens.run(config, made, folder / "tokens", machine())
     made["tokens"] = folder / "tokens"

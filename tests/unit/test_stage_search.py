@@ -82,7 +82,7 @@ def test_a_search_writes_the_shape_it_picked_and_how_it_was_found(found):
 
 def scored(folder: Path) -> dict[str, Path]:
     """Give a world's teacher, its tokens and its scores."""
-    config, made = configure(folder), {"teacher": folder / "model"}
+    config, made = configure(folder), dict.fromkeys(("reference", "teacher", "subject"), folder / "model")
     made["tokens"] = made_by(tokens, config, made, folder / "tokens")
     return made | {"scores": made_by(importance, config, made, folder / "scores")}
 
@@ -263,7 +263,7 @@ def test_a_dry_run_tells_of_the_trainings_of_its_line_and_of_no_other(world):
 def test_a_dry_run_counts_the_steps_that_training_takes(world):
     """Tokens that fill no step are not learnt from."""
     asked = configure(world[0], "distill.tokens=1000", "distill.global_batch_size=8", "distill.micro_batch_size=4")
-    steps = steps_of("distill", asked.distill, asked.data.sequence)
+    steps = steps_of("distill", asked.distill, asked.data.sequence_length)
     said = told(*world, "distill.tokens=1000", "distill.global_batch_size=8", "distill.micro_batch_size=4")
     assert steps == 3 and "hours for 768 tokens: 3 steps of" in said
 

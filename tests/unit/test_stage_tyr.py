@@ -30,7 +30,7 @@ NONE = {f"shape__{axis}": "null" for axis in ("layers", "hidden", "heads", "grou
 SEQUENCE = ["restore.sequential=true", "plan.clap=false", "reinit.slnp=false"]
 TYR = [
     "recipe=tyr",
-    "recipe.stages=[importance,shape,layer_loss,sequential,supernet,plan,cut,export,evaluate_reference,evaluate,report]",
+    "recipe.stages=[importance,shape,layer_loss,sequential,supernet,plan,cut,export,evaluate,report]",
     "budget.parameters=0.7",
     "supernet.multiple=4",
     "supernet.generations=3",
@@ -80,7 +80,7 @@ def test_pruned_in_sequence_and_then_turned_the_cut_model_is_the_masked_one(tmp_
     save_tiny(tiny_model(kind), world / "model")
     basis = ["rotate.kind=principal", "plan.channels=leading", f"rotate.tie={tie}", f"rotate.own_axes={axes}"]
     widths = {"shape__heads": 2, "shape__groups": 1, "shape__neurons": 12}
-    folders = made(world, [*SEQUENCE, *basis], [*CUT, "basis"], **widths)
+    folders = made(world, [*SEQUENCE, *basis], [*CUT, "rotate"], **widths)
     names = ("teacher", "restored", "start")
     teacher, restored, start = (logits(folders[name]) for name in names)
     assert open_checkpoint(folders["initial_student"]).anatomy.sizes.layers == (LayerSizes(2, 1, 12),) * 4
@@ -116,7 +116,7 @@ def test_in_sequence_every_error_is_at_most_that_of_no_update_for_what_the_layer
 
 def test_layers_that_go_take_no_part(world):
     folders = made(world, SEQUENCE, shape__layers=3, shape__neurons=12)
-    start, restored, teacher = (open_checkpoint(folders[name]) for name in ("start", "restored", "teacher"))
+    start, restored, teacher = (open_checkpoint(folders[name]) for name in ("initial_student", "restored", "teacher"))
     hosts = [plan.host for plan in Blueprint.load(folders["blueprint"] / "blueprint.json").layers]
     (gone,) = set(range(4)) - set(hosts)
     name = f"model.layers.{gone}.mlp.down_proj.weight"
@@ -272,7 +272,7 @@ def test_the_tyr_recipe_runs_to_its_report_and_with_distill_added_recovers(world
     assert report["parameters"]["student"] == student.parameters()[0] < report["parameters"]["teacher"]
     assert not student.sizes.uniform and "distill" not in report["stages"]
     line_ = ["importance", "shape", "layer_loss", "supernet", "plan", "cut", "distill"]
-    added = f"recipe.stages=[{','.join(line_)},export,evaluate_reference,evaluate,report]"
+    added = f"recipe.stages=[{','.join(line_)},export,evaluate,report]"
     stages = f"stages=[{','.join(line_)}]"
     said = pipeline("run=more", *plain, added, stages, *settings(world, **NONE), cwd=world).stdout
     assert "cut: finished before" in said

@@ -170,7 +170,7 @@ def test_a_family_without_biases_is_refused_before_it_is_scored(tmp_path):
     world = make_world(tmp_path, "mistral")
     with pytest.raises(ValueError, match="no self_attn.o_proj.bias or mlp.down_proj.bias to put mean outputs into"):
         made(world, "recipe=flap", CUT)
-    assert not list((world / "artifacts").glob("score-*"))
+    assert not list((world / "artifacts").glob("importance-*"))
 
 
 @pytest.mark.parametrize(
@@ -182,8 +182,8 @@ def test_a_family_without_biases_is_refused_before_it_is_scored(tmp_path):
         (["plan.widths=threshold", "budget.speedup=1.5"], "set budget.parameters alone"),
         (["plan.widths=threshold", "budget.axes=layers"], "makes all layers alike, and plan.widths=threshold does not"),
         (["plan.widths=adaptive", "budget.axes=neurons"], "makes all layers alike, and plan.widths=adaptive does not"),
-        (["recipe=adapt_pruner", "recipe.repeat=[plan,cut]"], "has no score, shape, which plan needs anew"),
-        (["recipe=adapt_pruner", "recipe.repeat=[importance,shape,plan]"], "recipe.repeat has no cut"),
+        (["recipe=adapt_pruner", "recipe.repeat=[plan,cut]"], "plan needs a new result of importance, shape"),
+        (["recipe=adapt_pruner", "recipe.repeat=[importance,shape,plan]"], "recipe.repeat: cut"),
         (["recipe=adapt_pruner", "recipe.repeat=[importance,shape,plan,cut,melt]"], r"recipe.repeat names \['melt'\]"),
         (["rotate.kind=principal", "plan.channels=leading", "recipe.rounds=2"], "set rotate.kind=none"),
         (["recipe.shape=search", "recipe.rounds=2"], "set recipe.shape=given"),

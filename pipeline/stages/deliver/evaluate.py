@@ -81,7 +81,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
 
 
 def _need_memory(config: Config, inputs: Inputs, device: Device) -> None:
-    models = (open_checkpoint(inputs[name], config.model.allow_pickle).anatomy for name in ("teacher", "export"))
+    models = (open_checkpoint(inputs[name], config.model.allow_pickle).anatomy for name in ("reference", "student"))
     weights = max(anatomy.parameters()[0] for anatomy in models) * device.compute_dtype.itemsize
     need_memory(device, {"weights": weights}, "evaluate.speed=true", "set evaluate.speed=false")
 

@@ -39,7 +39,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     asked, match = config.distill, _match(inputs)
     number, rounds = config.recipe.part
     earlier = inputs.get("previous_student")
-    objective = Objective(**asked.loss.model_dump())
+    objective = Objective(**asked.loss.model_dump(), chunk=config.logits.chunk)
     train_model(
         "distill",
         config,
