@@ -2,8 +2,8 @@
 
     python benchmarks/chip_calibration.py [rounds] [threads] [rounds-of-models] [chip-file]
 
-Products: `pipeline.costmodel.calibrate`. Models: SmolLM2's shape and students of it with random bf16 weights, prefill of
-512 tokens and decoding at a context of 256, batch 1, the models in turn and the shortest time of each kept.
+Products: `pipeline.costmodel.calibrate`. Models: SmolLM2's shape and students of it with random bf16 weights, prefill
+of 512 tokens and decoding at a context of 256, batch 1, the models in turn and the shortest time of each kept.
 The time a layer takes beyond its operations is fitted to the teacher's decoding; no student is fitted.
 """
 

@@ -121,7 +121,9 @@ class Bench:
         """Give the tallies [sequences, 3] and the word count [2] of all ranks together."""
         ranks, asked = self.machine.ranks, self.config.evaluate
         rows = range(ranks.rank, self._rows(packed), ranks.world)
-        batches = self.machine.progress(_batches(packed, rows, asked.batch_size), -(-len(rows) // asked.batch_size), label)
+        batches = self.machine.progress(
+            _batches(packed, rows, asked.batch_size), -(-len(rows) // asked.batch_size), label
+        )
         sums = torch.zeros(self._rows(packed), 3, dtype=torch.float64)
         for number, found in enumerate(tallies(model, batches, self.config.logits.chunk)):
             mine = rows[number * asked.batch_size : (number + 1) * asked.batch_size]

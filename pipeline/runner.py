@@ -180,7 +180,7 @@ def _run_stage(session: Session, stage: Stage, made: dict[str, Path]) -> tuple[P
 
 
 def key_of(stage: Stage, settings: Any, inputs: Mapping[str, str]) -> str:
-    """Return the digest that names an artifact: of the stage, its revision, its settings and the names of its inputs."""
+    """Return the digest that names an artifact: of stage, revision, settings and the names of the inputs."""
     return artifacts.digest({"stage": stage.name, "settings": settings, "inputs": inputs, "revision": stage.revision})
 
 

@@ -31,7 +31,12 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 STATE_BYTES = 12  # of a parameter in a resumable checkpoint: a float32 weight and two moments
 WEIGHT_BYTES = 4
-FREE = {"micro_batch_size", "save_steps", "save_total_limit", "gradient_checkpointing"}  # change speed and memory, not the weights
+FREE = {
+    "micro_batch_size",
+    "save_steps",
+    "save_total_limit",
+    "gradient_checkpointing",
+}  # change speed and memory, not the weights
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,9 @@ def train_model(
         )
 
         def rate(step: int) -> float:
-            return learning_rate(asked.lr_scheduler, first + step, steps, asked.learning_rate, asked.warmup_ratio, asked.min_lr_ratio)
+            return learning_rate(
+                asked.lr_scheduler, first + step, steps, asked.learning_rate, asked.warmup_ratio, asked.min_lr_ratio
+            )
 
         def record(metrics: dict[str, float]) -> None:
             so_far = {"step": first + metrics["step"], "tokens": first * tokens + metrics["tokens"]}
@@ -104,7 +111,14 @@ def train_model(
 
         train(
             engine,
-            stream(text, asked.micro_batch_size, ranks.rank, ranks.world, after + (first + done) * asked.global_batch_size, config.seed),
+            stream(
+                text,
+                asked.micro_batch_size,
+                ranks.rank,
+                ranks.world,
+                after + (first + done) * asked.global_batch_size,
+                config.seed,
+            ),
             share_out(held, asked.micro_batch_size, ranks.rank, ranks.world),
             course,
             rate,
@@ -134,8 +148,8 @@ def accumulation(section: str, asked: Training, world: int) -> int:
         below, above = batch // together * together, -(-batch // together) * together
         near = f"{below} or {above}" if below else f"{above}"
         raise ValueError(
-            f"{section}.global_batch_size is {batch}, not a multiple of {section}.micro_batch_size ({micro}) x ranks ({world}) ="
-            f" {together}; nearest: {near}"
+            f"{section}.global_batch_size is {batch}, not a multiple of {section}.micro_batch_size ({micro}) x "
+            f"ranks ({world}) = {together}; nearest: {near}"
         )
     return batch // together
 
@@ -145,8 +159,8 @@ def steps_of(section: str, asked: Training, sequence: int) -> int:
     per_step = asked.global_batch_size * sequence
     if asked.tokens < per_step:
         raise ValueError(
-            f"{section}.tokens is {asked.tokens}, less than one step of {section}.global_batch_size ({asked.global_batch_size}) x"
-            f" data.sequence_length ({sequence}) = {per_step} tokens; raise it or lower the batch"
+            f"{section}.tokens is {asked.tokens}, less than one step of {section}.global_batch_size "
+            f"({asked.global_batch_size}) x data.sequence_length ({sequence}) = {per_step} tokens; raise it or lower the batch"
         )
     steps = asked.tokens // per_step
     return steps if asked.max_steps is None else min(steps, asked.max_steps)
@@ -219,7 +233,9 @@ def _write(config: Config, engine: Engine, origin: Checkpoint, out: Path, rank: 
     """Write the model under the names of the origin's tensors; every rank takes part, rank 0 writes."""
     tensors = _tensors(engine, origin)
     if rank == 0:
-        write_checkpoint(out, origin.config | {"dtype": "float32"}, tensors, config.checkpoint.shard_bytes, origin.folder)
+        write_checkpoint(
+            out, origin.config | {"dtype": "float32"}, tensors, config.checkpoint.shard_bytes, origin.folder
+        )
     else:
         for _ in tensors:
             pass

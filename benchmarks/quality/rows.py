@@ -94,7 +94,11 @@ LITTLE = Written(196608, weight=2, batch=128)  # a sixth beside WIDEST; what a C
 BROAD, WIDE = ("broad", 4), ("wide", 4)  # half of what a row reads
 WIDEST = ("widest", 8)  # two thirds
 ALL = ("all", 16)  # four fifths, and a tenth LITTLE
-MILLION = ("local_distill.epochs=1", "local_distill.tokens=1048576", "local_distill.batch_tokens=1024")  # for an accelerator
+MILLION = (
+    "local_distill.epochs=1",
+    "local_distill.tokens=1048576",
+    "local_distill.batch_tokens=1024",
+)  # for an accelerator
 TWO_MILLION = ("local_distill.epochs=1", "local_distill.tokens=2097152", "local_distill.batch_tokens=1024")
 MORE = ("restore.tokens=131072", "local_distill.epochs=1", "local_distill.tokens=393216")  # four times, twice of ONCE
 MILLION_ONCE = (
@@ -109,7 +113,11 @@ CORRECTED = ("teacher_correction.tokens=60000", "distill.tokens=60000")
 NEXT = ("distill.loss.cross_entropy=4",)  # the tokens of the text weigh four times the dense model's predictions
 NO_BLOCKS = ("local_distill.epochs=0",)
 BY_SCORES = ("restore.outputs=false", "restore.order=scores")
-GATES = ("layer_gates.tokens=8192", "layer_gates.batch_size=1", "layer_gates.learning_rate=3e-2")  # 16 steps for each layer that goes
+GATES = (
+    "layer_gates.tokens=8192",
+    "layer_gates.batch_size=1",
+    "layer_gates.learning_rate=3e-2",
+)  # 16 steps for each layer that goes
 
 
 def _of_all_kinds(label: str, *recovered: str, learnt: tuple[str, ...] = MILLION_ONCE) -> Row:
@@ -202,7 +210,11 @@ ROWS: dict[str, Row] = {
         "... and FFNs learn from two million tokens", *TWICE, *NEXT, learnt=TWO_MILLION_ONCE
     ),
     "best_all_by_layer_next_steps_longer": _of_all_kinds(
-        "... from one million, in steps of one sequence", *TWICE, *NEXT, "distill.global_batch_size=1", "distill.micro_batch_size=1"
+        "... from one million, in steps of one sequence",
+        *TWICE,
+        *NEXT,
+        "distill.global_batch_size=1",
+        "distill.micro_batch_size=1",
     ),
     "best_all_by_layer_corrected_longer": _of_all_kinds(
         "... from one million, the teacher corrected instead", *CORRECTED

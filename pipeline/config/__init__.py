@@ -116,7 +116,9 @@ class Config(Section):
             return self
         strange = [name for name in self.recipe.repeat if name not in self.recipe.stages]
         if strange or not self.recipe.repeat:
-            raise ValueError(f"recipe.repeat names {strange or 'nothing'}; choose from recipe.stages {self.recipe.stages}")
+            raise ValueError(
+                f"recipe.repeat names {strange or 'nothing'}; choose from recipe.stages {self.recipe.stages}"
+            )
         if self.recipe.shape == "search":
             raise ValueError("recipe.rounds goes to a known shape in equal parts; set recipe.shape=given")
         if self.rotate.kind != "none":
@@ -157,19 +159,19 @@ class Config(Section):
             )
         if self.regularize.norm != "none" and not self.plan.measures_depth:
             raise ValueError(
-                f"regularize.norm={self.regularize.norm} empties the layers that go, which plan.depth={self.plan.depth} "
-                "names only in the plan; set plan.depth=gates, loss or evolved"
+                f"regularize.norm={self.regularize.norm} empties the layers that go, "
+                f"which plan.depth={self.plan.depth} names only in the plan; set plan.depth=gates, loss or evolved"
             )
         if self.regularize.norm != "none" and (self.restore.outputs or self.restore.order == "obs"):
             raise ValueError(
                 "restore.outputs and restore.order=obs solve with the inputs of the teacher's layers, which "
-                f"regularize.norm={self.regularize.norm} changes; set regularize.norm=none, or restore.outputs=false and "
-                "restore.order=scores"
+                f"regularize.norm={self.regularize.norm} changes; set regularize.norm=none, or "
+                "restore.outputs=false and restore.order=scores"
             )
         if self.reinit.absorb in ("fitted", "removed") and "absorb_norms" not in self.recipe.stages:
             raise ValueError(
-                f"recipe.stages has no absorb_norms, which reinit.absorb={self.reinit.absorb} needs; add it after cut, or set "
-                "reinit.absorb=false"
+                f"recipe.stages has no absorb_norms, which reinit.absorb={self.reinit.absorb} needs; add it after "
+                "cut, or set reinit.absorb=false"
             )
         changes = {
             "restore.sequential=true": self.restore.sequential,
@@ -179,8 +181,8 @@ class Config(Section):
         if turned and self.local_distill.epochs and any(changes.values()):
             raise ValueError(
                 f"local_distill.epochs={self.local_distill.epochs} lets FFNs learn from the teacher in the axes of "
-                f"rotate.kind=principal, which turns a model that {next(name for name in changes if changes[name])} has "
-                "changed; set local_distill.epochs=0, or rotate.kind=none and plan.channels=scores"
+                f"rotate.kind=principal, which turns a model that "
+                f"{next(name for name in changes if changes[name])} has changed; set local_distill.epochs=0, or rotate.kind=none and plan.channels=scores"
             )
         layerwise = "restore.sequential=true" if self.restore.sequential else "plan.widths=evolved"
         if self.restore.sequential or self.plan.widths == "evolved":

@@ -102,9 +102,9 @@ def training_needs(
             return needs
         tried *= 2
     raise ValueError(
-        f"{run.section}.global_batch_size is {run.batch} in micro-batches of {run.micro_batch}: no number of {chip.name} devices "
-        f"it splits over has the memory; raise deepspeed.stage (now {run.zero_stage}) or {run.section}.global_batch_size, lower "
-        f"{run.section}.micro_batch_size, or turn on {run.section}.gradient_checkpointing"
+        f"{run.section}.global_batch_size is {run.batch} in micro-batches of {run.micro_batch}: no number of "
+        f"{chip.name} devices it splits over has the memory; raise deepspeed.stage (now {run.zero_stage}) or "
+        f"{run.section}.global_batch_size, lower {run.section}.micro_batch_size, or turn on {run.section}.gradient_checkpointing"
     )
 
 
@@ -189,8 +189,8 @@ def step_parts(
 def _needs(chip: Chip, teacher: ModelShape | None, student: ModelShape, run: Recovery, devices: int) -> Needs:
     if run.batch % (run.micro_batch * devices):
         raise ValueError(
-            f"{run.section}.global_batch_size is {run.batch}, not a multiple of {run.section}.micro_batch_size ({run.micro_batch}) "
-            f"times {devices} devices"
+            f"{run.section}.global_batch_size is {run.batch}, not a multiple of {run.section}.micro_batch_size "
+            f"({run.micro_batch}) times {devices} devices"
         )
     memory = memory_parts(teacher, student, run, devices)
     step = step_parts(chip, teacher, student, run, devices)

@@ -77,7 +77,9 @@ def build(
             shards.append(rows)
         if shards.rows == start:
             fault = f"has {counts['tokens']} tokens, fewer than one sequence of {sequence}"
-            raise ValueError(f"{domain.name} {fault}; give a longer text, a larger share, or a smaller data.sequence_length")
+            raise ValueError(
+                f"{domain.name} {fault}; give a longer text, a larger share, or a smaller data.sequence_length"
+            )
         entries.append({"name": domain.name, "weight": domain.weight, "sequences": shards.rows - start, **counts})
     files = shards.close()
     index = {"sequence": sequence, "sequences": shards.rows, "tokens": shards.rows * sequence}

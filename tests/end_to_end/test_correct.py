@@ -56,7 +56,9 @@ def test_what_cuts_and_teaches_reads_the_corrected_teacher_and_what_compares_the
     new, given = corrected["teacher"].name, plain["reference"].name
     assert new.startswith("correct-") and given.startswith("teacher-")
     for stage in ("scores", "blueprint", "initial_student", "recovered"):
-        assert {"teacher", "subject"} & set(inputs(corrected[stage])) and given not in inputs(corrected[stage]).values(), stage
+        assert {"teacher", "subject"} & set(inputs(corrected[stage])) and given not in inputs(
+            corrected[stage]
+        ).values(), stage
     for stage in ("dense", "evaluation", "report"):
         assert inputs(corrected[stage])["reference"] == given, stage
     assert corrected["reference_evaluation"] == plain["reference_evaluation"] and corrected["tokens"] == plain["tokens"]
@@ -162,9 +164,15 @@ def test_in_rounds_the_corrected_teacher_teaches_all_of_them(world):
         (("teacher_correction.global_batch_size=6",), r"correct\.batch is 6, not a multiple of correct\.micro_batch"),
         (("recipe.stages=[importance,shape,plan,cut,export]",), "teacher_correction"),
         (("teacher_correction.eval_tokens=64",), "teacher_correction.eval_tokens is 64 and distill.eval_tokens 128"),
-        (("recipe.stages=[teacher_correction,importance,shape,teacher_correction,plan,cut,export]",), "is corrected once"),
+        (
+            ("recipe.stages=[teacher_correction,importance,shape,teacher_correction,plan,cut,export]",),
+            "is corrected once",
+        ),
         (("recipe.stages=[importance,shape,plan,cut,distill,teacher_correction,export]",), "is corrected once"),
-        (("recipe.rounds=2", "recipe.stages=[importance,shape,plan,cut,teacher_correction,distill,export]", ROUNDS), "is corrected once"),
+        (
+            ("recipe.rounds=2", "recipe.stages=[importance,shape,plan,cut,teacher_correction,distill,export]", ROUNDS),
+            "is corrected once",
+        ),
     ],
 )
 def test_a_correction_that_cannot_be_is_refused(world, overrides, message):

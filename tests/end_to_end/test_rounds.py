@@ -159,7 +159,9 @@ def test_a_shape_is_reached_in_equal_parts(world):
     given = {"shape__layers": 2, "shape__hidden": 16, "shape__groups": 2, "shape__heads": 2, "shape__neurons": 64}
     stages = "stages=[importance,shape,plan,cut,absorb_norms,distill]"
     made(world, stages, run="shape", distill__loss__hidden=0.5, distill__tokens=4 * TOKENS, **given)
-    starts = [open_checkpoint(view(world, f"shape{part}") / "initial_student").anatomy.sizes for part in ("/rounds/1", "")]
+    starts = [
+        open_checkpoint(view(world, f"shape{part}") / "initial_student").anatomy.sizes for part in ("/rounds/1", "")
+    ]
     assert [len(sizes.layers) for sizes in starts] == [3, 2] and starts[1].hidden == 16
     assert [sizes.layers[0].neurons for sizes in starts] == [96, 64]
     assert [sizes.layers[0].groups for sizes in starts] == [3, 2]

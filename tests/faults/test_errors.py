@@ -39,7 +39,10 @@ CASES = {
     "unsupported text": (["data.recovery.path=model"], "data.recovery.path"),
     "too short a text": (["data.recovery.path=short.txt"], "data.recovery.path"),
     "empty text": (["data.recovery.path=empty.txt"], "data.recovery.path"),
-    "a batch that cannot be split": (["distill.global_batch_size=7", "distill.micro_batch_size=4"], "distill.global_batch_size"),
+    "a batch that cannot be split": (
+        ["distill.global_batch_size=7", "distill.micro_batch_size=4"],
+        "distill.global_batch_size",
+    ),
 }
 
 

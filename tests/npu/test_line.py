@@ -69,7 +69,12 @@ def test_the_line_on_two_npus_under_zero_3_computes_what_one_cpu_computes(tmp_pa
 
 def test_ffns_learn_the_same_where_the_models_do_not_fit_on_the_npu(tmp_path):
     world = make_world(tmp_path, "glm4")
-    learn = ("local_distill.epochs=2", "local_distill.tokens=1024", "local_distill.batch_tokens=64", "stages=[importance,shape,layer_loss,plan,cut,local_distill]")
+    learn = (
+        "local_distill.epochs=2",
+        "local_distill.tokens=1024",
+        "local_distill.batch_tokens=64",
+        "stages=[importance,shape,layer_loss,plan,cut,local_distill]",
+    )
     told = {}
     for name, memory in (("whole", 64 << 30), ("by-layer", 1 << 10)):
         chosen = settings(world, artifacts=world / name, device="npu")

@@ -268,10 +268,14 @@ def test_batches_that_do_not_divide_and_runs_below_a_step_are_refused():
     from pipeline.training import accumulation, steps_of
 
     def asked(**changed):
-        return SimpleNamespace(**({"global_batch_size": 8, "micro_batch_size": 4, "tokens": 49152, "max_steps": None} | changed))
+        return SimpleNamespace(
+            **({"global_batch_size": 8, "micro_batch_size": 4, "tokens": 49152, "max_steps": None} | changed)
+        )
 
     assert accumulation("distill", asked(), 2) == 1
-    with pytest.raises(ValueError, match=r"distill.global_batch_size is 10, .* \(4\) x ranks \(1\) = 4; nearest: 8 or 12"):
+    with pytest.raises(
+        ValueError, match=r"distill.global_batch_size is 10, .* \(4\) x ranks \(1\) = 4; nearest: 8 or 12"
+    ):
         accumulation("distill", asked(global_batch_size=10), 1)
     with pytest.raises(ValueError, match=r"= 12; nearest: 12"):
         accumulation("distill", asked(), 3)

@@ -61,9 +61,7 @@ def world(tmp_path_factory):
         made[name].mkdir()
     tokens.run(config, made, made["tokens"], machine())
     sizes = open_checkpoint(teacher).anatomy.sizes
-    heads, neurons = (
-        tuple(torch.rand(getattr(w, axis)) + 0.1 for w in sizes.layers) for axis in ("heads", "neurons")
-    )
+    heads, neurons = (tuple(torch.rand(getattr(w, axis)) + 0.1 for w in sizes.layers) for axis in ("heads", "neurons"))
     Scores(torch.rand(32) + 0.1, heads, neurons, torch.rand(4).double() + 0.1, 256).save(
         made["scores"] / "scores.safetensors"
     )
@@ -99,7 +97,11 @@ def test_the_perplexity_is_that_of_the_models_own_logits_on_the_texts_rows(world
         ids = torch.stack([torch.from_numpy(packed[row].astype("int64")) for row in range(8)])
         decoded = byte_tokenizer().batch_decode(ids[:, 1:], skip_special_tokens=True)
         assert text["bytes"] == sum(len(row.encode()) for row in decoded)
-        for who, folder in (("teacher", made["teacher"]), ("start", made["initial_student"]), ("student", made["initial_student"])):
+        for who, folder in (
+            ("teacher", made["teacher"]),
+            ("start", made["initial_student"]),
+            ("student", made["initial_student"]),
+        ):
             logits = load_model(folder, torch.float32, "sdpa")(ids).logits[:, :-1].transpose(1, 2)
             losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none").mean(1)
             loss = losses.mean().item()
@@ -144,7 +146,10 @@ def two_ranks(ranks, overrides, inputs, out):
 @pytest.mark.slow
 def test_two_ranks_give_the_numbers_of_one(world, found):
     config, made, folder = world
-    inputs = {name: str(path) for name, path in (made | {"student": made["initial_student"], "recovered": made["initial_student"]}).items()}
+    inputs = {
+        name: str(path)
+        for name, path in (made | {"student": made["initial_student"], "recovered": made["initial_student"]}).items()
+    }
     paths = [f"data.{name}.path={getattr(config.data, name).path}" for name in tokens.PURPOSES]
     assert on_ranks(two_ranks, folder / "ranks", 2, 60.0, (paths, inputs, str(folder / "two"))) == [None, None]
     both = json.loads((folder / "two-0" / "evaluation.json").read_text())
@@ -223,4 +228,6 @@ def test_the_teacher_is_measured_once_and_a_start_that_was_not_recovered_once_as
     for name, text in found["texts"].items():
         assert text["start"] == text["student"] == bare["texts"][name]["student"]
         assert bare["texts"][name] == {key: value for key, value in text.items() if key != "start"}
-    assert evaluate_reference.settings(config) == evaluate_reference.settings(configured(*OVERRIDES, "evaluate.speed=false", "plan.clap=false"))
+    assert evaluate_reference.settings(config) == evaluate_reference.settings(
+        configured(*OVERRIDES, "evaluate.speed=false", "plan.clap=false")
+    )

@@ -131,24 +131,58 @@ def test_on_an_npu_that_is_too_small_there_is_a_part_of_a_layer_at_a_time(tmp_pa
 
 
 MEASURED = [
-    "score.kind=fluctuation", "plan.depth=evolved", "layer_loss.start=loss", "layer_loss.generations=2", "layer_loss.offspring=2",
-    "plan.depth_tokens=256", "plan.widths=measured", "sensitivity.levels=[0.5]", "restore.order=obs", "plan.clap=false",
+    "score.kind=fluctuation",
+    "plan.depth=evolved",
+    "layer_loss.start=loss",
+    "layer_loss.generations=2",
+    "layer_loss.offspring=2",
+    "plan.depth_tokens=256",
+    "plan.widths=measured",
+    "sensitivity.levels=[0.5]",
+    "restore.order=obs",
+    "plan.clap=false",
     "evaluate.speed=false",
-]  # fmt: skip
+]
 TYR = [
-    "recipe=tyr", "supernet.rounds=2", "supernet.multiple=4", "supernet.generations=1", "supernet.offspring=2",
-    "supernet.tokens=[64]", "supernet.survivors=[1]", "budget.parameters=0.7", "plan.depth=influence",
-]  # fmt: skip
+    "recipe=tyr",
+    "supernet.rounds=2",
+    "supernet.multiple=4",
+    "supernet.generations=1",
+    "supernet.offspring=2",
+    "supernet.tokens=[64]",
+    "supernet.survivors=[1]",
+    "budget.parameters=0.7",
+    "plan.depth=influence",
+]
 LINES = {  # family, choices, and what places a model
-    "measured": ("glm4", [*MEASURED, "stages=[importance,shape,layer_loss,hessian,obs_order,sensitivity,plan,cut,absorb_norms,export,"
-                          "evaluate]"], {"importance", "layer_loss", "hessian", "sensitivity", "absorb_norms", "measuring"}),
+    "measured": (
+        "glm4",
+        [
+            *MEASURED,
+            "stages=[importance,shape,layer_loss,hessian,obs_order,sensitivity,plan,cut,absorb_norms,export,evaluate]",
+        ],
+        {"importance", "layer_loss", "hessian", "sensitivity", "absorb_norms", "evaluator"},
+    ),
     "searched": ("llama", [*TYR, "stages=[importance,shape,supernet]"], {"importance", "supernet"}),
-    "turned": ("llama-tied", ["rotate.kind=principal", "plan.channels=leading", "plan.clap=false", "recipe.shape=search",
-                              "shape_search.tokens=256", "shape_search.candidates=2", "stages=[importance,shape_search,rotate]"],
-               {"importance", "shape_search", "rotate"}),
-    "written": ("llama", ["recipe=generate", "self_generate.tokens=64", "self_generate.length=8", "self_generate.batch_size=4"],
-                {"generate"}),
-}  # fmt: skip
+    "turned": (
+        "llama-tied",
+        [
+            "rotate.kind=principal",
+            "plan.channels=leading",
+            "plan.clap=false",
+            "recipe.shape=search",
+            "shape_search.tokens=256",
+            "shape_search.candidates=2",
+            "stages=[importance,shape_search,rotate]",
+        ],
+        {"importance", "shape_search", "rotate"},
+    ),
+    "written": (
+        "llama",
+        ["recipe=generate", "self_generate.tokens=64", "self_generate.length=8", "self_generate.batch_size=4"],
+        {"generate"},
+    ),
+}
 
 
 def contents(folder: Path) -> dict:

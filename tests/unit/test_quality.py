@@ -55,7 +55,11 @@ def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
         run.composed(run.row_settings(row, 37.5, recovery, [*start, "data.evaluation.path=builtin:topics"]))
     )
     stages = runner.check(config)
-    asked = {"distill": True, "settle": config.regularize.norm != "none", "correct": config.teacher_correction.tokens > 0}
+    asked = {
+        "distill": True,
+        "settle": config.regularize.norm != "none",
+        "correct": config.teacher_correction.tokens > 0,
+    }
     trains = {stage for stage, does in asked.items() if does and stage in stages}
     early = {"trsp_recovered": {"settle"}, "best_all_by_layer_corrected_longer": {"correct"}}.get(name, set())
     assert trains == ({row.trains} | early if recovery else set())

@@ -56,7 +56,9 @@ def test_fitted_scales_are_written_and_nothing_else_changes(world, kept):
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_any_number_of_ranks_measures_the_same_text(world, kept, world_size):
-    asked = configured(*settings(world), "reinit.absorb_tokens=640", "calibration.batch_size=3")  # no multiple of a step of ranks
+    asked = configured(
+        *settings(world), "reinit.absorb_tokens=640", "calibration.batch_size=3"
+    )  # no multiple of a step of ranks
 
     def read(size):
         batches = [absorb_norms._batches(asked, kept, SimpleNamespace(rank=rank, world=size)) for rank in range(size)]

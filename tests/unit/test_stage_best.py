@@ -63,7 +63,9 @@ def test_a_full_width_basis_leaves_the_teachers_logits_through_the_stages(world,
     folders = made(world, CUT, *chosen, "plan.clap=false", **whole())
     kinds = {name: open_checkpoint(folders[name]) for name in ("teacher", "source", "start")}
     own = tie == "untied"
-    assert ("lm_head.weight" in kinds["initial_student"]) == own and kinds["initial_student"].config["tie_word_embeddings"] != own
+    assert ("lm_head.weight" in kinds["initial_student"]) == own and kinds["initial_student"].config[
+        "tie_word_embeddings"
+    ] != own
     dense = logits(folders["teacher"])
     for name in ("source", "start"):
         embeddings = [kinds[key]["model.embed_tokens.weight"] for key in ("teacher", name)]

@@ -25,7 +25,12 @@ from tests.tiny_text import configured
 from tests.world import make_world, pipeline, settings
 
 STAGES = ["importance", "shape", "plan", "cut", "local_distill"]
-LEARN = ["local_distill.epochs=8", "local_distill.tokens=2048", "local_distill.batch_tokens=64", "local_distill.learning_rate=0.03"]
+LEARN = [
+    "local_distill.epochs=8",
+    "local_distill.tokens=2048",
+    "local_distill.batch_tokens=64",
+    "local_distill.learning_rate=0.03",
+]
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,9 @@ def test_a_greedy_choice_runs_no_layer_again_that_two_sets_begin_with(world, mon
 def test_the_digest_of_the_greedy_choice_knows_nothing_of_evolution():
     plain = configured("plan.depth=loss")
     assert layer_loss.settings(plain) == layer_loss.settings(configured("plan.depth=loss", "layer_loss.generations=99"))
-    assert set(layer_loss.settings(plain)) == {"tokens", "keep_first", "batch", "seed"} and layer_loss.needs(plain) == ()
+    assert (
+        set(layer_loss.settings(plain)) == {"tokens", "keep_first", "batch", "seed"} and layer_loss.needs(plain) == ()
+    )
     evolved = layer_loss.settings(configured("plan.depth=evolved"))
     assert evolved["evolved"] == {"start": "influence", "generations": 20, "offspring": 8}
     with pytest.raises(ValueError, match="layer_loss.offspring"):

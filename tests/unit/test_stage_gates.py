@@ -88,10 +88,21 @@ def test_layers_that_stay_anyway_and_too_short_texts_are_told_at_once(world, tmp
     _, made, _ = world
     with pytest.raises(ValueError, match=r"shape.layers is 2; it must lie between 3 and 4"):
         chosen(configured("plan.depth=gates", "plan.keep_first=3"), made, tmp_path / "kept")
-    with pytest.raises(ValueError, match=r"layer_gates.tokens is 10, less than one step of layer_gates.batch_size \(2\)"):
+    with pytest.raises(
+        ValueError, match=r"layer_gates.tokens is 10, less than one step of layer_gates.batch_size \(2\)"
+    ):
         layer_gates.check(configured("plan.depth=gates", "layer_gates.tokens=10"))
-    with pytest.raises(ValueError, match=r"regularize.global_batch_size is 3, not a multiple of regularize.micro_batch_size \(2\)"):
-        regularize.check(configured("plan.depth=gates", "regularize.norm=l1", "regularize.global_batch_size=3", "regularize.micro_batch_size=2"))
+    with pytest.raises(
+        ValueError, match=r"regularize.global_batch_size is 3, not a multiple of regularize.micro_batch_size \(2\)"
+    ):
+        regularize.check(
+            configured(
+                "plan.depth=gates",
+                "regularize.norm=l1",
+                "regularize.global_batch_size=3",
+                "regularize.micro_batch_size=2",
+            )
+        )
     with pytest.raises(ValueError, match=r"regularize.norm=l2 empties the layers that go"):
         configured("regularize.norm=l2")
 

@@ -45,7 +45,13 @@ def machine() -> Machine:
 
 def configure(folder: Path, *overrides: str):
     paths = [f"data.{use}.path={folder / use}.txt" for use in ("calibration", "recovery", "evaluation")]
-    small = ("score.tokens=512", "shape_search.tokens=256", "shape_search.candidates=3", "recipe.shape=search", "device=cpu")
+    small = (
+        "score.tokens=512",
+        "shape_search.tokens=256",
+        "shape_search.candidates=3",
+        "recipe.shape=search",
+        "device=cpu",
+    )
     return configured(*paths, *small, *overrides)
 
 
@@ -220,7 +226,9 @@ def test_limits_of_speed_and_memory_hold_with_nothing_measured(world, tmp_path):
     folder, made = world
     teacher = open_checkpoint(made["teacher"]).anatomy
     dense = ModelShape.of(teacher)
-    config = configure(folder, "recipe.shape=given", "device/chip=910B1", "budget.speedup=1.3", "shape_search.batch_size=8")
+    config = configure(
+        folder, "recipe.shape=given", "device/chip=910B1", "budget.speedup=1.3", "shape_search.batch_size=8"
+    )
     serving = Serving(**config.shape_search.serving)
     npu = chip("910B1")
     before = describe(npu, dense, dense, serving)
@@ -256,7 +264,9 @@ def test_a_dry_run_tells_of_the_trainings_of_its_line_and_of_no_other(world):
     assert "no weights are trained after the cut" in told(*world, "recipe=flap", "teacher_correction.tokens=1000")
     line = "recipe.stages=[importance,shape,plan,cut,distill,export]"
     assert "correction" not in told(*world, "teacher_correction.tokens=1000", line)
-    both = told(*world, "recipe=trsp", "recipe.stages=[importance,shape,layer_gates,regularize,plan,cut,distill,export]")
+    both = told(
+        *world, "recipe=trsp", "recipe.stages=[importance,shape,layer_gates,regularize,plan,cut,distill,export]"
+    )
     assert both.startswith("settling needs 1 x ") and "; recovery needs 1 x " in both and "no distill" not in both
 
 
@@ -276,7 +286,9 @@ def test_a_dry_run_of_a_line_without_training_asks_for_no_chip(world):
 
 def test_a_settling_that_cannot_be_split_is_refused_by_its_own_fields(world):
     folder, made = world
-    config = configure(folder, "recipe=trsp", "recipe.shape=given", "device/chip=910B1", "regularize.global_batch_size=2")
+    config = configure(
+        folder, "recipe=trsp", "recipe.shape=given", "device/chip=910B1", "regularize.global_batch_size=2"
+    )
     with pytest.raises(ValueError, match=r"settle\.batch is 2, not a multiple of settle\.micro_batch"):
         estimate.needs(config, made | {"shape": made_by(shape, config, made, folder / "dry")}, 3)
 

@@ -98,7 +98,9 @@ def test_layers_of_their_own_widths_keep_to_the_budget(world, policy):
 def test_a_given_shape_says_how_many_weights_its_layers_share(world):
     given = {"shape__layers": 3, "shape__hidden": 24, "shape__neurons": 96, "shape__groups": 3, "shape__heads": 3}
     chosen = ("plan.widths=threshold", "score.kind=fluctuation", CUT)
-    equal, own = (open_checkpoint(made(world, *which, **given)["initial_student"]).anatomy for which in ((CUT,), chosen))
+    equal, own = (
+        open_checkpoint(made(world, *which, **given)["initial_student"]).anatomy for which in ((CUT,), chosen)
+    )
     assert own.sizes.hidden == 24 and len(own.sizes.layers) == 3 and not own.sizes.uniform
     assert 0.9 * equal.parameters()[1] < own.parameters()[1] <= equal.parameters()[1]
 
@@ -153,7 +155,10 @@ def test_compensating_biases_bring_the_cut_model_nearer_on_average(world):
     assert Blueprint.load(folders["blueprint"] / "blueprint.json") == Blueprint.load(
         bare["blueprint"] / "blueprint.json"
     )
-    assert open_checkpoint(folders["initial_student"]).config["mlp_bias"] and "mlp_bias" in open_checkpoint(bare["initial_student"]).config
+    assert (
+        open_checkpoint(folders["initial_student"]).config["mlp_bias"]
+        and "mlp_bias" in open_checkpoint(bare["initial_student"]).config
+    )
     batches = beginning(Packed(folders["tokens"] / "calibration"), 1024, 8, 0, 1, 0)
 
     def mean(folder):

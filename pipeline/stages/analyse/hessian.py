@@ -36,7 +36,9 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     need_space(out, sum(bytes_of))
     model = load_model(inputs["subject"], device.compute_dtype, device.attention, config.model.trust_remote_code)
     text = Packed(inputs["tokens"] / "calibration")
-    batches = beginning(text, config.restore.tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed)
+    batches = beginning(
+        text, config.restore.tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed
+    )
     if ranks.rank == 0:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)

@@ -49,7 +49,9 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     text = Packed(inputs["tokens"] / "calibration")
     batches = beginning(text, config.score.tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed)
     if batches.wanted * config.data.sequence_length < config.score.tokens - config.data.sequence_length:
-        machine.say(f"score: the calibration text has {len(text)} sequences of {config.data.sequence_length}; all are used")
+        machine.say(
+            f"score: the calibration text has {len(text)} sequences of {config.data.sequence_length}; all are used"
+        )
     with placed(model, device, False if slopes else config.device.layer_streaming):
         sums = measure(
             model.get_decoder(),

@@ -95,7 +95,7 @@ def _ones(total: int, model: torch.nn.Module) -> Tensor:
 
 
 def _batches(config: Config, text: Packed, start: int, ranks) -> Iterator[tuple[Tensor, float]]:
-    """Give this rank's rows of every step, those of all ranks together being `layer_gates.batch_size`, and their share of them."""
+    """Return this rank's rows of every step, and their share of the `layer_gates.batch_size` rows of all ranks."""
     for batch in stream(text, config.layer_gates.batch_size, 0, 1, start, config.seed):
         mine = batch[ranks.rank :: ranks.world]
         yield mine, len(mine) / len(batch)
@@ -116,8 +116,8 @@ def _steps(config: Config) -> int:
     per_step = config.layer_gates.batch_size * config.data.sequence_length
     if config.layer_gates.tokens < per_step:
         raise ValueError(
-            f"layer_gates.tokens is {config.layer_gates.tokens}, less than one step of layer_gates.batch_size ({config.layer_gates.batch_size}) x"
-            f" data.sequence_length ({config.data.sequence_length}) = {per_step} tokens; raise it or lower the batch"
+            f"layer_gates.tokens is {config.layer_gates.tokens}, less than one step of layer_gates.batch_size "
+            f"({config.layer_gates.batch_size}) x data.sequence_length ({config.data.sequence_length}) = {per_step} tokens; raise it or lower the batch"
         )
     return config.layer_gates.tokens // per_step
 

@@ -69,7 +69,9 @@ def _measured(config: Config, inputs: Inputs, out: Path, total: int, count: int,
     model = load_model(inputs["subject"], device.compute_dtype, device.attention, config.model.trust_remote_code)
     text = Packed(inputs["tokens"] / "calibration")
     asked = config.plan
-    batches = list(beginning(text, asked.depth_tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed))
+    batches = list(
+        beginning(text, asked.depth_tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed)
+    )
     losses: dict[str, float] = ranks.share(_told(out / LOSSES) if ranks.rank == 0 else None)
     trials = max(0, _trials(config, total, count) - len(losses))
     bar = machine.progress(range(trials), trials, "depth")

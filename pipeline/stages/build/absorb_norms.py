@@ -56,7 +56,9 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     frozen = find(config, inputs, source, machine)
     if machine.ranks.rank == 0:
         shutil.rmtree(out, ignore_errors=True)
-        write_checkpoint(out, with_scales(source.config, anatomy), frozen, config.checkpoint.shard_bytes, inputs["initial_student"])
+        write_checkpoint(
+            out, with_scales(source.config, anatomy), frozen, config.checkpoint.shard_bytes, inputs["initial_student"]
+        )
         machine.say(f"absorb: {len(post_norm_modules(anatomy))} post-norms are static scales now")
 
 
@@ -88,7 +90,9 @@ def _decoder(inputs: Inputs, machine) -> nn.Module:
 def _batches(config: Config, inputs: Inputs, ranks) -> Beginning:
     """Give this rank's share of `reinit.absorb_tokens` calibration tokens."""
     text = Packed(inputs["tokens"] / "calibration")
-    return beginning(text, config.reinit.absorb_tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed)
+    return beginning(
+        text, config.reinit.absorb_tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed
+    )
 
 
 def _check_family(config: Config, family: Family | None) -> None:

@@ -45,7 +45,8 @@ def check(config: Config) -> None:
     """Refuse text too short to be measured on what was not learnt from."""
     if enabled(config) and config.local_distill.tokens < HELD_OUT:
         raise ValueError(
-            f"local_distill.tokens is {config.local_distill.tokens}, and one token in {HELD_OUT} is held out; raise it to thousands"
+            f"local_distill.tokens is {config.local_distill.tokens}, and one token in {HELD_OUT} is held out; "
+            "raise it to thousands"
         )
 
 

@@ -31,7 +31,9 @@ def enabled(config: Config) -> bool:
 def check(config: Config) -> None:
     """Refuse widths that are not those of the shape."""
     if enabled(config) and config.plan.widths != "uniform":
-        raise ValueError(f"restore.sequential narrows all layers alike, and plan.widths={config.plan.widths}; choose one")
+        raise ValueError(
+            f"restore.sequential narrows all layers alike, and plan.widths={config.plan.widths}; choose one"
+        )
 
 
 def settings(config: Config) -> dict:

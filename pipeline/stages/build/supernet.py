@@ -103,7 +103,9 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     start = even_start(sites, shape["weights"]) if "weights" in shape else given_start(sites, shape)
     model = load_model(inputs["subject"], device.compute_dtype, device.attention, config.model.trust_remote_code)
     text = Packed(inputs["tokens"] / "calibration")
-    calibration = beginning(text, config.restore.tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed)
+    calibration = beginning(
+        text, config.restore.tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed
+    )
     named = {site.name: site for site in sites}
     bench = Bench(config, machine, out / WORK, source, kept, named, model, calibration, {})
     loss = _selection(bench, text)
@@ -140,7 +142,10 @@ def _selection(bench: Bench, text: Packed) -> Loss:
     draw = torch.Generator().manual_seed(config.seed)
     rows = [pool[i] for i in torch.randperm(len(pool), generator=draw).tolist()]
     counts = [max(1, min(tokens // text.sequence, len(rows))) for tokens in config.supernet.tokens]
-    mine, size = [text[row].tolist() for row in rows[ranks.rank : counts[-1] : ranks.world]], config.calibration.batch_size
+    mine, size = (
+        [text[row].tolist() for row in rows[ranks.rank : counts[-1] : ranks.world]],
+        config.calibration.batch_size,
+    )
     batches = [torch.tensor(mine[at : at + size]) for at in range(0, len(mine), size)]  # none, of fewer rows than ranks
     folder = bench.work / f"teacher-{ranks.rank}-of-{ranks.world}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -280,9 +285,7 @@ def _pass(bench: Bench, solve: Solve, label: str) -> None:
         pass
 
 
-def _write(
-    bench: Bench, teacher: Path, out: Path, solved: dict[str, Narrowed], scores: Scores, widths: Widths
-) -> None:
+def _write(bench: Bench, teacher: Path, out: Path, solved: dict[str, Narrowed], scores: Scores, widths: Widths) -> None:
     """Write the model folder with these projections, the ranks of their units as scores, and its layers' widths."""
     source, heads, neurons = bench.source, list(scores.heads), list(scores.neurons)
     sizes = list(source.anatomy.sizes.layers)

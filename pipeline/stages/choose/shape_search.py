@@ -82,7 +82,10 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     need_space(out, source.bytes())
 
     def measure(shape: ModelShape) -> float:
-        batches = (_batch(text, rows[at : at + config.calibration.batch_size]) for at in range(0, len(rows), config.calibration.batch_size))
+        batches = (
+            _batch(text, rows[at : at + config.calibration.batch_size])
+            for at in range(0, len(rows), config.calibration.batch_size)
+        )
         model = _student(config, shape, source, scores, out / SCRATCH, machine)
         with placed(model, machine.device, config.device.layer_streaming):
             total = tally(model, batches, config.logits.chunk)

@@ -62,7 +62,11 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
 def _read(config: Config) -> int:
     """Give the sequences that the teacher was corrected on: recovery reads on after them."""
     asked = config.teacher_correction
-    return steps_of("teacher_correction", asked, config.data.sequence_length) * asked.global_batch_size if config.corrects else 0
+    return (
+        steps_of("teacher_correction", asked, config.data.sequence_length) * asked.global_batch_size
+        if config.corrects
+        else 0
+    )
 
 
 def _match(inputs: Inputs) -> Match | None:
