@@ -160,7 +160,8 @@ def steps_of(section: str, asked: Training, sequence: int) -> int:
     if asked.tokens < per_step:
         raise ValueError(
             f"{section}.tokens is {asked.tokens}, less than one step of {section}.global_batch_size "
-            f"({asked.global_batch_size}) x data.sequence_length ({sequence}) = {per_step} tokens; raise it or lower the batch"
+            f"({asked.global_batch_size}) x data.sequence_length ({sequence}) = {per_step} tokens; "
+            "raise it or lower the batch"
         )
     steps = asked.tokens // per_step
     return steps if asked.max_steps is None else min(steps, asked.max_steps)

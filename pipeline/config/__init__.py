@@ -182,7 +182,8 @@ class Config(Section):
             raise ValueError(
                 f"local_distill.epochs={self.local_distill.epochs} lets FFNs learn from the teacher in the axes of "
                 f"rotate.kind=principal, which turns a model that "
-                f"{next(name for name in changes if changes[name])} has changed; set local_distill.epochs=0, or rotate.kind=none and plan.channels=scores"
+                f"{next(name for name in changes if changes[name])} has changed; "
+                "set local_distill.epochs=0, or rotate.kind=none and plan.channels=scores"
             )
         layerwise = "restore.sequential=true" if self.restore.sequential else "plan.widths=evolved"
         if self.restore.sequential or self.plan.widths == "evolved":

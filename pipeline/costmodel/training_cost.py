@@ -104,7 +104,8 @@ def training_needs(
     raise ValueError(
         f"{run.section}.global_batch_size is {run.batch} in micro-batches of {run.micro_batch}: no number of "
         f"{chip.name} devices it splits over has the memory; raise deepspeed.stage (now {run.zero_stage}) or "
-        f"{run.section}.global_batch_size, lower {run.section}.micro_batch_size, or turn on {run.section}.gradient_checkpointing"
+        f"{run.section}.global_batch_size, lower {run.section}.micro_batch_size, or turn on "
+        f"{run.section}.gradient_checkpointing"
     )
 
 

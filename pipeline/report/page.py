@@ -171,7 +171,8 @@ def _search(report: Report, drawings: Mapping[str, Drawing]) -> str:
     serving = search["serving"]
     caption = (
         f"All but the loss is predicted, for {serving['batch_size']} sequences at a time, prompts of "
-        f"{serving['prompt']} tokens, contexts of {serving['context']}, {serving['precision']}. Parameters kept are those outside the "
+        f"{serving['prompt']} tokens, contexts of {serving['context']}, {serving['precision']}. "
+        "Parameters kept are those outside the "
         "embeddings. The loss is in nats a token, on calibration text that was not scored."
     )
     return section("How the shape was found", beside(drawings["shapes"], told), search_table(search, caption))

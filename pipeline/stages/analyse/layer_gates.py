@@ -117,7 +117,8 @@ def _steps(config: Config) -> int:
     if config.layer_gates.tokens < per_step:
         raise ValueError(
             f"layer_gates.tokens is {config.layer_gates.tokens}, less than one step of layer_gates.batch_size "
-            f"({config.layer_gates.batch_size}) x data.sequence_length ({config.data.sequence_length}) = {per_step} tokens; raise it or lower the batch"
+            f"({config.layer_gates.batch_size}) x data.sequence_length ({config.data.sequence_length}) = "
+            f"{per_step} tokens; raise it or lower the batch"
         )
     return config.layer_gates.tokens // per_step
 
