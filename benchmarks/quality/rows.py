@@ -165,20 +165,20 @@ ROWS: dict[str, Row] = {
     "depth_loss": _ablation(
         "pangu_light", "... without CLAP, depth by measured loss", "plan.clap=false", "plan.depth=loss"
     ),
-    "pangu_next": _ablation("pangu_light", "Pangu Light, next tokens learnt too", recovered=NEXT),
-    "pangu_blocks": _ablation("pangu_light", "Pangu Light, every FFN learns by itself before recovery", *BLOCKS),
+    "pangu_next": _ablation("pangu_light", "Pangu Light, plus next-token cross-entropy", recovered=NEXT),
+    "pangu_blocks": _ablation("pangu_light", "Pangu Light, with local distillation", *BLOCKS),
     # best, one part exchanged
     "best_longer": _ablation("best", "best, twice the recovery", writes=HALF, recovered=TWICE),
-    "best_million": _ablation("best", "best, FFNs learn from a million tokens", *MILLION, writes=MOST),
+    "best_million": _ablation("best", "best, local distillation on 1M tokens", *MILLION, writes=MOST),
     "best_million_longer": _ablation(
         "best", "... the same, twice the recovery", *MILLION, writes=MOST, recovered=TWICE
     ),
     "best_two_million_longer": _ablation(
-        "best", "... from two million tokens, twice the recovery", *TWO_MILLION, writes=MOST, recovered=TWICE
+        "best", "... on 2M tokens, twice the recovery", *TWO_MILLION, writes=MOST, recovered=TWICE
     ),
-    "best_broad": _ablation("best", "best on text of many kinds", writes=HALF, kinds=BROAD),
+    "best_broad": _ablation("best", "best on text from six domains", writes=HALF, kinds=BROAD),
     "best_broad_once": _ablation(
-        "best", "... FFNs learn from three times the tokens, once", *ONCE, writes=HALF, kinds=BROAD
+        "best", "... local distillation on three times the tokens, once", *ONCE, writes=HALF, kinds=BROAD
     ),
     "best_broad_once_longer": _ablation(
         "best", "... the same, twice the recovery", *ONCE, writes=HALF, kinds=BROAD, recovered=TWICE
@@ -186,7 +186,7 @@ ROWS: dict[str, Row] = {
     "best_broad_by_layer": _ablation("best", "... widths by measured loss", *BY_MASKS, writes=HALF, kinds=BROAD),
     "best_wide_longer": _ablation(
         "best",
-        "best on more text of more kinds, twice the recovery",
+        "best on more text from thirteen domains, twice the recovery",
         *MORE,
         writes=QUARTER,
         kinds=WIDE,
@@ -197,30 +197,30 @@ ROWS: dict[str, Row] = {
     ),
     "best_widest_by_layer_longer": _ablation(
         "best",
-        "... FFNs learn from a million tokens of more kinds yet",
+        "... local distillation on 1M tokens from nineteen domains",
         *MILLION_ONCE,
         *BY_LOSS,
         writes=LITTLE,
         kinds=WIDEST,
         recovered=TWICE,
     ),
-    "best_all_by_layer_longer": _of_all_kinds("... of all kinds", *TWICE),
-    "best_all_by_layer_next_longer": _of_all_kinds("... the same, next tokens learnt too", *TWICE, *NEXT),
+    "best_all_by_layer_longer": _of_all_kinds("... from 28 domains", *TWICE),
+    "best_all_by_layer_next_longer": _of_all_kinds("... the same, plus next-token cross-entropy", *TWICE, *NEXT),
     "best_all_twice_by_layer_next_longer": _of_all_kinds(
-        "... and FFNs learn from two million tokens", *TWICE, *NEXT, learnt=TWO_MILLION_ONCE
+        "... and local distillation on 2M tokens", *TWICE, *NEXT, learnt=TWO_MILLION_ONCE
     ),
     "best_all_by_layer_next_steps_longer": _of_all_kinds(
-        "... from one million, in steps of one sequence",
+        "... on 1M, in steps of one sequence",
         *TWICE,
         *NEXT,
         "distill.global_batch_size=1",
         "distill.micro_batch_size=1",
     ),
     "best_all_by_layer_corrected_longer": _of_all_kinds(
-        "... from one million, the teacher corrected instead", *CORRECTED
+        "... on 1M, corrected teacher instead", *CORRECTED
     ),
     "best_broad_millions": _ablation(
-        "best", "best on two million tokens of many kinds", *TWO_MILLION, writes=QUARTER, kinds=BROAD
+        "best", "best on 2M tokens from six domains", *TWO_MILLION, writes=QUARTER, kinds=BROAD
     ),
     "best_broad_millions_longer": _ablation(
         "best", "... the same, twice the recovery", *TWO_MILLION, writes=QUARTER, kinds=BROAD, recovered=TWICE
@@ -238,7 +238,7 @@ ROWS: dict[str, Row] = {
         recovered=TWICE,
     ),
     "dense_next_longer": Row(
-        "The dense model, nothing cut, next tokens learnt too",
+        "The teacher, not pruned, trained with cross-entropy",
         "ablations",
         ("recipe=recover", "data.split.calibration=0.75", "distill.learning_rate=1e-4"),
         peer=UNCUT,
@@ -246,14 +246,14 @@ ROWS: dict[str, Row] = {
         kinds=ALL,
         recovered=(*TWICE, *NEXT),
     ),
-    "pangu_broad": _ablation("pangu_light", "Pangu Light on text of many kinds", kinds=BROAD),
+    "pangu_broad": _ablation("pangu_light", "Pangu Light on text from six domains", kinds=BROAD),
     "best_by_layer": _ablation("best", "best, widths by measured loss", *BY_MASKS, writes=HALF),
-    "best_no_blocks": _ablation("best", "best, no FFN learns by itself", *NO_BLOCKS, writes=HALF),
+    "best_no_blocks": _ablation("best", "best, no local distillation", *NO_BLOCKS, writes=HALF),
     "best_no_blocks_longer": _ablation(
         "best", "... the same, twice the recovery", *NO_BLOCKS, writes=HALF, recovered=TWICE
     ),
     "best_given": _ablation("best", "best on the given text alone"),
-    "best_given_no_blocks": _ablation("best", "best on the given text alone, no FFN learns by itself", *NO_BLOCKS),
+    "best_given_no_blocks": _ablation("best", "best on the given text alone, no local distillation", *NO_BLOCKS),
     "best_scores": _ablation("best", "... and by scores, not restored", *NO_BLOCKS, *BY_SCORES),
     "best_order": _ablation("best", "... and by scores, restored", *NO_BLOCKS, "restore.order=scores"),
     "best_sequence": _ablation(
@@ -261,7 +261,7 @@ ROWS: dict[str, Row] = {
     ),
     "best_measured": _ablation("best", "... and widths by measured loss", *NO_BLOCKS, *BY_MASKS),
     "best_measured_restored": _ablation(
-        "best", "... and FFN widths by losses of what the cut leaves", *NO_BLOCKS, *BY_LOSS
+        "best", "... and FFN widths by measured loss after restoration", *NO_BLOCKS, *BY_LOSS
     ),
     "best_all_axes": _ablation("best", "... and all axes narrower", *NO_BLOCKS, "budget.axes=all"),
     "best_untied": _ablation("best", "... and the principal basis, untied", *NO_BLOCKS, *ALL_AXES, "rotate.tie=untied"),

@@ -1,6 +1,6 @@
 """Write the side-by-side table and its plots from what the runs left behind; nothing is run.
 
-    python benchmarks/quality/table.py [--runs runs] [--saved benchmarks/results/quality.json] [--docs docs/results.md]
+    python benchmarks/quality/table.py [--runs runs] [--saved benchmarks/results/quality.json] [--docs FILE]
 
 The figures of all runs found are added to the saved ones; from these the part of the document between its markers is
 written anew, and the plots beside it. Without runs it writes the same table from the saved figures alone.
@@ -30,7 +30,7 @@ def main() -> None:
     parser = described(__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--saved", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json")
-    parser.add_argument("--docs", type=document, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--docs", type=document, default=ROOT / "benchmarks" / "results" / "quality.md")
     asked = parser.parse_args()
     found = [each for each in collect(asked.runs, asked.saved) if each["row"] in ROWS]
     if not found:
@@ -85,7 +85,7 @@ def table(found: Sequence[Figures]) -> str:
     head = ["", "parameters", "without embeddings", "KV bytes a token", "prefill tokens/s", "decode tokens/s"]
     for text in texts:
         head += [f"{text}: before", "after", "next word"]
-    head += ["seconds to cut", "tokens learnt from", "computed on"]
+    head += ["seconds to cut", "training tokens", "computed on"]
     by_row = {name: [each for each in found if each["row"] == name] for name in ROWS}
     lines = {name: _line(each, texts) for name, each in by_row.items() if each}
     for place in [6 + 3 * number + state for number in range(len(texts)) for state in (0, 1)]:

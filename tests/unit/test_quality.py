@@ -194,7 +194,7 @@ def test_cells_are_means_over_seeds_with_half_their_range(tmp_path):
     assert cells["next word"] == "20.8 ± 4.2 % → 41.7 %"
     assert cells["without embeddings"] == "3.0 M (−25.0%)" and cells["KV bytes a token"] == "48"
     assert cells["prefill tokens/s"] == "100 (1.00×)" and cells["decode tokens/s"] == "40 (4.00×)"
-    assert cells["seconds to cut"] == "5" and cells["tokens learnt from"] == "120k" and cells["computed on"] == "cpu"
+    assert cells["seconds to cut"] == "5" and cells["training tokens"] == "120k" and cells["computed on"] == "cpu"
     best = cells_of(tmp_path, "best")
     assert best["readmes: before"] == "**15.00 (1.50×)**" and best["decode tokens/s"] == table.NONE
     assert best["after"] == "**11.00 (1.10×)**"  # the least of what was cut; nothing was cut of the dense model
@@ -235,7 +235,7 @@ def test_a_row_that_learns_before_its_last_cut_takes_its_state_before_from_a_run
     view(tmp_path, "adapt_pruner-25-0-start", start=40.0, student=40.0, rounds=4)
     cells = cells_of(tmp_path, "Adapt-Pruner")
     assert cells["readmes: before"].startswith("40.00") and cells["after"].startswith("12.00")
-    assert cells["tokens learnt from"] == "120k"
+    assert cells["training tokens"] == "120k"
 
 
 def test_saved_figures_stay_until_a_run_replaces_them(tmp_path):

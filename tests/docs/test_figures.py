@@ -1,0 +1,167 @@
+"""Figures of the documents are those of the files in benchmarks/results, and every table of figures names its origin.
+
+A table is marked by a comment on the line before it, `<!-- figures: SOURCE removed=25 state=before -->`: SOURCE is a
+file of benchmarks/results without its ending, its rows begin with the row's name in backticks, and columns are headed
+by a text, a state (before, after) and a share, each of which holds until another is named. `<!-- figures: none,
+REASON -->` marks a table whose figures are in no file.
+"""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from tests.world import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+MARK = re.compile(r"<!-- figures: (\w+)(.*)-->")
+MEASURED = re.compile(r"\d\.\d")  # whole numbers are settings, versions and shapes as often as measurements
+STATES = ("before", "after")
+TEXTS = ("readmes", "jargon", "topics", "docstrings")
+
+
+class Table:
+    """One table of a document: the source of its figures, the options of its mark, its header and its rows."""
+
+    def __init__(self, file: Path, mark: str | None, lines: list[str]):
+        found = MARK.fullmatch(mark.strip()) if mark else None
+        self.file, self.source = file, found[1] if found else None
+        self.options = dict(re.findall(r"(\w+)=(\S+)", found[2])) if found else {}
+        cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
+        self.header, self.rows = cells[0], cells[2:]
+
+    def figures(self):
+        """Yield (row name, column heading, cell) of every cell that a source must confirm."""
+        for row in self.rows:
+            name = re.match(r"`(\w+)`", row[0])
+            assert name, f"{self.file.name}: the row {row[0]!r} names no row of {self.source}.json"
+            for heading, cell in zip(self.header[1:], row[1:], strict=True):
+                yield name[1], heading, cell
+
+
+def tables(file: Path) -> list[Table]:
+    """Return the tables of a document outside of code blocks."""
+    lines = re.sub(r"(?ms)^```.*?^```", "", file.read_text()).splitlines()
+    found, start = [], None
+    for number, line in enumerate([*lines, ""]):
+        if line.startswith("|") and start is None:
+            start = number
+        elif not line.startswith("|") and start is not None:
+            above = next((each for each in reversed(lines[:start]) if each.strip()), "")
+            found.append(Table(file, above if above.startswith("<!--") else None, lines[start:number]))
+            start = None
+    return found
+
+
+EVERY = [table for file in FILES for table in tables(file)]
+MARKED = [table for table in EVERY if table.source not in (None, "none")]
+
+
+def place(heading: str, now: dict[str, str]) -> str | None:
+    """Move to the share, text and state that a heading names; return the heading of any other column."""
+    parts = [part.strip() for part in heading.split(":")]
+    for part in parts:
+        if part in STATES:
+            now["state"] = part
+        elif part in TEXTS:
+            now["text"] = part
+        elif share := re.fullmatch(r"([\d.]+) %", part):
+            now["removed"] = share[1]
+        else:
+            return part
+    return None
+
+
+@cache
+def saved(source: str) -> list[dict]:
+    return json.loads((RESULTS / f"{source}.json").read_text())
+
+
+def of_quality(row: str, now: dict[str, str], other: str | None) -> list[float] | None:
+    """Return a figure of the side-by-side table, seeds in the mean; None where the runs have none."""
+    runs = [each for each in saved("quality") if each["row"] == row and each["removed"] == float(now["removed"])]
+    assert runs, f"quality.json has no row {row} at {now['removed']} %"
+    sizes = [[each["models"][who] for who in ("teacher", "student")] for each in runs]
+    if other == "removed":
+        inner = "non_embedding_parameters"
+        return [mean(100.0 * (1.0 - student[inner] / teacher[inner]) for teacher, student in sizes)]
+    if other == "KV bytes":
+        return [mean(student["kv_bytes_per_token"] for _, student in sizes)]
+    if other == "recovery":
+        return [mean(each["recovery_tokens"] for each in runs) / 1000.0]
+    states = [each["texts"][now["text"]] for each in runs]
+    if not all(now["state"] in each for each in states):
+        return None
+    return [mean(each[now["state"]]["perplexity"] / each["dense"]["perplexity"] for each in states)]
+
+
+def of_reinit(row: str, now: dict[str, str], other: str | None) -> list[float]:
+    who = {"before": "start", "after": "student"}[now["state"]]
+    runs = [each for each in saved("reinit_ablation") if each["row"] == row and each["domain"] == now["text"]]
+    return [each[who] for each in sorted(runs, key=lambda each: each["seed"])]
+
+
+def of_absorption(row: str, now: dict[str, str], other: str | None) -> list[float]:
+    who = {"before": "start", "after": "student"}[now["state"]]
+    return [each["texts"][now["text"]][who]["perplexity"] for each in saved("absorption") if each["row"] == row]
+
+
+def of_hidden(row: str, now: dict[str, str], other: str | None) -> list[float]:
+    return [each["ratios"][now["text"]] for each in saved("hidden_widths") if each["row"] == row]
+
+
+READERS = {"quality": of_quality, "reinit_ablation": of_reinit, "absorption": of_absorption, "hidden_widths": of_hidden}
+FACTS = ("removed", "KV bytes", "recovery")  # columns that are neither a text nor a description
+
+
+def agrees(cell: str, values: list[float] | None) -> bool:
+    """Return whether a cell states the values, each rounded to as many digits as it has."""
+    if values is None:
+        return cell in ("·", "")
+    written = re.findall(r"[\d.]+", cell)
+    places = [len(each.partition(".")[2]) for each in written]
+    return [float(each) for each in written] == [round(value, digits) for value, digits in zip(values, places)]
+
+
+def wrong(table: Table) -> list[str]:
+    """Return the cells of a marked table that its source does not confirm."""
+    faults, read = [], READERS[table.source]
+    now: dict[str, str] = {}
+    for row, heading, cell in table.figures():
+        now = dict(table.options) if heading == table.header[1] else now
+        other = place(heading, now)
+        if other is None or (other in FACTS and table.source == "quality"):
+            values = read(row, now, other)
+            if not agrees(cell, values):
+                faults.append(f"{table.file.name}: {row}, {heading} ({now}): {cell}, the file has {values}")
+    return faults
+
+
+@pytest.mark.parametrize("table", MARKED, ids=lambda table: f"{table.file.name}-{table.rows[0][0][:20]}")
+def test_figures_are_those_of_the_file(table):
+    assert not wrong(table)
+
+
+def test_every_table_of_figures_names_its_origin():
+    unmarked = [
+        f"{table.file.name}: {table.header}"
+        for table in EVERY
+        if table.source is None and sum(bool(MEASURED.search(cell)) for row in table.rows for cell in row[1:]) > 3
+    ]
+    assert not unmarked, "put <!-- figures: SOURCE --> or <!-- figures: none, REASON --> before the table"
+
+
+def test_a_wrong_figure_is_found():
+    lines = [
+        "| row | removed | topics: before | after |",
+        "|---|---|---|---|",
+        "| `pangu_light` | 27.4 % | 3.33 | 1.57 |",
+    ]
+    table = Table(Path("x.md"), "<!-- figures: quality removed=25 -->", lines)
+    (fault,) = wrong(table)
+    assert "1.57" in fault and "after" in fault
+    assert len(MARKED) >= 8 and sum(len(table.rows) for table in MARKED) > 50
