@@ -4,8 +4,8 @@
     python .ci/check_language.py --list          print the number of hits of each file, most first
     python .ci/check_language.py FILE FOLDER     the same, of these alone
 
-In Python files comments, strings and the names in NAMES are read; in all others every line. Released sections of
-CHANGELOG.md are history and are left as they are.
+In Python files comments, strings and the names in NAMES are read; in Markdown all but code spans; in others every line.
+Released sections of CHANGELOG.md are history and are left as they are.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PHRASES = {  # regular expression, matched without regard to case: what to write
     r"anew": "again",
     r"learnt": "learned, trained",
     r"mend(s|ed|ing)?": "correct, compensate for",
-    r"settl(e|es|ed|ing)": "regularize, solve",
+    r"settl(e|es|ed|ing)(?!\.\w|[\"'`*])": "regularize, solve",  # as a word, not as the name of a former setting
     r"sift(s|ed|ing)?": "filter, rank",
     r"as it (then )?is(?= cut\b|[.,;:)]|$)": "the current model, unchanged",
     r"sure to( about)? a": "standard error",
@@ -92,6 +92,8 @@ def check(path: Path) -> Iterator[Hit]:
         return
     if path.name == "CHANGELOG.md":
         text = re.split(r"(?m)^## \[\d", text)[0]
+    if path.suffix == ".md":
+        text = re.sub(r"`[^`\n]+`", lambda span: " " * len(span[0]), text)  # names in code are not language
     yield from of_text(text)
 
 

@@ -40,6 +40,13 @@ def test_released_sections_of_the_changelog_are_history(tmp_path):
     assert list(language.check(file)) == [(4, "told")]
 
 
+def test_names_in_code_are_no_language(tmp_path):
+    file = tmp_path / "a.md"
+    file.write_text("`settle.norm` is now `regularize.norm`.\nIt settles.\n")
+    assert list(language.check(file)) == [(2, "settles")]
+    assert not list(language.of_python('old = {"settle.norm": "regularize.norm", "settle": "regularize"}\n'))
+
+
 def test_a_file_with_a_hit_ends_the_check_with_1():
     ended = subprocess.run([sys.executable, SCRIPT, "LICENSE"], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0 and "0 phrases" in ended.stderr
