@@ -1,5 +1,6 @@
-# make demo: the whole line on a real 135M-parameter model.  make test: the whole suite.  make bench: rows of the side-by-side
-# table (an hour each on two cores), and the table.  All set everything up first.
+# make demo: the whole pipeline on a real 135M-parameter model.  make check: linters and contracts.  make test-fast: unit,
+# numerics and document tests.  make test: the whole suite.  make coverage: test-fast with line coverage.  make bench: rows of the
+# side-by-side table (an hour each on two cores), and the table.  All set everything up first.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   := .venv
@@ -8,7 +9,9 @@ STAMP  := $(VENV)/.installed
 ROWS   ?= best,pangu_light,minitron
 SHARE  ?= 25
 
-.PHONY: setup demo test check bench clean
+FAST   := -m "(unit or numerics or docs) and not slow"
+
+.PHONY: setup demo test test-fast coverage check bench clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements/demo.txt
@@ -23,6 +26,12 @@ demo: setup
 
 test: setup
 	$(RUN) -m pytest
+
+test-fast: setup
+	$(RUN) -m pytest $(FAST)
+
+coverage: setup
+	$(RUN) -m pytest $(FAST) --cov --cov-report=term
 
 check: setup
 	$(VENV)/bin/ruff check .
