@@ -19,7 +19,7 @@ from tests.world import ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MARK = re.compile(r"<!-- figures: (\w+)(.*)-->")
-MEASURED = re.compile(r"\d\.\d")  # whole numbers are settings, versions and shapes as often as measurements
+MEASURED = re.compile(r"\W{0,3}\d+\.\d")  # whole numbers are settings, versions and shapes as often as measurements
 STATES = ("before", "after")
 TEXTS = ("readmes", "jargon", "topics", "docstrings")
 
@@ -150,9 +150,25 @@ def test_every_table_of_figures_names_its_origin():
     unmarked = [
         f"{table.file.name}: {table.header}"
         for table in EVERY
-        if table.source is None and sum(bool(MEASURED.search(cell)) for row in table.rows for cell in row[1:]) > 3
+        if table.source is None and sum(bool(MEASURED.match(cell)) for row in table.rows for cell in row[1:]) > 3
     ]
     assert not unmarked, "put <!-- figures: SOURCE --> or <!-- figures: none, REASON --> before the table"
+
+
+def test_the_chip_model_has_the_figures_of_its_calibration():
+    facts = saved("chip_calibration")
+    (held,) = [table for table in EVERY if table.header == ["part", "median", "largest"]]
+    for row, part in zip(held.rows, ("fitted", "held_out"), strict=True):
+        expected = [round(100.0 * facts["products"][f"{part}_{which}"], 1) for which in ("median", "largest")]
+        written = [float(re.sub(r"[^\d.]", "", cell)) for cell in row[1:]]
+        assert written[0] == expected[0] and written[1] == round(expected[1])
+    (speeds,) = [table for table in EVERY if table.header[:2] == ["student", "prefill measured"]]
+    names = {"20 of 30 layers": "20 layers", "half the neurons": "768 neurons"}
+    for row in speeds.rows:
+        of_row = [each for each in facts["models"] if each["model"] == names.get(row[0], row[0])]
+        ordered = sorted(of_row, key=lambda each: each["pass"], reverse=True)  # prefill, decode
+        expected = [round(each[key], 2) for each in ordered for key in ("speedup", "predicted_speedup")]
+        assert [float(cell) for cell in row[1:]] == expected, row[0]
 
 
 def test_a_wrong_figure_is_found():
