@@ -25,7 +25,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from fused import chosen  # noqa: E402
+from pipeline.distill.chunk import method_of  # noqa: E402
 from pipeline.distill.loss import linear_distillation  # noqa: E402
 from pipeline.runtime.device import missing, open_device  # noqa: E402
 
@@ -87,14 +87,14 @@ def main() -> None:
     parser.add_argument("--teacher", type=at_least(1), default=576)
     parser.add_argument("--chunk", type=at_least(1), default=1024)
     parser.add_argument("--rounds", type=at_least(1), default=3)
-    parser.add_argument("--kernels", nargs="*", choices=("reference", "triton"), default=[])
+    parser.add_argument("--kernels", nargs="*", choices=("autograd", "reference", "triton"), default=[])
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if fault := missing(a.device):
         parser.error(f"--device: {a.device} cannot run here: {fault}; or choose cpu")
     for kernel in a.kernels:
         try:
-            chosen("kl_of_logits", a.device, kernel)
+            method_of("forward_kl", kernel, a.device)
         except ValueError as fault:
             parser.error(f"--kernels: {fault}")
     if a.variant:

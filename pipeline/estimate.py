@@ -1,10 +1,13 @@
-"""Answers about a chip, before or beside a run: what recovery will need on it, and how fast the one at hand is."""
+"""Estimates for a chip: what the trainings of a run need on it, and a chip model fitted to the device of this machine."""
 
 import datetime
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.costmodel.calibrate import calibrate, write_chip
@@ -12,60 +15,78 @@ from pipeline.costmodel.chip import Chip
 from pipeline.costmodel.pareto import Limits, Serving, shape_within
 from pipeline.costmodel.shapes import ModelShape
 from pipeline.costmodel.training_cost import Recovery, training_needs
+from pipeline.distill import next_token
+from pipeline.distill.loss import WorkSpace, work_space
+from pipeline.model.logits import logit_form
 from pipeline.runtime.checkpoint import open_checkpoint
-from pipeline.runtime.device import open_device
+from pipeline.runtime.device import choose, kind_of_chip, open_device
 from pipeline.runtime.log import progress
 from pipeline.training import steps_of
 
 
 def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
-    """Give the answer of a dry run: devices, memory and hours of what the line trains, on the configured chip.
+    """Return the answer of a dry run: devices, memory and hours of the trainings of a recipe, on the configured chip.
 
-    `made` holds the teacher and the shape, or the start where the student was cut elsewhere, or neither where the shape
-    is searched. With one rank the fewest devices that hold a training are found; with more, theirs.
+    `made` holds the teacher, and the shape, or the initial student where it was cut elsewhere, or neither where the
+    shape is searched. With one rank the answer is for the fewest devices that hold a training, else for as many as ranks.
     """
-    anatomy = open_checkpoint(made["teacher"], config.model.allow_pickle).anatomy
-    teacher = ModelShape.of(anatomy, config.reinit.bias_compensation)
-    devices, settles = ranks if ranks > 1 else None, config.regularize.norm != "none"
-    student, told = _student(config, made, teacher)
-    for section, trains in (("correct", config.corrects), ("settle", settles)):
+    checkpoint = open_checkpoint(made["teacher"], config.model.allow_pickle)
+    teacher = ModelShape.of(checkpoint.anatomy, config.reinit.bias_compensation)
+    devices, regularizes = ranks if ranks > 1 else None, config.regularize.norm != "none"
+    student, sentences = _student(config, made, teacher)
+    for section, trains in (("teacher_correction", config.corrects), ("regularize", regularizes)):
         if trains:
-            run = _training(config, section, getattr(config, section).chunk)
-            told.append(training_needs(_chip(config), None, teacher, run, devices).sentence())
+            run = _training(config, section, _next_token_space())
+            sentences.append(training_needs(_chip(config), None, teacher, run, devices).sentence())
     if "distill" in config.recipe.stages:
-        run = _training(config, "distill", config.logits.chunk)
-        told.append(training_needs(_chip(config), teacher, student, run, devices).sentence())
+        run = _training(config, "distill", _distillation_space(config, checkpoint.config))
+        sentences.append(training_needs(_chip(config), teacher, student, run, devices).sentence())
     else:
-        when = "after the cut" if settles or config.corrects else "on its way"
-        told.append(f"recipe {config.recipe.name} has no distill: no weights are trained {when} to {student.axes()}")
-    return "; ".join(told)
+        when = "after the cut" if regularizes or config.corrects else "on its way"
+        sentences.append(
+            f"recipe {config.recipe.name} has no distill: no weights are trained {when} to {student.axes()}"
+        )
+    return "; ".join(sentences)
 
 
 def _student(config: Config, made: Mapping[str, Path], teacher: ModelShape) -> tuple[ModelShape, list[str]]:
-    """Give the student's shape, and what is to be said of it first."""
-    if "start" in made:
-        given = open_checkpoint(made["start"], config.model.allow_pickle).anatomy
-        return ModelShape.of(given), []
+    """Return the student's shape, and the sentences that come before the needs."""
+    if "initial_student" in made:
+        return ModelShape.of(open_checkpoint(made["initial_student"], config.model.allow_pickle).anatomy), []
     if "shape" in made:
         return teacher.changed(json.loads((made["shape"] / "shape.json").read_text())), []
-    found = shape_within(_chip(config), teacher, Serving(**config.shape_search.serving), Limits(**config.budget.limits))
-    return found, [f"the search will measure which shape; of those within its limits {found.axes()} promises the most"]
+    shape = shape_within(_chip(config), teacher, Serving(**config.shape_search.serving), Limits(**config.budget.limits))
+    return shape, [f"the search will measure which shape; of those within its limits {shape.axes()} promises the most"]
 
 
-def _training(config: Config, section: str, chunk: int) -> Recovery:
-    asked = getattr(config, section)
+def _training(config: Config, section: str, space: WorkSpace) -> Recovery:
+    training = getattr(config, section)
     return Recovery(
-        steps=steps_of(section, asked, config.data.sequence_length),
+        steps=steps_of(section, training, config.data.sequence_length),
         sequence=config.data.sequence_length,
-        batch=asked.global_batch_size,
-        micro_batch=asked.micro_batch_size,
-        precision="fp32" if asked.precision == "fp32" else "bf16",
+        batch=training.global_batch_size,
+        micro_batch=training.micro_batch_size,
+        precision="fp32" if training.precision == "fp32" else "bf16",
         zero_stage=config.deepspeed.stage,
-        checkpointing=asked.gradient_checkpointing,
-        chunk=chunk,
-        score_tokens=config.score.tokens if section == "distill" and "score" in config.recipe.stages else 0,
+        checkpointing=training.gradient_checkpointing,
+        chunk=config.logits.chunk,
+        loss_buffers=space.buffers,
+        loss_block=space.logits,
+        score_tokens=config.score.tokens if section == "distill" and "importance" in config.recipe.stages else 0,
         section=section,
     )
+
+
+def _distillation_space(config: Config, teacher: Mapping[str, Any]) -> WorkSpace:
+    """Return what the distillation loss works in on the configured chip; the student keeps the teacher's logits."""
+    loss, form = config.distill.loss, logit_form(SimpleNamespace(**teacher))
+    kind = kind_of_chip(_chip(config).name) or choose(config.device.kind)
+    return work_space(loss.kind, loss.kernel, kind, loss.cross_entropy, form, form)
+
+
+def _next_token_space() -> WorkSpace:
+    """Return what the next-token loss works in: it computes a whole chunk at once."""
+    return WorkSpace(next_token.HELD, sys.maxsize)
 
 
 def _chip(config: Config) -> Chip:
@@ -73,19 +94,19 @@ def _chip(config: Config) -> Chip:
 
 
 def calibrate_chip(config: Config) -> Path:
-    """Time matrix products on this device, fit the chip model to them, and write the chip as a file; give its path."""
+    """Time matrix products on this device, fit the chip model to them, write the chip file and return its path."""
     device = open_device(config.device.kind, config.device.attention, False, 0, config.seed)
-    asked = config.calibrate
-    path = Path(asked.folder) / f"{asked.name}.yaml"
+    options = config.calibrate
+    path = Path(options.folder) / f"{options.name}.yaml"
     if not path.parent.is_dir():
-        raise ValueError(f"calibrate.folder is {asked.folder}, which does not exist; make it or give another")
+        raise ValueError(f"calibrate.folder: {options.folder} does not exist; create it, or set another")
     made = calibrate(
         Chip(**config.device.chip_facts),
-        asked.name,
+        options.name,
         device.torch,
         device.synchronise,
-        asked.rounds,
-        progress=lambda rounds: progress(rounds, asked.rounds, "calibrate", 0),
+        options.rounds,
+        progress=lambda rounds: progress(rounds, options.rounds, "calibrate", 0),
     )
     write_chip(made, path, f"{device.name}, {datetime.date.today()}")
     errors = made.summary()

@@ -20,7 +20,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.data.packing import Packed
-from pipeline.evaluation.perplexity import logits_of, over
+from pipeline.evaluation.perplexity import over
+from pipeline.model.logits import logits_of
 from pipeline.runtime.checkpoint import load_model, load_tokenizer
 
 ALIKE = 3  # tokens in a row

@@ -15,13 +15,13 @@ class LocalDistill(Section):
 
 
 class Loss(Section):
-    kind: Literal["forward_kl", "reverse_kl", "jsd"]
+    kind: str  # a name in pipeline/distill/divergences.py; the stage distill refuses others
     beta: Annotated[float, Field(gt=0.0, lt=1.0)]
     temperature: Positive
     cross_entropy: Weight
     hidden: Weight
     embedding: Weight
-    kernel: Literal["auto", "reference", "triton"]
+    kernel: Literal["auto", "autograd", "reference", "triton"]
 
 
 class Training(Section):

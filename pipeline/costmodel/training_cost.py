@@ -20,13 +20,11 @@ from pipeline.costmodel.shapes import ModelShape
 
 KERNEL_BACKWARD = 2.5  # products of attention's backward pass over those of its forward pass: five over two
 VECTOR_BACKWARD = 2.0  # traffic of the backward element-wise operations over the forward ones
-LOGIT_BUFFERS = 6  # fp32 buffers the loss works in, beside a chunk's products of student and teacher
-LOGIT_WINDOW = 1 << 25  # logits such a buffer holds at most
 LOGIT_PASSES = 16  # times logits are read or written in fp32 to get the loss and its gradient
 MOST_DEVICES = 4096
 LIVE_PARAMETERS = 1_000_000_000  # that ZeRO-3 gathers at once, beside the running module's: DeepSpeed's default
 
-PURPOSES = {"distill": "recovery", "settle": "settling", "correct": "correction"}
+PURPOSES = {"distill": "recovery", "regularize": "regularization", "teacher_correction": "teacher correction"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,8 @@ class Recovery:
     zero_stage: int
     checkpointing: bool
     chunk: int  # tokens whose logits exist at once
+    loss_buffers: int  # float32 tensors that the loss works in, beside a chunk's products of student and teacher
+    loss_block: int  # logits that such a tensor holds at most
     score_tokens: int = 0  # tokens the whole model alone reads before
     section: str = "distill"  # of the settings, named where they cannot be met
 
@@ -102,10 +102,10 @@ def training_needs(
             return needs
         tried *= 2
     raise ValueError(
-        f"{run.section}.global_batch_size is {run.batch} in micro-batches of {run.micro_batch}: no number of "
-        f"{chip.name} devices it splits over has the memory; raise deepspeed.stage (now {run.zero_stage}) or "
-        f"{run.section}.global_batch_size, lower {run.section}.micro_batch_size, or turn on "
-        f"{run.section}.gradient_checkpointing"
+        f"{run.section}.global_batch_size: {run.batch} in micro-batches of {run.micro_batch} splits over no number of "
+        f"{chip.name} devices with enough memory; raise deepspeed.stage (now {run.zero_stage}) or "
+        f"{run.section}.global_batch_size, lower {run.section}.micro_batch_size, or set "
+        f"{run.section}.gradient_checkpointing=true"
     )
 
 
@@ -146,7 +146,7 @@ def state_bytes(own: int, frozen: int, precision: str, stage: int, devices: int)
 def _loss_bytes(student: ModelShape, run: Recovery, models: int) -> int:
     """Bytes of the chunked loss: each model's product, the fp32 work space, and the gradients it makes as it goes."""
     size, logits = ELEMENT_BYTES[run.precision], min(run.chunk, run.rows) * student.vocabulary
-    work_space = LOGIT_BUFFERS * 4 * min(logits, LOGIT_WINDOW)
+    work_space = run.loss_buffers * 4 * min(logits, run.loss_block)
     gradients = student.vocabulary * student.hidden * (4 + size) + run.rows * student.hidden * size
     return models * size * logits + work_space + gradients
 
@@ -190,8 +190,8 @@ def step_parts(
 def _needs(chip: Chip, teacher: ModelShape | None, student: ModelShape, run: Recovery, devices: int) -> Needs:
     if run.batch % (run.micro_batch * devices):
         raise ValueError(
-            f"{run.section}.global_batch_size is {run.batch}, not a multiple of {run.section}.micro_batch_size "
-            f"({run.micro_batch}) times {devices} devices"
+            f"{run.section}.global_batch_size: {run.batch} is no multiple of {run.section}.micro_batch_size "
+            f"({run.micro_batch}) times {devices} devices; set a multiple"
         )
     memory = memory_parts(teacher, student, run, devices)
     step = step_parts(chip, teacher, student, run, devices)

@@ -1,7 +1,7 @@
-"""Teacher and student in one module, whose forward gives the loss.
+"""Teacher and student in one module, whose forward returns the loss.
 
-The head module owns both output matrices and computes the loss in its own forward, so that a ZeRO-3 engine, which
-gathers the parameters of the module that runs, gathers exactly what is used; nothing here knows of it.
+The head module owns both output matrices and computes the loss in its own forward: ZeRO-3 gathers the parameters of the
+module that runs, and so gathers exactly what is used.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.distill.loss import linear_distillation
-from pipeline.distill.next_token import logit_form, next_tokens
+from pipeline.distill.next_token import next_tokens
+from pipeline.model.logits import logit_form
 
 EMBEDDING = -1  # the place of the embedding output among the layers' outputs
 
@@ -33,7 +34,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Match:
-    """Whose hidden states are compared: `layers` as (student, teacher) pairs, the teacher's states at `channels` [h'].
+    """Which hidden states are compared: `layers` as (student, teacher) pairs, the teacher's at `channels` [h'].
 
     `channels` None: the widths are equal.
     """
@@ -45,14 +46,14 @@ class Match:
 class Distiller(nn.Module):
     """The student, its frozen teacher and the loss between them.
 
-    In training mode `forward(tokens)` gives the objective, a scalar, and its parts; in evaluation mode the forward KL
+    In training mode `forward(tokens)` returns the objective, a scalar, and its parts; in evaluation mode the forward KL
     at temperature 1, whatever the objective is.
     """
 
     def __init__(
         self, teacher: Any, student: Any, objective: Objective, match: Match | None, gradient_checkpointing: bool
     ):
-        """Take over two Hugging Face causal language models on the CPU; they must have one vocabulary.
+        """Wrap two Hugging Face causal language models on the CPU, which must have the same vocabulary.
 
         `match` is needed where the objective has hidden-state terms; ValueError where it is missing or does not fit.
         """
@@ -80,7 +81,7 @@ class Distiller(nn.Module):
         return self
 
     def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Give the student's parameters by their names in its checkpoint, tied ones once."""
+        """Yield the student's parameters by their names in its checkpoint, tied ones once."""
         for parameter in self.parameters():
             if parameter.requires_grad:
                 yield self._names[id(parameter)], parameter
@@ -88,9 +89,9 @@ class Distiller(nn.Module):
     def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """tokens: [batch, sequence]."""
         with torch.no_grad():
-            taught = self.teacher(input_ids=tokens, use_cache=False).last_hidden_state
-        learnt = self.student(input_ids=tokens, use_cache=False).last_hidden_state
-        loss, parts = self.head(learnt, taught, next_tokens(tokens))
+            target = self.teacher(input_ids=tokens, use_cache=False).last_hidden_state
+        states = self.student(input_ids=tokens, use_cache=False).last_hidden_state
+        loss, parts = self.head(states, target, next_tokens(tokens))
         if not self.training:
             return loss, {"kl": loss.detach()}
         for name, weight, places in self._terms():
@@ -109,7 +110,7 @@ class Distiller(nn.Module):
             yield "embedding", self.objective.embedding, ((EMBEDDING, EMBEDDING),)
 
     def _difference(self, ours: int, theirs: int) -> Tensor:
-        """Give the normalised squared error |s - t|^2 / |t|^2 of hidden states, a mean over tokens."""
+        """Return the normalised squared error |s - t|^2 / |t|^2 of hidden states, a mean over tokens."""
         student, teacher = self._student_states[ours], self._teacher_states[theirs]
         if self.channels is not None:
             teacher = teacher.index_select(-1, self.channels)
@@ -120,7 +121,7 @@ class Distiller(nn.Module):
 
 
 class Head(nn.Module):
-    """Both output matrices and the loss between the logits they give."""
+    """Both output matrices and the loss between their logits."""
 
     def __init__(self, teacher: Any, student: Any, objective: Objective):
         super().__init__()
@@ -130,20 +131,24 @@ class Head(nn.Module):
         self.student_weight, self.student_bias = output.weight, output.bias
         self._forms = {"student_logits": logit_form(student.config), "teacher_logits": logit_form(teacher.config)}
 
-    def forward(self, learnt: Tensor, taught: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Hidden states [batch, sequence, h] of both, next tokens [batch, sequence]."""
-        asked = self.objective
-        training = {"kind": asked.kind, "temperature": asked.temperature, "cross_entropy": asked.cross_entropy}
+    def forward(self, states: Tensor, target: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of the student's and the teacher's hidden states [b, s, h], next tokens [b, s]."""
+        objective = self.objective
+        training = {
+            "kind": objective.kind,
+            "temperature": objective.temperature,
+            "cross_entropy": objective.cross_entropy,
+        }
         held_out = {"kind": "forward_kl", "temperature": 1.0, "cross_entropy": 0.0}
         return linear_distillation(
-            learnt.flatten(0, 1),
+            states.flatten(0, 1),
             self.student_weight,
-            taught.flatten(0, 1),
+            target.flatten(0, 1),
             self.teacher_weight,
-            beta=asked.beta,
+            beta=objective.beta,
             labels=labels.flatten(),
-            chunk=asked.chunk,
-            kernel=asked.kernel,
+            chunk=objective.chunk,
+            kernel=objective.kernel,
             student_bias=self.student_bias,
             teacher_bias=self.teacher_bias,
             **(training if self.training else held_out),
@@ -157,7 +162,7 @@ def _frozen_output(model: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
 
 
 def _watch(body: nn.Module, places: list[int]) -> dict[int, Tensor]:
-    """Give a mapping that holds, after a forward pass of `body`, the hidden states after the named layers."""
+    """Return a mapping that holds, after a forward pass of `body`, the hidden states after the named layers."""
     states: dict[int, Tensor] = {}
     for place in set(places):
         if place == EMBEDDING:
@@ -184,12 +189,12 @@ def _keep_output(states: dict[int, Tensor], place: int):
 def _check(teacher: Any, student: Any, objective: Objective, match: Match | None) -> None:
     ours, theirs = (model.get_output_embeddings().weight.shape for model in (student, teacher))
     if ours[0] != theirs[0]:
-        raise ValueError(f"the student's vocabulary has {ours[0]} entries, the teacher's {theirs[0]}; they must agree")
+        raise ValueError(f"the student's vocabulary has {ours[0]} entries, the teacher's {theirs[0]}; use models of one vocabulary")
     for term in ("hidden", "embedding"):
         if not getattr(objective, term):
             continue
         if match is None:
-            raise ValueError(f"distill.loss.{term} compares hidden states and needs the plan's blueprint; set it to 0")
+            raise ValueError(f"distill.loss.{term}: comparing hidden states needs the plan's blueprint; set it to 0")
         width, kept = student.config.hidden_size, match.channels
         if kept is None and width != teacher.config.hidden_size:
             raise ValueError(

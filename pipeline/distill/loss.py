@@ -1,23 +1,22 @@
 """The distillation loss, fused with both output matrices: logits exist for one chunk of tokens at a time.
 
-Forward computes the gradients too (they are cheap while the logits are there), so that nothing of size tokens x
-vocabulary is kept for backward. Products run in the type of their operands, softmax arithmetic in float32 or better.
-Between the products stands `kl_of_logits` of the table in kernels/fused: its "reference" is written out in rows.py, in
-few buffers; its Triton kernel, where the table or the caller says so, reads and overwrites the products.
+The forward pass computes the gradients too, while the logits exist, so that nothing of size tokens x vocabulary is kept
+for the backward pass. Products are computed in the type of their operands, the loss in float32 or better, block by
+block (`chunk.py`).
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-import fused
-from pipeline.distill.divergences import DIVERGENCES, PLAIN, Logits, Terms, compare
+from pipeline.distill.chunk import Terms, compare, method_of, planned_method
+from pipeline.model.logits import PLAIN, LogitForm
 
 IGNORED = -100             # a label that takes no part in the cross entropy
-CACHED = 1 << 20           # logits worked on at once on a CPU: few enough to stay in its caches between passes
-RESIDENT = 1 << 25         # the same on an accelerator: enough to fill it, few enough that six buffers are small
+CACHED = 1 << 20           # logits of a block on a CPU: few enough to stay in its caches between passes
+RESIDENT = 1 << 25         # logits of a block on an accelerator: enough to fill it, few enough that buffers are small
 ADDED_LOW = 4              # chunks whose weight gradients are added in a low precision before float32 takes over
 
 
@@ -33,50 +32,54 @@ def linear_distillation(
     cross_entropy: float,
     labels: Tensor | None,
     chunk: int,
-    mask: Tensor | None = None,
+    kernel: str,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
-    student_logits: Logits = PLAIN,
-    teacher_logits: Logits = PLAIN,
-    kernel: str = "auto",
+    student_logits: LogitForm = PLAIN,
+    teacher_logits: LogitForm = PLAIN,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Give the loss, a mean over tokens, differentiable by the student's tensors, and its parts, detached.
+    """Return the loss, a mean over tokens, differentiable by the student's tensors, and its detached parts.
 
-    Hidden states [t, h_student] and [t, h_teacher], output matrices [v, h], biases [v]. `kind` is forward_kl,
-    reverse_kl or jsd; `labels` [t] hold the next token of each position or IGNORED, needed where `cross_entropy` (a
-    weight) is positive; `mask` [t] is true where a token counts. `kernel`: auto (as kernels/fused says for the device),
-    reference or triton. Parts: `divergence` (with its T^2) and, where weighted, `cross_entropy`. ValueError where
-    shapes or needs do not fit, or the kernel cannot run on the tensors.
+    Hidden states [t, h_student] and [t, h_teacher], output matrices [v, h], biases [v]. `kind`: a name in DIVERGENCES;
+    `labels` [t]: the next token of each position or IGNORED, needed where `cross_entropy` (a weight) is positive;
+    `chunk`: tokens whose logits exist at once; `kernel`: auto, autograd, reference or triton (`chunk.method_of`). Parts:
+    `divergence` (with its T^2) and, where weighted, `cross_entropy`. ValueError where shapes or needs do not fit, or
+    the kernel cannot run on the tensors.
     """
-    if kind not in DIVERGENCES:
-        raise ValueError(f"distill.loss.kind is {kind!r}; choose one of {', '.join(DIVERGENCES)}")
+    method = method_of(kind, kernel, student_hidden.device.type)
     _check(student_hidden, student_weight, teacher_hidden, teacher_weight, teacher_bias)
     if cross_entropy and labels is None:
-        raise ValueError(f"distill.loss.cross_entropy is {cross_entropy} and there are no labels; give labels or 0")
-    if mask is not None:
-        student_hidden, teacher_hidden = student_hidden[mask], teacher_hidden[mask]
-        labels = None if labels is None else labels[mask]
-    if not len(student_hidden):
-        raise ValueError("the mask leaves no token for the distillation loss; drop the batch")
-    by = _kernel(kernel, student_hidden.device.type)
-    terms = Terms(kind, beta, temperature, cross_entropy, student_logits, teacher_logits, by)
+        raise ValueError(f"distill.loss.cross_entropy: {cross_entropy} needs labels; pass them, or set 0")
+    terms = Terms(kind, beta, temperature, cross_entropy, student_logits, teacher_logits, method)
     loss, divergence, entropy = _LinearDistillation.apply(
         student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, labels, terms, chunk
     )
     return loss, {"divergence": divergence} | ({"cross_entropy": entropy} if cross_entropy else {})
 
 
-def kernel_choice(kernel: str, device_type: str) -> str:
-    """Give the implementation of the divergence, by its name in kernels/fused; ValueError where it cannot run."""
-    try:
-        return fused.chosen("kl_of_logits", device_type, None if kernel == "auto" else kernel)
-    except ValueError as fault:
-        raise ValueError(f"distill.loss.kernel is {kernel}: {fault}") from None
+@dataclass(frozen=True)
+class WorkSpace:
+    """What a loss holds beside a chunk's products: `buffers` float32 tensors of at most `logits` elements each."""
+
+    buffers: int
+    logits: int
+
+    def bytes(self, chunk_logits: int) -> int:
+        """Return the bytes for a chunk of so many logits."""
+        return 4 * self.buffers * min(self.logits, chunk_logits)
 
 
-def _kernel(kernel: str, device_type: str) -> Callable[..., Tensor] | None:
-    name = kernel_choice(kernel, device_type)
-    return None if name == "reference" else fused.op("kl_of_logits", device_type, name)
+def work_space(
+    kind: str, kernel: str, device_type: str, cross_entropy: float, student: LogitForm, teacher: LogitForm
+) -> WorkSpace:
+    """Return the work space of `linear_distillation` on a device type, for estimates made before a run."""
+    method = planned_method(kind, kernel, device_type)
+    terms = Terms(kind, 0.5, 1.0, cross_entropy, student, teacher, method)
+    return WorkSpace(terms.held, _block_logits(device_type))
+
+
+def _block_logits(device_type: str) -> int:
+    return CACHED if device_type == "cpu" else RESIDENT
 
 
 class _LinearDistillation(torch.autograd.Function):
@@ -87,7 +90,7 @@ class _LinearDistillation(torch.autograd.Function):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         size = min(chunk, tokens)
         student, teacher = hidden.new_empty(size, vocabulary), teacher_hidden.new_empty(size, vocabulary)
-        rows = max(1, (CACHED if hidden.device.type == "cpu" else RESIDENT) // vocabulary)
+        rows = max(1, _block_logits(hidden.device.type) // vocabulary)
         buffers = hidden.new_empty(terms.buffers, min(rows, size), vocabulary, dtype=exact)
         divergence, entropy = hidden.new_zeros(2, dtype=exact)
         shares = _entropy_shares(labels, terms.cross_entropy, exact) if terms.cross_entropy else None
@@ -103,8 +106,8 @@ class _LinearDistillation(torch.autograd.Function):
             for first in range(0, length, rows):
                 some = slice(first, first + rows)
                 above = slice(start + first, min(start + first + rows, part.stop))
-                aims = (labels[above], shares[above]) if shares is not None else None
-                d, e = compare(z[some], y[some], aims, terms, tokens, [b[: above.stop - above.start] for b in buffers])
+                targets = (labels[above], shares[above]) if shares is not None else None
+                d, e = compare(z[some], y[some], targets, terms, tokens, [b[: above.stop - above.start] for b in buffers])
                 divergence += d
                 entropy += e
             if grad_hidden is not None:
@@ -128,7 +131,7 @@ class _LinearDistillation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         if ctx.gradients is None:
-            raise RuntimeError("the distillation loss keeps its gradients for one backward pass; compute it again")
+            raise RuntimeError("the distillation loss keeps its gradients for one backward pass; compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None
         return *(None if each is None else each.mul_(grad_loss) for each in gradients), *[None] * 6
 
@@ -140,7 +143,7 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
 
 
 def _entropy_shares(labels: Tensor, weight: float, dtype: torch.dtype) -> Tensor:
-    """Give each token's share [t] of the weighted mean cross entropy, zero where its label is IGNORED."""
+    """Return each token's share [t] of the weighted mean cross entropy, zero where its label is IGNORED."""
     counted = (labels != IGNORED).to(dtype)
     return counted * (weight / counted.sum().clamp_min(1.0))
 
@@ -183,4 +186,4 @@ def _check(student_hidden, student_weight, teacher_hidden, teacher_weight, teach
         )
     frozen = (teacher_hidden, teacher_weight, teacher_bias)
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in frozen):
-        raise ValueError("a teacher tensor requires a gradient, and none flows to the teacher; freeze or detach it")
+        raise ValueError("a teacher tensor requires a gradient, and the loss has none for the teacher; freeze or detach it")

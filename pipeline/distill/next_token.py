@@ -8,17 +8,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear
 
-from pipeline.distill.loss import IGNORED, Logits
+from pipeline.distill.loss import IGNORED
+from pipeline.model.logits import LogitForm, logit_form, shaped
+
+HELD = 4  # tensors of a chunk's logits in float32 or better that exist at once (tests/numerics/test_loss_buffers.py)
 
 
 class LanguageModel(nn.Module):
     """A causal language model and its next-token loss.
 
-    `forward(tokens)` gives that loss, a scalar in nats, and its parts: `cross_entropy`, the same.
+    `forward(tokens)` returns that loss, a scalar in nats, and its parts: `cross_entropy`, the same.
     """
 
     def __init__(self, model: Any, chunk: int, gradient_checkpointing: bool):
-        """Take over a Hugging Face causal language model; `chunk`: tokens whose logits exist at once."""
+        """Wrap a Hugging Face causal language model; `chunk`: tokens whose logits exist at once."""
         super().__init__()
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.model = model.base_model
@@ -27,7 +30,7 @@ class LanguageModel(nn.Module):
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Give the parameters by their names in the checkpoint, tied ones once."""
+        """Yield the parameters by their names in the checkpoint, tied ones once."""
         for parameter in self.parameters():
             yield self._names[id(parameter)], parameter
 
@@ -39,9 +42,9 @@ class LanguageModel(nn.Module):
 
 
 class LanguageHead(nn.Module):
-    """A model's output matrix and the cross entropy of the logits it gives.
+    """A model's output matrix and the cross entropy of its logits.
 
-    The matrix is a parameter of this module and used in its forward alone, which is where ZeRO-3 gathers it.
+    The matrix is a parameter of this module and is read in its forward alone, which is where ZeRO-3 gathers it.
     """
 
     def __init__(self, model: Any, chunk: int):
@@ -52,27 +55,24 @@ class LanguageHead(nn.Module):
         self._form, self._chunk = logit_form(model.config), chunk
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Final hidden states [batch, sequence, h] and labels [batch, sequence] to a mean over labels, in nats."""
-        flat, aims = hidden.flatten(0, 1), labels.flatten()
-        return _CrossEntropy.apply(flat, self.weight, self.bias, aims, self._form, self._chunk)
-
-
-def logit_form(config: Any) -> Logits:
-    """What a model does to its logits: Gemma 2's soft cap, Cohere's scale, Granite's divisor."""
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return Logits(scale, getattr(config, "final_logit_softcapping", None))
+        """Return the mean over labels [batch, sequence], in nats, of final hidden states [batch, sequence, h]."""
+        flat = hidden.flatten(0, 1)
+        return _CrossEntropy.apply(flat, self.weight, self.bias, labels.flatten(), self._form, self._chunk)
 
 
 def next_tokens(tokens: Tensor) -> Tensor:
-    """Give the label of every position [batch, sequence]; the last of a sequence has none."""
+    """Return the label of every position [batch, sequence]; the last position of a sequence has IGNORED."""
     return torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORED)), dim=1)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Gradients are computed in forward, chunk by chunk, where they are wanted; those of the matrix add in float32."""
+    """The cross entropy of one chunk of tokens after another.
+
+    The forward pass computes the gradients that are needed; those of the matrix are added in float32 or better.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, form, chunk):
+    def forward(ctx, hidden, weight, bias, labels, form: LogitForm, chunk: int):
         leaves = [hidden, weight, *([] if bias is None else [bias])]
         wanted = [place for place in range(len(leaves)) if ctx.needs_input_grad[place]]
         exact = torch.promote_types(hidden.dtype, torch.float32)
@@ -84,7 +84,7 @@ class _CrossEntropy(torch.autograd.Function):
             own = [hidden[part].detach(), *(leaf.detach() for leaf in leaves[1:])]
             own = [leaf.requires_grad_(place in wanted) for place, leaf in enumerate(own)]
             with torch.enable_grad():
-                value = cross_entropy(_bounded(linear(*own).to(exact), form), labels[part], reduction="sum") / count
+                value = cross_entropy(shaped(linear(*own).to(exact), form), labels[part], reduction="sum") / count
             loss += value.detach()
             for place, gradient in zip(wanted, torch.autograd.grad(value, [own[i] for i in wanted]) if wanted else ()):
                 (sums[place][part] if place == 0 else sums[place]).add_(gradient)
@@ -95,11 +95,6 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss):
         if ctx.gradients is None:
-            raise RuntimeError("the next-token loss keeps its gradients for one backward pass; compute it again")
+            raise RuntimeError("the next-token loss keeps its gradients for one backward pass; compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None
         return *(None if each is None else each.mul_(grad_loss) for each in gradients), None, None, None
-
-
-def _bounded(product: Tensor, form: Logits) -> Tensor:
-    logits = product * form.scale
-    return logits if form.softcap is None else form.softcap * torch.tanh(logits / form.softcap)

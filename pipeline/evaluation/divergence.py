@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.perplexity import logits_of
+from pipeline.model.logits import logits_of
 
 
 @torch.inference_mode()

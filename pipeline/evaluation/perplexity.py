@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.model.logits import logits_of
+
 LARGEST = math.log(sys.float_info.max)
 
 
@@ -84,13 +86,6 @@ def over(losses: Sequence[float | None], others: Sequence[float | None]) -> Over
     times = _exp(float((ours - theirs).mean()))
     error = times * float((ours - theirs).std()) / math.sqrt(len(losses))
     return Over(times, error if math.isfinite(times) else math.inf)
-
-
-def logits_of(model: torch.nn.Module, states: Tensor) -> Tensor:
-    """Give the logits [..., v] of final hidden states [..., h], soft-capped where the model's configuration says so."""
-    logits = model.get_output_embeddings()(states)
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def quality(total: Tensor, text_bytes: int) -> Quality:

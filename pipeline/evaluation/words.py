@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.evaluation.perplexity import logits_of
+from pipeline.model.logits import logits_of
 
 LAST_WORD = re.compile(r"(?<=[^\W\d_] )[^\W\d_]{3,}(?=[.!?]\s)")  # a word after a word, before the end of a sentence
 

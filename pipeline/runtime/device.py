@@ -167,6 +167,11 @@ def chip_model(kind: str, name: str) -> tuple[str, str]:
     return other, f"chip model: {other} stands in for {name}; choose device/chip=NAME, or make one: calibrate-chip"
 
 
+def kind_of_chip(file: str) -> str | None:
+    """Return the kind of device that a file of conf/device/chip describes; None for a file of another name."""
+    return next((kind for kind, files in CHIPS.items() if file in files.values()), None)
+
+
 def _missing_npu() -> str | None:
     if "torch_npu" in _hidden:
         return _hidden["torch_npu"]

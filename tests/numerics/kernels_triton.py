@@ -14,8 +14,9 @@ import torch
 
 import fused
 from fused import budget, reference, triton_launch
-from pipeline.distill.divergences import Terms, compare
-from pipeline.distill.loss import PLAIN, Logits, linear_distillation
+from pipeline.distill.chunk import Terms, compare
+from pipeline.distill.loss import linear_distillation
+from pipeline.model.logits import PLAIN, LogitForm
 
 DEVICE = os.environ.get("KERNELS_DEVICE", "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1.1e-3, torch.bfloat16: 8e-3}
@@ -179,7 +180,12 @@ def both(kind, dtype, forms, temperature, weight, bias, kernel):
     return [loss, *parts.values(), *(each.grad for each in leaves if each is not None)], (student, teacher, labels)
 
 
-FORMS = [(PLAIN, PLAIN), (Logits(1.3, None), PLAIN), (PLAIN, Logits(0.8, 5.0)), (Logits(1.3, 3.0), Logits(0.8, 5.0))]
+FORMS = [
+    (PLAIN, PLAIN),
+    (LogitForm(1.3, None), PLAIN),
+    (PLAIN, LogitForm(0.8, 5.0)),
+    (LogitForm(1.3, 3.0), LogitForm(0.8, 5.0)),
+]
 
 
 @pytest.mark.parametrize("kind", reference.KINDS)
@@ -190,7 +196,7 @@ def test_the_loss_by_the_kernel_is_the_loss_by_pytorch(kind, weight, forms):
     cases = [(torch.float32, 2.0, True, 1), (torch.float32, 1.0, False, 1), (torch.bfloat16, 1.5, True, 3)]
     for dtype, temperature, bias, places in cases:  # bfloat16: logits truncated or rounded, then the products rounded
         ours, _ = both(kind, dtype, forms, temperature, weight, bias, "triton")
-        expected, _ = both(kind, dtype, forms, temperature, weight, bias, "reference")
+        expected, _ = both(kind, dtype, forms, temperature, weight, bias, "autograd")
         for one, other in zip(ours, expected, strict=True):
             assert one.dtype == other.dtype and other.abs().max() > 1e-4
             close(one, other, dtype, places)
@@ -199,7 +205,7 @@ def test_the_loss_by_the_kernel_is_the_loss_by_pytorch(kind, weight, forms):
 @pytest.mark.parametrize("kind", reference.KINDS)
 @pytest.mark.parametrize("weight", [0.0, 0.7])
 def test_the_gradients_by_the_kernel_are_autograds_in_float64(kind, weight):
-    forms, temperature = (Logits(1.3, 3.0), Logits(0.8, 5.0)) if weight else (PLAIN, PLAIN), 1.7
+    forms, temperature = (LogitForm(1.3, 3.0), LogitForm(0.8, 5.0)) if weight else (PLAIN, PLAIN), 1.7
     ours, (student, teacher, labels) = both(kind, torch.float32, forms, temperature, weight, True, "triton")
     hidden, matrix, bias = (each.detach().double().requires_grad_() for each in student)
 
@@ -225,7 +231,7 @@ def test_the_gradients_by_the_kernel_are_autograds_in_float64(kind, weight):
 
 def test_plain_logits_are_worked_on_where_the_products_lie():
     """With nothing done to the logits beside the divergence, the kernel gets the products: no copy in float32."""
-    plain = Terms("jsd", 0.5, 1.0, 0.0, PLAIN, PLAIN, triton("kl_of_logits"))
+    plain = Terms("jsd", 0.5, 1.0, 0.0, PLAIN, PLAIN, "triton")
     assert plain.buffers == 0
     products, aim = torch.randn(3, 40).bfloat16(), torch.randn(3, 40).bfloat16()
     expected = products.clone()

@@ -1,4 +1,4 @@
-"""The fused loss against the formulas written down plainly, in float64."""
+"""The fused loss, by every method, against the formulas written down plainly, in float64."""
 
 import itertools
 
@@ -7,9 +7,15 @@ import torch
 from torch.nn.functional import cross_entropy as entropy
 
 import fused as table
-from pipeline.distill.loss import ADDED_LOW, IGNORED, PLAIN, Logits, kernel_choice, linear_distillation
+import fused.reference
+from pipeline.distill.chunk import method_of
+from pipeline.distill.closed_form import CLOSED_FORMS
+from pipeline.distill.divergences import DIVERGENCES
+from pipeline.distill.loss import ADDED_LOW, IGNORED, linear_distillation
+from pipeline.model.logits import PLAIN, LogitForm
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
+KERNELS = ("autograd", "auto", "reference")  # on a CPU auto is the closed form
 TOKENS, STUDENT, TEACHER, VOCABULARY = 13, 6, 9, 31
 
 
@@ -30,11 +36,11 @@ def divergence(kind, beta, z, y):
     return beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * (q * (log_q - log_m)).sum(-1)
 
 
-def plain(student, teacher, *, kind, beta, temperature, cross_entropy, labels, mask, forms):
+def plain(student, teacher, *, kind, beta, temperature, cross_entropy, labels, forms):
     """The loss with every logit at once; `student` and `teacher` are (hidden, weight, bias)."""
-    z, y = logits(*student, forms[0])[mask], logits(*teacher, forms[1])[mask]
+    z, y = logits(*student, forms[0]), logits(*teacher, forms[1])
     loss = temperature**2 * divergence(kind, beta, z / temperature, y / temperature).mean()
-    return loss + cross_entropy * entropy(z, labels[mask], ignore_index=IGNORED)
+    return loss + cross_entropy * entropy(z, labels, ignore_index=IGNORED)
 
 
 def draw(*shape, seed, dtype=torch.float64):
@@ -49,20 +55,20 @@ def case():
     return student, teacher, labels
 
 
-def fused(student, teacher, labels, mask=None, forms=(PLAIN, PLAIN), **asked):
-    asked = {"kind": "forward_kl", "beta": 0.3, "temperature": 1.0, "cross_entropy": 0.0, "chunk": 4} | asked
+def fused(student, teacher, labels, forms=(PLAIN, PLAIN), **options):
+    plain_options = {"kind": "forward_kl", "beta": 0.3, "temperature": 1.0, "cross_entropy": 0.0, "chunk": 4}
+    options = plain_options | {"kernel": "auto"} | options
     return linear_distillation(
         student[0],
         student[1],
         teacher[0],
         teacher[1],
         labels=labels,
-        mask=mask,
         student_bias=student[2],
         teacher_bias=teacher[2],
         student_logits=forms[0],
         teacher_logits=forms[1],
-        **asked,
+        **options,
     )
 
 
@@ -70,18 +76,17 @@ def leaves(tensors):
     return tuple(tensor.clone().requires_grad_() for tensor in tensors)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_values_and_gradients_are_those_of_the_plain_formula(kind, softcap):
+def test_values_and_gradients_are_those_of_the_plain_formula(kind, softcap, kernel):
     student, teacher, labels = case()
-    forms = (Logits(1.3, softcap), Logits(0.8, softcap and 5.0))
-    some = torch.arange(TOKENS) % 4 != 1
-    for temperature, weight, chunk, masked in itertools.product((1.0, 2.5), (0.0, 0.7), (5, 100), (False, True)):
+    forms = (LogitForm(1.3, softcap), LogitForm(0.8, softcap and 5.0))
+    for temperature, weight, chunk in itertools.product((1.0, 2.5), (0.0, 0.7), (5, 100)):
         ours, theirs = leaves(student), leaves(student)
         asked = {"kind": kind, "beta": 0.3, "temperature": temperature, "cross_entropy": weight}
-        loss, parts = fused(ours, teacher, labels, some if masked else None, forms, chunk=chunk, **asked)
-        mask = some if masked else torch.ones(TOKENS, dtype=torch.bool)
-        wanted = plain(theirs, teacher, labels=labels, mask=mask, forms=forms, **asked)
+        loss, parts = fused(ours, teacher, labels, forms, chunk=chunk, kernel=kernel, **asked)
+        wanted = plain(theirs, teacher, labels=labels, forms=forms, **asked)
         (1.7 * loss).backward()
         (1.7 * wanted).backward()
         assert abs(loss - wanted) < 1e-10
@@ -94,7 +99,7 @@ def test_values_and_gradients_are_those_of_the_plain_formula(kind, softcap):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_gradient_entry_is_the_finite_difference_of_the_loss(kind):
     student, teacher, labels = case()
-    asked = {"kind": kind, "temperature": 1.5, "cross_entropy": 0.4, "chunk": 100, "forms": (Logits(1.0, 4.0), PLAIN)}
+    asked = {"kind": kind, "temperature": 1.5, "cross_entropy": 0.4, "chunk": 100, "forms": (LogitForm(1.0, 4.0), PLAIN)}
     ours = leaves(student)
     fused(ours, teacher, labels, **asked)[0].backward()
     with torch.no_grad():
@@ -180,11 +185,10 @@ def test_a_second_backward_pass_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "cosine"}, "distill.loss.kind is 'cosine'"),
-        ({"cross_entropy": 0.5, "labels": None}, "no labels"),
-        ({"mask": torch.zeros(TOKENS, dtype=torch.bool)}, "leaves no token"),
-        ({"teacher": 0}, "must agree"),
-        ({"teacher": 1}, "freeze or detach"),
+        ({"kind": "cosine"}, "distill.loss.kind.*'cosine'.*forward_kl, reverse_kl, jsd"),
+        ({"cross_entropy": 0.5, "labels": None}, "distill.loss.cross_entropy: 0.5 .*labels"),
+        ({"teacher": 0}, r"\(31, 6\).*\(30, 9\)"),
+        ({"teacher": 1}, "teacher tensor requires a gradient"),
     ],
 )
 def test_what_cannot_be_computed_is_refused_in_one_line(change, message):
@@ -198,27 +202,50 @@ def test_what_cannot_be_computed_is_refused_in_one_line(change, message):
         fused(leaves(student), teacher, **({"labels": labels} | change))
 
 
-@pytest.mark.parametrize("kernel", ["auto", "reference"])
-def test_on_a_cpu_the_loss_is_pytorchs_to_the_bit(kernel, monkeypatch):
-    """Whatever Triton would do here: neither choice asks for another implementation."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+def total_variation(student, teacher, options):
+    return 0.5 * (student.exp() - teacher.exp()).abs().sum(-1)
+
+
+def test_a_registered_function_is_a_divergence_with_its_gradient(monkeypatch):
+    """A divergence is one function and one entry: autograd differentiates it chunk by chunk."""
+    monkeypatch.setitem(DIVERGENCES, "total_variation", total_variation)
     student, teacher, labels = case()
-    wanted, ours = leaves(student), leaves(student)
-    expected = fused(wanted, teacher, labels, cross_entropy=0.4)[0]
-    loss = fused(ours, teacher, labels, cross_entropy=0.4, kernel=kernel)[0]
-    expected.backward()
+    ours, theirs = leaves(student), leaves(student)
+    loss, _ = fused(ours, teacher, labels, kind="total_variation", temperature=2.0, chunk=5)
+    q, p = (torch.softmax(logits(*each, PLAIN) / 2.0, -1) for each in (theirs, teacher))
+    wanted = 4.0 * 0.5 * (q - p).abs().sum(-1).mean()
     loss.backward()
-    assert torch.equal(loss, expected)
-    assert all(torch.equal(one.grad, other.grad) for one, other in zip(ours, wanted))
+    wanted.backward()
+    assert abs(loss - wanted) < 1e-12
+    assert all((one.grad - other.grad).abs().max() < 1e-12 for one, other in zip(ours, theirs))
+    assert method_of("total_variation", "auto", "cpu") == "autograd"
+    for kernel in ("reference", "triton"):
+        with pytest.raises(ValueError, match=f"distill.loss.kernel: {kernel} .*total_variation"):
+            method_of("total_variation", kernel, "cpu")
+
+
+def test_every_fast_form_has_its_function():
+    assert set(CLOSED_FORMS) | set(table.reference.KINDS) <= set(DIVERGENCES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reference_runs_what_the_kernels_folder_holds(kind, monkeypatch):
+    calls = []
+    held = table.reference.kl_of_logits
+    monkeypatch.setattr(table.reference, "kl_of_logits", lambda *given: calls.append(given[2]) or held(*given))
+    student, teacher, labels = case()
+    fused(leaves(student), teacher, labels, kind=kind, chunk=100, kernel="reference")
+    fused(leaves(student), teacher, labels, kind=kind, chunk=100, kernel="auto")
+    assert calls == [kind]
 
 
 @pytest.mark.parametrize("device,kernel", [("cpu", "triton"), ("npu", "triton"), ("cpu", "ascend"), ("cpu", "other")])
 def test_a_kernel_that_cannot_run_is_refused_and_nothing_takes_its_place(device, kernel, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match=f"distill.loss.kernel is {kernel}: kernel kl_of_logits"):
-        kernel_choice(kernel, device)
+    with pytest.raises(ValueError, match=f"distill.loss.kernel: {kernel}: kernel kl_of_logits"):
+        method_of("jsd", kernel, device)
 
 
-def test_the_table_says_which_kernel_runs_where():
-    assert [kernel_choice("auto", device) for device in ("cpu", "npu")] == ["reference", "reference"]
+def test_the_table_names_the_method_of_a_device():
+    assert [method_of("jsd", "auto", device) for device in ("cpu", "npu")] == ["closed_form", "closed_form"]
     assert table.DEFAULT["kl_of_logits"]["cuda"] == "triton"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.evaluation import tasks
-from pipeline.evaluation.perplexity import finite, logits_of, over, quality, tallies, tally
+from pipeline.evaluation.perplexity import finite, over, quality, tallies, tally
 from pipeline.evaluation.samples import cache_bytes_per_token, continuation, continue_greedily, opening
 from pipeline.evaluation.speed import speeds
 from pipeline.evaluation.words import Question, questions, right
@@ -26,13 +26,6 @@ def test_the_tally_in_chunks_is_the_models_own_cross_entropy(kind):
     for chunk in (1, 7, 1000):
         total = tally(model, [ids], chunk)
         torch.testing.assert_close(total, torch.tensor([loss.item(), hits.item(), 30.0], dtype=torch.float64))
-
-
-def test_logits_of_hidden_states_are_the_models_own_with_soft_capping():
-    model, ids = tiny_model("gemma2", final_logit_softcapping=3.0), tokens(1, 9)
-    logits = logits_of(model, model.base_model(ids).last_hidden_state)
-    torch.testing.assert_close(logits, model(ids).logits, rtol=0, atol=0)
-    assert logits.abs().max() < 3.0
 
 
 def test_tallies_of_two_ranks_add_up_to_the_tally_of_one():

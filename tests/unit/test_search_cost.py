@@ -31,7 +31,8 @@ from tests.chips import chip
 TINY = ModelShape(3, 48, 6, 2, 8, 80, 101, False)
 LLAMA_8B = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, False)
 STUDENT = ModelShape(26, 3584, 24, 8, 128, 9728, 128256, False)
-RUN = Recovery(953, 4096, 256, 1, "bf16", 2, True, 1024)
+LOSS = (6, 1 << 25)  # buffers, logits of a block
+RUN = Recovery(953, 4096, 256, 1, "bf16", 2, True, 1024, *LOSS)
 
 
 def llama(shape: ModelShape, dtype: torch.dtype):
@@ -129,7 +130,7 @@ def test_generation_is_prefill_and_decoding_in_turn():
 def test_a_higher_zero_stage_shares_out_more_of_the_state_and_loses_none():
     own, frozen = STUDENT.parameters(), LLAMA_8B.parameters()
     parts = {
-        stage: memory_parts(LLAMA_8B, STUDENT, Recovery(1, 128, 8, 1, "bf16", stage, True, 128), 8)
+        stage: memory_parts(LLAMA_8B, STUDENT, Recovery(1, 128, 8, 1, "bf16", stage, True, 128, *LOSS), 8)
         for stage in range(4)
     }
     held = {stage: parts[stage]["weights"] + parts[stage]["gradients"] + parts[stage]["optimizer"] for stage in parts}
@@ -139,7 +140,7 @@ def test_a_higher_zero_stage_shares_out_more_of_the_state_and_loses_none():
 
 def test_stage_3_on_several_devices_counts_what_it_gathers_and_no_more_than_there_is():
     def gathered(teacher, student, stage, devices):
-        return memory_parts(teacher, student, Recovery(1, 128, 8, 1, "bf16", stage, True, 128), devices)["gathered"]
+        return memory_parts(teacher, student, Recovery(1, 128, 8, 1, "bf16", stage, True, 128, *LOSS), devices)["gathered"]
 
     limit = 2 * (LIVE_PARAMETERS + 128256 * (LLAMA_8B.hidden + STUDENT.hidden))
     assert [gathered(LLAMA_8B, STUDENT, stage, 8) for stage in range(4)] == [0, 0, 0, limit]
@@ -162,7 +163,7 @@ def test_a_run_takes_about_eight_flops_a_weight_and_token_and_two_for_the_teache
     flops = 8 * STUDENT.non_embedding_parameters() + 2 * LLAMA_8B.non_embedding_parameters()  # 6, and 2 recomputed
     ideal = RUN.tokens * flops / (8 * npu.peak_flops("bf16") * npu.cube_efficiency) / 3600
     assert ideal < needs.hours < 1.5 * ideal
-    twice = training_needs(npu, LLAMA_8B, STUDENT, Recovery(1906, 4096, 256, 1, "bf16", 2, True, 1024), 8)
+    twice = training_needs(npu, LLAMA_8B, STUDENT, Recovery(1906, 4096, 256, 1, "bf16", 2, True, 1024, *LOSS), 8)
     assert twice.tokens == 2 * needs.tokens == 2 * 953 * 256 * 4096 and twice.hours == pytest.approx(2 * needs.hours)
 
 
@@ -179,7 +180,7 @@ def test_without_a_teacher_its_share_is_gone_and_nothing_else():
 
 def test_scoring_tokens_add_the_teachers_forward_passes():
     npu = chip("910B1")
-    with_scores = Recovery(953, 4096, 256, 1, "bf16", 2, True, 1024, score_tokens=8 * 4096 * 100)
+    with_scores = Recovery(953, 4096, 256, 1, "bf16", 2, True, 1024, *LOSS, score_tokens=8 * 4096 * 100)
     extra = (
         training_needs(npu, LLAMA_8B, STUDENT, with_scores, 8).hours
         - training_needs(npu, LLAMA_8B, STUDENT, RUN, 8).hours
@@ -190,7 +191,7 @@ def test_scoring_tokens_add_the_teachers_forward_passes():
 
 def test_checkpointing_trades_time_for_memory():
     npu = chip("910B1")
-    kept = Recovery(953, 4096, 256, 1, "bf16", 2, False, 1024)
+    kept = Recovery(953, 4096, 256, 1, "bf16", 2, False, 1024, *LOSS)
     assert activation_bytes(STUDENT, "bf16", True) < activation_bytes(STUDENT, "bf16", False) / 5
     assert (
         step_parts(npu, LLAMA_8B, STUDENT, RUN, 8)["student"] > step_parts(npu, LLAMA_8B, STUDENT, kept, 8)["student"]
@@ -199,9 +200,9 @@ def test_checkpointing_trades_time_for_memory():
 
 def test_a_run_that_cannot_be_split_or_held_is_refused_with_the_remedy():
     with pytest.raises(
-        ValueError, match=r"distill\.batch is 256, not a multiple of distill\.micro_batch \(1\) times 3"
+        ValueError, match=r"distill\.global_batch_size: 256 .* distill\.micro_batch_size \(1\) times 3"
     ):
         training_needs(chip("910B1"), LLAMA_8B, STUDENT, RUN, 3)
-    narrow = Recovery(953, 4096, 2, 1, "bf16", 0, False, 1024)
-    with pytest.raises(ValueError, match=r"distill\.batch is 2 .* raise deepspeed\.stage \(now 0\)"):
+    narrow = Recovery(953, 4096, 2, 1, "bf16", 0, False, 1024, *LOSS)
+    with pytest.raises(ValueError, match=r"distill\.global_batch_size: 2 .* deepspeed\.stage \(now 0\)"):
         training_needs(chip("910B4"), LLAMA_8B, STUDENT, narrow)
