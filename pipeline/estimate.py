@@ -1,4 +1,4 @@
-"""Estimates for a chip: what the trainings of a run need on it, and a chip model fitted to the device of this machine."""
+"""Estimates for a chip: what the trainings of a run need on it, and a chip model fitted to this machine's device."""
 
 import datetime
 import json
@@ -28,7 +28,8 @@ def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
     """Return the answer of a dry run: devices, memory and hours of the trainings of a recipe, on the configured chip.
 
     `made` holds the teacher, and the shape, or the initial student where it was cut elsewhere, or neither where the
-    shape is searched. With one rank the answer is for the fewest devices that hold a training, else for as many as ranks.
+    shape is searched. With one rank the answer is for the fewest devices that hold a training, else for as many as
+    there are ranks.
     """
     checkpoint = open_checkpoint(made["teacher"], config.model.allow_pickle)
     teacher = ModelShape.of(checkpoint.anatomy, config.reinit.bias_compensation)

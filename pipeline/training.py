@@ -1,10 +1,10 @@
-"""Training all weights of a model folder under DeepSpeed, to a model folder: for correction, settling and recovery."""
+"""Training all weights of a model folder to a model folder: teacher correction, regularization and recovery."""
 
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,28 +20,28 @@ from pipeline.data.stream import stream
 from pipeline.distill.holdout import hold_out, share_out
 from pipeline.distill.loop import HELD_OUT, Course, train
 from pipeline.distill.schedule import learning_rate
+from pipeline.distill.selection import Selection
 from pipeline.model.families import HEAD
 from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import Checkpoint, load_model, write_checkpoint
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.layer_streaming import need_memory
+from pipeline.runtime.machine import Machine
 
 METRICS = "metrics.jsonl"
+RECOVERY = "recovery.json"  # what `Selection.facts` returns
 CHECKPOINTS = "checkpoints"
 STATE_BYTES = 12  # of a parameter in a resumable checkpoint: a float32 weight and two moments
 WEIGHT_BYTES = 4
-FREE = {
-    "micro_batch_size",
-    "save_steps",
-    "save_total_limit",
-    "gradient_checkpointing",
-}  # change speed and memory, not the weights
+# Settings that change speed and memory, not the weights.
+NEUTRAL = {"micro_batch_size", "save_steps", "save_total_limit", "gradient_checkpointing"}
+LAST = Selection(metric="", best=False, patience=None)  # export the last state, train to the end
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Which of equal parts of a training this is, and the folder with the metrics of those before (None: the first)."""
+    """Which of `count` equal parts of a training this is, and the folder with the metrics of the earlier parts."""
 
     number: int
     count: int
@@ -58,119 +58,118 @@ def train_model(
     module: Callable[[Callable[[Path], nn.Module]], nn.Module],
     text: Packed,
     out: Path,
-    machine,
+    machine: Machine,
     stretch: Stretch = ALL,
-    after: int = 0,
+    skipped: int = 0,
+    selection: Selection = LAST,
 ) -> None:
     """Write the model trained from `origin` as a model folder in float32, and metrics.jsonl; every rank takes part.
 
     Parts of a training share one schedule, one count of steps and one reading of the text; each begins with an
-    optimizer that has seen nothing, and its metrics with those of the parts before.
+    optimizer at step 0, and its metrics with those of the earlier parts.
 
-    `section` names the settings; `module` makes what the engine trains, given a function that loads a model folder in
-    the type that is computed in; `after` counts sequences of the text that an earlier training read. An earlier
-    attempt's checkpoints in `out` are gone on from, digit for digit.
+    `section`: the name of the settings; `module`: makes what the engine trains from a function that loads a model
+    folder in the compute type; `skipped`: sequences at the beginning of the text that an earlier training read;
+    `selection`: which state is exported, and recovery.json is written where it has a metric. Checkpoints that an
+    interrupted attempt left in `out` are resumed from, bit for bit; a damaged one is reported and an earlier one taken.
     """
-    asked, ranks = getattr(config, section), machine.ranks
-    count, steps = accumulation(section, asked, ranks.world), steps_of(section, asked, config.data.sequence_length)
+    options, ranks = getattr(config, section), machine.ranks
+    count, steps = accumulation(section, options, ranks.world), steps_of(section, options, config.data.sequence_length)
     first, last = (steps * part // stretch.count for part in (stretch.number - 1, stretch.number))
     parameters = sum(math.prod(shape) for shape in origin.anatomy.shapes().values())
-    need_space(out, parameters * (STATE_BYTES * (asked.save_total_limit + 1) + WEIGHT_BYTES))
-    text, held = hold_out(text, max(1, asked.eval_tokens // config.data.sequence_length), section)
-    engine = _engine(section, config, asked, module, machine, count)
+    kept = options.save_total_limit + 1 + selection.best  # one more while it is written
+    need_space(out, parameters * (STATE_BYTES * kept + WEIGHT_BYTES))
+    text, held = hold_out(text, max(1, options.eval_tokens // config.data.sequence_length), section)
+    engine = _engine(section, config, options, module, machine, count)
     try:
-        done = engine.load(out / CHECKPOINTS)  # of this part
-        if done is None:
+        done, selection = _resumed(engine, section, out, first, last, stretch.before, selection, machine)
+        if done == 0:
             engine.take(origin)
         elif done:
-            machine.say(f"{section}: goes on after step {first + done} of {steps}")
-        if ranks.rank == 0:
-            _begin(out / METRICS, done, first, stretch.before)
-        ranks.wait(f"{section} begins")
-        done = done or 0
-        tokens = asked.global_batch_size * text.sequence
+            machine.say(f"{section}: resumes after step {first + done} of {steps}")
+        tokens = options.global_batch_size * text.sequence
         course = Course(
             section,
             last - first,
             count,
             tokens,
-            asked.eval_steps,
-            asked.save_steps,
-            asked.save_total_limit,
+            options.eval_steps,
+            options.save_steps,
+            options.save_total_limit,
             config.seed + first,
         )
+        read = skipped + (first + done) * options.global_batch_size
+        peak, warmup, floor = options.learning_rate, options.warmup_ratio, options.min_lr_ratio
 
         def rate(step: int) -> float:
-            return learning_rate(
-                asked.lr_scheduler, first + step, steps, asked.learning_rate, asked.warmup_ratio, asked.min_lr_ratio
-            )
+            return learning_rate(options.lr_scheduler, first + step, steps, peak, warmup, floor)
 
         def record(metrics: dict[str, float]) -> None:
-            so_far = {"step": first + metrics["step"], "tokens": first * tokens + metrics["tokens"]}
-            _record(out / METRICS, section, steps, machine, metrics | so_far)
+            whole = {"step": first + metrics["step"], "tokens": first * tokens + metrics["tokens"]}
+            _record(out / METRICS, section, steps, machine, metrics | whole)
 
-        train(
+        selection = train(
             engine,
-            stream(
-                text,
-                asked.micro_batch_size,
-                ranks.rank,
-                ranks.world,
-                after + (first + done) * asked.global_batch_size,
-                config.seed,
-            ),
-            share_out(held, asked.micro_batch_size, ranks.rank, ranks.world),
+            stream(text, options.micro_batch_size, ranks.rank, ranks.world, read, config.seed),
+            share_out(held, options.micro_batch_size, ranks.rank, ranks.world),
             course,
             rate,
             done,
             out / CHECKPOINTS,
             record,
             lambda steps_left: machine.progress(steps_left, last - first - done, section),
+            selection,
         )
+        if selection.exported not in (None, selection.last_step):
+            engine.load(out / CHECKPOINTS, selection.exported) if selection.exported else engine.take(origin)
         _write(config, engine, origin, out, ranks.rank)
     finally:
         engine.close()
+    for line in selection.messages(section, first):
+        machine.say(line)
+    if selection.metric and ranks.rank == 0:
+        write_atomically(out / RECOVERY, json.dumps(selection.facts(first), indent=1) + "\n")
     ranks.wait(f"{section} written")
     if ranks.rank == 0:
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
-def settings_of(config: Config, asked: Training, apart: set[str]) -> dict[str, Any]:
-    """Give what determines the trained weights, without the fields `apart`; how they are spread over ranks does not."""
-    return asked.model_dump(exclude=FREE | apart) | {"seed": config.seed, "deepspeed": config.deepspeed.extra}
+def settings_of(config: Config, options: Training, without: set[str]) -> dict[str, Any]:
+    """Return what determines the trained weights, but the fields `without`; the number of ranks is not part of it."""
+    return options.model_dump(exclude=NEUTRAL | without) | {"seed": config.seed, "deepspeed": config.deepspeed.extra}
 
 
-def accumulation(section: str, asked: Training, world: int) -> int:
-    """Give the micro-batches per step and rank; ValueError where the batch is not a whole number of them."""
-    batch, micro = asked.global_batch_size, asked.micro_batch_size
+def accumulation(section: str, options: Training, world: int) -> int:
+    """Return the micro-batches per step and rank; ValueError where the batch is not a whole number of them."""
+    batch, micro = options.global_batch_size, options.micro_batch_size
     together = micro * world
     if batch % together:
         below, above = batch // together * together, -(-batch // together) * together
         near = f"{below} or {above}" if below else f"{above}"
         raise ValueError(
-            f"{section}.global_batch_size is {batch}, not a multiple of {section}.micro_batch_size ({micro}) x "
-            f"ranks ({world}) = {together}; nearest: {near}"
+            f"{section}.global_batch_size: {batch} is no multiple of {section}.micro_batch_size ({micro}) x ranks "
+            f"({world}) = {together}; nearest: {near}"
         )
     return batch // together
 
 
-def steps_of(section: str, asked: Training, sequence: int) -> int:
-    """Give the optimizer steps; ValueError where the tokens are too few for one."""
-    per_step = asked.global_batch_size * sequence
-    if asked.tokens < per_step:
+def steps_of(section: str, options: Training, sequence: int) -> int:
+    """Return the number of optimizer steps; ValueError where the tokens are too few for one."""
+    per_step = options.global_batch_size * sequence
+    if options.tokens < per_step:
         raise ValueError(
-            f"{section}.tokens is {asked.tokens}, less than one step of {section}.global_batch_size "
-            f"({asked.global_batch_size}) x data.sequence_length ({sequence}) = {per_step} tokens; "
-            "raise it or lower the batch"
+            f"{section}.tokens: {options.tokens} is less than one step of {section}.global_batch_size "
+            f"({options.global_batch_size}) x data.sequence_length ({sequence}) = {per_step} tokens; raise it or lower "
+            "the batch"
         )
-    steps = asked.tokens // per_step
-    return steps if asked.max_steps is None else min(steps, asked.max_steps)
+    steps = options.tokens // per_step
+    return steps if options.max_steps is None else min(steps, options.max_steps)
 
 
-def need_training_memory(section: str, config: Config, module: nn.Module, precision: str, machine) -> None:
-    """Raise ValueError where weights, gradients and optimizer alone are more than a device has.
+def need_training_memory(section: str, config: Config, module: nn.Module, precision: str, machine: Machine) -> None:
+    """Raise ValueError where weights, gradients and optimizer alone need more memory than a device has.
 
-    What raw DeepSpeed settings change of ZeRO, such as offloading, is not known here, and nothing is refused then.
+    Nothing is checked where raw DeepSpeed settings change ZeRO, for example by offloading: the need is not known then.
     """
     if "zero_optimization" in config.deepspeed.extra:
         return
@@ -182,9 +181,65 @@ def need_training_memory(section: str, config: Config, module: nn.Module, precis
     need_memory(machine.device, needed, what, "raise deepspeed.stage, start more ranks")
 
 
-def _engine(section: str, config: Config, asked: Training, module: Callable, machine, count: int) -> Engine:
+def _resumed(
+    engine: Engine,
+    section: str,
+    out: Path,
+    first: int,
+    last: int,
+    before: Path | None,
+    selection: Selection,
+    machine: Machine,
+) -> tuple[int, Selection]:
+    """Load the checkpoint to resume from; return the steps done in this part and the selection after them.
+
+    Metrics of steps that will be taken again are deleted; where nothing is resumed, those of the part before are taken.
+    """
+    ranks, metrics, checkpoints = machine.ranks, out / METRICS, out / CHECKPOINTS
+    earlier = (before / METRICS).read_text() if before else ""
+    rows = _rows(metrics, len(earlier.splitlines())) if ranks.rank == 0 else []
+
+    def selected(step: int) -> Selection:
+        own = selection
+        for row in rows[: step + 1]:
+            own = own.after(row["step"] - first, row)
+        return own
+
+    def usable(step: int, is_sound: Callable[[int], bool]) -> bool:
+        exported = selected(step).exported if step < len(rows) else None
+        return step < len(rows) and (not exported or is_sound(exported))
+
+    done, lines = engine.newest_sound(checkpoints, last - first, usable)
+    for line in lines:
+        machine.say(f"{section}: damaged checkpoint {line}; resumes from an earlier state")
+    done = done or 0
+    if done:
+        engine.load(checkpoints, done)
+    if ranks.rank == 0:
+        lines = "".join(json.dumps(row) + "\n" for row in (rows[: done + 1] if done else []))
+        write_atomically(metrics, earlier + lines)
+    ranks.wait(f"{section} begins")
+    return done, Selection(**ranks.share(asdict(selected(done) if done else selection)))
+
+
+def _rows(path: Path, skipped: int) -> list[dict[str, Any]]:
+    """Return the rows of a metrics file behind the first ones, up to a damaged line; none without a file."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines(keepends=True)[skipped:]:
+        try:
+            rows.append(json.loads(line) if line.endswith("\n") else None)
+        except ValueError:
+            rows.append(None)
+        if not isinstance(rows[-1], dict):
+            return rows[:-1]
+    return rows
+
+
+def _engine(section: str, config: Config, options: Training, module: Callable, machine: Machine, count: int) -> Engine:
     device = machine.device
-    bf16 = asked.precision == "bf16" or (asked.precision == "auto" and device.compute_dtype == torch.bfloat16)
+    bf16 = options.precision == "bf16" or (options.precision == "auto" and device.compute_dtype == torch.bfloat16)
     load = partial(
         load_model,
         dtype=torch.bfloat16 if bf16 else torch.float32,
@@ -199,53 +254,43 @@ def _engine(section: str, config: Config, asked: Training, module: Callable, mac
         machine.ranks,
         stage=config.deepspeed.stage,
         bf16=bf16,
-        micro_batch=asked.micro_batch_size,
+        micro_batch=options.micro_batch_size,
         accumulation=count,
-        clip=asked.max_grad_norm,
-        betas=asked.adam_betas,
-        weight_decay=asked.weight_decay,
+        clip=options.max_grad_norm,
+        betas=options.adam_betas,
+        weight_decay=options.weight_decay,
         extra=config.deepspeed.extra,
     )
 
 
-def _record(path: Path, section: str, steps: int, machine, metrics: dict[str, float]) -> None:
-    """Append a step's numbers to the metrics and the tracker; tell those of the held-out text."""
+def _record(path: Path, section: str, steps: int, machine: Machine, metrics: dict[str, float]) -> None:
+    """Append a step's numbers to the metrics and the tracker; print those of the held-out text."""
     if machine.ranks.rank == 0:
         with path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
     machine.track.log({name: value for name, value in metrics.items() if name != "step"}, metrics["step"], section)
     held = [(name.removeprefix(HELD_OUT), value) for name, value in metrics.items() if name.startswith(HELD_OUT)]
     if held:
-        told = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
-        told += [f"held-out {name.replace('kl', 'KL').replace('_', ' ')} {value:.4f}" for name, value in held]
-        machine.say(f"{section}: step {metrics['step']}/{steps}, {', '.join(told)}")
-
-
-def _begin(path: Path, done: int | None, first: int, before: Path | None) -> None:
-    """Forget metrics of steps that will be taken again; where nothing was saved, take those of the part before."""
-    if done is None:
-        write_atomically(path, (before / METRICS).read_text() if before else "")
-        return
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]  # or cut off
-    write_atomically(path, "".join(line for line in whole if json.loads(line)["step"] <= first + done))
+        parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+        parts += [f"held-out {name.replace('kl', 'KL').replace('_', ' ')} {value:.4f}" for name, value in held]
+        machine.say(f"{section}: step {metrics['step']}/{steps}, {', '.join(parts)}")
 
 
 def _write(config: Config, engine: Engine, origin: Checkpoint, out: Path, rank: int) -> None:
     """Write the model under the names of the origin's tensors; every rank takes part, rank 0 writes."""
     tensors = _tensors(engine, origin)
     if rank == 0:
-        write_checkpoint(
-            out, origin.config | {"dtype": "float32"}, tensors, config.checkpoint.shard_bytes, origin.folder
-        )
+        settings = origin.config | {"dtype": "float32"}
+        write_checkpoint(out, settings, tensors, config.checkpoint.shard_bytes, origin.folder)
     else:
         for _ in tensors:
             pass
 
 
 def _tensors(engine: Engine, origin: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """Give the trained weights, then what the model has beside them, as it is in the origin.
+    """Yield the trained weights, then the other tensors of the model as they are in the origin.
 
-    A stored copy of a tied output matrix is left out: it would be the old one.
+    A stored copy of a tied output matrix is left out, as it would be the old one.
     """
     trained = {HEAD} if origin.config.get("tie_word_embeddings") else set()
     for name, tensor in engine.student_state():

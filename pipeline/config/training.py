@@ -54,6 +54,8 @@ class TeacherCorrection(Training):
 
 
 class Distill(Training):
+    select: Literal["best", "last"]
+    patience: Count | None
     loss: Loss
 
 

@@ -14,7 +14,7 @@ from pipeline.model.logits import PLAIN, LogitForm, shaped
 
 OPERATOR = "kl_of_logits"  # of kernels/fused
 AUTOGRAD, CLOSED_FORM = "autograd", "closed_form"
-# Tensors of a block of logits, in float32 or better, that a method holds at most: counted by a test for every divergence.
+# Tensors of a block of logits, in float32 or better, that a method holds at most: a test counts them.
 HELD = {AUTOGRAD: 13, CLOSED_FORM: 6, "reference": 11}
 HELD_BY_KERNEL = 3  # none where both models' logits are plain products and there is no cross entropy
 

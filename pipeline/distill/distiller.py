@@ -189,7 +189,7 @@ def _keep_output(states: dict[int, Tensor], place: int):
 def _check(teacher: Any, student: Any, objective: Objective, match: Match | None) -> None:
     ours, theirs = (model.get_output_embeddings().weight.shape for model in (student, teacher))
     if ours[0] != theirs[0]:
-        raise ValueError(f"the student's vocabulary has {ours[0]} entries, the teacher's {theirs[0]}; use models of one vocabulary")
+        raise ValueError(f"the student's vocabulary has {ours[0]} entries, the teacher's {theirs[0]}; they must agree")
     for term in ("hidden", "embedding"):
         if not getattr(objective, term):
             continue

@@ -1,4 +1,4 @@
-"""Text kept out of training, to see on the way whether the model gets better."""
+"""Held-out text: kept out of training, to measure during training whether the model improves."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,21 +29,21 @@ class Heads:
 
 
 def hold_out(packed: Any, rows: int, section: str) -> tuple[Heads, Tensor]:
-    """Give a packed text without the tails of its domains, and the tails [n, sequence].
+    """Return a packed text without the tails of its domains, and the tails [n, sequence].
 
-    `packed` has `domains`, `sequence`, a length, and rows by index. Each domain gives its last rows, as many of `rows`
-    as its size is of the whole, and keeps one; where that comes to none, the largest gives one. ValueError, naming the
-    `section` of the settings, where that is over half the text, or no domain has a sequence to spare.
+    `packed` has `domains`, `sequence`, a length, and rows by index. The last rows of each domain are held out, in
+    proportion to its size, but never all of them; where every share rounds to none, the last row of the largest domain.
+    ValueError, naming the `section` of the settings, where that is over half the text or every domain is one sequence.
     """
     sizes = [domain["sequences"] for domain in packed.domains]
     largest = max(range(len(sizes)), key=lambda domain: (sizes[domain], domain))
     if 2 * rows > sum(sizes):
         raise ValueError(
-            f"{section}.validate_tokens holds out {rows} of the {sum(sizes)} sequences of the recovery text, more than "
-            "half; lower it or give more text"
+            f"{section}.eval_tokens: holding out {rows} of the {sum(sizes)} sequences of the recovery text is more "
+            "than half; lower it or use more text"
         )
     if sizes[largest] < 2:
-        raise ValueError(f"{section}.validate_tokens holds out text, and every domain is one sequence; give more text")
+        raise ValueError(f"{section}.eval_tokens: every domain of the recovery text is one sequence; use more text")
     tails = [max(0, min(size - 1, round(rows * size / sum(sizes)))) for size in sizes]
     if not any(tails):
         tails[largest] = 1
@@ -55,9 +55,9 @@ def hold_out(packed: Any, rows: int, section: str) -> tuple[Heads, Tensor]:
 
 
 def share_out(rows: Tensor, batch: int, rank: int, world: int) -> list[tuple[Tensor, float]]:
-    """Give this rank's batches of the rows [n, sequence] with weights that make the mean over ranks that over rows.
+    """Return this rank's batches of the rows [n, sequence], weighted so that the mean over ranks is the mean over rows.
 
-    Every rank gets equally many, as engines that partition weights need; what is too many has weight zero.
+    Every rank has the same number of batches, as engines that partition weights need; surplus ones have weight zero.
     """
     parts: Sequence[Tensor] = rows.split(batch)
     weighted = [(part, world * len(part) / len(rows)) for part in parts]

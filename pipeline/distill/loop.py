@@ -1,4 +1,4 @@
-"""The training loop: accumulate, step, measure, save; it talks to an engine and knows nothing of what drives it."""
+"""The training loop: accumulate, step, measure, save. It drives an engine and knows nothing of what is behind it."""
 
 import math
 import time
@@ -10,7 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-HELD_OUT = "held_out_"  # before the name of a number measured on held-out text
+from pipeline.distill.selection import Selection
+
+HELD_OUT = "held_out_"  # prefix of a number that was measured on held-out text
 
 
 class Engine(Protocol):
@@ -20,14 +22,12 @@ class Engine(Protocol):
     def step(self, learning_rate: float) -> float: ...
     def measure(self, batch: Tensor) -> dict[str, Tensor]: ...
     def average(self, values: Mapping[str, Tensor]) -> dict[str, float]: ...
-    def save(self, folder: Path, step: int, keep: int) -> Path: ...
-    def load(self, folder: Path) -> int | None: ...
-    def student_state(self) -> Iterator[tuple[str, Tensor]]: ...
+    def save(self, folder: Path, step: int, keep: int, best: int | None) -> None: ...
 
 
 @dataclass(frozen=True)
 class Course:
-    """A training run: its length, what happens on the way, and the seed of what is drawn at random (dropout)."""
+    """A training run: its length, when it is measured and saved, and the seed of what is drawn at random (dropout)."""
 
     section: str         # of the settings, for messages
     steps: int
@@ -39,7 +39,7 @@ class Course:
     seed: int
 
 
-Weighted = tuple[Tensor, float]  # a batch [rows, sequence] and its share of a mean over all ranks' batches
+Weighted = tuple[Tensor, float]  # a batch [rows, sequence] and its weight in the mean over all ranks' batches
 
 
 def train(
@@ -52,20 +52,27 @@ def train(
     checkpoints: Path,
     record: Callable[[dict[str, float]], None],
     progress: Callable[[Iterable[int]], Iterable[int]],
-) -> None:
-    """Train from step `start` to the end of the course.
+    selection: Selection,
+) -> Selection:
+    """Train from step `start` to the end of the course, or until `selection` stops it; return the last selection.
 
     `batches`: this rank's micro-batches [micro_batch, sequence], beginning with those of step `start`; `rate`: the
-    learning rate of a step. `record` gets the numbers after every step (and of the start): step, loss and its parts,
-    learning_rate, grad_norm, tokens, tokens_per_second (training alone), and what `measured` gives where it was.
-    FloatingPointError where loss or gradient are not finite; the last checkpoint stays.
+    learning rate of a step; `selection`: the held-out measurements up to `start`. `record` is called with the numbers
+    after every step (and before the first): step, loss and its parts, learning_rate, grad_norm, tokens,
+    tokens_per_second (of training alone), and what `measured` returns where it was called. A checkpoint is saved every
+    `save_every` steps, and after a measurement that is the best one, where the selection exports it.
+    FloatingPointError where loss or gradient are not finite; the last checkpoint remains.
     """
     saved = start
     if start == 0:
-        record({"step": 0, "tokens": 0} | measured(engine, held_out))
+        metrics = measured(engine, held_out)
+        record({"step": 0, "tokens": 0} | metrics)
+        selection = selection.after(0, metrics)
     for step in progress(range(start, course.steps)):
+        if selection.stops:
+            break
         began = time.perf_counter()
-        torch.manual_seed(course.seed + step)  # what is drawn depends on the step alone: a resumed run draws the same
+        torch.manual_seed(course.seed + step)  # random draws depend on the step alone: a resumed run repeats them
         metrics = _accumulate(engine, batches, course.accumulation)
         metrics["learning_rate"] = rate(step)
         metrics["grad_norm"] = engine.step(rate(step)) if math.isfinite(metrics["loss"]) else math.nan
@@ -75,17 +82,20 @@ def train(
         metrics |= {"step": done, "tokens": done * course.tokens}
         metrics["tokens_per_second"] = course.tokens / (time.perf_counter() - began)
         if done % course.validate_every == 0 or done == course.steps:
-            metrics |= measured(engine, held_out)
+            held = measured(engine, held_out)
+            metrics |= held
+            selection = selection.after(done, held)
         record(metrics)
-        if done % course.save_every == 0 and done < course.steps:
-            engine.save(checkpoints, done, course.keep)
+        if done < course.steps and (done % course.save_every == 0 or selection.exported == done):
+            engine.save(checkpoints, done, course.keep, selection.exported)
             saved = done
+    return selection
 
 
 def measured(engine: Engine, batches: Sequence[Weighted]) -> dict[str, float]:
-    """Give the means over all ranks' held-out batches of what the engine measures: held_out_<part> -> value.
+    """Return the means over all ranks' held-out batches of what the engine measures: held_out_<part> -> value.
 
-    Of a distiller that is the KL of teacher to student, in nats per token.
+    For a distiller that is the KL of teacher to student, in nats per token.
     """
     totals: dict[str, Tensor] = {}
     for batch, weight in batches:
@@ -95,7 +105,7 @@ def measured(engine: Engine, batches: Sequence[Weighted]) -> dict[str, float]:
 
 
 def _accumulate(engine: Engine, batches: Iterator[Tensor], accumulation: int) -> dict[str, float]:
-    """Run the micro-batches of one step; give the means of loss and parts over them and over ranks."""
+    """Run the micro-batches of one step; return the means of loss and parts over them and over ranks."""
     sums: dict[str, Tensor] = {}
     for _ in range(accumulation):
         for name, value in engine.backward(next(batches)).items():
@@ -104,9 +114,9 @@ def _accumulate(engine: Engine, batches: Iterator[Tensor], accumulation: int) ->
 
 
 def _diverged(section: str, step: int, metrics: Mapping[str, float], saved: int, checkpoints: Path) -> str:
-    kept = f"the state after step {saved} is kept in {checkpoints}" if saved else "no checkpoint had been saved yet"
+    kept = f"the checkpoint of step {saved} is in {checkpoints}" if saved else "no checkpoint had been saved"
     return (
-        f"{section} stopped at step {step}: loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g} at "
-        f"learning rate {metrics['learning_rate']:.3g}; {kept}; lower {section}.learning_rate or {section}.clip,"
-        f" with which {section} begins anew"
+        f"{section}: loss {metrics['loss']:.4g} and gradient norm {metrics['grad_norm']:.4g} at step {step}, learning "
+        f"rate {metrics['learning_rate']:.3g}; {kept}; lower {section}.learning_rate or {section}.max_grad_norm, with "
+        f"which {section} starts again"
     )

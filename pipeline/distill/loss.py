@@ -42,9 +42,9 @@ def linear_distillation(
 
     Hidden states [t, h_student] and [t, h_teacher], output matrices [v, h], biases [v]. `kind`: a name in DIVERGENCES;
     `labels` [t]: the next token of each position or IGNORED, needed where `cross_entropy` (a weight) is positive;
-    `chunk`: tokens whose logits exist at once; `kernel`: auto, autograd, reference or triton (`chunk.method_of`). Parts:
-    `divergence` (with its T^2) and, where weighted, `cross_entropy`. ValueError where shapes or needs do not fit, or
-    the kernel cannot run on the tensors.
+    `chunk`: tokens whose logits exist at once; `kernel`: auto, autograd, reference or triton (see `method_of`).
+    Parts: `divergence` (with its T^2) and, where weighted, `cross_entropy`. ValueError where shapes or needs do not
+    fit, or the kernel cannot run on the tensors.
     """
     method = method_of(kind, kernel, student_hidden.device.type)
     _check(student_hidden, student_weight, teacher_hidden, teacher_weight, teacher_bias)
@@ -107,9 +107,10 @@ class _LinearDistillation(torch.autograd.Function):
                 some = slice(first, first + rows)
                 above = slice(start + first, min(start + first + rows, part.stop))
                 targets = (labels[above], shares[above]) if shares is not None else None
-                d, e = compare(z[some], y[some], targets, terms, tokens, [b[: above.stop - above.start] for b in buffers])
-                divergence += d
-                entropy += e
+                own = [buffer[: above.stop - above.start] for buffer in buffers]
+                sums = compare(z[some], y[some], targets, terms, tokens, own)
+                divergence += sums[0]
+                entropy += sums[1]
             if grad_hidden is not None:
                 torch.mm(z, weight, out=grad_hidden[part])
             if grad_weight is not None:
@@ -131,7 +132,7 @@ class _LinearDistillation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         if ctx.gradients is None:
-            raise RuntimeError("the distillation loss keeps its gradients for one backward pass; compute the loss again")
+            raise RuntimeError("the distillation loss keeps its gradients for one backward pass; compute it again")
         gradients, ctx.gradients = ctx.gradients, None
         return *(None if each is None else each.mul_(grad_loss) for each in gradients), *[None] * 6
 
@@ -186,4 +187,4 @@ def _check(student_hidden, student_weight, teacher_hidden, teacher_weight, teach
         )
     frozen = (teacher_hidden, teacher_weight, teacher_bias)
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in frozen):
-        raise ValueError("a teacher tensor requires a gradient, and the loss has none for the teacher; freeze or detach it")
+        raise ValueError("a teacher tensor requires a gradient, but the teacher is not trained; freeze or detach it")

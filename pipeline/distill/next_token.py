@@ -95,6 +95,6 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss):
         if ctx.gradients is None:
-            raise RuntimeError("the next-token loss keeps its gradients for one backward pass; compute the loss again")
+            raise RuntimeError("the next-token loss keeps its gradients for one backward pass; compute it again")
         gradients, ctx.gradients = ctx.gradients, None
         return *(None if each is None else each.mul_(grad_loss) for each in gradients), None, None, None

@@ -8,9 +8,9 @@ DECAYED = 0.1  # wsd: the fraction of the steps at the end over which the rate f
 def learning_rate(kind: str, step: int, steps: int, peak: float, warmup: float, floor: float) -> float:
     """Return the learning rate of step 0 .. steps - 1; ValueError for an unknown kind.
 
-    It rises linearly over the first `warmup` fraction of the steps and reaches `peak` on the last of them; then it falls
-    to `floor` times `peak`, reached on the last step: along a cosine, or (wsd: warm-up, stable, decay) linearly over the
-    last tenth.
+    It rises linearly over the first `warmup` fraction of the steps and reaches `peak` on the last of them; then it
+    falls to `floor` times `peak` on the last step: along a cosine, or linearly over the last tenth (wsd: warm-up,
+    stable, decay).
     """
     rising = math.ceil(warmup * steps)
     if step < rising:

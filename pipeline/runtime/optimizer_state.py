@@ -18,28 +18,34 @@ FUSED_ADAM = ("cpu", "cuda")  # kinds of device where torch has AdamW in one pas
 class States:
     """Float32 master weights and moments of a DeepSpeed engine, each read and written whole, shaped as its parameter.
 
-    `named` is what is trained, by name. From ZeRO stage 1 on every method is a collective, called in the same order.
+    `named`: the trained parameters by name. From ZeRO stage 1 on every method is a collective, called in the same
+    order on all ranks.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter], engine: Any, stage: int, device: Device, ranks: Ranks):
-        """Make every moment, zero, at step 0."""
+        """Create every moment, zero, at step 0."""
         self._named, self._adam, self._optimizer = named, engine.basic_optimizer, engine.optimizer
         self._stage, self._device, self._ranks = stage, device, ranks
         self._masters = self._own_masters() if stage == 0 else {}
         self._open_moments()
 
     def names(self) -> Iterator[str]:
-        """Give KIND/NAME of every tensor, a kind after another."""
+        """Yield KIND/NAME of every tensor, one kind after another."""
         return (f"{kind}/{name}" for kind in (MASTER, *MOMENTS) for name in self._named)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor by its KIND/NAME."""
+        whole = {name: tuple(getattr(each, "ds_shape", each.shape)) for name, each in self._named.items()}
+        return {each: whole[each.partition("/")[2]] for each in self.names()}
+
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Give every tensor on the host under its KIND/NAME."""
+        """Yield every tensor by its KIND/NAME, on the host."""
         for each in self.names():
             kind, _, name = each.partition("/")
             yield each, self.read(name, kind).cpu()
 
     def restore(self, saved: Mapping[str, Tensor], step: int) -> None:
-        """Put back what `items` gave after so many steps."""
+        """Write back what `items` yielded after `step` steps."""
         with self.rewriting():
             for name in self._named:
                 for kind in (MASTER, *MOMENTS):
@@ -48,7 +54,7 @@ class States:
                 state["step"].fill_(step)
 
     def read(self, name: str, kind: str) -> Tensor:
-        """Give a master weight or a moment, whole, float32."""
+        """Return a master weight or a moment, whole, float32."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         parameter = self._named[name]
@@ -60,7 +66,7 @@ class States:
         return safe_get_full_optimizer_state(parameter, kind)
 
     def write(self, name: str, kind: str, value: Tensor) -> None:
-        """Replace a master weight or a moment, given whole; each rank takes the part it owns."""
+        """Replace a master weight or a moment by a whole one; each rank takes the part it owns."""
         from deepspeed import utils
 
         parameter = self._named[name]
@@ -78,7 +84,7 @@ class States:
 
     @contextmanager
     def rewriting(self) -> Iterator[None]:
-        """Bring the compute weights in line with the master weights that the block writes."""
+        """Update the compute weights from the master weights that the block writes."""
         if self._stage == 3:
             self._optimizer.checkpoint_event_prologue()
         yield
@@ -93,14 +99,14 @@ class States:
                 parameter.data.copy_(self._masters[id(parameter)].data)
 
     def _own_masters(self) -> dict[int, Tensor]:
-        """Without ZeRO, give the float32 weights by the identity of the parameter they are for."""
+        """Return the float32 weights without ZeRO, by the identity of their parameter."""
         if self._optimizer is self._adam:
             return {id(parameter): parameter for parameter in self._named.values()}
         pairs = zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups)
         return {id(low): master for lows, masters in pairs for low, master in zip(lows, masters)}
 
     def _open_moments(self) -> None:
-        """Make every Adam state, at step 0: some stages would make theirs at the first step, some have taken one."""
+        """Create every Adam state at step 0: some stages would do so at the first step, and some have taken one."""
         owned = [each for group in self._adam.param_groups for each in group["params"]]
         for tensor in self._optimizer.fp32_partitioned_groups_flat if self._stage == 3 else owned:
             state = self._adam.state[tensor]
@@ -112,7 +118,7 @@ class States:
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def _partition(self, whole: Tensor, size: int) -> Tensor:
-        """Give this rank's part of a tensor that ZeRO-3 cut into equal ones, the last padded with zeros."""
+        """Return this rank's part of a tensor that ZeRO-3 cut into equal ones, the last padded with zeros."""
         part = whole.new_zeros(size)
         mine = whole.flatten()[self._ranks.rank * size : (self._ranks.rank + 1) * size]
         part[: mine.numel()] = mine

@@ -32,7 +32,7 @@ WRONG = [
     ),
     ("fused_loss", "--tokens 0", "--tokens: '0' is no whole number of at least 1"),
     pytest.param("fused_loss", "--device cuda", "--device: cuda cannot run here", marks=NO_CUDA),
-    ("fused_loss", "--kernels triton", "--kernels: kernel kl_of_logits: triton cannot run on cpu"),
+    ("fused_loss", "--kernels triton", "kernel kl_of_logits: triton cannot run on cpu"),
     ("cut_cost", "nosuch=1", "settings nosuch=1: Could not override 'nosuch'"),
     ("cut_cost", "--tokens 511", "--tokens: '511' is no whole number of at least 512"),
     ("aligned_widths", "--chip 910X", "--chip: invalid choice: '910X' (choose from"),

@@ -127,7 +127,7 @@ def test_models_and_terms_that_do_not_fit_are_refused(student, asked, match, mes
         Distiller(teacher, student, objective(**asked), match, False)
 
 
-@pytest.mark.parametrize("kind", ["cosine", "constant_decay"])
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
 @pytest.mark.parametrize("steps", [1, 2, 7, 24, 200])
 def test_the_rate_rises_to_its_peak_and_ends_on_its_floor(kind, steps):
     rates = [learning_rate(kind, step, steps, 3e-4, 0.05, 0.01) for step in range(steps)]
@@ -138,11 +138,11 @@ def test_the_rate_rises_to_its_peak_and_ends_on_its_floor(kind, steps):
         assert rates[-1] == pytest.approx(3e-6)
 
 
-def test_constant_decay_is_constant_until_the_last_tenth_and_then_linear():
-    rates = [learning_rate("constant_decay", step, 100, 1.0, 0.0, 0.0) for step in range(100)]
+def test_wsd_is_constant_until_the_last_tenth_and_then_linear():
+    rates = [learning_rate("wsd", step, 100, 1.0, 0.0, 0.0) for step in range(100)]
     assert rates[:90] == [1.0] * 90
     assert np.diff(rates[89:]) == pytest.approx(np.full(10, -0.1))
-    with pytest.raises(ValueError, match="cosine or constant_decay"):
+    with pytest.raises(ValueError, match="distill.lr_scheduler.*cosine or wsd"):
         learning_rate("linear", 0, 10, 1.0, 0.0, 0.0)
 
 
@@ -174,9 +174,9 @@ def test_held_out_rows_are_the_tails_and_no_training_row(sizes, rows, held):
 
 
 def test_more_than_half_the_text_is_never_held_out():
-    with pytest.raises(ValueError, match="distill.eval_tokens holds out 6 of the 10"):
+    with pytest.raises(ValueError, match="distill.eval_tokens.*6 of the 10"):
         hold_out(Text(10), 6, "distill")
-    with pytest.raises(ValueError, match="distill.eval_tokens .* every domain is one sequence"):
+    with pytest.raises(ValueError, match="distill.eval_tokens.*every domain"):
         hold_out(Text(1, 1), 1, "distill")
 
 
@@ -267,18 +267,16 @@ def test_a_gradient_that_is_not_finite_stops_too():
 def test_batches_that_do_not_divide_and_runs_below_a_step_are_refused():
     from pipeline.training import accumulation, steps_of
 
-    def asked(**changed):
-        return SimpleNamespace(
-            **({"global_batch_size": 8, "micro_batch_size": 4, "tokens": 49152, "max_steps": None} | changed)
-        )
+    def training(**changed):
+        plain = {"global_batch_size": 8, "micro_batch_size": 4, "tokens": 49152, "max_steps": None}
+        return SimpleNamespace(**(plain | changed))
 
-    assert accumulation("distill", asked(), 2) == 1
-    with pytest.raises(
-        ValueError, match=r"distill.global_batch_size is 10, .* \(4\) x ranks \(1\) = 4; nearest: 8 or 12"
-    ):
-        accumulation("distill", asked(global_batch_size=10), 1)
+    assert accumulation("distill", training(), 2) == 1
+    with pytest.raises(ValueError, match=r"distill.global_batch_size.*10.*micro_batch_size.*nearest: 8 or 12"):
+        accumulation("distill", training(global_batch_size=10), 1)
     with pytest.raises(ValueError, match=r"= 12; nearest: 12"):
-        accumulation("distill", asked(), 3)
-    with pytest.raises(ValueError, match="regularize.tokens is 4095, less than one step"):
-        steps_of("settle", asked(tokens=4095), 512)
-    assert steps_of("distill", asked(tokens=9000), 512) == 2
+        accumulation("distill", training(), 3)
+    with pytest.raises(ValueError, match="regularize.tokens.*4095"):
+        steps_of("regularize", training(tokens=4095), 512)
+    assert steps_of("distill", training(tokens=9000), 512) == 2
+    assert steps_of("distill", training(tokens=90000, max_steps=3), 512) == 3

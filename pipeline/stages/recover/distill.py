@@ -6,6 +6,7 @@ from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.distill.chunk import method_of
 from pipeline.distill.distiller import Distiller, Match, Objective
+from pipeline.distill.selection import Selection
 from pipeline.model.blueprint import Blueprint
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.device import choose
@@ -23,8 +24,8 @@ def check(config: Config) -> None:
     steps, rounds = steps_of("distill", config.distill, config.data.sequence_length), config.recipe.rounds
     if rounds > steps and "distill" in config.recipe.repeat:
         raise ValueError(
-            f"distill.tokens: {config.distill.tokens} is enough for {steps} steps, fewer than recipe.rounds ({rounds}); "
-            "raise the tokens or lower the rounds"
+            f"distill.tokens: {config.distill.tokens} is enough for {steps} steps, fewer than recipe.rounds "
+            f"({rounds}); raise the tokens or lower the rounds"
         )
 
 
@@ -56,6 +57,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         machine,
         Stretch(number, rounds, inputs.get("previous_student")),
         _skipped(config),
+        Selection("held_out_kl", config.distill.select == "best", config.distill.patience),
     )
 
 
