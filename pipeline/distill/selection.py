@@ -60,7 +60,7 @@ class Selection:
         }
 
     def messages(self, section: str, offset: int) -> list[str]:
-        """Return lines for the user: where training stopped early, made the model worse, or exports an earlier state."""
+        """Return lines for the user: training stopped early, did not help, or exports an earlier state."""
         if not self.metric:
             return []
         facts, lines = self.facts(offset), []

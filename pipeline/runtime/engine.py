@@ -144,7 +144,7 @@ class Engine:
             yield name, self._states.read(name, MASTER).cpu()
 
     def save(self, folder: Path, step: int, keep: int, best: int | None) -> None:
-        """Write the state after `step` optimizer steps as folder/step-<n>; keep the last `keep` and that of `best`."""
+        """Write the state after `step` optimizer steps as folder/step-<n>; keep the last `keep` and the `best`."""
         if self._ranks.rank == 0:
             training_checkpoints.write(folder, step, self._states.items())
             training_checkpoints.prune(folder, keep, best)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.runtime.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import Checkpoint, Tensors, open_checkpoint, write_checkpoint
+from pipeline.runtime.described import read_config
 
 DIGESTS = "digests.json"   # file name -> BLAKE2b of its content
 SHARD_BYTES = 1 << 30      # also what the rank that writes holds in memory
@@ -60,8 +61,7 @@ def damage(path: Path, shapes: Mapping[str, tuple[int, ...]], steps: int) -> str
         changed = next((name for name in sorted(names) if _digest(path / name) != digests[name]), None)
         if changed is not None:
             return f"{changed} is not as it was written"
-        saved = open_checkpoint(path)
-        step = saved.config.get("step")
+        saved, step = Tensors(path, allow_pickle=False), read_config(path).get("step")
         if type(step) is not int or path.name != f"step-{step:08d}" or not 0 < step <= steps:
             return f"its step is {step!r}, and the training has {steps} steps"
         if set(saved) != set(shapes):

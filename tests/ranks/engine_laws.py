@@ -5,12 +5,16 @@ Run as: [torchrun] engine_laws.py <folder>; several processes write as one. Fact
 
 import json
 import math
+import os
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from pipeline.runtime import training_checkpoints
+from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.device import open_device
 from pipeline.runtime.ranks import join, leave, place
 
@@ -37,6 +41,34 @@ def main(folder: Path) -> None:
     if ranks.rank == 0:
         (folder / f"facts-{ranks.world}.json").write_text(json.dumps(laws.facts))
     leave()
+
+
+def flip(path):
+    """Flip one bit in the middle of the largest file."""
+    file = max(path.iterdir(), key=lambda each: each.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def reshape(path):
+    """Give a tensor another shape and the digests of that: a sound file that is not of this training."""
+    tensors = dict(open_checkpoint(path).items())
+    name = next(name for name, tensor in tensors.items() if tensor.dim() == 2)
+    tensors[name] = tensors[name].T.contiguous()
+    training_checkpoints.write(path.parent, 6, tensors.items())
+
+
+SPOILED = {
+    "flip": flip,
+    "cut": lambda path: os.truncate(path / "model.safetensors", 100),
+    "absent": lambda path: (path / "model.safetensors").unlink(),
+    "config": lambda path: (path / "config.json").write_text('{"step": 5}'),
+    "no_digests": lambda path: (path / "digests.json").unlink(),
+    "digests": lambda path: (path / "digests.json").write_text("[1"),
+    "renamed": lambda path: path.rename(path.with_name("step-00000005")),
+    "reshape": reshape,
+}
 
 
 class Laws:
@@ -86,12 +118,13 @@ class Laws:
         place = self.folder / f"resume-{self.ranks.world}-{stage}-{bf16}"
         engine = self.engine(stage, bf16)
         before = self.steps(engine, 0, BREAK)
-        engine.save(place, BREAK, keep=1)
+        engine.save(place, BREAK, keep=1, best=None)
         after = self.steps(engine, BREAK, STEPS)
         straight = dict(engine.student_state())
         engine.close()
         engine = self.engine(stage, bf16, seed=9)
-        found = engine.load(place)
+        found, damaged = engine.newest_sound(place, STEPS, lambda step, is_sound: True)
+        engine.load(place, found)
         again = self.steps(engine, BREAK, STEPS)
         resumed = dict(engine.student_state())
         engine.close()
@@ -99,6 +132,7 @@ class Laws:
         self.facts[name] = {
             "curve": before + after,
             "found": found,
+            "damaged": damaged,
             "same_curve": again == after,
             "same_weights": all(torch.equal(straight[key], resumed[key]) for key in straight),
             "types": sorted({str(tensor.dtype) for tensor in straight.values()}),
@@ -120,13 +154,13 @@ class Laws:
         """Save on these ranks under ZeRO-3 for another number of ranks and another stage; and train on."""
         engine = self.engine(3, False)
         self.steps(engine, 0, BREAK)
-        engine.save(self.folder / "moved", BREAK, keep=1)
+        engine.save(self.folder / "moved", BREAK, keep=1, best=None)
         self.facts["moved"] = self.steps(engine, BREAK, STEPS)
         engine.close()
 
     def take_over(self):
         engine = self.engine(1, False, seed=9)
-        engine.load(self.folder / "moved")
+        engine.load(self.folder / "moved", BREAK)
         self.facts["moved"] = self.steps(engine, BREAK, STEPS)
         engine.close()
 
@@ -141,16 +175,30 @@ class Laws:
             self.facts[f"rounded-{stage}"] = any((other[n].bfloat16().float() != other[n]).any() for n in other)
             engine.close()
         engine = self.engine(2, False)
-        for step in (2, 4, 6):
-            engine.save(self.folder / "kept", step, keep=2)
+        for step in (2, 3, 4, 6):
+            engine.save(self.folder / "kept", step, keep=2, best=2)
         self.facts["kept"] = sorted(path.name for path in (self.folder / "kept").iterdir())
+        self.facts["damage"] = self.damage(engine, self.folder / "kept")
         engine.close()
         engine = self.engine(2, False, "llama")
         try:
-            engine.load(self.folder / "kept")
+            engine.newest_sound(self.folder / "kept", 6, lambda step, is_sound: True)
         except ValueError as fault:
             self.facts["another"] = str(fault)
         engine.close()
+
+    def damage(self, engine, place):
+        """Spoil a copy of the newest checkpoint in one way after another: the step that is resumed from, and why."""
+        facts = {}
+        for name, spoil in SPOILED.items():
+            copy = self.folder / f"spoiled-{name}"
+            shutil.copytree(place, copy)
+            spoil(copy / "step-00000006")
+            facts[name] = engine.newest_sound(copy, 6, lambda step, is_sound: True)
+        facts["beyond"] = engine.newest_sound(place, 5, lambda step, is_sound: True)
+        facts["unusable"] = engine.newest_sound(place, 6, lambda step, is_sound: step < 3 and is_sound(4))
+        facts["none"] = engine.newest_sound(place, 1, lambda step, is_sound: True)
+        return facts
 
     def poison(self):
         """One gradient is not finite although the loss is: the norm that `step` gives."""

@@ -1,5 +1,6 @@
 """The distiller against plain transformers models, the schedule, the hold-out and the loop."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from pipeline.distill.distiller import Distiller, Match, Objective
 from pipeline.distill.holdout import hold_out, share_out
 from pipeline.distill.loop import Course, train
+from pipeline.distill.selection import Selection
 from pipeline.distill.schedule import learning_rate
 from tests.tiny import tiny_model, tokens
 
@@ -188,6 +190,10 @@ def test_the_weighted_batches_of_all_ranks_make_the_mean_over_rows(world):
     assert sum(w * b.mean() for share in shares for b, w in share) / world == pytest.approx(3.0)
 
 
+LAST = Selection("", False, None)
+BEST = Selection("held_out_kl", True, None)
+
+
 class Recorder:
     """An engine of one number, moved by the mean of what it sees; it writes down what it is asked."""
 
@@ -208,8 +214,9 @@ class Recorder:
     def average(self, values):
         return {name: float(value) for name, value in values.items()}
 
-    def save(self, folder, step, keep):
+    def save(self, folder, step, keep, best):
         self.saved.append((step, self.weight))
+        self.best = best
 
 
 def course(**changed):
@@ -217,11 +224,13 @@ def course(**changed):
     return Course("distill", **(values | changed))
 
 
-def run(engine, start=0, tmp="/checkpoints", **changed):
+def run(engine, start=0, tmp="/checkpoints", selection=LAST, **changed):
     kept = []
     batches = (torch.full((2, 8), float(i)) for i in range(2 * start, 100))
-    held = [(torch.ones(2, 8), 1.0)]
-    train(engine, batches, held, course(**changed), lambda step: 0.1, start, tmp, kept.append, lambda steps: steps)
+    held, rate = [(torch.ones(2, 8), 1.0)], lambda step: 0.1
+    engine.selection = train(
+        engine, batches, held, course(**changed), rate, start, tmp, kept.append, lambda steps: steps, selection
+    )
     return kept
 
 
@@ -248,11 +257,59 @@ def test_a_loop_that_goes_on_ends_where_a_straight_one_does_and_measuring_change
     assert resumed.weight == straight.weight
 
 
+class Curve(Recorder):
+    """An engine whose held-out KL follows a list, measured every step and before the first."""
+
+    def __init__(self, *curve):
+        super().__init__()
+        self.curve = list(curve)
+
+    def measure(self, batch):
+        return {"kl": torch.tensor(self.curve.pop(0), dtype=torch.float64)}
+
+
+def test_the_best_state_is_saved_when_it_is_measured_and_exported():
+    engine = Curve(5.0, 3.0, 4.0, 2.0, 6.0, 7.0, 8.0)
+    run(engine, selection=BEST, validate_every=1, save_every=4)
+    assert [step for step, _ in engine.saved] == [1, 3, 4] and engine.best == 3
+    facts = engine.selection.facts(10)
+    assert facts["exported"] == 2.0 and facts["exported_step"] == 13 and facts["last"] == 8.0 and facts["first"] == 5.0
+    assert facts["helped"] and facts["rose"] and not facts["stopped_early"]
+    assert any("WARNING" in line and "distill.learning_rate" in line for line in engine.selection.messages("distill", 0))
+
+
+def test_a_training_that_never_lowers_the_kl_exports_its_beginning_and_says_so():
+    engine = Curve(1.0, 1.5, 1.2)
+    run(engine, selection=BEST, validate_every=3)
+    assert engine.selection.exported == 0 and not engine.selection.facts(0)["helped"]
+    assert any("WARNING" in line for line in engine.selection.messages("distill", 0))
+
+
+def test_the_last_state_is_exported_where_that_is_asked_and_a_worse_one_is_reported():
+    engine = Curve(1.0, 1.5, 1.2)
+    run(engine, selection=replace(BEST, best=False), validate_every=3, save_every=3)
+    assert engine.selection.exported is None and engine.saved[-1][0] == 3 and engine.best is None
+    assert engine.selection.facts(0)["exported"] == 1.2 and engine.selection.facts(0)["rose"]
+
+
+def test_a_training_that_helped_to_its_end_says_nothing():
+    engine = Curve(3.0, 2.0, 1.0)
+    run(engine, selection=BEST, validate_every=3)
+    assert engine.selection.messages("distill", 0) == [] and engine.selection.exported == 6
+
+
+@pytest.mark.parametrize(("patience", "last"), [(1, 2), (2, 5), (None, 6)])
+def test_patience_counts_measurements_without_a_lower_value(patience, last):
+    engine = Curve(5.0, 4.0, 4.5, 3.0, 3.0, 3.1, 1.0)
+    kept = run(engine, selection=replace(BEST, patience=patience), validate_every=1)
+    assert kept[-1]["step"] == last and engine.selection.last_step == last
+    assert engine.selection.facts(0)["stopped_early"] == (patience is not None)
+
+
 @pytest.mark.parametrize("fault", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_place_of_the_last_checkpoint(fault):
     engine = Recorder([1.0] * 6 + [fault])
-    told = r"distill stopped at step 4: loss (nan|inf).*after step 2 is kept in /checkpoints"
-    with pytest.raises(FloatingPointError, match=told):
+    with pytest.raises(FloatingPointError, match=r"distill: loss (nan|inf).*step 4.*step 2 is in /checkpoints"):
         run(engine)
     assert [step for step, _ in engine.saved] == [2]
 
@@ -260,7 +317,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_place_of_the_last
 def test_a_gradient_that_is_not_finite_stops_too():
     engine = Recorder()
     engine.step = lambda rate: float("inf")
-    with pytest.raises(FloatingPointError, match="step 1: .*gradient norm inf.*no checkpoint had been saved"):
+    with pytest.raises(FloatingPointError, match="gradient norm inf at step 1.*no checkpoint.*distill.max_grad_norm"):
         run(engine)
 
 
