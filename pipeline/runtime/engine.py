@@ -133,7 +133,7 @@ class Engine:
         """Start from these weights by name, in float32, which the compute type would have rounded."""
         missing = [name for name in self._named if name not in weights]
         if missing:
-            raise ValueError(f"the initial student has no tensor {missing[0]}, which is trained; make the student again")
+            raise ValueError(f"the initial student lacks the trained tensor {missing[0]}; make the student again")
         with self._states.rewriting():
             for name in self._named:
                 self._states.write(name, MASTER, weights[name].to(self._device.torch, torch.float32))

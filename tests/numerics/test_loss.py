@@ -99,7 +99,13 @@ def test_values_and_gradients_are_those_of_the_plain_formula(kind, softcap, kern
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_gradient_entry_is_the_finite_difference_of_the_loss(kind):
     student, teacher, labels = case()
-    asked = {"kind": kind, "temperature": 1.5, "cross_entropy": 0.4, "chunk": 100, "forms": (LogitForm(1.0, 4.0), PLAIN)}
+    asked = {
+        "kind": kind,
+        "temperature": 1.5,
+        "cross_entropy": 0.4,
+        "chunk": 100,
+        "forms": (LogitForm(1.0, 4.0), PLAIN),
+    }
     ours = leaves(student)
     fused(ours, teacher, labels, **asked)[0].backward()
     with torch.no_grad():

@@ -122,7 +122,9 @@ def test_the_last_checkpoints_and_the_best_are_kept_and_nothing_half_written(tol
     assert told[1]["kept"] == ["step-00000002", "step-00000004", "step-00000006"]
 
 
-@pytest.mark.parametrize("case", ["flip", "cut", "absent", "config", "no_digests", "digests", "renamed", "reshape", "beyond"])
+@pytest.mark.parametrize(
+    "case", ["flip", "cut", "absent", "config", "no_digests", "digests", "renamed", "reshape", "beyond"]
+)
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_taken(told, case):
     step, lines = told[1]["damage"][case]
     assert step == 4 and len(lines) == 1 and ("step-00000005" if case == "renamed" else "step-00000006") in lines[0]

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from pipeline.distill.distiller import Distiller, Match, Objective
 from pipeline.distill.holdout import hold_out, share_out
 from pipeline.distill.loop import Course, train
-from pipeline.distill.selection import Selection
 from pipeline.distill.schedule import learning_rate
+from pipeline.distill.selection import Selection
 from tests.tiny import tiny_model, tokens
 
 PLAIN = {"kind": "forward_kl", "beta": 0.5, "temperature": 1.0, "cross_entropy": 0.0, "hidden": 0.0, "embedding": 0.0}
@@ -275,7 +275,9 @@ def test_the_best_state_is_saved_when_it_is_measured_and_exported():
     facts = engine.selection.facts(10)
     assert facts["exported"] == 2.0 and facts["exported_step"] == 13 and facts["last"] == 8.0 and facts["first"] == 5.0
     assert facts["helped"] and facts["rose"] and not facts["stopped_early"]
-    assert any("WARNING" in line and "distill.learning_rate" in line for line in engine.selection.messages("distill", 0))
+    assert any(
+        "WARNING" in line and "distill.learning_rate" in line for line in engine.selection.messages("distill", 0)
+    )
 
 
 def test_a_training_that_never_lowers_the_kl_exports_its_beginning_and_says_so():

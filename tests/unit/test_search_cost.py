@@ -140,7 +140,8 @@ def test_a_higher_zero_stage_shares_out_more_of_the_state_and_loses_none():
 
 def test_stage_3_on_several_devices_counts_what_it_gathers_and_no_more_than_there_is():
     def gathered(teacher, student, stage, devices):
-        return memory_parts(teacher, student, Recovery(1, 128, 8, 1, "bf16", stage, True, 128, *LOSS), devices)["gathered"]
+        run = Recovery(1, 128, 8, 1, "bf16", stage, True, 128, *LOSS)
+        return memory_parts(teacher, student, run, devices)["gathered"]
 
     limit = 2 * (LIVE_PARAMETERS + 128256 * (LLAMA_8B.hidden + STUDENT.hidden))
     assert [gathered(LLAMA_8B, STUDENT, stage, 8) for stage in range(4)] == [0, 0, 0, limit]

@@ -21,13 +21,13 @@ def enabled(config: Config) -> bool:
 def check(config: Config) -> None:
     """Refuse batches that cannot be divided and runs shorter than a step, before any work."""
     if enabled(config):
-        accumulation("settle", config.regularize, place()[1])
-        steps_of("settle", config.regularize, config.data.sequence_length)
+        accumulation("regularize", config.regularize, place()[1])
+        steps_of("regularize", config.regularize, config.data.sequence_length)
 
 
 def settings(config: Config) -> dict:
     """Give what determines the settled weights; how the work is spread over ranks and memory does not."""
-    return settings_of(config, config.regularize, {"chunk"})
+    return settings_of(config, config.regularize, set())
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
@@ -37,7 +37,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     kept = json.loads((inputs["depth"] / "depth.json").read_text())["kept"]
     picked = sorted(set(range(len(teacher.anatomy.sizes.layers))) - set(kept))
     train_model(
-        "settle",
+        "regularize",
         config,
         teacher,
         lambda load: Settling(

@@ -27,8 +27,8 @@ def check(config: Config) -> None:
     """Refuse batches that cannot be divided, runs shorter than a step and another hold-out than that of recovery."""
     if not enabled(config):
         return
-    accumulation("correct", config.teacher_correction, place()[1])
-    steps_of("correct", config.teacher_correction, config.data.sequence_length)
+    accumulation("teacher_correction", config.teacher_correction, place()[1])
+    steps_of("teacher_correction", config.teacher_correction, config.data.sequence_length)
     held, other = config.teacher_correction.eval_tokens, config.distill.eval_tokens
     if held != other and "distill" in config.recipe.stages:
         raise ValueError(
@@ -39,14 +39,14 @@ def check(config: Config) -> None:
 
 def settings(config: Config) -> dict:
     """Give what determines the corrected weights; how the work is spread over ranks and memory does not."""
-    return settings_of(config, config.teacher_correction, {"chunk"})
+    return settings_of(config, config.teacher_correction, set())
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """Write the corrected teacher as a model folder in float32, and metrics.jsonl."""
     asked = config.teacher_correction
     train_model(
-        "correct",
+        "teacher_correction",
         config,
         open_checkpoint(inputs["teacher"], config.model.allow_pickle),
         lambda load: LanguageModel(load(inputs["teacher"]), config.logits.chunk, asked.gradient_checkpointing),

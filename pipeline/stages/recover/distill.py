@@ -37,7 +37,7 @@ def settings(config: Config) -> dict:
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
-    """Write the recovered student as a model folder in float32, and metrics.jsonl, of all rounds so far."""
+    """Write the recovered student as a model folder in float32, recovery.json, and metrics.jsonl of all rounds."""
     number, rounds = config.recipe.part
     match = _match(inputs)
     objective = Objective(**config.distill.loss.model_dump(), chunk=config.logits.chunk)
