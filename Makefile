@@ -3,6 +3,7 @@
 # side-by-side table (an hour each on two cores), and the table.  All set everything up first.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
+INDEX  ?=
 VENV   := .venv
 RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
@@ -16,7 +17,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements/demo.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(if $(INDEX),--index-url '$(INDEX)') '$(TORCH)'
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/demo.txt
 	touch $@

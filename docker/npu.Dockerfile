@@ -1,14 +1,17 @@
 # docker build -f docker/npu.Dockerfile -t pangu-light:npu .
 # Atlas A3: add --build-arg CANN=quay.io/ascend/cann:9.1.0-a3-ubuntu22.04-py3.11
-# CANN, torch and torch_npu are released as sets: CANN 9.1.0 goes with torch_npu 2.12.0 and torch 2.12.0.
+# CANN, torch and torch_npu are released as sets, see pipeline/runtime/versions.py.
 ARG CANN=quay.io/ascend/cann:9.1.0-910b-ubuntu22.04-py3.11
 FROM ${CANN}
 
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
+ARG ASCEND_INDEX=https://mirrors.huaweicloud.com/ascend/repos/pypi
+
+# torch from the CPU index on aarch64 and x86_64 alike: the default index has CUDA builds for aarch64.
 RUN pip install --index-url "${TORCH_INDEX}" torch==2.12.0 \
-    && pip install torch_npu==2.12.0
+    && pip install --extra-index-url "${ASCEND_INDEX}" torch_npu==2.12.0
 
 # The dependencies alone, so that a change of the code rebuilds one small layer. DeepSpeed's set-up imports torch, and
 # torch would import torch_npu, which needs a driver: not while building.

@@ -36,13 +36,17 @@ def _stoppable() -> Iterator[None]:
 
 @_stoppable()
 def main() -> None:
-    """Run a pipeline, or one of the small commands beside it: doctor, calibrate-chip."""
+    """Run a pipeline, or one of the small commands beside it: doctor, clean, calibrate-chip."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if sys.argv[1:2] == ["doctor"]:
         from pipeline.runtime.doctor import doctor
 
         sys.exit(doctor(sys.argv[2:]))
+    if sys.argv[1:2] == ["clean"]:
+        from pipeline.runtime.clean import clean
+
+        sys.exit(clean(sys.argv[2:]))
     if sys.argv[1:2] == ["calibrate-chip"]:
         _calibrate_chip(sys.argv[2:])
         return

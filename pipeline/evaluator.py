@@ -15,9 +15,9 @@ from pipeline.evaluation import tasks
 from pipeline.evaluation.perplexity import quality, tallies
 from pipeline.evaluation.samples import cache_bytes_per_token, continue_greedily, opening
 from pipeline.evaluation.words import Question, questions, right
-from pipeline.runtime.artifacts import fingerprint
 from pipeline.runtime.checkpoint import load_model
 from pipeline.runtime.device import chip_name, choose
+from pipeline.runtime.hashing import fingerprint
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import place

@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from pipeline.config import Config
 from pipeline.graph import STAGES, check, is_wanted, makers_of, needs_of
 from pipeline.runtime import artifacts, disk
 from pipeline.runtime.device import open_device
+from pipeline.runtime.hashing import digest
+from pipeline.runtime.log import say
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import join, place
-from pipeline.runtime.run_folder import show
+from pipeline.runtime.run_folder import Shown, artifacts_of, check_output, show, write_record
 from pipeline.runtime.track import Track, open_track
 from pipeline.stages.stage import Stage
 
@@ -24,13 +28,25 @@ PREVIOUS = ("previous_student", "previous_blueprint")  # bound in rounds after t
 
 @dataclass(frozen=True)
 class Session:
-    """What stays the same while stages run; `record` is written to run.json and grows with every stage."""
+    """What stays the same while stages run; `record` is written to run.json and grows with every stage.
+
+    While the run is not complete the record also names the artifact under way (`unfinished`) and those of the runs
+    before under this name (`earlier`), so that `clean` keeps them.
+    """
 
     config: Config
     store: artifacts.Store
     machine: Machine
     record: dict[str, Any]
+    total: int  # stages that this configuration runs, each round's counted
+    begin: float = field(default_factory=time.monotonic)
+    numbers: Iterator[int] = field(default_factory=lambda: count(1))
     folders: dict[str, Path] = field(default_factory=dict)  # stage -> the artifact it made last
+
+    def heading(self, stage: str) -> str:
+        """Return the beginning of the line that announces the next stage: its number and the time elapsed."""
+        elapsed = timedelta(seconds=round(time.monotonic() - self.begin))
+        return f"stage {next(self.numbers)} of {self.total}, {stage} ({elapsed} elapsed)"
 
 
 def run(config: Config, command: str) -> dict[str, Path]:
@@ -52,18 +68,42 @@ def run(config: Config, command: str) -> dict[str, Path]:
     settings = (track.mode, track.project, track.entity, track.group, track.tags)
     with ranks.guard(), open_track(*settings, config.run, folder, record["config"], ranks.rank) as tracker:
         machine = Machine(device, ranks, tracker)
-        store = artifacts.Store(Path(config.artifacts), ranks, artifacts.code_revision(), device.name)
-        session = Session(config, store, machine, record)
+        store = artifacts.Store(Path(config.artifacts), ranks, artifacts.code_revision(), device.name, config.verify)
         if config.dry_run:
-            made = _run_stages(session, ["teacher", "external_student", "shape"], {})
+            names = ["teacher", "external_student", "shape"]
+        elif ranks.rank == 0:
+            record["earlier"] = _earlier(folder)
+        session = Session(config, store, machine, record, _count(config, names))
+        if config.dry_run:
+            made = _run_stages(session, names, {})
             machine.say(estimate.needs(config, made, ranks.world))
             return made
         made = _run_rounds(session, names)
+        for unneeded in ("earlier", "unfinished"):
+            record.pop(unneeded, None)
+        _write(session)
         if not any(stage["made_now"] for stage in record["stages"].values()):
             machine.say(f"nothing to do: every stage of run {config.run} was finished before")
     if "report" in made:
         machine.say(f"report: {folder / 'report.html'}")
+    if "student" in made:
+        machine.say(f"student: {config.output or folder / 'student'}")
     return made
+
+
+def _earlier(folder: Path) -> list[str]:
+    """Return the artifacts of earlier runs under this name; none, reported in a line, where run.json is damaged."""
+    try:
+        return sorted(artifacts_of(folder))
+    except ValueError as error:
+        say(f"{error}: it is damaged and written anew", 0)
+        return []
+
+
+def _count(config: Config, names: list[str]) -> int:
+    """Return how many stages run, those of `recipe.repeat` counted once a round."""
+    enabled = [name for name in names if STAGES[name].enabled(config)]
+    return len(enabled) + (config.recipe.rounds - 1) * sum(name in config.recipe.repeat for name in enabled)
 
 
 def _probe_folders(config: Config) -> None:
@@ -74,6 +114,8 @@ def _probe_folders(config: Config) -> None:
             disk.probe(folder)
         except OSError as error:
             raise ValueError(f"{name}: {folder}: {error.strerror}; choose a folder where files can be locked") from None
+    if config.output is not None:
+        check_output(Path(config.runs), config.run, Path(config.output))
 
 
 @contextmanager
@@ -131,14 +173,30 @@ def _run_stages(session: Session, names: list[str], known: Mapping[str, Path]) -
         made |= dict.fromkeys((stage.makes, *stage.becomes), folder)
         record["stages"][name + suffix] = {"artifact": folder.name, "made_now": fresh}
         session.folders[name] = folder
-        if machine.ranks.rank == 0 and not config.dry_run:
-            with _writing(Path(config.runs) / config.run):
-                shown = _shown(session.folders)
-                show(Path(config.runs), config.run, record, {} if inner else shown)
-                if inner:
-                    show(Path(config.runs), config.run + inner, record, shown)
+        _show(session, inner)
         _log_files(machine.track, config.run, name, folder)
     return made
+
+
+def _show(session: Session, inner: str = "") -> None:
+    """Bring the run folder up to date from rank 0; `inner` is the folder of a round inside it."""
+    config = session.config
+    if session.machine.ranks.rank != 0 or config.dry_run:
+        return
+    runs, shown = Path(config.runs), _shown(session.folders)
+    with _writing(runs / config.run):
+        show(runs, config.run, session.record, {} if inner else shown, config.output and Path(config.output))
+        if inner:
+            linked = {label: replace(each, delivered=False) for label, each in shown.items()}
+            show(runs, config.run + inner, session.record, linked)
+
+
+def _write(session: Session) -> None:
+    """Write run.json from rank 0."""
+    config = session.config
+    if session.machine.ranks.rank == 0 and not config.dry_run:
+        with _writing(Path(config.runs) / config.run):
+            write_record(Path(config.runs) / config.run, session.record)
 
 
 def _run_stage(session: Session, stage: Stage, made: dict[str, Path]) -> tuple[Path | None, bool]:
@@ -147,6 +205,7 @@ def _run_stage(session: Session, stage: Stage, made: dict[str, Path]) -> tuple[P
     wanted = is_wanted(config, stage.name)
     if not stage.enabled(config):
         return None, False
+    heading = session.heading(stage.name)
     needs = needs_of(config, stage)
     missing = [need for need in needs if need not in made]
     if missing:
@@ -160,13 +219,15 @@ def _run_stage(session: Session, stage: Stage, made: dict[str, Path]) -> tuple[P
     settings = machine.ranks.share(stage.settings(config) if machine.ranks.rank == 0 else None)
     names = {need: folder.name for need, folder in inputs.items()}
     key = key_of(stage, settings, names)
-    found = store.find(stage.name, key)
-    if found:
-        machine.say(f"{stage.name}: finished before, {found}")
-        return found, False
+    path = store.path(stage.name, key)
+    session.record["unfinished"] = [path.name]
+    _write(session)
+    if store.find(stage.name, key):
+        machine.say(f"{heading}: finished before, {path}")
+        return path, False
     if not wanted:
         return None, False
-    path = store.path(stage.name, key)
+    machine.say(heading)
     with _writing(path), store.open(stage.name, key, keep=stage.resumable) as partial:
         if partial is None:
             return path, False
@@ -180,8 +241,8 @@ def _run_stage(session: Session, stage: Stage, made: dict[str, Path]) -> tuple[P
 
 
 def key_of(stage: Stage, settings: Any, inputs: Mapping[str, str]) -> str:
-    """Return the digest that names an artifact: of stage, revision, settings and the names of the inputs."""
-    return artifacts.digest({"stage": stage.name, "settings": settings, "inputs": inputs, "revision": stage.revision})
+    """Return the digest that names an artifact: of the stage, its revision, settings and the names of its inputs."""
+    return digest({"stage": stage.name, "settings": settings, "inputs": inputs, "revision": stage.revision})
 
 
 def _log_files(track: Track, run: str, stage: str, folder: Path) -> None:
@@ -193,9 +254,10 @@ def _log_files(track: Track, run: str, stage: str, folder: Path) -> None:
         track.image(picture, f"{stage}/{picture.stem}")
 
 
-def _shown(folders: Mapping[str, Path]) -> dict[str, Path]:
-    """Return what the run folder shows: name -> file or folder, as the stages that made the artifacts declare."""
+def _shown(folders: Mapping[str, Path]) -> dict[str, Shown]:
+    """Return what the run folder shows, as the stages that made the artifacts declare."""
     shown = {}
     for name, folder in folders.items():
-        shown |= {label: folder / inside for label, inside in STAGES[name].shows.items()}
-    return {label: target for label, target in shown.items() if target.exists()}
+        stage = STAGES[name]
+        shown |= {label: Shown(folder, inside, stage.delivers) for label, inside in stage.shows.items()}
+    return {label: each for label, each in shown.items() if each.path.exists()}

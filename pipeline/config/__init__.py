@@ -60,6 +60,8 @@ class Config(Section):
     run: Annotated[str, AfterValidator(_named)]
     runs: str
     artifacts: str
+    verify: Literal["full", "size"]
+    output: str | None
     stages: list[str] | None
     seed: Seed
     dry_run: bool

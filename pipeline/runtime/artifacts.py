@@ -1,11 +1,10 @@
 """Artifacts: the folders finished stages leave behind, named by the digest of all that determined them.
 
-A stage fills `<root>/.partial/<stage>-<digest>/`, which survives a crash, under a lock that keeps other processes out;
-the finished folder gets a manifest.json and appears as `<root>/<stage>-<digest>/` by one rename: there it is whole.
+A stage fills `<root>/.partial/<stage>-<digest>/`, which survives a crash, under a lock that keeps other processes out.
+The finished folder gets a manifest.json and appears as `<root>/<stage>-<digest>/` by one rename, so it is complete.
+Before an artifact is used its files are compared with the manifest.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import socket
@@ -18,49 +17,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline.runtime.hashing import files_of
 from pipeline.runtime.lock import Lock
 from pipeline.runtime.log import say
+from pipeline.runtime.manifest import MANIFEST, Manifest, damage, sealed
 from pipeline.runtime.ranks import PeerFailed, Ranks
+from pipeline.runtime.records import load_record, save_record, write_atomically
 
-MANIFEST = "manifest.json"
 CLOCK = ".clock.json"
+PARTIAL, DAMAGED = ".partial", ".damaged"  # folders under the root: interrupted stages, artifacts that failed a check
 LIBRARIES = ("torch", "torch_npu", "transformers", "deepspeed", "safetensors", "tokenizers", "datasets", "numpy")
-MIB = 1 << 20
-WHOLE = 64 * MIB   # files up to this size are read whole by `fingerprint`
-SAMPLES = 64       # blocks of 64 KiB read from the inside of larger ones
-
-
-def digest(value: Any) -> str:
-    """Twelve hexadecimal digits of the SHA-256 of the value's canonical JSON; ValueError where JSON cannot hold it."""
-    try:
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except TypeError as fault:
-        raise ValueError(f"a setting is no JSON value ({fault}); give numbers, strings, lists and mappings") from None
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def fingerprint(folder: Path) -> str:
-    """A cheap digest of a model folder or file: names, sizes, the bytes of small files, blocks of large ones.
-
-    Of a file above 64 MiB the first and last MiB are read, and 64 blocks of 64 KiB between. An edit that
-    keeps such a file's size and misses every block read is not seen.
-    """
-    folder = Path(folder)
-    if not folder.exists():
-        raise ValueError(f"{folder} does not exist; give a folder with a model")
-    hasher = hashlib.sha256()
-    for name, path in _files(folder):
-        size = path.stat().st_size
-        hasher.update(f"{name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for start, length in _blocks(size):
-                file.seek(start)
-                hasher.update(file.read(length))
-    return hasher.hexdigest()[:12]
 
 
 def code_revision() -> str:
-    """The git revision of this code, `-dirty` where files differ from it; the package's version outside a checkout."""
+    """Return the git revision of this code, with `-dirty` where files differ from it.
+
+    Outside a checkout, return the package's version.
+    """
     here = Path(__file__).resolve().parents[2]
     if (here / ".git").exists() and shutil.which("git"):
         revision = _git(here, "rev-parse", "HEAD")
@@ -70,7 +43,7 @@ def code_revision() -> str:
 
 
 def library_versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
-    """The installed version of each library that is installed."""
+    """Return the version of each of the libraries that is installed."""
     versions = {}
     for name in names:
         try:
@@ -82,33 +55,45 @@ def library_versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Store:
-    """The artifacts under `root`. Every rank calls every method in the same order; rank 0 alone writes."""
+    """The artifacts under `root`. Every rank calls every method in the same order; only rank 0 reads and writes files.
+
+    `verify` says how an artifact is compared with its manifest before use: `full` (names, sizes and the digests of all
+    bytes) or `size` (names and sizes).
+    """
 
     root: Path
     ranks: Ranks
     revision: str  # of the code, written into manifests
     device: str = ""  # the chip's own name, written into manifests
+    verify: str = "full"
 
     def path(self, stage: str, key: str) -> Path:
         return Path(self.root) / f"{stage}-{key}"
 
     def find(self, stage: str, key: str) -> Path | None:
-        """The finished artifact, or None; one whose files do not match its manifest is reported and not used."""
+        """Return the finished artifact, or None; one that does not match its manifest is reported and not used."""
         folder = self.path(stage, key)
-        return folder if self._on_first_rank(lambda: self._usable(folder)) else None
+
+        def check() -> bool:
+            fault = self._damage(folder)
+            if fault and folder.exists():
+                say(f"{folder} is damaged and not used: {fault}", 0)
+            return fault is None
+
+        return folder if self._on_first_rank(check) else None
 
     @contextmanager
     def open(self, stage: str, key: str, keep: bool = True) -> Iterator[Path | None]:
-        """Give the folder to fill, with what a crashed attempt left in it where `keep` is true.
+        """Yield the folder to fill, with what an interrupted attempt left in it where `keep` is true.
 
-        None where another process, waited for here however long it works, has published the artifact meanwhile.
+        Yield None where another process has published the artifact meanwhile; its work is waited for without limit.
         """
-        partial = Path(self.root) / ".partial" / f"{stage}-{key}"
+        partial = Path(self.root) / PARTIAL / f"{stage}-{key}"
         lock = Lock(partial.with_name(partial.name + ".lock"))
 
         def begin() -> bool:
             lock.acquire(lambda owner: say(f"{stage}: {owner} is making {partial.name}; waiting for it", 0))
-            if self._usable(self.path(stage, key)):
+            if self._damage(self.path(stage, key)) is None:
                 return False
             if not keep and partial.exists():
                 shutil.rmtree(partial)
@@ -120,7 +105,7 @@ class Store:
         try:
             mine = self._on_first_rank(begin)
             if mine:
-                self._seen(partial)
+                self._visible(partial)
                 self.ranks.wait(f"{stage} opened")  # before rank 0 begins, and maybe makes the folder anew
             yield partial if mine else None
         finally:
@@ -129,13 +114,13 @@ class Store:
     def publish(
         self, stage: str, key: str, settings: dict, inputs: Mapping[str, str], seconds: float, peak_memory: int
     ) -> Path:
-        """Write the manifest of the filled folder and rename it into place.
+        """Write the manifest of the filled folder and rename it into place; return the artifact's folder.
 
-        `inputs`: the folder name of each artifact read; `seconds`: how long this attempt took, to which those that it
-        went on from are added; `peak_memory`: bytes.
+        `inputs`: the folder name of each artifact read; `seconds`: how long this attempt took, to which the time of the
+        interrupted attempts before it is added; `peak_memory`: bytes.
         """
         folder = self.path(stage, key)
-        partial = Path(self.root) / ".partial" / folder.name
+        partial = Path(self.root) / PARTIAL / folder.name
         facts = {
             "stage": stage,
             "digest": key,
@@ -149,31 +134,26 @@ class Store:
         }
         self.ranks.wait(f"{stage} filled")
         self._on_first_rank(lambda: _publish(partial, folder, facts))
-        return self._seen(folder)
+        return self._visible(folder)
 
-    def _usable(self, folder: Path) -> bool:
-        if not folder.exists():
-            return False
-        fault = damage(folder)
-        if fault:
-            say(f"{folder} is damaged and not used: {fault}", 0)
-        return fault is None
+    def _damage(self, folder: Path) -> str | None:
+        return damage(folder, content=self.verify == "full")
 
     def _on_first_rank(self, step: Callable[[], Any]) -> Any:
-        """Run the step on rank 0 and give its answer, or its error, to every rank."""
+        """Run the step on rank 0 and return its result, or raise its error, on every rank."""
         answer: dict[str, Any] = {}
         if self.ranks.rank == 0:
             try:
                 answer = {"value": step()}
-            except (OSError, ValueError) as fault:
-                self.ranks.share({"fault": f"{type(fault).__name__}: {fault}"})
+            except (OSError, ValueError) as error:
+                self.ranks.share({"error": f"{type(error).__name__}: {error}"})
                 raise
         answer = self.ranks.share(answer)
-        if "fault" in answer:
-            raise PeerFailed(f"rank 0 failed: {answer['fault']}")
+        if "error" in answer:
+            raise PeerFailed(f"rank 0 failed: {answer['error']}")
         return answer["value"]
 
-    def _seen(self, folder: Path) -> Path:
+    def _visible(self, folder: Path) -> Path:
         if not folder.exists():
             raise RuntimeError(
                 f"rank {self.ranks.rank} on {socket.gethostname()} does not see {folder}, which rank 0 made;"
@@ -182,73 +162,35 @@ class Store:
         return folder
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a published folder, by its manifest and its files' sizes, in one line; None if nothing is."""
-    manifest = folder / MANIFEST
-    if not manifest.exists():
-        return f"it has no {MANIFEST}"
-    try:
-        files = json.loads(manifest.read_text())["files"]
-    except (ValueError, KeyError) as fault:
-        return f"its {MANIFEST} cannot be read ({fault})"
-    for name, facts in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != facts["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, not {facts['bytes']}"
-    return None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file by one rename: a reader sees the old text or the new, whole."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    with fresh.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
-
-
 def _publish(partial: Path, folder: Path, facts: dict) -> None:
-    facts = facts | {"seconds": facts["seconds"] + _earlier(partial)}
-    files = {name: _seal(path) for name, path in _files(partial) if name != MANIFEST}
+    facts = facts | {"seconds": facts["seconds"] + _clock(partial)["earlier"]}
+    files = {name: sealed(path) for name, path in files_of(partial) if name != MANIFEST}
     if not files:
         raise ValueError(f"{partial} is empty: stage {facts['stage']} made nothing")
-    write_atomically(partial / MANIFEST, json.dumps({**facts, "files": files}, indent=2, sort_keys=True) + "\n")
-    for inner in {path.parent for _, path in _files(partial)} | {partial}:
+    write_atomically(partial / MANIFEST, Manifest(facts, files).text())
+    for inner in {path.parent for _, path in files_of(partial)} | {partial}:
         _sync(inner)
     if folder.exists():  # damaged, or it would have been used: kept aside for whoever wants to know why
-        aside = folder.parent / ".damaged" / f"{folder.name}-{time.time_ns()}"
+        aside = folder.parent / DAMAGED / f"{folder.name}-{time.time_ns()}"
         aside.parent.mkdir(exist_ok=True)
         folder.rename(aside)
-        say(f"the damaged {folder.name} is now {aside}", 0)
+        say(f"the damaged {folder.name} was moved to {aside}", 0)
     (partial / CLOCK).unlink(missing_ok=True)
     partial.rename(folder)
     _sync(folder.parent)
 
 
 def _start_clock(partial: Path) -> None:
-    """Note when an attempt begins, and how long those before it took, each until the last file that it wrote."""
-    spent = 0.0
-    if (partial / CLOCK).is_file():
-        began = json.loads((partial / CLOCK).read_text())["began"]
-        last = max((path.stat().st_mtime for _, path in _files(partial)), default=began)
-        spent = _earlier(partial) + max(0.0, last - began)
-    write_atomically(partial / CLOCK, json.dumps({"began": time.time(), "earlier": spent}))
+    """Note when an attempt begins and how long those before it took, each until the last file that it wrote."""
+    clock = _clock(partial)
+    last = max((path.stat().st_mtime for _, path in files_of(partial)), default=clock["began"])
+    spent = max(0.0, last - clock["began"]) if clock["began"] else 0.0
+    save_record(partial / CLOCK, {"began": time.time(), "earlier": clock["earlier"] + spent})
 
 
-def _earlier(partial: Path) -> float:
-    """Seconds that the attempts before this one took; 0 where a stage cleared the folder and began anew."""
-    clock = partial / CLOCK
-    return json.loads(clock.read_text())["earlier"] if clock.is_file() else 0.0
-
-
-def _seal(path: Path) -> dict:
-    """Size and SHA-256 of a file, after its bytes are on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def _clock(partial: Path) -> dict[str, float]:
+    """Return when this attempt began and the seconds of those before it; zeros where the folder was cleared."""
+    return {"began": 0.0, "earlier": 0.0} | load_record(partial / CLOCK, {})
 
 
 def _sync(folder: Path) -> None:
@@ -257,27 +199,6 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """The files under a folder with their names inside it, sorted; hidden ones are left out. A file gives itself."""
-    if folder.is_file():
-        yield folder.name, folder
-        return
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in name.parts):
-            yield name.as_posix(), path
-
-
-def _blocks(size: int) -> Iterator[tuple[int, int]]:
-    if size <= WHOLE:
-        yield 0, size
-        return
-    yield 0, MIB
-    for sample in range(1, SAMPLES + 1):
-        yield size * sample // (SAMPLES + 1), MIB // 16
-    yield size - MIB, MIB
 
 
 def _git(folder: Path, *arguments: str) -> str:

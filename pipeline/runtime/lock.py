@@ -1,4 +1,4 @@
-"""A lock between processes, held on a file; the kernel drops it when its process dies."""
+"""A lock between processes, held on a file; the kernel releases it when its process dies."""
 
 import fcntl
 import os
@@ -11,7 +11,7 @@ LOOK = 0.5  # seconds between two tries
 
 
 class Lock:
-    """An advisory lock whose file names its owner while it is held."""
+    """An advisory lock whose file names its owner while it is held. What the file holds otherwise has no meaning."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -20,34 +20,28 @@ class Lock:
     def acquire(self, waiting: Callable[[str], None]) -> None:
         """Take the lock, however long its owner keeps it; `waiting` is called with each owner that is waited for.
 
-        ValueError where the file system has no locks.
+        Raise ValueError where the file system has no locks.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        told = None
-        while not self._try():
+        announced = None
+        while not self.try_acquire():
             owner = self._owner()
-            if owner != told:
+            if owner != announced:
                 waiting(owner)
-                told = owner
+                announced = owner
             time.sleep(LOOK)
 
-    def release(self) -> None:
-        """Give the lock back and remove its file; nothing where it is not held."""
-        if self.file is not None:
-            self.path.unlink(missing_ok=True)
-            self.file.close()
-            self.file = None
-
-    def _try(self) -> bool:
-        file = self.path.open("a+")
+    def try_acquire(self) -> bool:
+        """Take the lock and return True, or return False where another process holds it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = self.path.open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = os.fstat(file.fileno()).st_ino == self.path.stat().st_ino
         except (BlockingIOError, FileNotFoundError):
             held = False
-        except OSError as fault:
+        except OSError as error:
             file.close()
-            raise ValueError(f"{self.path.parent} has no file locks ({fault.strerror}); use another disk") from None
+            raise ValueError(f"{self.path.parent} has no file locks ({error.strerror}); use another disk") from None
         if not held:  # taken, or its last owner removed the file between our open and our lock
             file.close()
             return False
@@ -57,8 +51,17 @@ class Lock:
         self.file = file
         return True
 
+    def release(self) -> None:
+        """Release the lock and remove its file; do nothing where it is not held."""
+        if self.file is not None:
+            self.path.unlink(missing_ok=True)
+            self.file.close()
+            self.file = None
+
     def _owner(self) -> str:
+        """Return the owner as its file names it, on one line whatever the file holds."""
         try:
-            return self.path.read_text() or "another process"
+            text = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
-            return "another process"
+            text = ""
+        return " ".join(text.split())[:100] or "another process"

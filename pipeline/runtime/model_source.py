@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from pipeline.model.families import FAMILIES
 from pipeline.model.hf_config import PER_LAYER_LISTS
-from pipeline.runtime.artifacts import fingerprint
 from pipeline.runtime.checkpoint import CARRIED, Checkpoint, open_checkpoint, write_checkpoint
 from pipeline.runtime.described import read_config, read_mapping
+from pipeline.runtime.hashing import fingerprint
 from pipeline.runtime.log import bars_on_terminals_only
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

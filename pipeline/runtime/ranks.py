@@ -24,6 +24,7 @@ from pipeline.runtime.heartbeat import FAILED, Pulse, alive
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LOOK = 0.5       # most seconds between two looks of a waiting rank at the others
+COLLECTIVES = ("gloo/transport", "Connection closed by peer", "NCCL", "HCCL", "ProcessGroup")  # in their errors
 CHUNK = 1 << 24  # elements of a host tensor that travel through an accelerator at once
 
 
@@ -87,15 +88,25 @@ class Ranks:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Tell the other ranks when the block fails here, so that they stop at once and say why."""
+        """Report a failure of the block to the other ranks, so that they stop at once with its reason.
+
+        An error of a collective, also of one inside a library, becomes PeerFailed: another rank stopped.
+        """
         try:
             yield
         except PeerFailed:
             raise
-        except (Exception, KeyboardInterrupt) as fault:
-            if self.world > 1:
-                with _store_may_be_gone():
-                    self.store.set(FAILED, f"rank {self.rank} failed: {type(fault).__name__}: {fault}")
+        except (Exception, KeyboardInterrupt) as error:
+            if self.world == 1:
+                raise
+            lost = _of_a_collective(error)
+            with _store_may_be_gone():
+                if lost and self.store.check([FAILED]):
+                    raise PeerFailed(self.store.get(FAILED).decode()) from error
+                if not lost:
+                    self.store.set(FAILED, f"rank {self.rank} failed: {type(error).__name__}: {error}")
+            if lost:
+                raise PeerFailed(_lost(self.rank, "a collective", error)) from error
             raise
 
     def _await(self, keys: dict[int, str], what: str) -> None:
@@ -140,9 +151,8 @@ class Ranks:
             yield
         except PeerFailed:
             raise
-        except RuntimeError as fault:  # every error of torch's collectives and stores is one
-            reason = (str(fault).splitlines() or [type(fault).__name__])[0]
-            raise PeerFailed(f"rank {self.rank}: {what} failed; did another rank stop? ({reason:.200})") from fault
+        except RuntimeError as error:  # every error of torch's collectives and stores is one
+            raise PeerFailed(_lost(self.rank, what, error)) from error
 
 
 _joined: Ranks | None = None
@@ -236,8 +246,20 @@ def _sum_on_device(tensor: Tensor) -> None:
 def _store_may_be_gone() -> Iterator[None]:
     try:
         yield
-    except dist.DistError:  # the process that held the store ended: nobody is left to tell
+    except dist.DistError:  # the process that held the store ended: no rank is left that could read it
         return
+
+
+def _of_a_collective(error: BaseException) -> bool:
+    """Return whether an error comes from a process group; gloo raises plain RuntimeErrors, known by their text."""
+    return isinstance(error, dist.DistError) or (
+        type(error) is RuntimeError and any(mark in str(error) for mark in COLLECTIVES)
+    )
+
+
+def _lost(rank: int, what: str, error: BaseException) -> str:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"rank {rank}: {what} failed; did another rank stop? ({reason:.200})"
 
 
 def _names(ranks: list[int]) -> str:

@@ -1,36 +1,141 @@
-"""The human view of a run: runs/<name>/, links to the artifacts it made or found."""
+"""The run folder runs/<name>/: run.json, the student and report as real files, and links to the other artifacts."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pipeline.runtime.artifacts import write_atomically
+from pipeline.runtime.deliver import contents_of, deliver, mark, mark_at
+from pipeline.runtime.lock import Lock
+from pipeline.runtime.log import say
+from pipeline.runtime.records import read_record, record_text, write_atomically
 
-NAMED = re.compile(r"[a-z]+-[0-9a-f]{12}")  # an artifact's folder: its stage, its digest
+RECORD = "run.json"
+NAMED = re.compile(r"[a-z_]+-[0-9a-f]{12}")  # an artifact's folder: its stage, its digest
 
 
-def show(runs: Path, name: str, record: dict, artifacts: Mapping[str, Path]) -> Path:
-    """Write the human view runs/<name>/: run.json and one link an artifact, each put in place by one rename.
+@dataclass(frozen=True)
+class Shown:
+    """Something a run folder shows: the path `inside` an artifact; a real copy where it is `delivered`, else a link."""
 
-    What stands there is of one run: a link to an artifact that `record["stages"]` does not name is taken away, also in
-    rounds/N/. Only links to artifacts are, no file is.
+    artifact: Path
+    inside: str
+    delivered: bool = False
+
+    @property
+    def path(self) -> Path:
+        return self.artifact / self.inside
+
+
+def show(
+    runs: Path, name: str, record: dict[str, Any], shown: Mapping[str, Shown], output: Path | None = None
+) -> Path:
+    """Bring runs/<name>/ up to date and return it: run.json, links and delivered files, each put in place in one step.
+
+    A link to an artifact that `record["stages"]` does not name is removed, also in rounds/N/; files are not. Delivered
+    files of an earlier run stay until those of this one are complete. With `output` the student is delivered there and
+    the run folder has a link to it.
     """
     view = Path(runs) / name
     view.mkdir(parents=True, exist_ok=True)
+    lock = Lock(view / ".lock")
+    lock.acquire(lambda owner: say(f"{view}: {owner} is writing it; waiting", 0))
+    try:
+        _remove_links(view, record)
+        delivered = _deliver(view, record, {label: each for label, each in shown.items() if each.delivered}, output)
+        _write(view, record, delivered)
+        for label, each in shown.items():
+            if not each.delivered:
+                _link(view, label, each.path.resolve())
+    finally:
+        lock.release()
+    return view
+
+
+def write_record(view: Path, record: dict[str, Any]) -> None:
+    """Write run.json alone."""
+    view.mkdir(parents=True, exist_ok=True)
+    _write(view, record, _record_of(view))
+
+
+def artifacts_of(view: Path) -> set[str]:
+    """Return the names of the artifacts that a run folder's run.json refers to; none where it is missing.
+
+    Raise ValueError where it is damaged.
+    """
+    path = view / RECORD
+    if not path.is_file():
+        return set()
+    try:
+        record = read_record(path)
+    except ValueError as error:
+        raise ValueError(f"{view}: {error}; remove it, or run the command of this run again") from None
+    parts = (*record["stages"].values(), *record.get("delivered", {}).values())
+    return {each["artifact"] for each in parts}.union(record.get("unfinished", ()), record.get("earlier", ()))
+
+
+def check_output(runs: Path, name: str, output: Path) -> None:
+    """Raise ValueError where the student cannot be put into `output` without losing files of another origin."""
+    if os.path.ismount(output):
+        raise ValueError(f"output: {output} is a mount point, which cannot be replaced; name a folder inside it")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    known = _record_of(Path(runs) / name).get("student", {}).get("marks", [])
+    if mark_at(output) not in known:
+        raise ValueError(f"output: {output} holds files that run {name} did not put there; name a new or empty folder")
+
+
+def _deliver(view: Path, record: dict, files: Mapping[str, Shown], output: Path | None) -> dict[str, Any]:
+    """Deliver what is not there yet; return artifact and marks of everything delivered to this run folder.
+
+    The marks are written down before a file is replaced and reduced to one afterwards, so that what a killed process
+    left is recognised.
+    """
+    delivered = _record_of(view)
+    wanted = {label: mark(contents_of(each.artifact, each.inside)) for label, each in files.items()}
+    places = {label: output if output and label == "student" else view / label for label in files}
+    late = [label for label in files if mark_at(places[label]) != wanted[label]]
+    for label, each in files.items():
+        earlier = delivered.get(label, {}).get("marks", [])
+        delivered[label] = {"artifact": each.artifact.name, "marks": list(dict.fromkeys([wanted[label], *earlier]))}
+    if late:
+        _write(view, record, delivered)
+    for label in late:
+        deliver(files[label].path, places[label], delivered[label]["marks"])
+    for label in files:
+        delivered[label]["marks"] = [wanted[label]]
+        if places[label] != view / label:
+            _link(view, label, places[label].resolve())
+    return delivered
+
+
+def _record_of(view: Path) -> dict[str, Any]:
+    """Return what run.json says was delivered; nothing where it is missing or damaged."""
+    try:
+        return read_record(view / RECORD).get("delivered", {})
+    except ValueError:
+        return {}
+
+
+def _write(view: Path, record: dict, delivered: dict) -> None:
+    write_atomically(view / RECORD, record_text(record | {"delivered": delivered}))
+
+
+def _remove_links(view: Path, record: dict) -> None:
     named = {stage["artifact"] for stage in record["stages"].values()}
     for path in (*view.iterdir(), *view.glob("rounds/*/*")):
         parts = path.readlink().parts if path.is_symlink() else ()
         if named.isdisjoint(parts) and any(map(NAMED.fullmatch, parts)):
             path.unlink()
-    write_atomically(view / "run.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
-    for label, target in artifacts.items():
-        link = view / label
-        if link.exists() and not link.is_symlink():
-            raise ValueError(f"{link} is in the way of a link to {target}; move it or choose another run name")
-        fresh = view / f".{label}.{os.getpid()}"
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(os.path.relpath(target.resolve(), view.resolve()))
-        os.replace(fresh, link)
-    return view
+
+
+def _link(view: Path, label: str, target: Path) -> None:
+    link = view / label
+    if link.exists() and not link.is_symlink():
+        raise ValueError(f"{link} is in the way of a link to {target}; move it or choose another run name")
+    fresh = view / f".{label}.{os.getpid()}"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(os.path.relpath(target, view.resolve()))
+    os.replace(fresh, link)

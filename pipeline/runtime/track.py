@@ -4,7 +4,6 @@ Only this file knows W&B. Everything it writes stays in the run's own folder, an
 is not there: a run without credentials is recorded offline and can be uploaded with `wandb sync`.
 """
 
-import json
 import netrc
 import os
 import re
@@ -15,8 +14,9 @@ from urllib.parse import urlsplit
 
 import wandb
 
-from pipeline.runtime.artifacts import digest, write_atomically
+from pipeline.runtime.hashing import digest
 from pipeline.runtime.log import say
+from pipeline.runtime.records import load_record, save_record
 
 START = 60.0    # seconds W&B may take to open a run
 FINISH = 300.0  # seconds it may take to upload the rest at the end; what is left stays on disk for `wandb sync`
@@ -175,10 +175,10 @@ def run_id(folder: Path, config: dict) -> str:
     """The id of the W&B run of this folder and configuration: the same when run again, new for a new configuration."""
     note = folder / "wandb_id.json"
     key = digest(config)
-    known = json.loads(note.read_text()) if note.exists() else {}
+    known = load_record(note, {})
     if known.get("config") != key:
         known = {"config": key, "id": secrets.token_hex(4)}
-        write_atomically(note, json.dumps(known) + "\n")
+        save_record(note, known)
     return known["id"]
 
 

@@ -58,3 +58,4 @@ class Stage:
     implied: bool = False  # runs with the stages that need it; recipes do not list it
     revision: int = 1  # raised when the same settings and inputs give another artifact
     shows: Mapping[str, str] = field(default_factory=dict)  # name in runs/<run>/ -> path inside the artifact
+    delivers: bool = False  # the run folder gets what it shows as real files, not as links

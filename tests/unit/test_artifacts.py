@@ -8,14 +8,16 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import xxhash
 
 from pipeline.runner import STAGES, key_of
-from pipeline.runtime import artifacts, disk
-from pipeline.runtime.artifacts import Store, damage, digest, fingerprint
+from pipeline.runtime import artifacts, disk, hashing
+from pipeline.runtime.artifacts import Store
 from pipeline.runtime.disk import need_space
+from pipeline.runtime.hashing import BLOCK, digest, file_digest, fingerprint
 from pipeline.runtime.lock import Lock
+from pipeline.runtime.manifest import damage
 from pipeline.runtime.ranks import Ranks
-from pipeline.runtime.run_folder import show
 
 FACTS = {"settings": {"tokens": 3}, "inputs": {"teacher": "teacher-0123456789ab"}, "seconds": 1.5, "peak_memory": 10}
 
@@ -58,7 +60,7 @@ def test_a_published_artifact_is_found_with_a_manifest_of_every_file(store):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert set(manifest["files"]) == {"scores.txt", "inner/more.txt"}
     assert manifest["files"]["scores.txt"]["bytes"] == 7
-    assert manifest["files"]["scores.txt"]["sha256"].startswith("ed7002b439e9ac84")
+    assert manifest["files"]["scores.txt"]["xxh3_128"] == xxhash.xxh3_128_hexdigest(b"content")
     assert {name: manifest[name] for name in FACTS} == FACTS
     assert (manifest["stage"], manifest["digest"], manifest["revision"]) == ("score", "aa", "r1")
     assert "torch" in manifest["libraries"]
@@ -119,11 +121,40 @@ def lose_the_manifest(folder):
     (folder / "manifest.json").unlink()
 
 
-@pytest.mark.parametrize("harm", [cut_short, lose_a_file, break_the_manifest, lose_the_manifest])
+def empty_the_manifest(folder):
+    (folder / "manifest.json").write_text('{"files": {}}')
+
+
+def change_a_byte(folder):
+    (folder / "scores.txt").write_text("contenT")
+
+
+def change_the_manifest(folder):
+    text = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"seconds": 1.5', '"seconds": 1.25'))
+
+
+def add_a_file(folder):
+    (folder / "inner" / "model-2.safetensors").write_text("of another model")
+
+
+HARMS = [
+    cut_short,
+    lose_a_file,
+    break_the_manifest,
+    lose_the_manifest,
+    empty_the_manifest,
+    change_a_byte,
+    change_the_manifest,
+    add_a_file,
+]
+
+
+@pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_artifact_is_reported_not_used_and_made_anew(store, harm, capsys):
     folder = make(store)
     harm(folder)
-    assert damage(folder) is not None
+    assert damage(folder, content=True) is not None
     assert store.find("score", "aa") is None
     assert f"{folder} is damaged and not used" in capsys.readouterr().out
     make(store)
@@ -201,71 +232,56 @@ def test_a_fingerprint_sees_names_sizes_and_bytes_and_not_where_the_folder_is(tm
         fingerprint(tmp_path / "nowhere")
 
 
-def test_a_fingerprint_of_a_large_file_reads_its_ends_and_blocks_between(tmp_path):
+def test_every_byte_of_a_large_file_counts(tmp_path):
     weights = tmp_path / "model.safetensors"
-    with weights.open("wb") as file:
-        file.truncate(artifacts.WHOLE + 1)
-    first = fingerprint(weights)
-    for place in (0, artifacts.WHOLE, next(start for start, _ in list(artifacts._blocks(artifacts.WHOLE + 1))[9:])):
-        with weights.open("r+b") as file:
-            file.seek(place)
-            file.write(b"1")
-        assert fingerprint(weights) != first
-        first = fingerprint(weights)
+    size = 3 * BLOCK + 1
+    weights.write_bytes(bytes(size))
+    seen = {fingerprint(weights)}
+    places = (0, BLOCK - 1, BLOCK, 2 * BLOCK + 77, size - 1)
+    for place in places:
+        data = bytearray(size)
+        data[place] = 1
+        weights.write_bytes(data)
+        seen.add(fingerprint(weights))
+    assert len(seen) == len(places) + 1
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
+    path, reads = tmp_path / "weights", []
+    path.write_bytes(b"x" * 100)
+    os.utime(path, (1000, 1000))
+    made = hashing.xxhash.xxh3_128
+    monkeypatch.setattr(hashing.xxhash, "xxh3_128", lambda: reads.append(1) or made())
+    first = file_digest(path)
+    assert file_digest(path) == first and len(reads) == 1
+    path.write_bytes(b"x" * 99 + b"y")  # just written: it may change again within one tick of the file system's clock
+    changed = file_digest(path)
+    assert changed != first and file_digest(path) == changed and len(reads) == 3
+
+
+def test_sizes_alone_can_be_compared(store):
+    folder = make(store)
+    change_a_byte(folder)
+    assert replace(store, verify="size").find("score", "aa") == folder
+    assert store.find("score", "aa") is None
+    cut_short(folder)
+    assert replace(store, verify="size").find("score", "aa") is None
+
+
+def test_a_link_is_compared_by_what_it_leads_to(store, tmp_path):
+    source = tmp_path / "source"
+    source.write_text("one")
+    with store.open("teacher", "aa") as partial:
+        (partial / "model").symlink_to(source)
+        folder = store.publish("teacher", "aa", **FACTS)
+    assert store.find("teacher", "aa") == folder
+    source.write_text("two")
+    assert store.find("teacher", "aa") is None
+    source.unlink()
+    assert store.find("teacher", "aa") is None
 
 
 def test_too_little_disk_is_refused_before_work(tmp_path):
     need_space(tmp_path / "not" / "yet", 1)
     with pytest.raises(ValueError, match="needs 1000000000.0 GB and its disk has"):
         need_space(tmp_path / "not" / "yet", 10**18)
-
-
-def of(*folders):
-    """Give the record of a run that made these artifacts."""
-    return {"stages": {folder.name.split("-")[0]: {"artifact": folder.name} for folder in folders}}
-
-
-def test_the_view_links_to_artifacts_and_follows_newer_ones(tmp_path, store):
-    first, second = make(store, key="a" * 12), make(store, key="b" * 12, text="other")
-    view = show(tmp_path / "runs", "sweep/one", of(first), {"scores": first, "text": first / "scores.txt"})
-    assert (view / "scores" / "scores.txt").read_text() == (view / "text").read_text() == "content"
-    show(tmp_path / "runs", "sweep/one", of(second), {"scores": second})
-    assert (view / "scores" / "scores.txt").read_text() == "other"
-    assert json.loads((view / "run.json").read_text()) == of(second)
-    assert {path.name for path in view.iterdir()} == {"run.json", "scores"}
-
-
-def test_the_view_is_of_one_run_and_no_file_is_lost(tmp_path, store):
-    score, old, new = make(store, key="a" * 12), make(store, "cut", "b" * 12), make(store, "cut", "c" * 12)
-    runs, notes = tmp_path / "runs", tmp_path / "notes"
-    notes.write_text("mine")
-    for name in ("one", "one/rounds/1"):
-        view = show(runs, name, of(score, old), {"scores": score, "student": old, "report.html": old / "scores.txt"})
-    view = runs / "one"
-    (view / "wandb").mkdir()
-    (view / "wandb" / "latest").symlink_to(old)
-    (view / "notes").symlink_to(notes)
-    (view / "main.log").write_text("told")
-    show(runs, "one", of(score), {"scores": score})  # another run of that name, which has come so far
-    kept = {"run.json", "scores", "rounds", "wandb", "notes", "main.log"}
-    assert {path.name for path in view.iterdir()} == kept
-    assert {path.name for path in (view / "rounds" / "1").iterdir()} == {"run.json", "scores"}
-    assert (view / "wandb" / "latest" / "scores.txt").read_text() == "content"
-    show(runs, "one", of(score, new), {})
-    assert {path.name for path in view.iterdir()} == kept and (old / "scores.txt").exists()
-
-
-def test_the_view_and_its_artifacts_can_be_moved_together(tmp_path, store):
-    scores = make(store)
-    view = show(tmp_path / "runs", "one", of(scores), {"scores": scores})
-    home = tmp_path.with_name(tmp_path.name + "-moved")
-    tmp_path.rename(home)
-    assert (home / view.relative_to(tmp_path) / "scores" / "scores.txt").read_text() == "content"
-    home.rename(tmp_path)
-
-
-def test_the_view_does_not_overwrite_what_it_did_not_make(tmp_path, store):
-    (tmp_path / "runs" / "one" / "scores").mkdir(parents=True)
-    scores = make(store)
-    with pytest.raises(ValueError, match="is in the way"):
-        show(tmp_path / "runs", "one", of(scores), {"scores": scores})

@@ -1,15 +1,16 @@
-"""The doctor: what it says of a machine, and its exit code."""
+"""The doctor: its report of a machine, and its exit code."""
 
 import re
 import socket
 
 import pytest
 
-from pipeline.runtime import doctor
+from pipeline.runtime import doctor, doctor_npu
 from pipeline.runtime.device import missing
+from pipeline.runtime.versions import ASCEND_INDEX, CPU_INDEX, RELEASES
 
 
-def said(capsys, *arguments):
+def report(capsys, *arguments):
     code = doctor.doctor(list(arguments))
     return code, capsys.readouterr().out
 
@@ -22,7 +23,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def test_a_cpu_can_run_and_nothing_is_written(capsys, tmp_path):
-    code, text = said(capsys, "device=cpu")
+    code, text = report(capsys, "device=cpu")
     assert code == 0 and text.endswith("device cpu can run\n")
     for name in ("python", "torch", "deepspeed", "chip", "computes", "memory", "artifacts", "W&B"):
         assert re.search(rf"^(ok|warning) +{name} ", text, re.MULTILINE), text
@@ -33,26 +34,26 @@ def test_a_cpu_can_run_and_nothing_is_written(capsys, tmp_path):
 def test_a_device_that_cannot_run_fails_with_a_remedy(capsys, kind):
     if missing(kind) is None:
         pytest.skip(f"this machine has {kind}")
-    code, text = said(capsys, f"device={kind}")
+    code, text = report(capsys, f"device={kind}")
     assert code == 1 and f"device {kind} cannot run" in text
     assert re.search(rf"^FAILS +{kind} .*\n +-> \w+", text, re.MULTILINE), text
 
 
 @pytest.mark.parametrize("argument", ["devise=cpu", "device", "device=tpu"])
-def test_misuse_is_told_from_a_machine_that_cannot_run(capsys, argument):
-    code, text = said(capsys, argument)
+def test_misuse_has_an_exit_code_of_its_own(capsys, argument):
+    code, text = report(capsys, argument)
     assert code == 2 and text.startswith("error: ")
 
 
 def test_an_interface_that_does_not_exist_fails(capsys, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
-    code, text = said(capsys, "device=cpu")
+    code, text = report(capsys, "device=cpu")
     assert code == 1 and re.search(r"FAILS +GLOO_SOCKET_IFNAME +nosuch0", text)
 
 
 def test_a_folder_that_cannot_be_made_fails(capsys, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    code, text = said(capsys, "device=cpu", "artifacts=file/artifacts")
+    code, text = report(capsys, "device=cpu", "artifacts=file/artifacts")
     assert code == 1 and re.search(r"FAILS +artifacts ", text)
 
 
@@ -61,16 +62,82 @@ def test_an_hccl_port_in_use_is_seen(monkeypatch):
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        base = min(port, 65536 - doctor.HCCL_PORTS)
+        base = min(port, 65536 - doctor_npu.HCCL_PORTS)
         monkeypatch.setenv("HCCL_IF_BASE_PORT", str(base))
-        row = doctor._ports()
+        row = doctor_npu.ports()
     assert row.state == doctor.WARNING and str(port) in row.value
     monkeypatch.setenv("HCCL_IF_BASE_PORT", "65530")
-    assert doctor._ports().state == doctor.FAILS
+    assert doctor_npu.ports().state == doctor.FAILS
 
 
-@pytest.mark.parametrize("wheel, state", [("2.12.0", "ok"), ("2.13.0", "warning")])
-def test_a_cann_that_was_not_released_with_its_torch_npu_is_a_warning(tmp_path, wheel, state):
-    (tmp_path / "version.cfg").write_text("# version\nruntime_running_version=[9.1.0:9.1.0.B100]\n")
-    row = doctor._cann(tmp_path, wheel)
-    assert (row.value, row.state) == ("9.1.0", state)
+@pytest.mark.parametrize(
+    ("file", "text", "version"),
+    [
+        ("version.cfg", "# version\nruntime_running_version=[9.1.0:9.1.0.B100]\n", "9.1.0"),
+        ("version.info", "Version=8.5.0.B120\n", "8.5.0.B120"),
+        ("x86_64-linux/ascend_toolkit_install.info", "package_name=x\nversion=9.0.0\n", "9.0.0"),
+        ("version.cfg", "nothing of use\n", None),
+        ("other", "version=9.1.0\n", None),
+    ],
+)
+def test_the_version_of_cann_is_read_from_its_files(tmp_path, file, text, version):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    assert doctor_npu.cann_version(tmp_path) == version
+
+
+@pytest.mark.parametrize(
+    ("pytorch", "cuda", "torch_npu", "cann", "wrong", "install"),
+    [
+        ("2.12.0+cpu", None, "2.12.0", "9.1.0", [], None),
+        ("2.12.0", None, "2.12.0.post2", "9.1.1", [], None),
+        ("2.9.0+cpu", None, "2.9.0", "8.5.0", [], None),
+        ("2.12.0+cpu", None, "2.12.0", None, [], None),
+        ("2.13.0+cpu", None, "2.13.0", "9.1.0", ["torch_npu"], "2.12.0"),
+        ("2.13.0+cpu", None, "2.12.0", "9.1.0", ["torch_npu"], "2.12.0"),
+        ("2.12.0+cpu", None, None, "9.1.0", ["torch_npu"], "2.12.0"),
+        ("2.12.0+cpu", None, "2.12.0", "9.0.0", ["torch_npu"], "2.10.0"),
+        ("2.10.0+cpu", None, "2.10.0", "9.1.0", ["torch_npu"], "2.12.0"),
+        ("2.12.0+cpu", None, "2.12.0", "7.0.0", ["torch_npu"], "2.12.0"),
+        ("2.12.0+cu128", "12.8", "2.12.0", "9.1.0", ["torch"], "2.12.0"),
+    ],
+)
+def test_torch_torch_npu_and_cann_are_a_released_set_or_what_to_install_is_said(
+    pytorch, cuda, torch_npu, cann, wrong, install
+):
+    rows = list(doctor_npu.software_set(pytorch, cuda, torch_npu, cann))
+    assert [row.name for row in rows if row.state == doctor.WARNING] == wrong
+    for row in rows:
+        if row.state == doctor.WARNING:
+            base = install.partition(".post")[0]
+            assert f"--index-url {CPU_INDEX} torch=={base}" in row.remedy
+            assert f"--extra-index-url {ASCEND_INDEX} torch_npu=={install}" in row.remedy
+
+
+def test_every_released_set_passes_and_no_other_wheel_with_it():
+    wheels = {wheel for release in RELEASES for wheel in release.torch_npu}
+    for release in RELEASES:
+        cann = release.cann if release.cann.count(".") == 2 else f"{release.cann}.2"
+        fitting = {wheel for each in RELEASES if each.fits(cann) for wheel in each.torch_npu}
+        for wheel in wheels:
+            rows = doctor_npu.software_set(wheel.partition(".post")[0], None, wheel, cann)
+            assert all(row.state == doctor.OK for row in rows) == (wheel in fitting)
+
+
+@pytest.mark.parametrize(
+    ("triton", "triton_ascend", "cann", "wanted"),
+    [
+        (None, None, "9.1.0", None),
+        (None, "3.2.2", "9.1.0", None),
+        (None, "3.2.0", "8.5.0", None),
+        (None, "3.2.0", None, None),
+        (None, "3.2.0", "9.1.0", "triton-ascend==3.2.2"),
+        ("3.9.0", None, "9.1.0", "triton-ascend==3.2.2"),
+        ("3.9.0", "3.2.2", "9.1.0", "triton-ascend==3.2.2"),
+        ("3.9.0", None, None, "uninstall -y triton"),
+    ],
+)
+def test_the_triton_of_another_device_or_another_cann_is_a_warning(triton, triton_ascend, cann, wanted):
+    rows = list(doctor_npu.triton_rows(triton, triton_ascend, cann))
+    assert [row.state for row in rows if row.state != doctor.OK] == ([doctor.WARNING] if wanted else [])
+    assert all(wanted in row.remedy for row in rows if wanted)

@@ -176,4 +176,5 @@ STAGE = Stage(
     check=check,
     all_ranks=False,
     shows={"student": ""},
+    delivers=True,
 )

@@ -24,9 +24,10 @@ from pipeline.report.figures import curve, cut_figures, perplexities, shapes_sea
 from pipeline.report.local_distill import errors_by_layer
 from pipeline.report.page import page
 from pipeline.report.rounds import cuts, layers_by_round, round_facts
-from pipeline.runtime.artifacts import LIBRARIES, MANIFEST, code_revision, library_versions
+from pipeline.runtime.artifacts import LIBRARIES, code_revision, library_versions
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.manifest import MANIFEST
 from pipeline.runtime.model_source import locate
 from pipeline.stages.stage import Inputs, Stage
 from pipeline.training import METRICS
@@ -49,7 +50,7 @@ SETTLING = {
 
 def settings(config: Config) -> dict:
     """Give every setting the report shows: all but where things are kept and which part of the line runs."""
-    return config.model_dump(mode="json", exclude={"stages", "runs", "artifacts", "track"})
+    return config.model_dump(mode="json", exclude={"stages", "runs", "artifacts", "verify", "output", "track"})
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
@@ -214,4 +215,5 @@ STAGE = Stage(
     optional=("corrected_teacher", "recovered", "shape", "rotated", "restored"),
     all_ranks=False,
     shows={"report.json": "report.json", "report.html": "report.html", "figures": "figures"},
+    delivers=True,
 )

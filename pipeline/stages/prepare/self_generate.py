@@ -70,4 +70,5 @@ STAGE = Stage(
     needs=("teacher",),
     resumable=True,  # every batch is written down as soon as it is there
     shows={"generated.jsonl": "generated.jsonl"},
+    delivers=True,
 )

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from pipeline.config import Config
 from pipeline.data import sources, split
 from pipeline.data.builtin import version
 from pipeline.data.packing import Domain, build, frame
-from pipeline.runtime.artifacts import fingerprint
 from pipeline.runtime.checkpoint import load_tokenizer, read_config
+from pipeline.runtime.hashing import fingerprint
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_source import model_folder
 from pipeline.stages.stage import Inputs, Stage
@@ -134,15 +133,9 @@ def _names(parts: tuple[split.Part, ...]) -> list[str]:
 def _record(part: split.Part) -> dict:
     """Say what a part is, wherever it lies and whenever it was copied there: a hub id stands for itself."""
     corpus = part.corpus
-    files = [_fingerprint(path, path.stat().st_mtime_ns) for path in corpus.files]
+    files = [fingerprint(path) for path in corpus.files]
     content = files or (version(corpus.key) if corpus.kind == "builtin" else corpus.key)
     return {"name": corpus.name, "kind": corpus.kind, "start": part.start, "stop": part.stop, "content": content}
-
-
-@cache
-def _fingerprint(path: Path, changed: int) -> str:
-    """The digest of what a file holds, read once a process for all purposes while it was not `changed` [ns]."""
-    return fingerprint(path)
 
 
 def _told(parts: dict[str, tuple[split.Part, ...]]) -> list[str]:

@@ -1,0 +1,107 @@
+"""Faults put into real runs: a process killed, a full or failing disk, a short write, at any operation on files."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.runtime.artifacts import DAMAGED, PARTIAL
+from pipeline.runtime.hashing import files_of
+from pipeline.runtime.manifest import read_manifest
+from tests.world import ROOT, environment
+
+HERE = Path(__file__).parent
+MEASURED = ("evaluation", "report", "export", "evaluate", "evaluate_reference")  # hold times, or paths of the run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended: exit code or minus the signal, operations on files, seconds, and its output."""
+
+    status: int
+    operations: int | None
+    seconds: float
+    output: str
+
+
+class Driver:
+    """A process that runs the pipeline with faults; see driver.py."""
+
+    def __init__(self, process: subprocess.Popen, folder: Path):
+        self._process, self._folder, self._number = process, folder, 0
+
+    def run(
+        self, overrides: list[str], root: Path, kind: str = "none", at: int = 0, seconds: float | None = None
+    ) -> Outcome:
+        """Run the pipeline once; operations under `root` count, and number `at` of them fails as `kind` says."""
+        self._number += 1
+        log = self._folder / f"attempt-{self._number}.log"
+        job = {"overrides": overrides, "root": str(root), "kind": kind, "at": at, "seconds": seconds, "log": str(log)}
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the driver ended: {(self._folder / 'driver.log').read_text()[-3000:]}")
+        return Outcome(**json.loads(line), output=log.read_text(errors="replace"))
+
+
+@contextmanager
+def driver(folder: Path) -> Iterator[Driver]:
+    """Build faulty.c and start a driver whose logs are in `folder`; RuntimeError without a C compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise RuntimeError("no C compiler")
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / "faulty.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, HERE / "faulty.c", "-ldl"], check=True)
+    with (folder / "driver.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.injection.driver"],
+            cwd=ROOT,
+            env=environment() | {"LD_PRELOAD": str(library), "TOKENIZERS_PARALLELISM": "false"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+    try:
+        while (line := process.stdout.readline()) != "ready\n":  # what libraries print while they are imported
+            if not line:
+                raise RuntimeError((folder / "driver.log").read_text()[-3000:])
+        yield Driver(process, folder)
+    finally:
+        process.stdin.close()
+        process.wait(60)
+
+
+def student_of(folder: Path) -> dict[str, str]:
+    """Return name -> SHA-256 of a delivered student's files, without the record of its export."""
+    names = (pair for pair in files_of(folder) if pair[0] != "export.json")
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in names}
+
+
+def made_of(artifacts: Path) -> dict[str, Mapping[str, Any]]:
+    """Return artifact -> its files' sizes and digests, of those that hold no times or paths."""
+    found = {}
+    for folder in artifacts.iterdir():
+        if folder.name not in (PARTIAL, DAMAGED) and not folder.name.startswith(MEASURED):
+            found[folder.name] = read_manifest(folder).files
+    return found
+
+
+def leftovers(artifacts: Path) -> list[str]:
+    """Return what interrupted attempts left: partial folders, locks, temporary files, damaged artifacts."""
+    inner = [path for name in (PARTIAL, DAMAGED) for path in artifacts.glob(f"{name}/*")]
+    return sorted(str(path) for path in (*inner, *artifacts.rglob(".*.[0-9]*")))
+
+
+def available() -> bool:
+    """Return whether faults can be injected here: Linux with a C compiler."""
+    return sys.platform == "linux" and os.name == "posix" and bool(shutil.which("cc") or shutil.which("gcc"))

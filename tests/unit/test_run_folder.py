@@ -1,0 +1,311 @@
+"""The run folder: links that follow the run, and a student and report that are real files."""
+
+import os
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.runtime import deliver as delivering
+from pipeline.runtime.artifacts import Store
+from pipeline.runtime.clean import clean, unused
+from pipeline.runtime.lock import Lock
+from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.records import read_record
+from pipeline.runtime.run_folder import Shown, artifacts_of, check_output, show, write_record
+
+FACTS = {"settings": {"tokens": 3}, "inputs": {}, "seconds": 1.5, "peak_memory": 10}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "artifacts", Ranks(0, 1, 0), "r1")
+
+
+def make(store, stage="score", key="a" * 12, text="content", inputs=()):
+    with store.open(stage, key) as partial:
+        (partial / "inner").mkdir(exist_ok=True)
+        (partial / "scores.txt").write_text(text)
+        (partial / "inner" / "more.txt").write_text("more")
+        return store.publish(stage, key, **{**FACTS, "inputs": {str(i): name for i, name in enumerate(inputs)}})
+
+
+def exported(store, key="e" * 12, text="weights", size=0):
+    with store.open("export", key) as partial:
+        (partial / "config.json").write_text("{}")
+        (partial / "model.safetensors").write_text(text + "x" * size)
+        return store.publish("export", key, **FACTS)
+
+
+def linked(folder, inside=""):
+    return Shown(folder, inside)
+
+
+def student(folder):
+    return {"student": Shown(folder, "", delivered=True)}
+
+
+def of(*folders):
+    """Return the record of a run that made these artifacts."""
+    return {"stages": {folder.name.split("-")[0]: {"artifact": folder.name} for folder in folders}}
+
+
+def test_the_view_links_to_artifacts_and_follows_newer_ones(tmp_path, store):
+    first, second = make(store), make(store, key="b" * 12, text="other")
+    shown = {"scores": linked(first), "text": linked(first, "scores.txt")}
+    view = show(tmp_path / "runs", "sweep/one", of(first), shown)
+    assert (view / "scores" / "scores.txt").read_text() == (view / "text").read_text() == "content"
+    show(tmp_path / "runs", "sweep/one", of(second), {"scores": linked(second)})
+    assert (view / "scores" / "scores.txt").read_text() == "other"
+    assert read_record(view / "run.json") == of(second) | {"delivered": {}}
+    assert {path.name for path in view.iterdir()} == {"run.json", "scores"}
+
+
+def test_the_view_is_of_one_run_and_no_file_is_lost(tmp_path, store):
+    score, old, new = make(store), make(store, "layer_loss", "b" * 12), make(store, "layer_loss", "c" * 12)
+    runs, notes = tmp_path / "runs", tmp_path / "notes"
+    notes.write_text("mine")
+    for name in ("one", "one/rounds/1"):
+        view = show(runs, name, of(score, old), {"scores": linked(score), "depth.json": linked(old, "scores.txt")})
+    view = runs / "one"
+    (view / "wandb").mkdir()
+    (view / "wandb" / "latest").symlink_to(old)
+    (view / "notes").symlink_to(notes)
+    (view / "main.log").write_text("a log")
+    show(runs, "one", of(score), {"scores": linked(score)})  # another run of that name, at an early stage
+    kept = {"run.json", "scores", "rounds", "wandb", "notes", "main.log"}
+    assert {path.name for path in view.iterdir()} == kept
+    assert {path.name for path in (view / "rounds" / "1").iterdir()} == {"run.json", "scores"}
+    assert (view / "wandb" / "latest" / "scores.txt").read_text() == "content"
+    show(runs, "one", of(score, new), {})
+    assert {path.name for path in view.iterdir()} == kept and (old / "scores.txt").exists()
+
+
+def test_the_view_and_its_artifacts_can_be_moved_together(tmp_path, store):
+    scores = make(store)
+    view = show(tmp_path / "runs", "one", of(scores), {"scores": linked(scores)})
+    home = tmp_path.with_name(tmp_path.name + "-moved")
+    tmp_path.rename(home)
+    assert (home / view.relative_to(tmp_path) / "scores" / "scores.txt").read_text() == "content"
+    home.rename(tmp_path)
+
+
+def test_a_link_does_not_replace_what_the_view_did_not_make(tmp_path, store):
+    (tmp_path / "runs" / "one" / "scores").mkdir(parents=True)
+    scores = make(store)
+    with pytest.raises(ValueError, match="is in the way"):
+        show(tmp_path / "runs", "one", of(scores), {"scores": linked(scores)})
+
+
+def test_the_student_and_the_report_outlive_the_artifacts_and_travel_alone(tmp_path, store):
+    made, report = exported(store, size=delivering.LARGE), make(store, "report", "f" * 12)
+    shown = student(made) | {"report.html": Shown(report, "scores.txt", True), "figures": Shown(report, "inner", True)}
+    view = show(tmp_path / "runs", "one", of(made, report), shown)
+    assert not any(path.is_symlink() for path in view.rglob("*"))
+    assert {path.name for path in (view / "student").iterdir()} == {"config.json", "model.safetensors"}
+    assert (view / "student/model.safetensors").samefile(made / "model.safetensors")
+    assert not (view / "student/config.json").samefile(made / "config.json")
+    weights = (made / "model.safetensors").read_bytes()
+    shutil.rmtree(store.root)
+    with tarfile.open(tmp_path / "run.tar", "w") as archive:
+        archive.add(view, "one")
+    with tarfile.open(tmp_path / "run.tar") as archive:
+        archive.extractall(tmp_path / "there", filter="data")
+    there = tmp_path / "there/one"
+    assert (there / "student/model.safetensors").read_bytes() == weights
+    assert (there / "report.html").read_text() == "content" and (there / "figures/more.txt").read_text() == "more"
+
+
+def test_without_hard_links_the_student_is_copied(tmp_path, store, monkeypatch):
+    def refuse(*_):
+        raise OSError("no links across disks")
+
+    made = exported(store, size=delivering.LARGE)
+    monkeypatch.setattr(delivering.os, "link", refuse)
+    view = show(tmp_path / "runs", "one", of(made), student(made))
+    assert (view / "student/model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+    assert (view / "student/model.safetensors").stat().st_nlink == 1
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_an_old_student_stays_until_the_new_one_is_complete(tmp_path, store, monkeypatch, atomic):
+    if not atomic:
+        monkeypatch.setattr(delivering.ctypes, "CDLL", lambda _: None)
+    old, new = exported(store), exported(store, "f" * 12, "better")
+    view = show(tmp_path / "runs", "one", of(old), student(old))
+    show(tmp_path / "runs", "one", of(make(store)), {})
+    assert (view / "student/model.safetensors").read_text() == "weights"
+    assert read_record(view / "run.json")["delivered"]["student"]["artifact"] == old.name
+    show(tmp_path / "runs", "one", of(new), student(new))
+    assert (view / "student/model.safetensors").read_text() == "better"
+    assert {path.name for path in view.iterdir()} == {"run.json", "student"}
+
+
+def test_a_student_that_is_in_place_is_not_written_again(tmp_path, store, monkeypatch):
+    made = exported(store)
+    view = show(tmp_path / "runs", "one", of(made), student(made))
+    before = (view / "student").stat().st_ino
+    show(tmp_path / "runs", "one", of(made), student(made))
+    assert (view / "student").stat().st_ino == before
+
+
+def add(view):
+    (view / "student/notes.md").write_text("mine")
+
+
+def edit(view):
+    (view / "student/config.json").write_text('{"mine": 1}')
+
+
+def lose_the_record(view):
+    (view / "run.json").write_text("{")
+
+
+@pytest.mark.parametrize("change", [add, edit, lose_the_record])
+@pytest.mark.parametrize("text", ["weights", "better"])
+def test_a_student_that_was_changed_is_kept_beside_the_new_one(tmp_path, store, change, text, capsys):
+    old, new = exported(store), exported(store, "f" * 12, text)
+    view = show(tmp_path / "runs", "one", of(old), student(old))
+    change(view)
+    before = {path.name: path.read_text() for path in (view / "student").iterdir()}
+    show(tmp_path / "runs", "one", of(new), student(new))
+    assert {path.name: path.read_text() for path in (view / "student").iterdir()} == {
+        "config.json": "{}",
+        "model.safetensors": text,
+    }
+    if change is lose_the_record and text == "weights":  # as it should be: it is not written again
+        return
+    assert {path.name: path.read_text() for path in (view / "student-1").iterdir()} == before
+    assert str(view / "student-1") in capsys.readouterr().out
+
+
+def test_what_a_killed_process_left_is_recognised_and_removed(tmp_path, store, capsys):
+    old, new = exported(store), exported(store, "f" * 12, "better")
+    view = show(tmp_path / "runs", "one", of(old), student(old))
+
+    class Killed(Exception):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    for step in ("_copy", "_exchange"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(delivering, step, die)
+            with pytest.raises(Killed):
+                show(tmp_path / "runs", "one", of(new), student(new))
+        assert (view / "student/model.safetensors").read_text() == "weights"
+    (view / ".student.99999").mkdir()
+    show(tmp_path / "runs", "one", of(new), student(new))
+    assert (view / "student/model.safetensors").read_text() == "better"
+    assert {path.name for path in view.iterdir()} == {"run.json", "student"}
+    assert capsys.readouterr().out == ""
+
+
+def test_the_student_can_be_put_elsewhere(tmp_path, store):
+    old, new = exported(store), exported(store, "f" * 12, "better")
+    runs, output = tmp_path / "runs", tmp_path / "models" / "small"
+    check_output(runs, "one", output)
+    for made, text in ((old, "weights"), (new, "better")):
+        view = show(runs, "one", of(made), student(made), output)
+        assert (output / "model.safetensors").read_text() == text and not output.is_symlink()
+        assert (view / "student").is_symlink() and (view / "student").samefile(output)
+        check_output(runs, "one", output)
+    assert [path.name for path in output.parent.iterdir()] == ["small"]
+    with pytest.raises(ValueError, match=r"^output: "):
+        check_output(runs, "two", output)
+    (output / "config.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"^output: "):
+        check_output(runs, "one", output)
+    with pytest.raises(ValueError, match=r"^output: .* mount point"):
+        check_output(runs, "one", Path("/"))
+    view = show(runs, "one", of(new), student(new))  # back into the run folder
+    assert not (view / "student").is_symlink() and (output / "config.json").read_text() == "mine"
+
+
+def test_a_damaged_record_is_a_fault_where_it_matters_and_written_anew_elsewhere(tmp_path, store):
+    made = make(store)
+    view = show(tmp_path / "runs", "one", of(made), {"scores": linked(made)})
+    assert artifacts_of(view) == {made.name}
+    text = (view / "run.json").read_text()
+    for harmed in ("", "[]", "{", "{}", text.replace("score-a", "score-b"), text[:-1], text + " "):
+        (view / "run.json").write_text(harmed)
+        with pytest.raises(ValueError, match="run.json"):
+            artifacts_of(view)
+        with pytest.raises(ValueError, match="run.json"):
+            unused([tmp_path / "runs"], store.root)
+    show(tmp_path / "runs", "one", of(made), {"scores": linked(made)})
+    assert artifacts_of(view) == {made.name}
+
+
+@pytest.fixture
+def used(tmp_path, store):
+    """Return a store and runs of which the artifacts named `kept` are used and those named `free` are not."""
+    source = make(store, "teacher", "1" * 12)
+    made = make(store, "cut", "2" * 12, inputs=[source.name])
+    behind = make(store, "cut", "3" * 12)
+    with store.open("teacher", "4" * 12) as partial:
+        (partial / "model").symlink_to(behind / "scores.txt")
+        links = store.publish("teacher", "4" * 12, **FACTS)
+    early = make(store, "shape_search", "5" * 12)
+    free = [make(store, "layer_loss", "6" * 12, "x" * 2000000)]
+    for key in ("7" * 12, "8" * 12):
+        with store.open("distill", key) as partial:
+            (partial / "checkpoint").write_text("x" * 1000)
+    free.append(store.root / ".partial" / f"distill-{'8' * 12}")
+    harmed = store.root / ".damaged" / f"cut-{'9' * 12}-123"
+    harmed.mkdir(parents=True)
+    free.append(harmed)
+    record = of(made, links) | {"unfinished": [f"distill-{'7' * 12}"], "earlier": [early.name]}
+    write_record(tmp_path / "runs" / "sweep" / "one", record)
+    return store, tmp_path / "runs", {source, made, behind, links, early}, free
+
+
+def test_what_no_run_folder_refers_to_is_shown_and_deleted_on_request(used, capsys):
+    store, runs, kept, free = used
+    arguments = [f"runs={runs}", f"artifacts={store.root}"]
+    assert [each.folder for each in unused([runs], store.root)] == free
+    assert clean(arguments) == 1 and all(folder.exists() for folder in free)
+    shown = capsys.readouterr().out
+    assert all(str(folder) in shown for folder in free) and "2.0 MB" in shown and "--yes" in shown
+    assert clean([*arguments, "--yes"]) == 0
+    assert not any(folder.exists() for folder in free) and all(folder.exists() for folder in kept)
+    assert (store.root / ".partial" / f"distill-{'7' * 12}" / "checkpoint").exists()
+    assert clean([*arguments, "--yes"]) == 0 and "nothing to delete" in capsys.readouterr().out
+
+
+def test_what_a_process_works_on_is_not_deleted(used, capsys):
+    store, runs, _, free = used
+    lock = Lock(free[1].with_name(free[1].name + ".lock"))
+    assert lock.try_acquire()
+    assert clean([f"runs={runs}", f"artifacts={store.root}", "--yes"]) == 0
+    assert free[1].exists() and not free[0].exists()
+    lock.release()
+
+
+def test_a_hard_link_is_counted_as_kept(tmp_path, store):
+    made = exported(store, size=delivering.LARGE)
+    view = show(tmp_path / "runs", "one", of(made), student(made))
+    os.truncate(view / "run.json", 0)
+    write_record(view, {"stages": {}})
+    (found,) = unused([tmp_path / "runs"], store.root)
+    assert found.folder == made and found.bytes < delivering.LARGE
+
+
+@pytest.mark.parametrize("arguments", [["runz=x"], ["--force"], ["runs="], ["runs=nowhere"], ["artifacts=nowhere"]])
+def test_a_mistake_in_the_command_deletes_nothing(used, arguments, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    _, _, _, free = used
+    assert clean(["--yes", *arguments]) == 2 and all(folder.exists() for folder in free)
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_verification_detects_weights_that_were_edited_through_the_student(tmp_path, store):
+    made = exported(store, size=delivering.LARGE)
+    view = show(tmp_path / "runs", "one", of(made), student(made))
+    with (view / "student/model.safetensors").open("r+b") as file:
+        file.write(b"W")
+    assert store.find("export", "e" * 12) is None
+    assert replace(store, verify="size").find("export", "e" * 12) == made
