@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,10 +97,8 @@ def _with_inputs(names: set[str], root: Path) -> set[str]:
         folder = root / name
         if not folder.is_dir():
             continue
-        try:
+        with suppress(ValueError):  # damaged: it will be made again from inputs that its run names
             left += read_manifest(folder).facts["inputs"].values()
-        except ValueError:  # damaged: it will be made again from inputs that its run names
-            pass
         targets = (path.resolve() for _, path in files_of(folder) if path.is_symlink())
         left += [target.relative_to(home).parts[0] for target in targets if target.is_relative_to(home)]
     return used

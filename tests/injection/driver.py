@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from functools import cache
 
 from hydra import compose, initialize_config_dir
@@ -70,10 +71,8 @@ def attempt(job: dict) -> dict:
             os.kill(pid, signal.SIGKILL)
             status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         time.sleep(0.01)
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)  # what the child had started
-    except ProcessLookupError:
-        pass
     text = os.read(reading, 100).decode()
     os.close(reading)
     return {"status": status, "operations": int(text) if text else None, "seconds": time.monotonic() - begin}
