@@ -47,7 +47,7 @@ def figures(view: Path, name: re.Match, run: Figures) -> Figures:
     trained_early = recovered and (config["recipe"]["rounds"] > 1 or settles or corrects)
     texts = {name: _states(measured, recovered, trained_early) for name, measured in evaluation["texts"].items()}
     seconds = _seconds(view, run["stages"])
-    trains = {"distill": "distill" in seconds, "settle": settles, "correct": corrects}
+    trains = {"distill": "distill" in seconds, "regularize": settles, "teacher_correction": corrects}
     trained = sum(config[stage]["tokens"] for stage, does in trains.items() if does)
     spent = {"cut_seconds": sum(time for stage, time in seconds.items() if stage not in (*TRAINING, *TOLD))}
     if recovered:

@@ -131,7 +131,7 @@ ROWS: dict[str, Row] = {
     "minitron": _recipe("minitron", "Minitron"),
     "tyr": _recipe("tyr", "Týr-the-Pruner, recovered"),
     # TRSP trains before it deletes and not afterwards: its training is what the others spend on recovery
-    "trsp": _recipe("trsp", "TRSP", *GATES, bare=("regularize.norm=none",), trains="settle"),
+    "trsp": _recipe("trsp", "TRSP", *GATES, bare=("regularize.norm=none",), trains="regularize"),
     "trsp_recovered": _recipe(
         "trsp",
         "TRSP, half of the tokens after deletion",
@@ -271,7 +271,7 @@ ROWS: dict[str, Row] = {
     "tyr_no_accumulation": _ablation("tyr", "Týr without accumulation", "supernet.accumulation=false"),
     # the others
     "trsp_by_loss": _ablation(
-        "trsp", "TRSP, layers by measured loss", "plan.depth=loss", bare=("regularize.norm=none",), trains="settle"
+        "trsp", "TRSP, layers by measured loss", "plan.depth=loss", bare=("regularize.norm=none",), trains="regularize"
     ),
     "adapt_even": _ablation("adapt_pruner", "Adapt-Pruner, even widths", "plan.amplitude=0"),
     "adapt_at_once": _ablation("adapt_pruner", "Adapt-Pruner in one round", "recipe.rounds=1"),

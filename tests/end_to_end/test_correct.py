@@ -22,18 +22,18 @@ def world(tmp_path_factory):
 
 def made(world, run, *overrides, **changed):
     """Run a line in this process; give its artifacts by name."""
-    small = {"run": run, "evaluate__speed": "false", "report__samples": 0, "correct__tokens": CORRECTED}
+    small = {"run": run, "evaluate__speed": "false", "report__samples": 0, "teacher_correction__tokens": CORRECTED}
     return runner.run(configured(*settings(world, **(small | changed)), *overrides), "a test")
 
 
 @pytest.fixture(scope="module")
 def corrected(world):
-    return made(world, "corrected", correct__learning_rate=1e-2)
+    return made(world, "corrected", teacher_correction__learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
 def plain(world):
-    return made(world, "plain", correct__tokens=0)
+    return made(world, "plain", teacher_correction__tokens=0)
 
 
 def inputs(folder):
@@ -83,7 +83,7 @@ def test_the_correction_lowers_the_next_token_loss_and_the_report_shows_it(world
     view = world / "runs" / "corrected"
     report, page = told(world, "corrected"), (view / "report.html").read_text()
     assert report["correction"]["curves"]["held_out_cross_entropy"] == {"first": losses[0], "last": losses[-1]}
-    assert report["correction"]["tokens"] == CORRECTED and "correct" in report["stages"]
+    assert report["correction"]["tokens"] == CORRECTED and "teacher_correction" in report["stages"]
     assert "Correcting the teacher</h2>" in page and (view / "figures" / "correction.png").is_file()
 
 
@@ -105,7 +105,7 @@ def test_recovery_reads_on_where_the_correction_ended(world, monkeypatch):
         return learn(engine, through(), held_out, course, *rest)
 
     monkeypatch.setattr(training, "train", spied)
-    made(world, "alone", correct__tokens=0, distill__tokens=CORRECTED + RECOVERED, artifacts=world / "alone")
+    made(world, "alone", teacher_correction__tokens=0, distill__tokens=CORRECTED + RECOVERED, artifacts=world / "alone")
     alone = torch.cat(read.pop("distill"))
     made(world, "both", distill__tokens=RECOVERED, artifacts=world / "both")
     assert len(read["teacher_correction"]) < len(read["distill"])
@@ -113,7 +113,7 @@ def test_recovery_reads_on_where_the_correction_ended(world, monkeypatch):
 
 
 def test_a_part_of_the_line_reads_the_corrected_teacher_too(world, corrected):
-    part = made(world, "part", "stages=[importance]", correct__learning_rate=1e-2, artifacts=world / "part")
+    part = made(world, "part", "stages=[importance]", teacher_correction__learning_rate=1e-2, artifacts=world / "part")
     assert inputs(part["scores"])["subject"] == corrected["teacher"].name
 
 
@@ -134,7 +134,7 @@ def test_a_line_without_the_stage_is_as_without_its_tokens(world, plain, tmp_pat
     """Where nothing is cut, nothing is asked of the stage, and recovery reads its text from the beginning."""
     given = {"model__start": plain["initial_student"], "recipe": "recover"}
     asked = [
-        made(world, f"recover-{tokens}", "recipe.stages=[external_student,distill]", correct__tokens=tokens, **given)
+        made(world, f"recover-{tokens}", "recipe.stages=[external_student,distill]", teacher_correction__tokens=tokens, **given)
         for tokens in (0, CORRECTED)
     ]
     assert asked[0]["student"] == asked[1]["student"]
@@ -147,7 +147,7 @@ def test_right_before_recovery_it_teaches_alone(world, plain):
 
 
 def test_in_rounds_the_corrected_teacher_teaches_all_of_them(world):
-    wide = {"shape__neurons": None, "shape__layers": None, "budget__parameters": 0.8, "distill__batch": 4}
+    wide = {"shape__neurons": None, "shape__layers": None, "budget__parameters": 0.8, "distill__global_batch_size": 4}
     last = made(world, "rounds", "recipe=adapt_pruner", recipe__rounds=2, plan__amplitude=0.05, **wide)
     folder = last["corrected_teacher"].name
     assert last["teacher"].name == folder

@@ -100,9 +100,9 @@ def test_a_sweep_is_tracked_by_the_real_wandb_through_to_each_report(world):
 
 
 def test_two_ranks_under_torchrun_give_the_student_of_one(world):
-    chosen = settings(world, artifacts=world / "one", distill__micro_batch=8)
+    chosen = settings(world, artifacts=world / "one", distill__micro_batch_size=8)
     pipeline("run=one", *chosen, "stages=[importance,shape,plan,cut,distill]", cwd=world)
-    chosen = settings(world, artifacts=world / "two", distill__micro_batch=4)
+    chosen = settings(world, artifacts=world / "two", distill__micro_batch_size=4)
     pipeline("run=two", *chosen, "deepspeed=zero3", "stages=[importance,shape,plan,cut,distill]", cwd=world, ranks=2)
     scores = [open_scores(world / "runs" / name) for name in ("one", "two")]
     for name in scores[0]:

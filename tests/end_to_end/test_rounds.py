@@ -24,7 +24,7 @@ def world(tmp_path_factory):
 def made(world, *overrides, **changed):
     """Run a line of two rounds in this process; give its artifacts by name."""
     given = {"shape__layers": None, "shape__neurons": None, "evaluate__speed": "false", "report__samples": 0}
-    recovery = {"distill__tokens": STEPS * TOKENS, "distill__micro_batch": 8, "recipe__rounds": 2}
+    recovery = {"distill__tokens": STEPS * TOKENS, "distill__micro_batch_size": 8, "recipe__rounds": 2}
     return runner.run(configured(*settings(world, **(given | recovery | changed)), *overrides), "a test")
 
 

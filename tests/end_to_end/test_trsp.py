@@ -12,7 +12,7 @@ STAGES = "stages=[shape,layer_gates,regularize]"
 
 
 def asked(world, **changed):
-    small = {"recipe": "trsp", "shape__neurons": None, "gates__tokens": 192, "gates__batch": 3, "settle__weight": 0.1}
+    small = {"recipe": "trsp", "shape__neurons": None, "layer_gates__tokens": 192, "layer_gates__batch_size": 3, "regularize__weight": 0.1}
     return settings(world, **(small | changed))
 
 
@@ -63,7 +63,7 @@ def test_one_command_deletes_the_picked_layers_of_the_settled_model_and_reports(
 def test_two_ranks_pick_and_settle_as_one(world):
     """The gates' batch of 3 is shared unevenly; settling runs under ZeRO-3."""
     for name, ranks, micro in (("one", 0, 8), ("two", 2, 4)):
-        chosen = asked(world, artifacts=world / name, settle__micro_batch=micro, shape__layers=2)
+        chosen = asked(world, artifacts=world / name, regularize__micro_batch_size=micro, shape__layers=2)
         pipeline(f"run={name}", *chosen, "deepspeed=zero3", STAGES, cwd=world, ranks=ranks)
     for one, two in zip(rounds(world, "one"), rounds(world, "two"), strict=True):
         assert one["picked"] == two["picked"]

@@ -55,7 +55,7 @@ def test_a_recovery_cut_off_on_an_accelerator_goes_on_digit_for_digit(tmp_path, 
     world = make_world(tmp_path)
     chosen = {
         "device": KIND, "device__deterministic": True, "distill__precision": precision,
-        "distill__tokens": STEPS * 8 * 32, "distill__micro_batch": 8,
+        "distill__tokens": STEPS * 8 * 32, "distill__micro_batch_size": 8,
     }  # fmt: skip
     pipeline("run=straight", *settings(world, **chosen), cwd=world)
     again = shutil.copytree(

@@ -42,7 +42,7 @@ def errors(artifacts: Path) -> torch.Tensor:
 
 def test_the_line_on_two_npus_under_zero_3_computes_what_one_cpu_computes(tmp_path):
     world = make_world(tmp_path, "glm4")  # sandwich norms, so that every stage has work
-    chosen = dict(artifacts=world / "on-npu", device="npu", distill__micro_batch=4)
+    chosen = dict(artifacts=world / "on-npu", device="npu", distill__micro_batch_size=4)
     learn = ("local_distill.epochs=2", "local_distill.tokens=1024", "local_distill.batch_tokens=64")
     on_npu("run=npu", *settings(world, **chosen), *learn, "deepspeed=zero3", cwd=world, ranks=2)
     record = json.loads((world / "runs/npu/run.json").read_text())
@@ -53,7 +53,7 @@ def test_the_line_on_two_npus_under_zero_3_computes_what_one_cpu_computes(tmp_pa
     # on two NPUs.
     again = shutil.ignore_patterns("importance-*", "local_distill-*", "distill-*")
     shutil.copytree(world / "on-npu", world / "on-cpu", ignore=again, symlinks=True)
-    chosen = dict(artifacts=world / "on-cpu", distill__micro_batch=8)
+    chosen = dict(artifacts=world / "on-cpu", distill__micro_batch_size=8)
     pipeline("run=cpu", *settings(world, **chosen), *learn, "stages=[importance,local_distill,distill]", cwd=world)
     npu, cpu = (load_file(world / "runs" / run / "scores/scores.safetensors") for run in ("npu", "cpu"))
     assert npu.keys() == cpu.keys()

@@ -91,7 +91,7 @@ def test_ranks_on_two_hosts_add_share_and_wait(hosts, tmp_path):
 
 def test_a_cut_cable_is_noticed_in_bounded_time_and_the_same_command_goes_on(hosts, tmp_path):
     world = make_world(tmp_path)
-    chosen = settings(world, distill__micro_batch=4, distill__tokens=STEPS * 8 * 32, device__timeout=6)
+    chosen = settings(world, distill__micro_batch_size=4, distill__tokens=STEPS * 8 * 32, device__timeout=6)
     chosen += ["run=two", "stages=[importance,shape,plan,cut,distill]"]
     running = launch(hosts, *chosen, cwd=world)
     checkpoints = world / "artifacts/.partial"

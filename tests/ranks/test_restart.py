@@ -19,7 +19,7 @@ STEPS = 24
 @pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_the_recovery_goes_on_from_its_checkpoint(tmp_path):
     world = make_world(tmp_path)
-    chosen = settings(world, distill__micro_batch=4, distill__tokens=STEPS * 8 * 32, device__timeout=60)
+    chosen = settings(world, distill__micro_batch_size=4, distill__tokens=STEPS * 8 * 32, device__timeout=60)
     told = environment() | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     command = [str(ROOT / "launch/local.sh"), "--nproc-per-node", "2", "--max-restarts", "1"]
     with (world / "log").open("w") as log:
