@@ -134,7 +134,13 @@ def test_a_line_without_the_stage_is_as_without_its_tokens(world, plain, tmp_pat
     """Where nothing is cut, nothing is asked of the stage, and recovery reads its text from the beginning."""
     given = {"model__start": plain["initial_student"], "recipe": "recover"}
     asked = [
-        made(world, f"recover-{tokens}", "recipe.stages=[external_student,distill]", teacher_correction__tokens=tokens, **given)
+        made(
+            world,
+            f"recover-{tokens}",
+            "recipe.stages=[external_student,distill]",
+            teacher_correction__tokens=tokens,
+            **given,
+        )
         for tokens in (0, CORRECTED)
     ]
     assert asked[0]["student"] == asked[1]["student"]

@@ -12,7 +12,13 @@ STAGES = "stages=[shape,layer_gates,regularize]"
 
 
 def asked(world, **changed):
-    small = {"recipe": "trsp", "shape__neurons": None, "layer_gates__tokens": 192, "layer_gates__batch_size": 3, "regularize__weight": 0.1}
+    small = {
+        "recipe": "trsp",
+        "shape__neurons": None,
+        "layer_gates__tokens": 192,
+        "layer_gates__batch_size": 3,
+        "regularize__weight": 0.1,
+    }
     return settings(world, **(small | changed))
 
 

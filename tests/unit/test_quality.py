@@ -61,7 +61,9 @@ def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
         "teacher_correction": config.teacher_correction.tokens > 0,
     }
     trains = {stage for stage, does in asked.items() if does and stage in stages}
-    early = {"trsp_recovered": {"regularize"}, "best_all_by_layer_corrected_longer": {"teacher_correction"}}.get(name, set())
+    early = {"trsp_recovered": {"regularize"}, "best_all_by_layer_corrected_longer": {"teacher_correction"}}.get(
+        name, set()
+    )
     assert trains == ({row.trains} | early if recovery else set())
     spent = sum(getattr(config, stage).tokens for stage in trains)
     assert spent == ((120000 if name.endswith("_longer") else 60000) if recovery else 0)
