@@ -10,6 +10,8 @@ import pytest
 
 from tests.world import ROOT, environment
 
+pytestmark = pytest.mark.slow  # examples run the pipeline
+
 PAGE = ROOT / "docs" / "extending.md"
 COPIED = ("pipeline", "conf", "kernels", "tests", "pyproject.toml", "README.md")
 BLOCK = re.compile(
