@@ -87,7 +87,8 @@ def made_up(config: Config, folder: Path) -> None:
         if not path.startswith("builtin:"):
             text = "Words of a text that is long enough.\n\n" * 200
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_text(json.dumps({data.text_field: text}) if path.endswith(".jsonl") else text)
+            record = json.dumps({data.text_field: text}) + "\n"
+            (folder / path).write_text(record * 20 if path.endswith(".jsonl") else text)
 
 
 def try_out(command: list[str], teacher: Path, folder: Path, monkeypatch) -> int:
@@ -99,6 +100,10 @@ def try_out(command: list[str], teacher: Path, folder: Path, monkeypatch) -> int
     for overrides in points(arguments):
         values = composed(*overrides)
         values["model"]["path"], values["device"]["kind"] = str(teacher), "auto"
+        if values["model"]["start"]:
+            values["model"]["start"] = str(teacher)
+        if values["evaluate"]["tasks"]:
+            pytest.importorskip("lm_eval", reason="the check looks up the names of tasks in lm-eval")
         config = validate(values)
         if not set(BESIDE) & set(arguments):
             made_up(config, folder)
