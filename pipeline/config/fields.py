@@ -1,4 +1,4 @@
-"""What every section is made of: ranges that are named once, and the rule that unknown fields are refused."""
+"""The base of every section, which refuses unknown fields, and the ranges that settings share."""
 
 from typing import Annotated
 
@@ -10,7 +10,7 @@ Size = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Weight = Annotated[float, Field(ge=0.0)]
 Portion = Annotated[float, Field(ge=0.0, le=1.0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy's range; torch's 64 bits also hold the multiples drawn from
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy's range; derived seeds fit in torch's 64 bits
 Positive = Annotated[float, Field(gt=0.0)]
 
 

@@ -1,4 +1,4 @@
-"""What is read: the model and the texts."""
+"""Sections of what is read: the model and the texts."""
 
 from typing import Annotated
 
@@ -16,20 +16,27 @@ class Model(Section):
     allow_pickle: bool
 
 
-class Source(Section):
+class Texts(Section):
     path: Paths
-    weights: list[Positive] | None = None
 
     @property
     def paths(self) -> list[str]:
         return [self.path] if isinstance(self.path, str) else list(self.path)
 
     @model_validator(mode="after")
-    def _one_weight_per_path(self):
+    def _names_a_text(self):
         if not all(self.paths) or not self.paths:
-            raise ValueError("path is empty; give a text, or a list of texts")
+            raise ValueError("path is empty; give a text or a list of texts")
+        return self
+
+
+class WeightedTexts(Texts):
+    weights: list[Positive] | None
+
+    @model_validator(mode="after")
+    def _one_weight_per_path(self):
         if self.weights is not None and len(self.weights) != len(self.paths):
-            raise ValueError(f"weights has {len(self.weights)} entries for {len(self.paths)} paths; give one each")
+            raise ValueError(f"weights has {len(self.weights)} entries for {len(self.paths)} paths; give one per path")
         return self
 
 
@@ -40,23 +47,17 @@ class Split(Section):
     @model_validator(mode="after")
     def _leaves_a_rest(self):
         if self.evaluation + self.calibration >= 1.0:
-            raise ValueError("evaluation + calibration is 1 or more, which leaves recovery nothing; lower one")
+            raise ValueError("evaluation + calibration is 1 or more, which leaves no text for recovery; lower one")
         return self
 
 
 class Data(Section):
     sequence_length: Annotated[int, Field(ge=8)]
     text_field: str
-    calibration: Source
-    recovery: Source
-    evaluation: Source
+    calibration: WeightedTexts
+    recovery: WeightedTexts
+    evaluation: Texts
     split: Split
-
-    @model_validator(mode="after")
-    def _evaluation_is_not_mixed(self):
-        if self.evaluation.weights is not None:
-            raise ValueError("evaluation.weights has no meaning, as each text is measured by itself; leave it out")
-        return self
 
 
 class SelfGenerate(Section):

@@ -1,4 +1,4 @@
-"""What is measured, chosen and done to weights before recovery."""
+"""Sections of the methods before recovery: scores, choices and changes of weights."""
 
 from typing import Annotated, Any, Literal
 
@@ -81,19 +81,19 @@ class Plan(Section):
 
     @property
     def measures_depth(self) -> bool:
-        """Whether a stage before the plan finds the layers that stay."""
+        """Whether a stage before the plan chooses the layers to keep."""
         return self.depth in ("loss", "evolved", "gates")
 
     @property
     def policy(self) -> dict[str, Any]:
-        """How layers, heads, neurons and channels are chosen by scores; `drawn` are the kinds chosen at random.
+        """How scores select layers, heads, neurons and channels; `drawn` lists the kinds that are chosen at random.
 
-        Block influence stands in for a loss or gates until these are measured or learnt.
+        The depth policy is block influence until a loss has been measured or gates have been learned.
         """
         drawn = [kind for kind in ("channels", "heads", "neurons") if getattr(self, kind) == "random"]
         depth = "influence" if self.measures_depth else self.depth
-        asked = self.model_dump(include={"keep_first", "clap", "clap_normalise"})
-        return asked | {"depth": depth, "drawn": drawn}
+        options = self.model_dump(include={"keep_first", "clap", "clap_normalise"})
+        return options | {"depth": depth, "drawn": drawn}
 
 
 class Reinit(Section):

@@ -1,4 +1,4 @@
-"""What is written and told: export, evaluation, report, tracking."""
+"""Sections of results: checkpoints, export, evaluation, report, tracking."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""How wide and deep the student is, how its shape is searched, and the chip it is for."""
+"""Sections of the student's shape: the shape itself, budgets, the search, and the chip that it is designed for."""
 
 from typing import Annotated, Literal
 
@@ -30,13 +30,13 @@ class Budget(Section):
 
     @property
     def predicted(self) -> dict[str, float]:
-        """The limits that only the chip model can keep to, those that are set."""
+        """The limits that the chip model predicts, where set."""
         limits = self.model_dump(include={"speedup", "decode_rate", "prefill_seconds"}, exclude_none=True)
         return limits | ({"memory_bytes": self.memory_gb * 1e9} if self.memory_gb else {})
 
     @property
     def limits(self) -> dict[str, float]:
-        """All limits that are set; where none is, the fallback."""
+        """All limits that are set; the fallback where none is."""
         parameters = self.parameters or (None if self.predicted else self.fallback)
         return self.predicted | ({"parameters": parameters} if parameters else {})
 
@@ -54,7 +54,7 @@ class ShapeSearch(Section):
 
     @property
     def serving(self) -> dict[str, int | str]:
-        """How the student will be used, without how it is searched for."""
+        """How the student will be served, without the settings of the search."""
         return self.model_dump(exclude={"candidates", "tolerance", "tokens"})
 
 

@@ -1,4 +1,4 @@
-"""How the student recovers, and how whole models are trained."""
+"""Sections of training: local distillation, teacher correction, regularization and recovery."""
 
 from typing import Annotated, Any, Literal
 
@@ -59,7 +59,7 @@ class Distill(Training):
     loss: Loss
 
 
-OWN = {  # of DeepSpeed's settings: those that say again what these say
+OWN = {  # DeepSpeed settings that the pipeline writes itself, and the settings they come from
     "train_batch_size": "distill.global_batch_size",
     "train_micro_batch_size_per_gpu": "distill.micro_batch_size",
     "gradient_accumulation_steps": "distill.global_batch_size and distill.micro_batch_size",
@@ -76,6 +76,8 @@ class DeepSpeed(Section):
     def _says_nothing_twice(self):
         for name, ours in OWN.items():
             if name in self.extra:
-                others = "(teacher_correction's or regularize's where they train)"
-                raise ValueError(f"extra.{name} would say again what {ours} says {others}; set that")
+                raise ValueError(
+                    f"extra.{name} is written by the pipeline; set {ours} instead "
+                    "(of teacher_correction or regularize where these train)"
+                )
         return self

@@ -10,8 +10,8 @@ import torch
 from pipeline import runner
 from pipeline.config import validate
 from pipeline.runner import STAGES
+from tests.composing import composed
 from tests.tiny import save_tiny, tiny_model, tokenizer_folder
-from tests.unit.test_conf import composed
 from tests.world import ROOT, environment, make_world, settings
 
 BENCHMARKS = ROOT / "benchmarks"

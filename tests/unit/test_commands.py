@@ -1,67 +1,49 @@
-"""Every command line of the README and docs/ is real as a whole: together its settings compose, validate and pass the
-check of the line they start. The files they name are made up, the model is the demo's without its weights, the device
-that of this machine."""
+"""Every command line of the README and docs/ composes as a whole, validates and passes the check of its stages.
+
+A command's files are made up, the model is the demo's without its weights, the device that of this machine.
+"""
 
 import json
 import re
 import shlex
-from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import runner
-from pipeline.__main__ import arranged
-from pipeline.config import Config, validate
+from pipeline.cli.command import COMMANDS, configurations
+from pipeline.cli.words import parsed
+from pipeline.config import Config
+from tests.composing import ROOT
 from tests.tiny import tensors_of, tokenizer_folder
-from tests.unit.test_conf import ROOT, composed
-
-BESIDE = ("doctor", "calibrate-chip", "--help")  # commands that run no line
 
 
 def commands(markdown: str) -> list[list[str]]:
-    """The words of every command in blocks and code spans, ellipses and comments left out."""
+    """Return the words of every command in blocks and code spans, ellipses and comments left out."""
     parts = re.split(r"^ *```.*$", markdown, flags=re.MULTILINE)
     lines = [line for block in parts[1::2] for line in block.replace("\\\n", " ").splitlines()]
     lines += [span.replace("\n", " ") for text in parts[::2] for span in re.findall(r"`([^`]+)`", text)]
-    words = [shlex.split(line, comments=True) for line in lines if "-m pipeline" in line]
+    words = [shlex.split(line, comments=True) for line in lines if "-m pipeline" in line and "-m pipeline." not in line]
     return [[word for word in each if not word.endswith("...")] for each in words]
 
 
 def documented() -> list[list[str]]:
     files = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-    every = [command for file in files for command in commands(file.read_text())]
+    every = [command for file in files for command in commands(file.read_text(encoding="utf-8"))]
     return [list(command) for command in dict.fromkeys(map(tuple, every))]
 
 
 def world(command: list[str]) -> int:
-    """How many processes a command starts."""
+    """Return how many processes a command starts."""
     flags = {name: int(value) for name, value in zip(command, command[1:]) if name in ("--nnodes", "--nproc-per-node")}
     return flags.get("--nnodes", 1) * flags.get("--nproc-per-node", 1)
 
 
-def points(arguments: list[str]) -> list[list[str]]:
-    """The overrides of every run that a command is."""
-    overrides = [word for word in arguments if "=" in word]
-    if "--multirun" not in arguments:
-        return [overrides]
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    swept = [
-        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
-        if one.is_sweep_override()
-        else [one.input_line]
-        for one in parsed
-    ]
-    return [list(point) for point in product(*swept)]
-
-
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    """A folder with all that is said of the demo's model; of its weights the names and shapes, on no disk space."""
+    """A folder with the demo model's configuration; its weights have names and shapes but take no disk space."""
     widths = {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
     with torch.device("meta"):
@@ -69,71 +51,129 @@ def teacher(tmp_path_factory) -> Path:
     folder = tokenizer_folder(tmp_path_factory.mktemp("teacher"), "Some words to learn from.")
     model.config.architectures = ["LlamaForCausalLM"]
     model.config.save_pretrained(folder)
-    header, end = {}, 0
+    entries, end = {}, 0
     for name, tensor in tensors_of(model).items():
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + 2 * tensor.numel()]}
+        entries[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + 2 * tensor.numel()]}
         end += 2 * tensor.numel()
-    told = json.dumps(header).encode()
+    header = json.dumps(entries).encode()
     with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(told).to_bytes(8, "little") + told)
-        file.truncate(8 + len(told) + end)
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
     return folder
 
 
-def made_up(config: Config, folder: Path) -> None:
-    """Put files where the texts of a configuration are said to be."""
+def make_texts(config: Config, folder: Path) -> None:
+    """Write files to where the texts of a configuration are."""
     data = config.data
     for path in (*data.calibration.paths, *data.recovery.paths, *data.evaluation.paths):
         if not path.startswith("builtin:"):
             text = "Words of a text that is long enough.\n\n" * 200
+            text = 20 * (json.dumps({data.text_field: text}) + "\n") if path.endswith(".jsonl") else text
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            record = json.dumps({data.text_field: text}) + "\n"
-            (folder / path).write_text(record * 20 if path.endswith(".jsonl") else text)
+            (folder / path).write_text(text, encoding="utf-8")
 
 
-def try_out(command: list[str], teacher: Path, folder: Path, monkeypatch) -> int:
-    """Go through a command's runs up to the work; give how many there are."""
-    arguments, ranks = command[command.index("pipeline") + 1 :], world(command)
-    monkeypatch.chdir(folder)
-    for name, value in {"RANK": 0, "WORLD_SIZE": ranks, "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1}.items():
-        monkeypatch.setenv(name, str(value))
-    for overrides in points(arguments):
-        values = composed(*overrides)
-        values["model"]["path"], values["device"]["kind"] = str(teacher), "auto"
-        if values["model"]["start"]:
-            values["model"]["start"] = str(teacher)
-        if values["evaluate"]["tasks"]:
-            pytest.importorskip("lm_eval", reason="the check looks up the names of tasks in lm-eval")
-        config = validate(values)
-        if not set(BESIDE) & set(arguments):
-            made_up(config, folder)
-            runner.check(config)
-    return len(points(arguments))
-
-
-@pytest.mark.parametrize("command", [each for each in documented() if not {"doctor", "calibrate-chip"} & set(each)])
-def test_hydra_takes_the_words_of_a_documented_command(command):
+def check(command: list[str], teacher: Path, folder: Path, monkeypatch) -> int:
+    """Validate and check every run of a command; return how many there are."""
     words = command[command.index("pipeline") + 1 :]
-    parsed, unknown = get_args_parser().parse_known_args(arranged(words))
-    assert not unknown and parsed.overrides == [word for word in words if "=" in word]
-    assert parsed.multirun == ("--multirun" in words)
+    monkeypatch.chdir(folder)
+    place = {"RANK": 0, "WORLD_SIZE": world(command), "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    runs = words[1:] if words[:1] and words[0] in COMMANDS else words
+    options = parsed(runs)
+    if options.source is not None or options.config_dir is not None:  # files of the reader's own
+        return 1
+    found = configurations(options)
+    for config, _ in found:
+        if options.help is None and runs is words:
+            device = config.device.model_copy(update={"kind": "auto"})
+            start = config.model.start and str(teacher)
+            model = config.model.model_copy(update={"path": str(teacher), "start": start})
+            if config.evaluate.tasks:
+                pytest.importorskip("lm_eval", reason="the check looks up the names of tasks in lm-eval")
+            make_texts(config, folder)
+            runner.check(config.model_copy(update={"device": device, "model": model}))
+    return len(found)
 
 
 @pytest.mark.parametrize("command", documented(), ids=" ".join)
-def test_a_documented_command_passes_the_check_of_its_line(command, teacher, tmp_path, monkeypatch):
-    assert try_out(command, teacher, tmp_path, monkeypatch) >= 1
+def test_a_documented_command_passes_the_check_of_its_recipe(command, teacher, tmp_path, monkeypatch):
+    assert check(command, teacher, tmp_path, monkeypatch) >= 1
 
 
 IMPOSSIBLE = {
-    "python -m pipeline run=x shape.layers=26 budget.speedup=2 device/chip=910B3": "shape.* gives the shape and budget",
-    "python -m pipeline run=x --multirun plan.widths=uniform,adaptive device/chip=910B3 budget.speedup=2": "own widths",
-    "torchrun --nnodes 2 --nproc-per-node 3 -m pipeline run=x": "distill.global_batch_size is 4, not a multiple",
+    "python -m pipeline run=x shape.layers=26 budget.speedup=2 device/chip=910B3": "shape.*budget",
+    "python -m pipeline run=x --multirun plan.widths=uniform,adaptive device/chip=910B3 budget.speedup=2": "widths",
+    "torchrun --nnodes 2 --nproc-per-node 3 -m pipeline run=x": "distill.global_batch_size is 4",
     "python -m pipeline run=x data.calibration.path=[a.txt,b.txt] data.calibration.weights=[1]": "1 entries for 2",
+    "python -m pipeline run=x distill.lr=1": "distill.learning_rate",
 }
 
 
-@pytest.mark.parametrize("told", IMPOSSIBLE)
-def test_settings_that_are_fine_alone_and_not_together_would_be_found(told, teacher, tmp_path, monkeypatch):
-    (command,) = commands("Text.\n```\n" + told.replace("run=x", "run=x \\\n ") + "  # a note\n```\nAnd so on.")
-    with pytest.raises(ValueError, match=re.escape(IMPOSSIBLE[told])):
-        try_out(command, teacher, tmp_path, monkeypatch)
+@pytest.mark.parametrize("line", IMPOSSIBLE)
+def test_a_command_that_could_not_run_would_be_found(line, teacher, tmp_path, monkeypatch):
+    (command,) = commands("Text.\n```\n" + line.replace("run=x", "run=x \\\n ") + "  # a note\n```\nAnd so on.")
+    with pytest.raises(ValueError, match=IMPOSSIBLE[line]):
+        check(command, teacher, tmp_path, monkeypatch)
+
+
+def test_a_sweep_is_every_combination_and_each_has_a_run_of_its_own():
+    words = ["run=s", "shape.hidden=448,512", "-m", "distill.learning_rate=1e-4,3e-4", "track.tags=[a],[b]", "seed=3"]
+    found = [config for config, _ in configurations(parsed(words))]
+    assert len(found) == 8 and len({config.run for config in found}) == 8
+    assert found[0].run == "s/shape.hidden=448,distill.learning_rate=0.0001,track.tags=_a_"
+    assert {config.track.group for config in found} == {"s"} and {config.seed for config in found} == {3}
+    points = {(config.shape.hidden, config.distill.learning_rate) for config in found}
+    assert points == {(hidden, rate) for hidden in (448, 512) for rate in (1e-4, 3e-4)}
+
+
+def test_a_sweep_goes_over_groups_and_over_paths_as_they_are_typed():
+    words = ["--multirun", "run=a,b", "recipe=best,tyr", "model.path=/x/my model (1),/y/模型"]
+    found = [config for config, _ in configurations(parsed(words))]
+    assert {(c.recipe.name, c.model.path) for c in found} == {
+        (name, path) for name in ("best", "tyr") for path in ("/x/my model (1)", "/y/模型")
+    }
+    assert all(config.run.startswith("a,b/recipe=") for config in found)
+
+
+def test_a_wrong_point_of_a_sweep_is_found_before_the_first_run():
+    with pytest.raises(ValueError, match="^distill.tokens: "):
+        configurations(parsed(["--multirun", "distill.tokens=8192,-1"]))
+    with pytest.raises(ValueError, match="recipe: .*'none'"):
+        configurations(parsed(["--multirun", "recipe=best,none"]))
+
+
+def test_options_and_settings_come_in_any_order():
+    for words in (["run=x", "-m", "seed=1,2"], ["-m", "run=x", "seed=1,2"], ["run=x", "seed=1,2", "--multirun"]):
+        assert parsed(words).settings == ("run=x", "seed=1,2") and parsed(words).multirun
+    assert parsed(["--help"]).help == "" and parsed(["run=x", "--help", "distill"]).help == "distill"
+    for words in (["--strange"], ["--mult"], ["--cfg", "hydra"]):
+        with pytest.raises(ValueError, match="--help"):
+            parsed(words)
+
+
+def test_a_run_can_be_repeated_from_its_record(tmp_path):
+    words = ["run=a", "recipe=tyr", "device/chip=910B3", "distill.tokens=8192", "model.path=it's, 模型"]
+    config = configurations(parsed(words))[0][0]
+    record = tmp_path / "run.json"
+    record.write_text(json.dumps({"config": config.model_dump(mode="json")}), encoding="utf-8")
+    again = ["--from", str(record)]
+    assert configurations(parsed(again))[0][0] == config
+    assert configurations(parsed(["--from", str(tmp_path)]))[0][0] == config
+    words = [*again, "run=b", "shape.layers=9", "track.tags=[x]", "device=cpu", "deepspeed=zero2"]
+    changed = configurations(parsed(words))[0][0]
+    assert (changed.run, changed.shape.layers, changed.track.tags) == ("b", 9, ["x"])
+    assert changed.device.kind == "cpu" and changed.device.chip.name == "CPU" and changed.deepspeed.stage == 2
+    assert changed.recipe == config.recipe and changed.distill == config.distill
+    swept = configurations(parsed([*again, "-m", "seed=1,2"]))
+    assert [each.seed for each, _ in swept] == [1, 2] and all(each.recipe == config.recipe for each, _ in swept)
+    for refused, match in (("recipe=best", "--from: recipe=best"), ("distill.lr=1", "distill.learning_rate")):
+        with pytest.raises(ValueError, match=match):
+            configurations(parsed([*again, refused]))
+    for text in ("{", "[]", '{"config": 3}'):
+        record.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match="--from: "):
+            configurations(parsed(again))
+    with pytest.raises(ValueError, match="--from: "):
+        configurations(parsed(["--from", str(tmp_path / "none.json")]))

@@ -1,0 +1,126 @@
+"""python -m pipeline: validate the settings, then run a recipe or one of the small commands beside it."""
+
+import io
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline.cli.boundary import Boundary
+from pipeline.cli.words import Command, parsed
+from pipeline.config import Config, validate
+
+
+def main() -> None:
+    """Run the command in sys.argv; its exit status is 0, 2 for refused input, 70 for a defect, 130 when interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):  # text outside the terminal's encoding is escaped, not refused
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    boundary = Boundary()
+    with boundary():
+        name, words = next(iter(sys.argv[1:]), ""), sys.argv[2:]
+        if name in COMMANDS:
+            status = COMMANDS[name](words)
+            if status:
+                sys.exit(status)
+        else:
+            _run(sys.argv[1:], boundary)
+
+
+def _doctor(words: Sequence[str]) -> int:
+    from pipeline.runtime.doctor import doctor
+
+    return doctor(list(words))
+
+
+def _clean(words: Sequence[str]) -> int:
+    from pipeline.runtime.clean import clean
+
+    return clean(list(words))
+
+
+def _calibrate_chip(words: Sequence[str]) -> int:
+    """Fit a chip model to this device, or print how."""
+    command = parsed(words)
+    if command.help is not None:
+        print("python -m pipeline calibrate-chip [calibrate.name=NAME] [calibrate.folder=FOLDER] [SETTING=VALUE ...]")
+        return 0
+    from pipeline.cli.compose import composed
+
+    compose = partial(composed, command.settings, command.config_dir)
+    config = validate(compose())
+    from pipeline.estimate import calibrate_chip
+
+    calibrate_chip(config if config.device.chip is not None else with_found_chip(config, compose()))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"doctor": _doctor, "clean": _clean, "calibrate-chip": _calibrate_chip}
+
+
+def _run(words: Sequence[str], boundary: Boundary) -> None:
+    command = parsed(words)
+    if command.help is not None:
+        from pipeline.cli.reference import help_text
+
+        print(help_text(command.help), end="")
+        return
+    runs = list(configurations(command))  # every point of a sweep is valid before the first one runs
+    if command.show:
+        from pipeline.cli.compose import as_yaml
+
+        print("\n".join(as_yaml(config.model_dump(mode="json")) for config, _ in runs), end="")
+        return
+    from pipeline import runner
+    from pipeline.runtime import ranks
+
+    for config, values in runs:
+        boundary.folder = Path(config.runs) / config.run
+        if config.device.chip is None and config.predicts:
+            config = with_found_chip(config, values)
+        runner.run(config, f"python -m pipeline {shlex.join(words)}")
+    ranks.leave()
+
+
+def configurations(command: Command) -> list[tuple[Config, dict[str, Any]]]:
+    """Return the validated configurations of a command, with the mappings they come from; several with --multirun."""
+    from pipeline.cli.compose import compose_point, composed, sweep
+
+    places = (command.config_dir, command.source)
+    if not command.multirun:
+        values = composed(command.settings, *places)
+        return [(validate(values), values)]
+    found = []
+    for number, (name, point) in enumerate(sweep(command.settings, *places)):
+        values = compose_point(point, *places)
+        values["track"]["group"] = values["track"]["group"] or values["run"]
+        values["run"] = f"{values['run']}/{run_name(name) or number}"
+        found.append((validate(values), values))
+    return found
+
+
+def run_name(swept: str) -> str:
+    """Return the swept settings of a point as the name of a folder."""
+    return re.sub(r"[^\w.+=,-]", "_", swept)
+
+
+def with_found_chip(config: Config, values: dict[str, Any]) -> Config:
+    """Return the configuration with the chip model of the device that this rank found; rank 0 prints which it is."""
+    from pipeline.cli.compose import composed
+    from pipeline.runtime.device import chip_model, open_device
+    from pipeline.runtime.ranks import place
+
+    rank, _, local_rank = place()
+    kind, attention, deterministic = config.device.kind, config.device.attention, config.device.deterministic
+    device = open_device(kind, attention, deterministic, local_rank, config.seed)
+    file, message = chip_model(device.kind, device.name)
+    if rank == 0:
+        print(message, flush=True)
+    chip = composed([f"device/chip={file}"])["device"]["chip"]
+    return validate(values | {"device": values["device"] | {"chip": chip}})
