@@ -61,7 +61,11 @@ def _calibrate_chip(words: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"doctor": _doctor, "clean": _clean, "calibrate-chip": _calibrate_chip}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "doctor": _doctor,
+    "clean": _clean,
+    "calibrate-chip": _calibrate_chip,
+}
 
 
 def _run(words: Sequence[str], boundary: Boundary) -> None:
