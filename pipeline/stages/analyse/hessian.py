@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.data.packing import Packed
-from pipeline.data.stream import beginning
 from pipeline.model.anatomy import Anatomy
 from pipeline.prune.second_order.hessian import gram, projections
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_tensors
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine
+from pipeline.stages.calibration import calibration
 from pipeline.stages.stage import Inputs, Stage
 
 BYTES = 8  # of an entry, in memory and on disk
@@ -35,10 +34,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     bytes_of = [_bytes(anatomy, layer) for layer in range(len(anatomy.sizes.layers))]
     need_space(out, sum(bytes_of))
     model = load_model(inputs["subject"], device.compute_dtype, device.attention, config.model.trust_remote_code)
-    text = Packed(inputs["tokens"] / "calibration")
-    batches = beginning(
-        text, config.restore.tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed
-    )
+    batches = calibration(config, inputs, config.restore.tokens, ranks)
     if ranks.rank == 0:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)

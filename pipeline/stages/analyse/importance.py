@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.data.packing import Packed
-from pipeline.data.stream import beginning
 from pipeline.distill.next_token import LanguageHead
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.scores import Scores
@@ -21,6 +19,7 @@ from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint,
 from pipeline.runtime.device import Device
 from pipeline.runtime.layer_streaming import need_memory, placed
 from pipeline.runtime.machine import Machine
+from pipeline.stages.calibration import calibration
 from pipeline.stages.stage import Inputs, Stage
 
 MEANS = "means/means.safetensors"
@@ -46,12 +45,10 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     if slopes:
         _need_memory(source.anatomy, device)
     model = load_model(inputs["subject"], device.compute_dtype, device.attention, config.model.trust_remote_code)
-    text = Packed(inputs["tokens"] / "calibration")
-    batches = beginning(text, config.score.tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed)
-    if batches.wanted * config.data.sequence_length < config.score.tokens - config.data.sequence_length:
-        machine.say(
-            f"score: the calibration text has {len(text)} sequences of {config.data.sequence_length}; all are used"
-        )
+    batches = calibration(config, inputs, config.score.tokens, ranks)
+    sequence = batches.packed.sequence
+    if (batches.wanted + 1) * sequence < config.score.tokens:
+        machine.say(f"importance: the calibration text has only {batches.wanted} sequences of {sequence}; all are used")
     with placed(model, device, False if slopes else config.device.layer_streaming):
         sums = measure(
             model.get_decoder(),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data.packing import Packed
-from pipeline.data.stream import beginning, stream
+from pipeline.data.stream import stream
 from pipeline.distill.gates import Learning, learn, smallest
 from pipeline.distill.next_token import LanguageHead
 from pipeline.evaluation.perplexity import tally
@@ -19,6 +19,7 @@ from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
 from pipeline.runtime.layer_streaming import need_memory
 from pipeline.runtime.machine import Machine
+from pipeline.stages.calibration import calibration
 from pipeline.stages.stage import Inputs, Stage
 
 ROUNDS = "rounds.json"
@@ -57,15 +58,12 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     model = load_model(inputs["subject"], device.compute_dtype, device.attention, config.model.trust_remote_code)
     model = model.to(device.torch).requires_grad_(False)
     head, how = LanguageHead(model, config.logits.chunk), Learning(asked.form, asked.penalty, asked.learning_rate)
-    text, steps = Packed(inputs["tokens"] / "calibration"), _steps(config)
-    measured = beginning(
-        text, config.plan.depth_tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed
-    )
+    steps, measured = _steps(config), calibration(config, inputs, config.plan.depth_tokens, ranks)
     rounds = ranks.share(_rounds(out / ROUNDS) if ranks.rank == 0 else None)
     kept = [layer for layer in range(total) if layer not in {each["picked"] for each in rounds}]
     bar = iter(machine.progress(range(len(kept) - count), len(kept) - count, "gates"))
     while len(kept) > count:
-        batches = islice(_batches(config, text, len(rounds) * steps * asked.batch_size, ranks), steps)
+        batches = islice(_batches(config, measured.packed, len(rounds) * steps * asked.batch_size, ranks), steps)
         with only_layers(model, total, kept):
             gates, loss = learn(model, head, _ones(total, model), kept, batches, how, ranks.sum_)
         picked = smallest(gates, kept, config.plan.keep_first)

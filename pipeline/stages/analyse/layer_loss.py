@@ -7,8 +7,6 @@ import torch
 
 from pipeline.allocate.budgets import Depth, Loss, evolved_depth, greedy_depth
 from pipeline.config import Config
-from pipeline.data.packing import Packed
-from pipeline.data.stream import beginning
 from pipeline.evaluation.perplexity import tally
 from pipeline.model.scores import Scores
 from pipeline.prune.passes.prefix import PrefixCache
@@ -17,6 +15,7 @@ from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine
+from pipeline.stages.calibration import calibration
 from pipeline.stages.stage import Inputs, Stage
 
 LOSSES = "losses.json"
@@ -67,11 +66,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
 def _measured(config: Config, inputs: Inputs, out: Path, total: int, count: int, machine) -> Depth:
     device, ranks = machine.device, machine.ranks
     model = load_model(inputs["subject"], device.compute_dtype, device.attention, config.model.trust_remote_code)
-    text = Packed(inputs["tokens"] / "calibration")
     asked = config.plan
-    batches = list(
-        beginning(text, asked.depth_tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed)
-    )
+    batches = list(calibration(config, inputs, asked.depth_tokens, ranks))
     losses: dict[str, float] = ranks.share(_told(out / LOSSES) if ranks.rank == 0 else None)
     trials = max(0, _trials(config, total, count) - len(losses))
     bar = machine.progress(range(trials), trials, "depth")

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from pipeline.allocate.curves import removals
 from pipeline.config import Config
-from pipeline.data.packing import Packed
-from pipeline.data.stream import beginning
 from pipeline.evaluation.divergence import divergence, final_states
 from pipeline.model.anatomy import LayerSizes
 from pipeline.model.scores import Scores
@@ -20,6 +18,7 @@ from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, open_tensors
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine
+from pipeline.stages.calibration import calibration, calibration_text
 from pipeline.stages.stage import Inputs, Stage
 
 FILE = "sensitivities.json"
@@ -61,10 +60,9 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     scores = shuffled(scores, config.plan.policy["drawn"], config.seed)
     kept = layers_that_stay(inputs, scores.layers, config.plan.policy)
     model = load_model(inputs["subject"], device.compute_dtype, device.attention, config.model.trust_remote_code)
-    text = Packed(inputs["tokens"] / "calibration")
-    length = min(config.sensitivity.length, text.sequence)
-    tokens = config.plan.depth_tokens // length * text.sequence
-    whole = beginning(text, tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed)
+    sequence = calibration_text(inputs).sequence
+    length = min(config.sensitivity.length, sequence)
+    whole = calibration(config, inputs, config.plan.depth_tokens // length * sequence, ranks)
     batches = [ids[:, :length] for ids in whole]
     grams = open_tensors(inputs["hessians"]) if _restored(config) else None
     wanted: list[Tensor] = []

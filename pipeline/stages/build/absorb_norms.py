@@ -6,8 +6,6 @@ from pathlib import Path
 from torch import nn
 
 from pipeline.config import Config
-from pipeline.data.packing import Packed
-from pipeline.data.stream import Beginning, beginning
 from pipeline.model.families import FAMILIES, Family
 from pipeline.model.hf_config import with_scales
 from pipeline.prune.importance.measure import inverse_rms
@@ -18,6 +16,7 @@ from pipeline.runtime.described import read_config
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_source import model_folder
+from pipeline.stages.calibration import calibration
 from pipeline.stages.stage import Inputs, Stage
 
 
@@ -63,7 +62,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
 
 
 def _absorbed(config: Config, inputs: Inputs, source: Checkpoint, machine) -> Stream:
-    batches = _batches(config, inputs, machine.ranks)
+    batches = calibration(config, inputs, config.reinit.absorb_tokens, machine.ranks)
     with placed(_decoder(inputs, machine), machine.device, config.device.layer_streaming) as model:
         sums = inverse_rms(model, post_norm_modules(source.anatomy), machine.progress(batches, len(batches), "absorb"))
     machine.ranks.sum_(sums.values())
@@ -73,7 +72,7 @@ def _absorbed(config: Config, inputs: Inputs, source: Checkpoint, machine) -> St
 
 def _fitted(config: Config, inputs: Inputs, source: Checkpoint, machine) -> Stream:
     anatomy, ranks = source.anatomy, machine.ranks
-    batches = _batches(config, inputs, machine.ranks)
+    batches = calibration(config, inputs, config.reinit.absorb_tokens, machine.ranks)
     passes = fitted_scales(_decoder(inputs, machine), anatomy, batches, machine.device.torch, ranks.sum_)
     scales = dict(machine.progress(passes, len(post_norm_modules(anatomy)), "absorb"))
     return with_static_scales(anatomy, source, scales)
@@ -85,14 +84,6 @@ def _removed(config: Config, inputs: Inputs, source: Checkpoint, machine) -> Str
 
 def _decoder(inputs: Inputs, machine) -> nn.Module:
     return load_model(inputs["initial_student"], machine.device.compute_dtype, machine.device.attention).get_decoder()
-
-
-def _batches(config: Config, inputs: Inputs, ranks) -> Beginning:
-    """Give this rank's share of `reinit.absorb_tokens` calibration tokens."""
-    text = Packed(inputs["tokens"] / "calibration")
-    return beginning(
-        text, config.reinit.absorb_tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed
-    )
 
 
 def _check_family(config: Config, family: Family | None) -> None:

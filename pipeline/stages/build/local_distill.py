@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Config
-from pipeline.data.packing import Packed
-from pipeline.data.stream import beginning
 from pipeline.distill.local import HELD_OUT, Learnt, Lessons, Rows, learn
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
@@ -26,6 +24,7 @@ from pipeline.runtime.checkpoint import (
 )
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.machine import Machine
+from pipeline.stages.calibration import calibration
 from pipeline.stages.stage import Inputs, Stage
 
 # Source is the teacher in other axes, where the student was cut from it. In later rounds `original` teaches, and
@@ -73,10 +72,10 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         (load_model(each.folder, device.compute_dtype, device.attention, trust).get_decoder(), each.anatomy)
         for each in (origin, start)
     )
-    asked, text = config.local_distill, Packed(inputs["tokens"] / "calibration")
-    batches = beginning(text, asked.tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed)
+    asked = config.local_distill
+    batches = calibration(config, inputs, asked.tokens, ranks)
     lessons = Lessons(asked.epochs, asked.batch_tokens, asked.learning_rate, config.seed, device.compute_dtype)
-    if _fits(origin, start, len(batches) * config.calibration.batch_size * text.sequence, device):
+    if _fits(origin, start, len(batches) * config.calibration.batch_size * batches.packed.sequence, device):
         for model, _ in (teacher, student):
             model.to(device.torch)
     hosts, done = [plan.host for plan in blueprint.layers], ranks.share(_done(out) if ranks.rank == 0 else None)
@@ -89,7 +88,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
             told = _remembered(out, layer, matrices, ranks)
         else:
             placed = (stream.to(device.torch) for stream in streams)
-            told = learn(branch.to(device.torch), _rows(*placed, text.sequence, ranks), lessons, ranks.sum_)
+            told = learn(branch.to(device.torch), _rows(*placed, batches.packed.sequence, ranks), lessons, ranks.sum_)
             branch.cpu()
             if ranks.rank == 0:
                 _write(out / LEARNT / str(layer), matrices, told)

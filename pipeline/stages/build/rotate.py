@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.data.packing import Packed
-from pipeline.data.stream import beginning
 from pipeline.model.families import EMBEDDING, FINAL_NORM
 from pipeline.prune.second_order.hessian import gram
 from pipeline.prune.surgery.rotate import (
@@ -29,6 +27,7 @@ from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_check
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine
+from pipeline.stages.calibration import calibration
 from pipeline.stages.stage import Inputs, Stage
 
 
@@ -63,8 +62,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         raise ValueError(f"rotate.own_axes is {asked.own_axes}; the model has {anatomy.sizes.hidden} hidden channels")
     need_space(out, source.bytes())
     model = load_model(origin, device.compute_dtype, device.attention, config.model.trust_remote_code)
-    text = Packed(inputs["tokens"] / "calibration")
-    batches = beginning(text, asked.tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed)
+    batches = calibration(config, inputs, asked.tokens, ranks)
     counts = torch.zeros(anatomy.sizes.vocabulary, dtype=torch.float64)
     watched = _counted(machine.progress(batches, len(batches), "basis"), counts)
     with placed(model.get_decoder(), device, config.device.layer_streaming) as decoder:

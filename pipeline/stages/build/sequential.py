@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.data.packing import Packed
-from pipeline.data.stream import beginning
 from pipeline.model.anatomy import LayerSizes
 from pipeline.model.scores import Scores
 from pipeline.prune.plan import layers_that_stay
@@ -20,6 +18,7 @@ from pipeline.prune.second_order.sequential import prune_in_sequence
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.machine import Machine
+from pipeline.stages.calibration import calibration
 from pipeline.stages.stage import Inputs, Stage
 
 
@@ -81,8 +80,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         return whole
 
     model = load_model(inputs["subject"], device.compute_dtype, device.attention, config.model.trust_remote_code)
-    text = Packed(inputs["tokens"] / "calibration")
-    batches = list(beginning(text, asked.tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed))
+    batches = list(calibration(config, inputs, asked.tokens, ranks))
     passes = prune_in_sequence(model.get_decoder(), anatomy, batches, prune, device.torch, kept)
     changed = {
         name: weight.to("cpu", source[name].dtype) for name, weight in machine.progress(passes, len(solved), "sequence")

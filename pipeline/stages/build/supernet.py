@@ -18,7 +18,7 @@ from pipeline.allocate.evolution import Generation, Place, Widths, candidate_wid
 from pipeline.allocate.sites import Site, even_start, given_start, sites_of
 from pipeline.config import Config
 from pipeline.data.packing import Packed
-from pipeline.data.stream import Beginning, beginning, left_over
+from pipeline.data.stream import Beginning, left_over
 from pipeline.evaluation.divergence import divergence, final_states
 from pipeline.model.scores import Scores
 from pipeline.prune.head_norms import spans
@@ -41,6 +41,7 @@ from pipeline.runtime.checkpoint import (
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine
+from pipeline.stages.calibration import calibration
 from pipeline.stages.stage import Inputs, Stage
 
 WORK = "work"  # in the stage's folder until it is done: supernets, searches under way, the teacher's final states
@@ -102,13 +103,10 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     sites = sites_of(source.anatomy.sizes, kept, projections(source.anatomy), asked.multiple)
     start = even_start(sites, shape["weights"]) if "weights" in shape else given_start(sites, shape)
     model = load_model(inputs["subject"], device.compute_dtype, device.attention, config.model.trust_remote_code)
-    text = Packed(inputs["tokens"] / "calibration")
-    calibration = beginning(
-        text, config.restore.tokens, config.calibration.batch_size, ranks.rank, ranks.world, config.seed
-    )
+    batches = calibration(config, inputs, config.restore.tokens, ranks)
     named = {site.name: site for site in sites}
-    bench = Bench(config, machine, out / WORK, source, kept, named, model, calibration, {})
-    loss = _selection(bench, text)
+    bench = Bench(config, machine, out / WORK, source, kept, named, model, batches, {})
+    loss = _selection(bench, batches.packed)
     widths, rounds = start, []
     for number in range(asked.rounds):
         found = _round(bench, number, widths, loss)

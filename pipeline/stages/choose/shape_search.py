@@ -29,6 +29,7 @@ from pipeline.runtime.device import choose
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine
+from pipeline.stages.calibration import calibration_text
 from pipeline.stages.stage import Inputs, Stage
 
 SCRATCH = "student"  # the one cut student there is at a time
@@ -74,7 +75,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """
     source = open_checkpoint(inputs["subject"], config.model.allow_pickle)
     scores = Scores.load(inputs["scores"] / "scores.safetensors")
-    text = Packed(inputs["tokens"] / "calibration")
+    text = calibration_text(inputs)
     rows = _rows(text, scores.tokens, config)
     if len(rows) < config.shape_search.tokens // text.sequence:
         machine.say(f"search: scoring left {len(rows)} sequences of {text.sequence} of the text; all are measured")
