@@ -110,3 +110,17 @@ def tokenizer_folder(folder: Path, text: str, size: int = 96) -> Path:
     )
     wrapped.save_pretrained(folder)
     return folder
+
+
+def inputs_of(model, ids, names):
+    """Return what some modules read of ids, [tokens, width] each, by module name."""
+    record = {}
+    hooks = [
+        model.get_submodule(n).register_forward_pre_hook(lambda m, i, n=n: record.update({n: i[0].flatten(0, 1)}))
+        for n in names
+    ]
+    with torch.no_grad():
+        model.model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    return record

@@ -8,7 +8,7 @@ from pipeline.config.fields import Count, Fraction, Portion, Positive, Section, 
 
 
 class Score(Section):
-    kind: Literal["activation", "taylor", "fluctuation", "magnitude"]
+    kind: str  # a registered score, see prune/importance
     tokens: Count
     aggregation: Literal["sum", "minitron"]
     norms: Literal["all", "pre"]

@@ -1,7 +1,7 @@
 """Importance scores of a model, saved beside what made them."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,15 @@ class Scores:
     neurons: tuple[Tensor, ...]  # per layer [f]
     layers: Tensor  # [layer], 1 - mean cosine of input and output
     tokens: int
+    # [2, layer]: what the scores of heads and of neurons are divided by where layers are compared; None: by their own
+    # standard deviations
+    deviations: Tensor | None = None
+
+    def with_units(
+        self, heads: Sequence[Tensor], neurons: Sequence[Tensor], deviations: Tensor | None = None
+    ) -> "Scores":
+        """Return the same scores of channels and layers with others of heads and neurons."""
+        return replace(self, heads=tuple(heads), neurons=tuple(neurons), deviations=deviations)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         yield "channels", self.channels
@@ -26,6 +35,8 @@ class Scores:
         for layer, (heads, neurons) in enumerate(zip(self.heads, self.neurons, strict=True)):
             yield f"heads.{layer}", heads
             yield f"neurons.{layer}", neurons
+        if self.deviations is not None:
+            yield "deviations", self.deviations
 
     def save(self, path: Path) -> None:
         save_file({k: v.contiguous() for k, v in self.items()}, path, {"tokens": str(self.tokens)})
@@ -38,4 +49,5 @@ class Scores:
         count = len(tensors["layers"])
         heads = tuple(tensors[f"heads.{layer}"] for layer in range(count))
         neurons = tuple(tensors[f"neurons.{layer}"] for layer in range(count))
-        return Scores(tensors["channels"], heads, neurons, tensors["layers"].to(torch.float64), tokens)
+        layers = tensors["layers"].to(torch.float64)
+        return Scores(tensors["channels"], heads, neurons, layers, tokens, tensors.get("deviations"))

@@ -158,17 +158,15 @@ def shuffled(scores: Scores, kinds: Sequence[str], seed: int) -> Scores:
     """Give scores whose named kinds (`channels`, `heads`, `neurons`) are random: the control of every ablation."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(kind: str, value):
-        if kind not in kinds:
-            return value
+    def draw(value: Tensor | tuple[Tensor, ...]):
         if isinstance(value, Tensor):
             return torch.rand(value.shape, generator=generator, dtype=torch.float64)
         return tuple(torch.rand(v.shape, generator=generator, dtype=torch.float64) for v in value)
 
-    return Scores(
-        draw("channels", scores.channels),
-        draw("heads", scores.heads),
-        draw("neurons", scores.neurons),
-        scores.layers,
-        scores.tokens,
-    )
+    random = {kind: draw(getattr(scores, kind)) for kind in ("channels", "heads", "neurons") if kind in kinds}
+    deviations = scores.deviations
+    if deviations is not None:
+        rows = zip(("heads", "neurons"), deviations, strict=True)
+        own = [torch.stack([v.std(correction=0) for v in random[kind]]) if kind in random else row for kind, row in rows]
+        deviations = torch.stack(own)
+    return replace(scores, **random, deviations=deviations)

@@ -133,14 +133,6 @@ def test_a_channel_that_was_always_silent_keeps_a_scale_of_one():
     assert fit.tolist() == [1.0, 2.0]
 
 
-def test_padding_counts_for_nothing():
-    ids = tokens(2, 10)
-    mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
-    masked, apart = (fitted(tiny_model("glm4"), text) for text in ([(ids, mask)], [ids[:1], ids[1:, :6]]))
-    for name, scale in masked.items():  # GLM-4 computes softmax in float32
-        torch.testing.assert_close(scale, apart[name], rtol=1e-6, atol=0.0)
-
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_removed_is_a_scale_of_ones_and_nothing_else_changes(kind, tmp_path):

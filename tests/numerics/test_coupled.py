@@ -5,7 +5,8 @@ import torch
 
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import everything
-from pipeline.prune.importance.magnitude import coupled, magnitude
+from pipeline.prune.importance.coupled import coupled
+from pipeline.prune.importance.magnitude import magnitude
 from pipeline.prune.surgery.cut import cut
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model
 
@@ -16,7 +17,7 @@ OUTSIDE = ("o_proj.bias", "down_proj.bias")
 def test_magnitudes_of_all_structures_add_up_to_that_of_the_weights(kind):
     model = tiny_model(kind)
     source = tensors_of(model)
-    heads, neurons = magnitude(anatomy_of(config_of(model), source), source)
+    heads, neurons, _ = magnitude(anatomy_of(config_of(model), source), source)
     of_heads = ("_proj", "q_norm", "k_norm") if kind == "olmo2" else ("_proj",)  # there gains run over all heads
     for layer in range(4):
         own = {n: t for n, t in source.items() if n.startswith(f"model.layers.{layer}.") and not n.endswith(OUTSIDE)}
@@ -31,7 +32,7 @@ def test_what_a_cut_takes_away_is_what_its_structures_weighed():
     model = tiny_model("llama")
     source = tensors_of(model)
     anatomy = anatomy_of(config_of(model), source)
-    heads, neurons = coupled(anatomy, lambda name: torch.ones_like(source[name]))
+    heads, neurons, _ = coupled(anatomy, lambda name: torch.ones_like(source[name]))
     whole = everything(anatomy.sizes)
     first = whole.layers[0]
     thin = type(first)(0, first.groups[:1], first.neurons[:-1])

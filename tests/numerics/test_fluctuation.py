@@ -1,25 +1,25 @@
 """Laws of fluctuation: FLAP's formula, standardisation, and biases that keep mean outputs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
 from pipeline.model.hf_config import student_config
-from pipeline.prune.importance.fluctuation import (
-    biased_anatomy,
-    biased_config,
-    compensate_biases,
-    fluctuation,
-    moments,
-    standardised,
-)
+from pipeline.model.scores import Scores
+from pipeline.prune.importance import SCORES
+from pipeline.prune.importance.measure import measure
+from pipeline.prune.importance.moments import moments
+from pipeline.prune.importance.score import Measured, standardised
+from pipeline.prune.plan import shuffled
 from pipeline.prune.second_order.hessian import gram
 from pipeline.prune.second_order.restore import restore_outputs
+from pipeline.prune.surgery.bias import biased_anatomy, biased_config, compensate_biases
 from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import load_model, write_checkpoint
-from tests.numerics.test_gram import inputs_of
-from tests.tiny import config_of, tensors_of, tiny_model, tokens
+from tests.tiny import config_of, inputs_of, tensors_of, tiny_model, tokens
 
 
 def parts(kind):
@@ -27,34 +27,89 @@ def parts(kind):
     return model, anatomy_of(config_of(model), tensors_of(model)), tensors_of(model)
 
 
+def scores_of(model, anatomy, source, kind, batches):
+    """Return the scores of one kind; those of channels and layers are of no interest here."""
+    plain = measure(model.model, anatomy, [tokens()]).scores()
+    measured = Measured(plain, moments(model.model, anatomy, batches))
+    return plain.with_units(*SCORES[kind].compute(anatomy, source, measured))
+
+
+def channel_scores(model, source, name):
+    """FLAP's formula for the channels that one projection reads, [tokens, channels] -> [channels]."""
+    read = inputs_of(model, tokens(), [name])[name]
+    columns = source[f"{name}.weight"].double()
+    return torch.stack([x.var(correction=0) * (w @ w) for x, w in zip(read.double().T, columns.T, strict=True)])
+
+
+ORDERS = ("fluctuation", "fluctuation_of_heads")
+
+
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", ["llama", "phi3", "gemma2"])
-def test_scores_are_variance_times_column_norm(kind):
+def test_scores_are_variance_times_column_norm(kind, order):
     model, anatomy, source = parts(kind)
-    heads, neurons = fluctuation(anatomy, source, moments(model.model, anatomy, [tokens()[:1], tokens()[1:]]))
-    names = ["model.layers.3.self_attn.o_proj", "model.layers.3.mlp.down_proj"]
-    read = inputs_of(model, tokens(), names)
-    o, down = (read[n].var(0, correction=0) * source[f"{n}.weight"].norm(dim=0) ** 2 for n in names)
-    torch.testing.assert_close(heads[3], o.view(4, 8).mean(1), rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(neurons[3], down, rtol=1e-5, atol=1e-7)
+    scores = scores_of(model, anatomy, source, order, [tokens()[:1], tokens()[1:]])
+    o, down = (channel_scores(model, source, f"model.layers.3.{n}") for n in ("self_attn.o_proj", "mlp.down_proj"))
+    torch.testing.assert_close(scores.heads[3], o.view(4, 8).mean(1), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(scores.neurons[3], down, rtol=1e-5, atol=1e-7)
 
 
-def test_padding_counts_for_nothing_and_ranks_add():
+def standard(values, correction):
+    return (values - values.mean()) / values.std(correction=correction)
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 2, 3], [1, 3]])
+def test_flap_standardises_channels_and_then_averages_those_of_a_head(layers):
+    model, anatomy, source = parts("llama")
+    scores = scores_of(model, anatomy, source, "fluctuation", [tokens()])
+    heads, neurons = standardised(scores, layers)
+    means, _ = standardised(scores_of(model, anatomy, source, "fluctuation_of_heads", [tokens()]), layers)
+    for place, layer in enumerate(layers):
+        o = channel_scores(model, source, f"model.layers.{layer}.self_attn.o_proj")
+        down = channel_scores(model, source, f"model.layers.{layer}.mlp.down_proj")
+        torch.testing.assert_close(heads[place], standard(o, 1).view(4, 8).mean(1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(neurons[place], standard(down, 1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(means[place], standard(o.view(4, 8).mean(1), 0), rtol=1e-5, atol=1e-6)
+        assert heads[place].std(correction=0) < 0.9, "the means of a head's channels vary less than its channels"
+
+
+@pytest.mark.parametrize("kinds", [(), ("heads",), ("neurons",), ("heads", "neurons")])
+def test_random_heads_and_neurons_are_compared_by_deviations_of_their_own(kinds):
+    model, anatomy, source = parts("llama")
+    scores = scores_of(model, anatomy, source, "fluctuation", [tokens()])
+    before, after = (standardised(each, range(4)) for each in (scores, shuffled(scores, kinds, 0)))
+    for kind, one, other in zip(("heads", "neurons"), before, after, strict=True):
+        for layer in range(4):
+            if kind in kinds:
+                assert float(other[layer].std(correction=0)) == pytest.approx(1.0)
+            else:
+                assert torch.equal(one[layer], other[layer])
+
+
+def test_deviations_are_saved_with_the_scores(tmp_path):
+    scores = scores_of(*parts("llama"), "fluctuation", [tokens()])
+    scores.save(tmp_path / "scores.safetensors")
+    loaded = Scores.load(tmp_path / "scores.safetensors")
+    assert torch.equal(loaded.deviations, scores.deviations) and scores.deviations.shape == (2, 4)
+    assert replace(scores, deviations=None).with_units(scores.heads, scores.neurons).deviations is None
+
+
+def test_moments_of_ranks_add():
     model, anatomy, _ = parts("llama")
     ids = tokens(2, 10)
-    mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
-    padded = moments(model.model, anatomy, [(ids, mask)])
-    parts_of_it = [moments(model.model, anatomy, [part]).tensors() for part in (ids[:1], ids[1:, :6])]
-    for one, other, total in zip(*parts_of_it, padded.tensors(), strict=True):
+    ranks = [moments(model.model, anatomy, [part]).tensors() for part in (ids[:1], ids[1:])]
+    for one, other, total in zip(*ranks, moments(model.model, anatomy, [ids]).tensors(), strict=True):
         torch.testing.assert_close(one + other, total, rtol=1e-5, atol=1e-6)
 
 
 def test_standardised_scores_compare_across_layers_and_keep_their_order():
-    layers = [torch.rand(20, dtype=torch.float64) * 10**i for i in range(4)]
-    for before, after in zip(layers, standardised(layers)):
+    layers = tuple(torch.rand(20, dtype=torch.float64) * 10**i for i in range(4))
+    scores = Scores(torch.ones(8), layers, (torch.full((3,), 7.0),) * 4, torch.ones(4), 1)
+    heads, neurons = standardised(scores, range(4))
+    for before, after in zip(layers, heads, strict=True):
         assert abs(after.mean()) < 1e-12 and after.std(correction=0) == pytest.approx(1.0)
         assert torch.equal(before.argsort(), after.argsort())
-    assert torch.equal(standardised([torch.full((3,), 7.0)])[0], torch.zeros(3))
+    assert torch.equal(neurons[0], torch.zeros(3))
 
 
 def narrow(last):

@@ -1,11 +1,11 @@
-"""Laws of the Gram matrices: the plain products, masks, ranks, subsets of layers, the stream's directions."""
+"""Laws of the Gram matrices: the plain products, ranks, subsets of layers, the stream's directions."""
 
 import pytest
 import torch
 
 from pipeline.model.anatomy import anatomy_of
 from pipeline.prune.second_order.hessian import CHUNK, add_products, gram
-from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
+from tests.tiny import CLASSES, config_of, inputs_of, tensors_of, tiny_model, tokens
 
 
 def anatomy(model):
@@ -14,20 +14,6 @@ def anatomy(model):
 
 def grams_of(model, *batches, layers=range(4), stream=True):
     return gram(model.model, anatomy(model), batches, layers, stream=stream)
-
-
-def inputs_of(model, ids, names):
-    """What some modules read, recorded plainly, by name."""
-    record = {}
-    hooks = [
-        model.get_submodule(n).register_forward_pre_hook(lambda m, i, n=n: record.update({n: i[0].flatten(0, 1)}))
-        for n in names
-    ]
-    with torch.no_grad():
-        model.model(input_ids=ids)
-    for hook in hooks:
-        hook.remove()
-    return record
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -50,15 +36,6 @@ def test_the_stream_is_summed_over_pre_norms_and_the_final_norm_at_unit_rms(kind
     torch.testing.assert_close(grams.final, unit[-20:].T @ unit[-20:], rtol=1e-6, atol=1e-6)
     assert grams.stream.trace() == pytest.approx(32 * 20 * 9, rel=1e-3)
 
-
-def test_padding_counts_for_nothing():
-    model, ids = tiny_model("llama"), tokens(2, 10)
-    mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
-    padded = grams_of(model, (ids, mask))
-    plain = grams_of(model, ids[:1], ids[1:, :6])
-    for one, other in zip(padded.tensors(), plain.tensors(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_grams_of_two_ranks_add_to_the_grams_of_one():

@@ -1,10 +1,10 @@
-"""Laws of the scores: the formulas of Pangu Light eq. 1-4 against their plain reading, masks, ranks, memory."""
+"""Laws of the scores: the formulas of Pangu Light eq. 1-4 against their plain reading, aggregations, ranks."""
 
 import pytest
 import torch
 
 from pipeline.model.anatomy import anatomy_of
-from pipeline.prune.importance.measure import inverse_rms, measure
+from pipeline.prune.importance.measure import AGGREGATIONS, inverse_rms, measure
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
 
 
@@ -12,7 +12,7 @@ def anatomy(model):
     return anatomy_of(config_of(model), tensors_of(model))
 
 
-def seen(model, ids, mask=None):
+def seen(model, ids):
     """Everything eq. 1-4 are about, recorded plainly: norm outputs, W_O and W_down inputs, block inputs and outputs."""
     record = {"norms": [], "heads": [], "neurons": [], "blocks": []}
     hooks = []
@@ -26,7 +26,7 @@ def seen(model, ids, mask=None):
         hooks.append(layer.register_forward_hook(lambda m, i, o: record["blocks"].append((i[0], o))))
     hooks.append(model.model.norm.register_forward_hook(lambda m, i, o: record["norms"].append(o)))
     with torch.no_grad():
-        model.model(input_ids=ids, attention_mask=mask)
+        model.model(input_ids=ids)
     for hook in hooks:
         hook.remove()
     return record
@@ -49,33 +49,47 @@ def test_scores_are_the_papers_formulas(kind):
         torch.testing.assert_close(scores.layers[layer], influence, rtol=1e-5, atol=1e-6)
 
 
-def test_minitron_aggregation_is_l2_over_the_batch_of_means_over_the_sequence():
-    model, ids = tiny_model("llama"), tokens(3, 10)
+@pytest.mark.parametrize("kind", ["llama", "glm4", "gemma3_text", "olmo2"])
+def test_minitron_takes_the_l2_norm_over_sequences_of_the_mean_over_the_sequence_of_every_norm_by_itself(kind):
+    """Plain loops over norms, sequences and channels in float64; channels are summed over norms afterwards."""
+    model, ids = tiny_model(kind), tokens(3, 10)
     record = seen(model, ids)
     scores = measure(model.model, anatomy(model), [ids[:1], ids[1:]], "minitron").scores()
-    wanted = record["neurons"][2].abs().mean(1).square().sum(0).sqrt()
-    torch.testing.assert_close(scores.neurons[2], wanted, rtol=1e-6, atol=1e-6)
+
+    def l2_of_means(values):  # [batch, sequence, width]
+        means = [sequence.double().abs().sum(0) / len(sequence) for sequence in values]
+        return sum(mean**2 for mean in means) ** 0.5
+
+    channels = sum(l2_of_means(norm) for norm in record["norms"])
+    torch.testing.assert_close(scores.channels, channels, rtol=1e-6, atol=1e-6)
+    for layer in range(4):
+        heads = l2_of_means(record["heads"][layer].unflatten(-1, (4, 8)).norm(dim=-1))
+        torch.testing.assert_close(scores.heads[layer], heads, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(scores.neurons[layer], l2_of_means(record["neurons"][layer]), rtol=1e-6, atol=1e-6)
+    together = sum(x.abs().mean(1).square().sum(0) for x in record["norms"]).sqrt()
+    assert not torch.allclose(scores.channels, together, rtol=0.1), "one root over all norms is another score"
 
 
-@pytest.mark.parametrize("aggregation", ["sum", "minitron"])
-def test_padding_counts_for_nothing(aggregation):
-    model, ids = tiny_model("llama"), tokens(2, 10)
-    mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
-    short = [ids[:1], ids[1:, :6]]
-    padded = measure(model.model, anatomy(model), [(ids, mask)], aggregation).scores()
-    plain = measure(model.model, anatomy(model), short, aggregation).scores()
-    assert padded.tokens == plain.tokens == 16
-    for (name, one), (_, other) in zip(padded.items(), plain.items(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=name)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("groups", [(1, 1, 1, 1, 1), (2, 3), (4, 1)])
+def test_scores_do_not_depend_on_how_sequences_are_grouped_into_batches_and_ranks(aggregation, groups):
+    model, ids = tiny_model("llama"), tokens(5, 8)
+    whole = measure(model.model, anatomy(model), [ids], aggregation).scores()
+    batches = measure(model.model, anatomy(model), ids.split(groups), aggregation).scores()
+    ranks = [measure(model.model, anatomy(model), [part], aggregation) for part in ids.split(groups)]
+    for sums in ranks[1:]:
+        for total, part in zip(ranks[0].tensors(), sums.tensors(), strict=True):
+            total += part
+    for other in (batches, ranks[0].scores()):
+        for (name, one), (_, two) in zip(whole.items(), other.items(), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7, msg=name)
 
 
-def test_scores_of_two_ranks_are_the_scores_of_one():
-    model, ids = tiny_model("qwen3"), tokens(4, 8)
-    whole = measure(model.model, anatomy(model), [ids])
-    parts = [measure(model.model, anatomy(model), [part]) for part in (ids[0::2], ids[1::2])]
-    for one, other, total in zip(parts[0].tensors(), parts[1].tensors(), whole.tensors(), strict=True):
-        torch.testing.assert_close(one + other, total, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("setting, value", [("aggregation", "mean"), ("norms", "post")])
+def test_an_unknown_aggregation_or_choice_of_norms_is_refused(setting, value):
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=f"score.{setting}: .*{value}"):
+        measure(model.model, anatomy(model), [tokens()], **{setting: value})
 
 
 def test_norms_pre_leaves_post_norms_out():

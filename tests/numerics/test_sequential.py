@@ -10,9 +10,8 @@ from pipeline.prune.second_order.hessian import gram
 from pipeline.prune.second_order.removal_order import obs_order
 from pipeline.prune.second_order.restore import restore
 from pipeline.prune.second_order.sequential import at_width, expected_weight, prune_in_sequence
-from tests.numerics.test_gram import inputs_of
 from tests.numerics.test_restore import output_error, problem
-from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
+from tests.tiny import CLASSES, config_of, inputs_of, tensors_of, tiny_model, tokens
 
 HERE = torch.device("cpu")
 
@@ -70,23 +69,6 @@ def test_each_projection_sees_what_its_pruned_predecessors_produce(kind):
     with torch.no_grad():
         assert torch.equal(model(tokens()).logits, measured(tokens()).logits)
 
-
-def test_padding_counts_for_nothing():
-    ids = tokens(2, 10)
-    mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
-    seen = []
-    for given in ([(ids, mask)], [ids[:1], ids[1:, :6]]):
-        model, moments = tiny_model("llama"), {}
-
-        def keep(name, weight, total, moments=moments):
-            moments[name] = total
-            return weight
-
-        dict(prune_in_sequence(model.model, anatomy(model), given, keep, HERE))
-        seen.append(moments)
-    for name, total in seen[0].items():
-        torch.testing.assert_close(total, seen[1][name], rtol=1e-5, atol=1e-6)
 
 
 def test_the_expectation_of_candidates_is_passed_on_after_attention_and_after_the_mlp():

@@ -10,7 +10,7 @@ from pipeline.costmodel.shapes import AXES, ModelShape
 from pipeline.model.anatomy import LayerSizes, Sizes, anatomy_of
 from pipeline.model.blueprint import Blueprint, everything
 from pipeline.model.hf_config import student_config
-from pipeline.prune.importance.fluctuation import biased_anatomy, biased_config
+from pipeline.prune.surgery.bias import biased_anatomy, biased_config
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model
 
 SMOLLM2 = ModelShape(30, 576, 9, 3, 64, 1536, 49152, True)

@@ -49,7 +49,7 @@ def widths(**changed):
 
 
 def streams(model, batches):
-    """Give the stream [tokens that count, h] before every layer and after the last, and before every FFN."""
+    """Return the stream [tokens, h] before every layer and after the last, and before every FFN."""
     anatomy = anatomy_of(config_of(model), tensors_of(model))
     modules, before, middle = dict(model.named_modules()), {}, {}
     with ExitStack() as hooks, torch.no_grad():
@@ -60,11 +60,10 @@ def streams(model, batches):
                 hooks.callback(hook.remove)
         last = before.setdefault(len(anatomy.sizes.layers), [])
         hooks.callback(modules["model.norm"].register_forward_pre_hook(lambda _, x: last.append(x[0])).remove)
-        for ids, mask in batches:
-            model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
-    masks = [mask for _, mask in batches]
+        for ids in batches:
+            model.get_decoder()(input_ids=ids, use_cache=False)
     for part in (before, middle):
-        part |= {at: torch.cat([x[mask] for x, mask in zip(rows, masks, strict=True)]) for at, rows in part.items()}
+        part |= {at: torch.cat([x.flatten(0, 1) for x in rows]) for at, rows in part.items()}
     return before, middle
 
 
@@ -78,9 +77,7 @@ def test_both_streams_are_those_of_the_whole_models(kind, hosts):
     student = tiny_model(kind, seed=1, num_hidden_layers=len(hosts), **changed)
     channels = range(teacher.config.hidden_size)
     both = [(model.get_decoder(), anatomy_of(config_of(model), tensors_of(model))) for model in (teacher, student)]
-    mask = torch.ones(2, 12, dtype=torch.bool)
-    mask[1, 9:] = False
-    batches = [(tokens(), mask), (tokens(seed=1), torch.ones(2, 12, dtype=torch.bool))]
+    batches = [tokens(), tokens(seed=1)]
     dense, _ = streams(teacher, batches)
     seen = []
     for layer, read, wanted in in_step(*both, hosts, channels, batches, torch.device("cpu")):

@@ -20,8 +20,7 @@ from pipeline.model.blueprint import Blueprint
 from pipeline.prune.second_order.hessian import gram
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, open_tensors
 from pipeline.stages.build import supernet
-from tests.numerics.test_gram import inputs_of
-from tests.tiny import save_tiny, tiny_model, tokens
+from tests.tiny import inputs_of, save_tiny, tiny_model, tokens
 from tests.tiny_text import configured
 from tests.world import make_world, pipeline, settings
 

@@ -12,9 +12,10 @@ from pipeline.distill.next_token import LanguageHead
 from pipeline.model.anatomy import LayerSizes
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
-from pipeline.prune.importance.fluctuation import fluctuation, moments
-from pipeline.prune.importance.magnitude import magnitude
-from pipeline.prune.importance.taylor import gradients, saliency
+from pipeline.prune.importance import SCORES
+from pipeline.prune.importance.moments import moments
+from pipeline.prune.importance.score import Measured
+from pipeline.prune.importance.taylor import gradients
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
 from tests.tiny_text import configured
 from tests.world import make_world, pipeline, settings
@@ -53,11 +54,12 @@ def test_a_kind_replaces_the_scores_of_heads_and_neurons_alone(world, kind):
     source = open_checkpoint(folders["teacher"])
     model, anatomy = load_model(folders["teacher"], torch.float64, "eager"), source.anatomy
     batches = beginning(Packed(folders["tokens"] / "calibration"), 1024, 8, 0, 1, 0)
-    heads, neurons = {
-        "taylor": lambda: saliency(anatomy, source, gradients(model, anatomy, batches, LanguageHead(model, 64))),
-        "fluctuation": lambda: fluctuation(anatomy, source, moments(model.model, anatomy, batches)),
-        "magnitude": lambda: magnitude(anatomy, source),
+    needed = {
+        "taylor": lambda: {"gradients": gradients(model, anatomy, batches, LanguageHead(model, 64))},
+        "fluctuation": lambda: {"moments": moments(model.model, anatomy, batches)},
+        "magnitude": dict,
     }[kind]()
+    heads, neurons, _ = SCORES[kind].compute(anatomy, source, Measured(plain, **needed))
     near(found.heads, heads)
     near(found.neurons, neurons)
 

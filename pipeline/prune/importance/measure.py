@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -12,36 +12,36 @@ from pipeline.model.anatomy import Anatomy
 from pipeline.model.families import FINAL_NORM, LAYER
 from pipeline.model.scores import Scores
 
-Batch = Tensor | tuple[Tensor, Tensor]  # token ids [batch, sequence], or with a mask of the tokens that count
+AGGREGATIONS = ("sum", "minitron")
+NORMS = ("all", "pre")
 
 
 @dataclass
 class Sums:
     """Partial sums of one pass, float64, on the CPU once collected; they add over batches and ranks.
 
-    Memory: one number a channel, head, neuron and layer, whatever the number of tokens.
+    Memory: one number per norm and channel, head, neuron and layer, whatever the number of tokens.
     """
 
     aggregation: str
-    channels: Tensor  # [h]
+    channels: Tensor  # [norm, h], in the order of the layers, the final norm last
     heads: list[Tensor]  # per layer [n]
     neurons: list[Tensor]  # per layer [f]
     cosines: Tensor  # [layer]
     tokens: Tensor  # [1]
-    mask: Tensor | None = field(default=None, repr=False)  # of the batch under way, [batch, sequence]
 
     def tensors(self) -> list[Tensor]:
-        """Give every sum, to be added over ranks in place."""
+        """Return every sum, to be added over ranks in place."""
         return [self.channels, *self.heads, *self.neurons, self.cosines, self.tokens]
 
     def scores(self) -> Scores:
-        """Give the finished scores. ValueError if no token was seen."""
+        """Return the finished scores. Raise ValueError if no token was read."""
         count = int(self.tokens)
         if not count:
-            raise ValueError("score.tokens: no calibration token was seen")
+            raise ValueError("score.tokens: no calibration token was read; raise it")
         finish = torch.sqrt if self.aggregation == "minitron" else torch.clone
         return Scores(
-            finish(self.channels),
+            finish(self.channels).sum(0),
             tuple(map(finish, self.heads)),
             tuple(map(finish, self.neurons)),
             1.0 - self.cosines / count,
@@ -51,51 +51,58 @@ class Sums:
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, anatomy: Anatomy, batches: Iterable[Batch], aggregation: str = "sum", norms: str = "all"
+    model: nn.Module, anatomy: Anatomy, batches: Iterable[Tensor], aggregation: str = "sum", norms: str = "all"
 ) -> Sums:
-    """Give the partial sums of eq. 1-4 over batches of token ids [batch, sequence].
+    """Return the partial sums of eq. 1-4 over batches of token ids [batch, sequence].
 
-    `model` maps ids to hidden states (the output matrix is not needed). aggregation `sum` adds over tokens;
-    `minitron` adds squares over the batch of the means over the sequence (L2 over batch, mean over sequence).
-    norms `all` scores channels at every norm over them, `pre` at pre-norms and the final norm only.
+    `model` maps ids to hidden states (the output matrix is not needed). aggregation `sum` adds absolute values over
+    tokens; `minitron` takes the L2 norm over sequences of their mean over the sequence (2407.14679), of every norm by
+    itself for channels, whose scores are then summed over norms. However sequences are grouped into batches and ranks,
+    scores are the same. norms `all` scores channels at every norm over them, `pre` at pre-norms and the final norm
+    only. Raise ValueError for another aggregation or other norms.
     """
-    place = next(model.parameters()).device
-    sizes = anatomy.sizes
+    for setting, value, choices in (("aggregation", aggregation, AGGREGATIONS), ("norms", norms, NORMS)):
+        if value not in choices:
+            raise ValueError(f"score.{setting}: unknown value {value!r}; choose from {', '.join(choices)}")
+    device = next(model.parameters()).device
+    sizes, scored = anatomy.sizes, _scored_norms(anatomy, norms)
 
-    def zeros(length: int) -> Tensor:
-        return torch.zeros(length, dtype=torch.float64, device="cpu" if place.type in ("npu", "mps") else place)
+    def zeros(*lengths: int) -> Tensor:
+        return torch.zeros(lengths, dtype=torch.float64, device="cpu" if device.type in ("npu", "mps") else device)
 
     sums = Sums(
         aggregation,
-        zeros(sizes.hidden),
+        zeros(len(scored), sizes.hidden),
         [zeros(w.heads) for w in sizes.layers],
         [zeros(w.neurons) for w in sizes.layers],
         zeros(len(sizes.layers)),
         zeros(1),
     )
     with ExitStack() as hooks:
-        _watch(model, anatomy, sums, norms, hooks)
-        for batch in batches:
-            ids, mask = batch if isinstance(batch, tuple) else (batch, None)
-            sums.mask = None if mask is None else mask.to(place, torch.bool)
-            sums.tokens += ids.numel() if mask is None else int(mask.sum())
-            model(input_ids=ids.to(place), attention_mask=sums.mask, use_cache=False)
+        _watch(model, anatomy, sums, scored, hooks)
+        for ids in batches:
+            sums.tokens += ids.numel()
+            model(input_ids=ids.to(device), use_cache=False)
     for total in sums.tensors():
         total.data = total.cpu()
     return sums
 
 
-def _watch(model: nn.Module, anatomy: Anatomy, sums: Sums, norms: str, hooks: ExitStack) -> None:
-    modules = dict(model.named_modules(prefix="model"))
+def _scored_norms(anatomy: Anatomy, norms: str) -> list[str]:
+    """Return the modules of the norms over hidden channels that are scored, the final one last."""
     family = anatomy.family
-    scored = [*family.pre_norms, *(family.post_norms if norms == "all" or not family.pre_norms else ())]
+    post = family.post_norms if norms == "all" or not family.pre_norms else ()
+    layers = range(len(anatomy.sizes.layers))
+    inner = [f"{LAYER}{norm}".format(layer=layer) for layer in layers for norm in (*family.pre_norms, *post)]
+    return [*inner, FINAL_NORM.removesuffix(".weight")]
+
+
+def _watch(model: nn.Module, anatomy: Anatomy, sums: Sums, scored: list[str], hooks: ExitStack) -> None:
+    modules = dict(model.named_modules(prefix="model"))
     attention_out, ffn_out = anatomy.layer_module("h (n d)"), anatomy.layer_module("h f")
-    final = modules[FINAL_NORM.removesuffix(".weight")]
-    hooks.callback(final.register_forward_hook(partial(_channels, sums)).remove)
+    for name, total in zip(scored, sums.channels):
+        hooks.callback(modules[name].register_forward_hook(partial(_channels, sums, total)).remove)
     for layer in range(len(anatomy.sizes.layers)):
-        for norm in scored:
-            module = modules[f"{LAYER}{norm}".format(layer=layer)]
-            hooks.callback(module.register_forward_hook(partial(_channels, sums)).remove)
         into = modules[attention_out.format(layer=layer)]
         hooks.callback(into.register_forward_pre_hook(partial(_heads, sums, layer, anatomy.sizes.head_size)).remove)
         down = modules[ffn_out.format(layer=layer)]
@@ -104,8 +111,8 @@ def _watch(model: nn.Module, anatomy: Anatomy, sums: Sums, norms: str, hooks: Ex
         hooks.callback(block.register_forward_hook(partial(_influence, sums, layer)).remove)
 
 
-def _channels(sums: Sums, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-    _add(sums, sums.channels, output.abs())
+def _channels(sums: Sums, total: Tensor, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    _add(sums, total, output.abs())
 
 
 def _heads(sums: Sums, layer: int, size: int, module: nn.Module, inputs: tuple) -> None:
@@ -122,31 +129,26 @@ def _influence(sums: Sums, layer: int, module: nn.Module, inputs: tuple, output:
     before, after = (x.to(_sum_type(x)) for x in (inputs[0], output))
     norms = torch.linalg.vector_norm(before, dim=-1) * torch.linalg.vector_norm(after, dim=-1)
     cosine = (before * after).sum(-1) / norms.clamp(min=1e-12)  # [batch, sequence]
-    if sums.mask is not None:
-        cosine = cosine * sums.mask
     sums.cosines[layer] += cosine.sum(dtype=torch.float64).to(sums.cosines.device)
 
 
 def _add(sums: Sums, total: Tensor, values: Tensor) -> None:
-    """Add absolute values [batch, sequence, width] to a sum [width], tokens outside the mask left out."""
+    """Add absolute values [batch, sequence, width] to a sum [width]."""
     wide = _sum_type(values)
-    if sums.mask is not None:
-        values = values * sums.mask.unsqueeze(-1)
     if sums.aggregation == "sum":
         added = values.flatten(0, 1).sum(0, dtype=wide)  # several times faster on a CPU than a sum over two axes
     else:
-        count = values.shape[1] if sums.mask is None else sums.mask.sum(1, keepdim=True).clamp(min=1)
-        added = (values.sum(1, dtype=wide) / count).square().sum(0)
+        added = values.mean(1, dtype=wide).square().sum(0)
     total += added.to(total.device, torch.float64)
 
 
 @torch.no_grad()
 def inverse_rms(model: nn.Module, modules: Iterable[str], batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Give, for each norm module named as in the checkpoint, sums [2] over tokens: of 1/rms(input), and their count.
+    """Return, for each norm module named as in the checkpoint, sums [2] over tokens: of 1/rms(input), and their count.
 
     Sums add over ranks; their quotient is s of post-RMSNorm absorption (Pangu Light), a mean of inverses.
     """
-    place = next(model.parameters()).device
+    device = next(model.parameters()).device
     named = dict(model.named_modules(prefix="model"))
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in modules}
 
@@ -159,15 +161,15 @@ def inverse_rms(model: nn.Module, modules: Iterable[str], batches: Iterable[Tens
         for name in sums:
             hooks.callback(named[name].register_forward_pre_hook(partial(add, name)).remove)
         for ids in batches:
-            model(input_ids=ids.to(place), use_cache=False)
+            model(input_ids=ids.to(device), use_cache=False)
     return sums
 
 
 @contextmanager
 def only_layers(model: nn.Module, total: int, kept: Collection[int]) -> Iterator[None]:
-    """Let a causal model of `total` layers pass the stream by all layers but `kept`, which keep their attention types.
+    """Bypass all layers of a causal model of `total` layers but `kept`, which keep their attention types.
 
-    Inside it is the model that `cut` makes of these hosts without donations.
+    Within the context it is the model that `cut` makes of these hosts without donations.
     """
 
     def passing(hidden_states: Tensor, *rest, **named) -> Tensor:
@@ -182,7 +184,7 @@ def only_layers(model: nn.Module, total: int, kept: Collection[int]) -> Iterator
 
 
 def layer_of(model: nn.Module, index: int) -> nn.Module:
-    """Give a layer of a causal model."""
+    """Return a layer of a causal model."""
     return model.get_submodule(LAYER.format(layer=index).rstrip("."))
 
 

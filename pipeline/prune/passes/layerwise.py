@@ -10,14 +10,12 @@ from torch import Tensor, nn
 
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.families import LAYER
-from pipeline.prune.importance.measure import Batch
 
 
 class Step:
     """One batch under way: its stream, and the other arguments that the model gives to each layer."""
 
-    def __init__(self, mask: Tensor | None):
-        self.mask = mask
+    def __init__(self):
         self.hidden: Tensor | None = None  # [batch, sequence, h], set by the first layer
         self.arguments: list[tuple[tuple, dict[str, Any]]] = []  # by layer
 
@@ -50,23 +48,21 @@ class Step:
 
 
 @torch.no_grad()
-def recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Batch]) -> list[Step]:
+def recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Tensor]) -> list[Step]:
     """Run the model with stand-ins for its layers: embeddings, masks and rotations are its own, whatever the family.
 
     What the model gives its layers for a batch as it did for the one before, such as masks [batch, 1, sequence,
-    sequence] where nothing is masked out of a batch, is held once.
+    sequence], is held once.
     """
     home = next(model.parameters()).device
     steps, held = [], []
-    for batch in batches:
-        ids, mask = batch if isinstance(batch, tuple) else (batch, None)
-        mask = None if mask is None else mask.to(home, torch.bool)
-        step = Step(mask)
+    for ids in batches:
+        step = Step()
         with ExitStack() as undo:
             for layer in layers:
                 layer.forward = step.stand_in
                 undo.callback(delattr, layer, "forward")
-            model(input_ids=ids.to(home), attention_mask=mask, use_cache=False)
+            model(input_ids=ids.to(home), use_cache=False)
         step.arguments, held = _held_once(step.arguments, held)
         steps.append(step)
     return steps
@@ -77,13 +73,13 @@ def in_step(
     student: tuple[nn.Module, Anatomy],
     hosts: Sequence[int],
     channels: Sequence[int],
-    batches: Iterable[Batch],
+    batches: Iterable[Tensor],
     place: torch.device,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Let two streams through a teacher and its student; yield for each layer of the student what its FFN is to mend.
 
     Yielded are the layer, the student's stream before its FFN, and the teacher's where the host of the student's next
-    layer reads it, so that layers which went can be made up for; [tokens that count, h'] each. Layer s of the student
+    layer reads it, so that layers which went can be made up for; [tokens, h'] each. Layer s of the student
     comes from layer `hosts[s]`, ascending; its channels are `channels` of the teacher's. Whatever is done to an
     FFN before the next is asked for, the student's stream goes through it as it then is.
 
@@ -143,12 +139,11 @@ def _add(steps: Sequence[Step], branch: nn.Module, place: torch.device, home: to
 
 
 def _gathered(steps: Sequence[Step], channels: Tensor | slice, none: Tensor) -> Tensor:
-    """Give channels of all streams, [tokens that count, h'], like `none` [0, h']; beside them one batch's at a time."""
-    counts = [step.hidden.shape[:-1].numel() if step.mask is None else int(step.mask.sum()) for step in steps]
+    """Give channels of all streams, [tokens, h'], like `none` [0, h']; beside them one batch's at a time."""
+    counts = [step.hidden.shape[:-1].numel() for step in steps]
     rows = none.new_empty(sum(counts), none.shape[1])
     for part, step in zip(rows.split(counts), steps, strict=True):
-        counted = step.hidden.flatten(0, 1) if step.mask is None else step.hidden[step.mask]
-        part.copy_(counted[:, channels])
+        part.copy_(step.hidden.flatten(0, 1)[:, channels])
     return rows
 
 

@@ -5,7 +5,7 @@ Least-squares restoration, greedy removal and the principal basis need nothing e
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.families import FINAL_NORM, LAYER
-from pipeline.prune.importance.measure import Batch
 
 BLOCK = 384  # columns of a product that are multiplied with all that follow them
 CHUNK = 4096  # rows whose products add in float32 before they join the float64 total
@@ -29,7 +28,6 @@ class Grams:
     inputs: dict[str, Tensor]  # H = Σ x xᵀ by projection module, [(n d), (n d)] for W_O and [f, f] for W_down
     stream: Tensor | None  # Σ u uᵀ [h, h], u = x / rms(x) at every pre-norm and the final norm
     final: Tensor | None  # its share of the final norm [h, h]
-    mask: Tensor | None = field(default=None, repr=False)  # of the batch under way, [batch, sequence]
 
     def tensors(self) -> list[Tensor]:
         """Give every sum, to be added over ranks in place."""
@@ -38,7 +36,7 @@ class Grams:
 
 @torch.no_grad()
 def gram(
-    model: nn.Module, anatomy: Anatomy, batches: Iterable[Batch], layers: Sequence[int], *, stream: bool
+    model: nn.Module, anatomy: Anatomy, batches: Iterable[Tensor], layers: Sequence[int], *, stream: bool
 ) -> Grams:
     """Give the Gram matrices H = XᵀX at the inputs of W_O and W_down of some layers, and of the stream if asked.
 
@@ -61,10 +59,8 @@ def gram(
     grams = Grams(inputs, *stream_sums)
     with ExitStack() as hooks:
         _watch(model, anatomy, grams, hooks)
-        for batch in batches:
-            ids, mask = batch if isinstance(batch, tuple) else (batch, None)
-            grams.mask = None if mask is None else mask.to(place, torch.bool)
-            model(input_ids=ids.to(place), attention_mask=grams.mask, use_cache=False)
+        for ids in batches:
+            model(input_ids=ids.to(place), use_cache=False)
     grams.inputs = {name: total.cpu() for name, total in grams.inputs.items()}
     grams.stream, grams.final = (None if total is None else total.cpu() for total in (grams.stream, grams.final))
     return grams
@@ -95,27 +91,23 @@ def add_products(total: Tensor, rows: Tensor) -> None:
 def _watch(model: nn.Module, anatomy: Anatomy, grams: Grams, hooks: ExitStack) -> None:
     modules = dict(model.named_modules(prefix="model"))
     for name, total in grams.inputs.items():
-        hooks.callback(modules[name].register_forward_pre_hook(partial(_input, grams, total)).remove)
+        hooks.callback(modules[name].register_forward_pre_hook(partial(_input, total)).remove)
     if grams.stream is None:
         return
     layers = range(len(anatomy.sizes.layers))
     readers = [f"{LAYER}{norm}".format(layer=layer) for layer in layers for norm in anatomy.family.pre_norms]
     last = FINAL_NORM.removesuffix(".weight")
     for name, totals in (*((name, [grams.stream]) for name in readers), (last, [grams.stream, grams.final])):
-        hooks.callback(modules[name].register_forward_pre_hook(partial(_direction, grams, totals)).remove)
+        hooks.callback(modules[name].register_forward_pre_hook(partial(_direction, totals)).remove)
 
 
-def _input(grams: Grams, total: Tensor, module: nn.Module, inputs: tuple) -> None:
-    add_products(total, _counted(grams, inputs[0]))
+def _input(total: Tensor, module: nn.Module, inputs: tuple) -> None:
+    add_products(total, inputs[0])
 
 
-def _direction(grams: Grams, totals: list[Tensor], module: nn.Module, inputs: tuple) -> None:
+def _direction(totals: list[Tensor], module: nn.Module, inputs: tuple) -> None:
     wide = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
     epsilon = module.eps if hasattr(module, "eps") else module.variance_epsilon
     unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     for total in totals:
-        add_products(total, _counted(grams, unit))
-
-
-def _counted(grams: Grams, values: Tensor) -> Tensor:
-    return values if grams.mask is None else values * grams.mask.unsqueeze(-1)
+        add_products(total, unit)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from pipeline.model.anatomy import Anatomy
 from pipeline.prune.head_norms import alone
-from pipeline.prune.importance.measure import Batch
 from pipeline.prune.passes.layerwise import layers_of, recorded
 from pipeline.prune.second_order.hessian import add_products, projections, with_float64
 from pipeline.prune.second_order.removal_order import Removal
@@ -27,7 +26,7 @@ Prune = Callable[[str, Tensor, Tensor], Tensor]
 def prune_in_sequence(
     model: nn.Module,
     anatomy: Anatomy,
-    batches: Iterable[Batch],
+    batches: Iterable[Tensor],
     prune: Prune,
     place: torch.device,
     kept: Sequence[int] | None = None,
@@ -52,7 +51,7 @@ def prune_in_sequence(
             width = anatomy.sizes.length(axis, index)
             total = torch.zeros(width, width, dtype=torch.float64, device=with_float64(place))
             for step in steps:
-                hook = modules[name].register_forward_pre_hook(partial(_add, total, step.mask))
+                hook = modules[name].register_forward_pre_hook(partial(_add, total))
                 step.through(layer, index, place)
                 hook.remove()
             weight = prune(name, modules[name].weight, total)
@@ -104,5 +103,5 @@ def _narrow_gains(modules: Mapping[str, nn.Module], anatomy: Anatomy, layer: int
         parameter(name).copy_(narrow)
 
 
-def _add(total: Tensor, mask: Tensor | None, module: nn.Module, inputs: tuple) -> None:
-    add_products(total, inputs[0] if mask is None else inputs[0] * mask.to(inputs[0].device).unsqueeze(-1))
+def _add(total: Tensor, module: nn.Module, inputs: tuple) -> None:
+    add_products(total, inputs[0])

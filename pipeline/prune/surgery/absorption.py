@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.families import LAYER
-from pipeline.prune.importance.measure import Batch
 from pipeline.prune.passes.layerwise import Step, layers_of, recorded
 from pipeline.prune.surgery.reinit import post_norm_modules
 
@@ -24,7 +23,7 @@ Sums = list[Tensor]  # of x y and of x², each [h], float64, on the CPU
 def fitted_scales(
     model: nn.Module,
     anatomy: Anatomy,
-    batches: Iterable[Batch],
+    batches: Iterable[Tensor],
     place: torch.device,
     add: Callable[[Sums], None],
 ) -> Iterator[tuple[str, Tensor]]:
@@ -49,7 +48,7 @@ def fitted_scales(
                 norm = modules[name]
                 sums = [torch.zeros(anatomy.sizes.hidden, dtype=torch.float64) for _ in range(2)]
                 for step, outputs in zip(steps, wanted, strict=True):
-                    hook = norm.register_forward_pre_hook(partial(_add, sums, step.mask, outputs[position]))
+                    hook = norm.register_forward_pre_hook(partial(_add, sums, outputs[position]))
                     step.through(layer, index, place)
                     hook.remove()
                 add(sums)
@@ -87,11 +86,10 @@ def _outputs(step: Step, layer: nn.Module, index: int, norms: list[nn.Module], p
     return [seen[norm] for norm in norms]
 
 
-def _add(sums: Sums, mask: Tensor | None, wanted: Tensor, module: nn.Module, inputs: tuple) -> None:
+def _add(sums: Sums, wanted: Tensor, module: nn.Module, inputs: tuple) -> None:
     read = inputs[0]
     wide = torch.promote_types(read.dtype, torch.float32)
-    counted = (read.to(wide), wanted.to(read.device, wide))
-    x, y = (each.flatten(0, 1) if mask is None else each[mask.to(read.device)] for each in counted)
+    x, y = (each.flatten(0, 1) for each in (read.to(wide), wanted.to(read.device, wide)))
     for total, values in zip(sums, (x * y, x.square()), strict=True):
         total += values.sum(0).to(total.device, total.dtype)
 

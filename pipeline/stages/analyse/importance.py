@@ -1,21 +1,22 @@
-"""score: how much every channel, head, neuron and layer of a model matters, in a pass or two over the same text."""
+"""importance: how much every channel, head, neuron and layer of a model matters."""
 
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from pipeline.config import Config
+from pipeline.data.stream import Beginning
 from pipeline.distill.next_token import LanguageHead
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.scores import Scores
-from pipeline.prune.importance.fluctuation import biased_anatomy, fluctuation, moments
-from pipeline.prune.importance.magnitude import magnitude
+from pipeline.prune.importance import score_named
 from pipeline.prune.importance.measure import measure
-from pipeline.prune.importance.taylor import gradients, saliency
-from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint, write_tensors
+from pipeline.prune.importance.moments import Moments, moments
+from pipeline.prune.importance.score import Measured
+from pipeline.prune.importance.taylor import gradients
+from pipeline.prune.surgery.bias import biased_anatomy
+from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_tensors
 from pipeline.runtime.device import Device
 from pipeline.runtime.layer_streaming import need_memory, placed
 from pipeline.runtime.machine import Machine
@@ -25,86 +26,88 @@ from pipeline.stages.stage import Inputs, Stage
 MEANS = "means/means.safetensors"
 
 
+def check(config: Config) -> None:
+    """Refuse a score that is not registered."""
+    score_named(config.score.kind)
+
+
 def settings(config: Config) -> dict:
-    """Give the score section, the seed that orders the calibration text, and whether means are kept for biases."""
+    """Return the score section, the seed that orders the calibration text, and whether means are kept for biases."""
     return config.score.model_dump() | {"seed": config.seed, "means": config.reinit.bias_compensation}
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
-    """Write scores.safetensors over `score.tokens` calibration tokens, added over ranks: eq. 1-4, or others in place of
-    2 and 3; and, where biases will compensate, means/: the mean inputs of W_O and W_down by module name.
+    """Write scores.safetensors over `score.tokens` calibration tokens, added over ranks.
 
-    ValueError before any pass for a family that has no biases to compensate with, and for slopes of a model that is too
-    large for the device.
+    Channels and layers are scored by eq. 1 and 4, heads and neurons by `score.kind`. Where biases will compensate,
+    means/ holds the mean inputs of W_O and W_down by module name.
+
+    Raise ValueError before any pass for a family that has no biases to compensate with, and for gradients of a model
+    that is too large for the device.
     """
-    device, ranks = machine.device, machine.ranks
+    device, ranks, score = machine.device, machine.ranks, score_named(config.score.kind)
     source = open_checkpoint(inputs["subject"], config.model.allow_pickle)
-    if config.reinit.bias_compensation:
-        biased_anatomy(source.anatomy)
-    slopes = config.score.kind == "taylor"
-    if slopes:
-        _need_memory(source.anatomy, device)
+    anatomy, means = source.anatomy, config.reinit.bias_compensation
+    if means:
+        biased_anatomy(anatomy)
+    differentiates = "gradients" in score.needs
+    if differentiates:
+        _need_memory(anatomy, device, config.score.kind)
     model = load_model(inputs["subject"], device.compute_dtype, device.attention, config.model.trust_remote_code)
     batches = calibration(config, inputs, config.score.tokens, ranks)
     sequence = batches.packed.sequence
     if (batches.wanted + 1) * sequence < config.score.tokens:
         machine.say(f"importance: the calibration text has only {batches.wanted} sequences of {sequence}; all are used")
-    with placed(model, device, False if slopes else config.device.layer_streaming):
-        sums = measure(
-            model.get_decoder(),
-            source.anatomy,
-            machine.progress(batches, len(batches), "score"),
-            config.score.aggregation,
-            config.score.norms,
+    with placed(model, device, False if differentiates else config.device.layer_streaming):
+        scores = _forward_scores(config, model, anatomy, batches, machine)
+        measured = Measured(
+            scores,
+            _moments(model, anatomy, batches, machine) if means or "moments" in score.needs else None,
+            _gradients(config, model, anatomy, batches, machine) if differentiates else None,
         )
-        ranks.sum_(sums.tensors())
-        scores = sums.scores()
-        _check_finite(scores)
-        found = _by_kind(config, source, model, batches, out, machine)
-    if found is not None:
-        scores = replace(scores, heads=found[0], neurons=found[1])
+        units = score.compute(anatomy, source, measured)
     if ranks.rank == 0:
-        scores.save(out / "scores.safetensors")
+        scores.with_units(*units).save(out / "scores.safetensors")
+        if means:
+            (out / MEANS).parent.mkdir(exist_ok=True)
+            write_tensors(out / MEANS, measured.moments.means())
 
 
-def _check_finite(scores: Scores) -> None:
+def _forward_scores(config: Config, model: nn.Module, anatomy: Anatomy, batches: Beginning, machine: Machine) -> Scores:
+    """Return the scores of eq. 1-4. Raise ValueError where one is not finite."""
+    text = machine.progress(batches, len(batches), "importance")
+    sums = measure(model.get_decoder(), anatomy, text, config.score.aggregation, config.score.norms)
+    machine.ranks.sum_(sums.tensors())
+    scores = sums.scores()
     broken = next((name for name, values in scores.items() if not torch.isfinite(values).all()), None)
     if broken:
         raise ValueError(
             f"model.path: scores of {broken} are not finite; some of its weights are not, or it overflows in the type "
             "it is computed in; fetch it again"
         )
+    return scores
 
 
-def _need_memory(anatomy: Anatomy, device: Device) -> None:
-    """Raise ValueError where the device cannot hold the model and, in float32, the slopes of its layers."""
+def _moments(model: nn.Module, anatomy: Anatomy, batches: Beginning, machine: Machine) -> Moments:
+    result = moments(model.get_decoder(), anatomy, machine.progress(batches, len(batches), "moments"))
+    machine.ranks.sum_(result.tensors())
+    return result
+
+
+def _gradients(
+    config: Config, model: nn.Module, anatomy: Anatomy, batches: Beginning, machine: Machine
+) -> dict[str, torch.Tensor]:
+    head = LanguageHead(model, config.logits.chunk)
+    result = gradients(model, anatomy, machine.progress(batches, len(batches), "gradients"), head)
+    machine.ranks.sum_(result.values())  # before absolute values are taken
+    return result
+
+
+def _need_memory(anatomy: Anatomy, device: Device, kind: str) -> None:
+    """Raise ValueError where the device cannot hold the model and, in float32, the gradients of its layers."""
     whole, inner = anatomy.parameters()
-    needed = {"weights": whole * device.compute_dtype.itemsize, "slopes": inner * 4}
-    need_memory(device, needed, "score.kind=taylor", "set score.kind=activation, fluctuation or magnitude")
-
-
-def _by_kind(
-    config: Config, source: Checkpoint, model, batches: Iterable[Tensor], out: Path, machine
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
-    """Give the scores of heads [n] and neurons [f] per layer, None where those of the forward pass stay.
-
-    Writes the means on the way. What adds over ranks is added before it is made absolute or multiplied.
-    """
-    ranks, kind, anatomy, means = machine.ranks, config.score.kind, source.anatomy, config.reinit.bias_compensation
-    if means or kind == "fluctuation":
-        seen = moments(model.get_decoder(), anatomy, machine.progress(batches, len(batches), "fluctuation"))
-        ranks.sum_(seen.tensors())
-        if means and ranks.rank == 0:
-            (out / MEANS).parent.mkdir(exist_ok=True)
-            write_tensors(out / MEANS, seen.means())
-        if kind == "fluctuation":
-            return fluctuation(anatomy, source, seen)
-    if kind == "taylor":
-        head = LanguageHead(model, config.logits.chunk)
-        slopes = gradients(model, anatomy, machine.progress(batches, len(batches), "taylor"), head)
-        ranks.sum_(slopes.values())
-        return saliency(anatomy, source, slopes)
-    return magnitude(anatomy, source) if kind == "magnitude" else None
+    needed = {"weights": whole * device.compute_dtype.itemsize, "gradients": inner * 4}
+    need_memory(device, needed, f"score.kind={kind}", "set score.kind=activation, fluctuation or magnitude")
 
 
 STAGE = Stage(
@@ -113,5 +116,7 @@ STAGE = Stage(
     run=run,
     settings=settings,
     needs=("subject", "tokens"),
+    check=check,
+    revision=2,
     shows={"scores": ""},
 )

@@ -1,6 +1,5 @@
 """order: which heads, KV groups and neurons go first, by the error that stays once the others are restored."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,7 +49,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         neurons[layer] = obs_order(*ffn, 1, widths.neurons, config.restore.at_once, damping).scores()
     ranks.sum_([*heads, *neurons])
     if ranks.rank == 0:
-        replace(scores, heads=tuple(heads), neurons=tuple(neurons)).save(out / "scores.safetensors")
+        scores.with_units(heads, neurons).save(out / "scores.safetensors")
 
 
 STAGE = Stage(

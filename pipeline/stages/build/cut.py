@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.hf_config import student_config
-from pipeline.prune.importance.fluctuation import biased_anatomy, biased_config, compensate_biases
+from pipeline.prune.surgery.bias import biased_anatomy, biased_config, compensate_biases
 from pipeline.prune.surgery.initial_student import begun
 from pipeline.runtime.checkpoint import open_checkpoint, open_tensors, write_checkpoint
 from pipeline.runtime.disk import need_space

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -89,7 +89,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         shutil.rmtree(out, ignore_errors=True)
         stream = ((name, changed[name] if name in changed else source[name]) for name in source)
         write_checkpoint(out, source.config, stream, config.checkpoint.shard_bytes, inputs["subject"])
-        replace(scores, heads=tuple(heads), neurons=tuple(neurons)).save(out / "scores.safetensors")
+        scores.with_units(heads, neurons).save(out / "scores.safetensors")
         (out / "widths.json").write_text(json.dumps([asdict(each) for each in widths]))
 
 

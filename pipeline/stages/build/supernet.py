@@ -300,7 +300,7 @@ def _write(bench: Bench, teacher: Path, out: Path, solved: dict[str, Narrowed], 
         (name, changed[name].to("cpu", source[name].dtype) if name in changed else source[name]) for name in source
     )
     write_checkpoint(out, source.config, stream, bench.config.checkpoint.shard_bytes, teacher)
-    replace(scores, heads=tuple(heads), neurons=tuple(neurons)).save(out / "scores.safetensors")
+    scores.with_units(heads, neurons).save(out / "scores.safetensors")
     (out / "widths.json").write_text(json.dumps([asdict(each) for each in sizes]))
 
 

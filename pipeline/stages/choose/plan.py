@@ -15,7 +15,7 @@ from pipeline.costmodel.shapes import ModelShape, multiples_for
 from pipeline.model.anatomy import Anatomy, LayerSizes
 from pipeline.model.blueprint import Blueprint, compose
 from pipeline.model.scores import Scores
-from pipeline.prune.importance.fluctuation import standardised
+from pipeline.prune.importance.score import standardised
 from pipeline.prune.plan import layers_that_stay, leading, plan_by
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.machine import Machine
@@ -95,8 +95,7 @@ def _widths(
     own = replace(anatomy.sizes, hidden=shape["hidden"], layers=tuple(anatomy.sizes.layers[host] for host in hosts))
     weights = shape.get("weights") or layer_weights(own, even)
     if config.plan.widths == "threshold":
-        heads, neurons = (standardised(kind[host] for host in hosts) for kind in (scores.heads, scores.neurons))
-        return widths_above(own, heads, neurons, weights, multiple)
+        return widths_above(own, *standardised(scores, hosts), weights, multiple)
     if config.plan.widths == "measured":
         rows = json.loads((inputs["sensitivities"] / "sensitivities.json").read_text())
         curves = [curves_of(rows, host) for host in hosts]
