@@ -58,6 +58,7 @@ class LayerGates(Section):
     learning_rate: Positive
     tokens: Count
     batch_size: Count
+    guard: Annotated[float, Field(ge=1.0)] | None
 
 
 class Sensitivity(Section):

@@ -90,6 +90,6 @@ def learn(
     return gates.detach(), total / steps
 
 
-def smallest(gates: Tensor, live: Iterable[int], keep_first: int) -> int:
-    """Give the layer of `live`, above the first ones, whose gate is nearest to 0."""
-    return min((layer for layer in live if layer >= keep_first), key=lambda layer: float(gates[layer].abs()))
+def ascending(gates: Tensor, layers: Iterable[int]) -> list[int]:
+    """Return the layers in the order of their gates [layer], the one nearest to 0 first."""
+    return sorted(layers, key=lambda layer: float(gates[layer].abs()))

@@ -166,7 +166,7 @@ def shuffled(scores: Scores, kinds: Sequence[str], seed: int) -> Scores:
     random = {kind: draw(getattr(scores, kind)) for kind in ("channels", "heads", "neurons") if kind in kinds}
     deviations = scores.deviations
     if deviations is not None:
-        rows = zip(("heads", "neurons"), deviations, strict=True)
-        own = [torch.stack([v.std(correction=0) for v in random[kind]]) if kind in random else row for kind, row in rows]
-        deviations = torch.stack(own)
+        given = dict(zip(("heads", "neurons"), deviations, strict=True))
+        drawn = {kind: torch.stack([v.std(correction=0) for v in random[kind]]) for kind in given if kind in random}
+        deviations = torch.stack(list((given | drawn).values()))
     return replace(scores, **random, deviations=deviations)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from pipeline.distill.gates import Learning, gated, learn, objective, smallest
+from pipeline.distill.gates import Learning, ascending, gated, learn, objective
 from pipeline.distill.next_token import LanguageHead, next_tokens
 from pipeline.distill.regularize import Settling
 from pipeline.model.anatomy import anatomy_of
@@ -157,13 +157,13 @@ def test_the_layer_that_writes_nothing_is_picked_first(with_an_idle_layer):
     asked, ones = Learning("residual", 5e-3, 1e-2), torch.ones(LAYERS)
     gates, loss = learn(model, LanguageHead(model, 64), ones, range(LAYERS), [(ids, 1.0)] * 25, asked, lambda x: x)
     assert loss < 2.0, "the others must have something to lose"
-    assert smallest(gates, range(LAYERS), 1) == 2
+    assert ascending(gates, range(1, LAYERS))[0] == 2
 
 
 def test_layers_at_the_bottom_and_picked_ones_are_never_picked():
     gates = values(0.1, -0.2, 0.0, 0.9)
-    assert smallest(gates, range(4), 1) == 2
-    assert smallest(gates, (0, 1, 3), 1) == 1
+    assert ascending(gates, range(1, 4))[0] == 2
+    assert ascending(gates, (1, 3)) == [1, 3]
     assert smallest(gates, (0, 1, 3), 2) == 3
 
 

@@ -18,6 +18,7 @@ from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.track import Track
 from pipeline.stages.analyse import layer_gates
+from pipeline.stages.analyse.layer_gates import pick
 from pipeline.stages.build import regularize
 from pipeline.stages.prepare import tokens
 from tests.tiny import anatomy_with
@@ -34,6 +35,7 @@ def world(tmp_path_factory):
         *(f"data.{use}.path={folder / use}.txt" for use in ("calibration", "recovery", "evaluation")),
         "plan.depth=gates",
         "layer_gates.tokens=256",
+        "layer_gates.guard=null",
         "plan.depth_tokens=256",
         "plan.keep_first=1",
     )
@@ -71,6 +73,35 @@ def test_every_choice_is_the_smallest_gate_and_is_measured_without_its_layers(wo
             sums = tally(model, text, 64)
         assert tried["kept"] == left and tried["loss"] == pytest.approx(float(sums[0] / sums[2]), rel=1e-6)
     assert depth["kept"] == left and depth["loss"] == depth["tried"][-1]["loss"]
+
+
+def test_the_guard_passes_over_small_gates_whose_layers_lose_too_much():
+    losses = {3: 9.0, 1: 3.2, 2: 3.0}  # in the order of their gates
+    assert [pick(losses, guard) for guard in (None, 3.0, 1.1, 1.0)] == [3, 3, 1, 2]
+
+
+@pytest.mark.parametrize("guard", [1.0, 1.0001, 100.0])
+def test_no_layer_is_picked_that_loses_more_than_the_guard_allows(world, tmp_path, guard):
+    """Losses without each layer are measured here by plain runs of the model of the others."""
+    config, made, _ = world
+    options = config.layer_gates.model_copy(update={"guard": guard})
+    config = config.model_copy(update={"layer_gates": options})
+    chosen(config, made, tmp_path / "guarded")
+    model = load_model(made["teacher"], torch.float32, "sdpa")
+    text = beginning(Packed(made["tokens"] / "calibration"), 256, config.calibration.batch_size, 0, 1, config.seed)
+    left = [0, 1, 2, 3]
+    for each in json.loads((tmp_path / "guarded" / "rounds.json").read_text()):
+        losses = {}
+        for layer in left[1:]:
+            with only_layers(model, 4, [other for other in left if other != layer]):
+                sums = tally(model, text, 64)
+            losses[layer] = float(sums[0] / sums[2])
+        assert {int(layer): value for layer, value in each["losses"].items()} == pytest.approx(losses, rel=1e-6)
+        within = [layer for layer in losses if losses[layer] <= guard * min(losses.values()) * (1 + 1e-9)]
+        assert each["picked"] == min(within, key=lambda layer: abs(each["gates"][layer]))
+        if guard == 1.0:
+            assert each["picked"] == min(losses, key=losses.get)
+        left.remove(each["picked"])
 
 
 def test_an_interrupted_choice_goes_on_after_the_last_layer_digit_for_digit(world, tmp_path):

@@ -16,14 +16,17 @@ from pipeline.prune.surgery.reinit import Stream
 
 
 def biased_anatomy(anatomy: Anatomy) -> Anatomy:
-    """Return the anatomy with every bias that its class can have. Raise ValueError if W_O or W_down cannot have one."""
+    """Return the anatomy with every bias that its class can have.
+
+    Raise ValueError if W_O or W_down cannot have one.
+    """
     table = anatomy.family.layer
     required = [f"{module.removeprefix(LAYER)}.bias" for module in projections(anatomy).values()]
     missing = [name for name in required if name not in table]
     if missing:
         raise ValueError(
-            f"reinit.bias_compensation: model_type {anatomy.family.model_type!r} has no {' or '.join(missing)} to put mean "
-            "outputs into; set it to false, and restore.outputs=true to restore by least squares instead"
+            f"reinit.bias_compensation: model_type {anatomy.family.model_type!r} has no {' or '.join(missing)} to put "
+            "mean outputs into; set it to false, and restore.outputs=true to restore by least squares instead"
         )
     return replace(anatomy, optional=anatomy.optional | {name for name in table if name.endswith(".bias")})
 
@@ -36,7 +39,7 @@ def biased_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def compensate_biases(
     anatomy: Anatomy, blueprint: Blueprint, source: Mapping[str, Tensor], means: Mapping[str, Tensor], stream: Stream
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield a cut stream of tensors, of `biased_anatomy`, whose projections keep the mean output they had in the source.
+    """Yield a cut stream of tensors, of `biased_anatomy`, whose projections keep the mean outputs of the source.
 
     Weights that were changed before, by restoration, are accounted for. Biases that the source lacks start at zero. As
     in `restore_outputs`, donated heads neither compensate nor are compensated. Raise ValueError as `biased_anatomy`.

@@ -1,7 +1,7 @@
-"""gates: the layers that stay, by gates learnt on them: the smallest goes, the rest learn anew (TRSP, stage 1)."""
+"""layer_gates: the layers that stay, by learnt gates: the smallest is removed, the rest learn anew (TRSP, stage 1)."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -11,14 +11,16 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.data.stream import stream
-from pipeline.distill.gates import Learning, learn, smallest
+from pipeline.distill.gates import Learning, ascending, learn
 from pipeline.distill.next_token import LanguageHead
 from pipeline.evaluation.perplexity import tally
 from pipeline.prune.importance.measure import only_layers
+from pipeline.prune.passes.prefix import PrefixCache
 from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import load_model, open_checkpoint
 from pipeline.runtime.layer_streaming import need_memory
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.ranks import Ranks
 from pipeline.stages.calibration import calibration
 from pipeline.stages.stage import Inputs, Stage
 
@@ -26,7 +28,7 @@ ROUNDS = "rounds.json"
 
 
 def enabled(config: Config) -> bool:
-    """Whether layers go by learnt gates."""
+    """Return whether layers are removed by learnt gates."""
     return config.plan.depth == "gates"
 
 
@@ -37,17 +39,18 @@ def check(config: Config) -> None:
 
 
 def settings(config: Config) -> dict:
-    """Give how gates are learnt, the layers that must stay, the tokens that a choice is measured on, and the seed."""
+    """Return how gates are learnt, the layers that must stay, the tokens that losses are measured on, and the seed."""
     measured = {"keep_first": config.plan.keep_first, "depth_tokens": config.plan.depth_tokens}
     return config.layer_gates.model_dump() | measured | {"seed": config.seed}
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
-    """Write depth.json: the layers `kept`, their `loss`, every choice `tried` with its loss, and rounds.json.
+    """Write depth.json: the layers `kept`, their `loss`, every choice `tried` with its loss; and rounds.json.
 
-    rounds.json holds, for every layer picked, the gates that told it and the mean loss while they were learnt.
+    rounds.json holds, for every layer picked, the gates, the mean loss while they were learnt, and the `losses` without
+    each layer that was considered: the picked one, or all with `layer_gates.guard`.
     """
-    device, ranks, asked = machine.device, machine.ranks, config.layer_gates
+    device, ranks, options = machine.device, machine.ranks, config.layer_gates
     anatomy = open_checkpoint(inputs["subject"], config.model.allow_pickle).anatomy
     total = len(anatomy.sizes.layers)
     count = json.loads((inputs["shape"] / "shape.json").read_text())["layers"]
@@ -57,53 +60,86 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     need_memory(device, {"weights": weights}, "plan.depth=gates", "set plan.depth=influence, loss or evolved")
     model = load_model(inputs["subject"], device.compute_dtype, device.attention, config.model.trust_remote_code)
     model = model.to(device.torch).requires_grad_(False)
-    head, how = LanguageHead(model, config.logits.chunk), Learning(asked.form, asked.penalty, asked.learning_rate)
+    head = LanguageHead(model, config.logits.chunk)
+    learning = Learning(options.form, options.penalty, options.learning_rate)
     steps, measured = _steps(config), calibration(config, inputs, config.plan.depth_tokens, ranks)
+    loss = _loss(config, model, total, list(measured), ranks)
     rounds = ranks.share(_rounds(out / ROUNDS) if ranks.rank == 0 else None)
     kept = [layer for layer in range(total) if layer not in {each["picked"] for each in rounds}]
-    bar = iter(machine.progress(range(len(kept) - count), len(kept) - count, "gates"))
+    bar = iter(machine.progress(range(len(kept) - count), len(kept) - count, "layer gates"))
     while len(kept) > count:
-        batches = islice(_batches(config, measured.packed, len(rounds) * steps * asked.batch_size, ranks), steps)
+        batches = islice(_batches(config, measured.packed, len(rounds) * steps * options.batch_size, ranks), steps)
         with only_layers(model, total, kept):
-            gates, loss = learn(model, head, _ones(total, model), kept, batches, how, ranks.sum_)
-        picked = smallest(gates, kept, config.plan.keep_first)
+            gates, learnt = learn(model, head, _ones(total, model), kept, batches, learning, ranks.sum_)
+        order = ascending(gates, kept[config.plan.keep_first :])
+        losses = _losses(order, options.guard, lambda layer: loss([each for each in kept if each != layer]))
+        picked = pick(losses, options.guard)
+        passed_over = list(losses)[: list(losses).index(picked)]
         kept.remove(picked)
-        left = _loss(config, model, total, kept, measured, ranks)
-        rounds.append({"picked": picked, "loss": loss, "gates": gates.tolist(), "loss_without": left})
+        values = {str(layer): value for layer, value in losses.items()}
+        rounds.append({"picked": picked, "loss": learnt, "gates": gates.tolist(), "losses": values})
         if ranks.rank == 0:
             write_atomically(out / ROUNDS, json.dumps(rounds))
-        machine.say(f"gates: layer {picked} goes, its gate {float(gates[picked]):.4f}; loss without it {left:.3f}")
+        machine.say(
+            f"layer_gates: layer {picked} is removed, its gate {float(gates[picked]):.4f}; loss without it "
+            f"{losses[picked]:.3f}" + (f"; smaller gates that lose too much: {passed_over}" if passed_over else "")
+        )
         next(bar, None)
     if ranks.rank == 0:
         _write(out / "depth.json", total, kept, rounds)
+
+
+def pick(losses: Mapping[int, float], guard: float | None) -> int:
+    """Return the first layer, in the order of their gates, whose loss is at most `guard` times the least of all."""
+    limit = torch.inf if guard is None else guard * min(losses.values())
+    return next(layer for layer, loss in losses.items() if loss <= limit)
+
+
+def _losses(order: Sequence[int], guard: float | None, loss: Callable[[int], float]) -> dict[int, float]:
+    """Return the loss without a layer, by layer in the order of their gates; without a guard that of the first alone."""
+    if guard is None:
+        return {order[0]: loss(order[0])}
+    measured = {layer: loss(layer) for layer in sorted(order)}  # so that a pass starts where the one before did
+    return {layer: measured[layer] for layer in order}
 
 
 def _write(path: Path, total: int, kept: list[int], rounds: list[dict]) -> None:
     tried, left = [], list(range(total))
     for each in rounds:
         left.remove(each["picked"])
-        tried.append({"kept": list(left), "loss": each["loss_without"]})
+        tried.append({"kept": list(left), "loss": each["losses"][str(each["picked"])]})
     path.write_text(json.dumps({"kept": kept, "loss": tried[-1]["loss"] if tried else None, "tried": tried}))
 
 
 def _ones(total: int, model: torch.nn.Module) -> Tensor:
-    """Give gates [layer] that change nothing: every choice is learnt from the model as it then is."""
+    """Return gates [layer] that change nothing: for every choice they are learnt on the current model."""
     like = next(model.parameters())
     return torch.ones(total, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
-def _batches(config: Config, text: Packed, start: int, ranks) -> Iterator[tuple[Tensor, float]]:
-    """Return this rank's rows of every step, and their share of the `layer_gates.batch_size` rows of all ranks."""
+def _batches(config: Config, text: Packed, start: int, ranks: Ranks) -> Iterator[tuple[Tensor, float]]:
+    """Yield this rank's rows of every step and their share of its `layer_gates.batch_size` rows."""
     for batch in stream(text, config.layer_gates.batch_size, 0, 1, start, config.seed):
-        mine = batch[ranks.rank :: ranks.world]
-        yield mine, len(mine) / len(batch)
+        rows = batch[ranks.rank :: ranks.world]
+        yield rows, len(rows) / len(batch)
 
 
-def _loss(config: Config, model, total: int, kept: list[int], batches, ranks) -> float:
-    with only_layers(model, total, kept):
-        sums = tally(model, batches, config.logits.chunk)
-    ranks.sum_([sums])
-    return float(sums[0] / sums[2])
+def _loss(
+    config: Config, model: torch.nn.Module, total: int, batches: Sequence[Tensor], ranks: Ranks
+) -> Callable[[Sequence[int]], float]:
+    """Return the function from layers to the loss, in nats per token, of the model of these layers alone."""
+    prefix = PrefixCache(model, total, batches)
+
+    def loss(layers: Sequence[int]) -> float:
+        sums = torch.zeros(3, dtype=torch.float64)
+        prefix.reach_for(layers)
+        for number, ids in enumerate(batches):
+            with prefix.rest(number, layers):
+                sums += tally(model, [ids], config.logits.chunk)
+        ranks.sum_([sums])
+        return float(sums[0] / sums[2])
+
+    return loss
 
 
 def _rounds(path: Path) -> list[dict]:
@@ -111,14 +147,15 @@ def _rounds(path: Path) -> list[dict]:
 
 
 def _steps(config: Config) -> int:
-    per_step = config.layer_gates.batch_size * config.data.sequence_length
-    if config.layer_gates.tokens < per_step:
+    options, sequence = config.layer_gates, config.data.sequence_length
+    per_step = options.batch_size * sequence
+    if options.tokens < per_step:
         raise ValueError(
-            f"layer_gates.tokens is {config.layer_gates.tokens}, less than one step of layer_gates.batch_size "
-            f"({config.layer_gates.batch_size}) x data.sequence_length ({config.data.sequence_length}) = "
-            f"{per_step} tokens; raise it or lower the batch"
+            f"layer_gates.tokens is {options.tokens}, less than one step of layer_gates.batch_size "
+            f"({options.batch_size}) x data.sequence_length ({sequence}) = {per_step} tokens; raise it, or lower the batch "
+            "size"
         )
-    return config.layer_gates.tokens // per_step
+    return options.tokens // per_step
 
 
 STAGE = Stage(
@@ -129,6 +166,7 @@ STAGE = Stage(
     needs=("subject", "tokens", "shape"),
     enabled=enabled,
     check=check,
-    resumable=True,  # goes on after the last layer that an interrupted attempt picked
+    resumable=True,  # a later attempt continues after the last layer picked
+    revision=2,
     shows={"depth.json": "depth.json"},
 )
