@@ -160,11 +160,10 @@ def test_the_layer_that_writes_nothing_is_picked_first(with_an_idle_layer):
     assert ascending(gates, range(1, LAYERS))[0] == 2
 
 
-def test_layers_at_the_bottom_and_picked_ones_are_never_picked():
+def test_layers_are_ordered_by_the_size_of_their_gates():
     gates = values(0.1, -0.2, 0.0, 0.9)
-    assert ascending(gates, range(1, 4))[0] == 2
-    assert ascending(gates, (1, 3)) == [1, 3]
-    assert smallest(gates, (0, 1, 3), 2) == 3
+    assert ascending(gates, range(4)) == [2, 0, 1, 3]
+    assert ascending(gates, (3, 1)) == [1, 3]
 
 
 def test_the_penalty_alone_moves_the_gates_towards_0_by_the_rate_a_step():
