@@ -1,33 +1,48 @@
-"""Chats: records that hold turns, written out by a tokenizer's chat template."""
+"""Chats: records that hold turns, as lists or as JSON in a string, in the form that a chat template reads."""
 
+import json
+import re
 from typing import Any
 
-from jinja2 import TemplateError
-
 FORMS = (("role", "content"), ("from", "value"))  # the second is ShareGPT's
-ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 TURN = "a turn is {role, content} or {from, value}, both texts, and all turns of a record are alike"
+LISTS = {"messages", "conversations", "conversation", "turns", "chat"}  # keys of a record with turns
+BESIDE = {"id", "system", "source", "tools"}  # other keys of such records
+
+_JSON = re.compile(r'\s*(\[\s*\{\s*"|\{\s*")')
+_PYTHON = re.compile(r"\s*\[?\s*\{\s*'(role|content|from|value)'\s*:")
 
 
-def written(record: list, tokenizer: Any, place: str) -> str:
-    """Give a record as the text that `apply_chat_template` tokenises.
+def as_turns(text: str, place: str) -> str | list:
+    """Return a text, or the turns that it holds as JSON.
 
-    ValueError, beginning with `place`, where a turn has another form, there is no template, or it refuses the turns.
+    Raise ValueError, beginning with `place`, for one turn or a whole record in a string, and for turns that are written
+    as Python, which has no single reading.
     """
-    chat = turns(record, place)
-    if not getattr(tokenizer, "chat_template", None):
-        fault = f"{place} holds turns, and the teacher's tokenizer has no chat template"
-        raise ValueError(f"{fault}; give the model folder a chat_template.jinja, or a column of text")
+    if _PYTHON.match(text):
+        raise ValueError(f"{place} holds turns written as Python: {text!r:.80}; write them as JSON")
+    if not _JSON.match(text):
+        return text
     try:
-        return tokenizer.apply_chat_template(chat, tokenize=False)
-    except TemplateError as fault:
-        roles, reason = ", ".join(turn["role"] for turn in chat), " ".join(str(fault).split())
-        told = f"{place} holds turns of {roles:.80}, which the teacher's chat template refuses ({reason:.160})"
-        raise ValueError(f"{told}; mend the record, or leave it out") from None
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text  # such as a program or a part of a document
+    if isinstance(value, list):
+        return value if value and _has_form(value[0]) else text
+    listed = next((key for key in value if key in LISTS and isinstance(value[key], list)), None)
+    if listed and set(value) <= LISTS | BESIDE or _has_form(value) and len(value) == 2:
+        what = f"a record with {listed!r}" if listed else "a single turn"
+        raise ValueError(f"{place} holds {what} in a string: {text!r:.80}; give a list of turns")
+    return text
+
+
+def _has_form(turn: Any) -> bool:
+    return isinstance(turn, dict) and any(set(form) <= set(turn) for form in FORMS)
 
 
 def turns(record: list, place: str) -> list[dict[str, Any]]:
-    """Give the turns as a template reads them; ValueError where one is of neither form or unlike the first."""
+    """Return the turns as a template reads them. Raise ValueError where one has neither form or is unlike the first."""
     first = record[0] if isinstance(record[0], dict) else {}
     role, content = form = next((each for each in FORMS if set(each) <= set(first)), FORMS[0])
     for number, turn in enumerate(record, start=1):

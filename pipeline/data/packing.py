@@ -2,29 +2,18 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from pipeline.data.encoding import Encoder, Frame, batches, blocks
+from pipeline.data.overlap import RUN, EvaluationRuns
 from pipeline.data.sources import Piece
 
-BLOCK = 1 << 16  # characters tokenised as one string; a longer document goes piece by piece
-BATCH = 1 << 20  # characters handed to the tokenizer at once
 INDEX = "index.json"
-
-
-@dataclass(frozen=True)
-class Frame:
-    """Special tokens around text: `after` each document; `first` in every row where the tokenizer opens with BOS.
-
-    A document that brings them itself, as chats do, has none twice; `closing` is how `after` is written.
-    """
-
-    after: int
-    first: int | None
-    closing: str
 
 
 @dataclass(frozen=True)
@@ -36,115 +25,62 @@ class Domain:
     weight: float | None
 
 
-def frame(tokenizer) -> Frame:
-    """What a model expects: EOS between documents (BOS without EOS), and BOS in front where its tokenizer adds it.
-
-    Models trained with BOS in front (Llama, Gemma) park attention on it: every row begins with it, not just a document.
-    """
-    end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
-    if end is None and begin is None:
-        raise ValueError("the tokenizer has neither an EOS nor a BOS token; set eos_token in its tokenizer_config.json")
-    opens = begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
-    after = begin if end is None else end
-    return Frame(after, begin if opens else None, tokenizer.convert_ids_to_tokens(after))
-
-
 def build(
     folder: Path,
     domains: Sequence[Domain],
-    tokenizer,
+    tokenizer: Any,
     around: Frame,
     sequence: int,
     vocabulary: int,
     shard_bytes: int,
     progress: Callable[[Iterable, int | None, str], Iterable],
+    notes: EvaluationRuns | None = None,
+    avoids: EvaluationRuns | None = None,
 ) -> dict:
-    """Tokenise and pack domains into `folder`, one after the other, and give its index.
+    """Tokenise and pack domains into `folder`, one after the other, and return its index.
 
     Rows are int32 [sequence]; what is left of a domain after its last whole row is dropped. The index is written last,
-    so a folder with one is whole. Holds one shard and a batch of BATCH characters in memory. ValueError where a domain
-    has not one row, or the tokenizer gives an id that the model's `vocabulary` has no row for.
+    so a folder with one is whole. `notes` and `avoids` as for `Encoder`. Memory: one shard and a batch of text. Raise
+    ValueError where a domain has not one row, or the tokenizer gives an id that is not in the model's `vocabulary`.
     """
     folder.mkdir(parents=True)
     shards = _Shards(folder, sequence, max(1, shard_bytes // (4 * sequence)))
     entries = []
     for domain in domains:
-        counts = {"documents": 0, "bytes": 0, "tokens": 0}
         start = shards.rows
-        batches = _batches(_blocks(domain.pieces))
-        tokens = _encoded(progress(batches, None, f"tokens {domain.name}"), tokenizer, around, vocabulary, counts)
+        encoder = Encoder(tokenizer, around, vocabulary, notes, avoids)
+        tokens = encoder.encode(progress(batches(blocks(domain.pieces)), None, f"tokens {domain.name}"))
         for rows in _rows(tokens, sequence, around.first):
             shards.append(rows)
+        counts = encoder.counts
         if shards.rows == start:
-            fault = f"has {counts['tokens']} tokens, fewer than one sequence of {sequence}"
-            raise ValueError(
-                f"{domain.name} {fault}; give a longer text, a larger share, or a smaller data.sequence_length"
-            )
-        entries.append({"name": domain.name, "weight": domain.weight, "sequences": shards.rows - start, **counts})
+            raise ValueError(_too_short(domain.name, counts.tokens, counts.left_out_tokens, sequence))
+        entry = {"name": domain.name, "weight": domain.weight, "sequences": shards.rows - start}
+        entries.append(entry | asdict(counts))
     files = shards.close()
     index = {"sequence": sequence, "sequences": shards.rows, "tokens": shards.rows * sequence}
     index |= {"after": around.after, "first": around.first, "domains": entries, "shards": files}
     unfinished = folder / (INDEX + ".partial")
-    unfinished.write_text(json.dumps(index, indent=1))
+    unfinished.write_text(json.dumps(index, indent=1), encoding="utf-8")
     unfinished.rename(folder / INDEX)
     return index
 
 
-def _blocks(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Pieces of one document joined again, up to BLOCK characters."""
-    parts, size = [], 0
-    for piece in pieces:
-        if parts and size + len(piece.text) > BLOCK:
-            yield Piece("".join(parts), False)
-            parts, size = [], 0
-        parts.append(piece.text)
-        size += len(piece.text)
-        if piece.ends:
-            yield Piece("".join(parts), True)
-            parts, size = [], 0
-
-
-def _batches(blocks: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch, size = [], 0
-    for block in blocks:
-        batch.append(block)
-        size += len(block.text)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encoded(
-    batches: Iterable[list[Piece]], tokenizer, around: Frame, vocabulary: int, counts: dict
-) -> Iterator[np.ndarray]:
-    begins = True  # a document
-    for batch in batches:
-        texts = [block.text for block in batch]
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        for block, ids in zip(batch, encoded):
-            ids = ids[1:] if begins and ids[:1] == [around.first] else ids  # every row has it
-            closes = block.ends and not block.text.rstrip().endswith(around.closing)
-            tokens = np.asarray(ids + [around.after] if closes else ids, dtype=np.int64)
-            begins = block.ends
-            if len(tokens) and tokens.max() >= vocabulary:
-                fault = f"the tokenizer gives id {tokens.max()}, but the model's vocabulary has {vocabulary} entries"
-                raise ValueError(f"{fault}; model.path needs the tokenizer the model was trained with")
-            counts["documents"] += block.ends
-            counts["bytes"] += len(block.text.encode())
-            counts["tokens"] += len(tokens)
-            yield tokens.astype(np.int32)
+def _too_short(name: str, tokens: int, left_out: int, sequence: int) -> str:
+    fault = f"{name} has {tokens} tokens, fewer than one sequence of {sequence}"
+    if left_out:
+        return f"{fault}: {left_out} were left out that share runs of {RUN} with evaluation text; give another text"
+    return f"{fault}; give a longer text, a larger share, or a smaller data.sequence_length"
 
 
 def _rows(tokens: Iterable[np.ndarray], sequence: int, first: int | None) -> Iterator[np.ndarray]:
-    """Whole rows [n, sequence] of a run of tokens, as they fill; `first` opens every row where given."""
+    """Yield whole rows [n, sequence] of tokens, as they fill; `first` opens every row where given."""
     body = sequence if first is None else sequence - 1
     waiting: list[np.ndarray] = []
     count = 0
-    for some in tokens:
-        waiting.append(some)
-        count += len(some)
+    for part in tokens:
+        waiting.append(part)
+        count += len(part)
         if count >= body:
             run = np.concatenate(waiting)
             whole = count // body * body
@@ -188,14 +124,14 @@ class _Shards:
 
 
 class Packed:
-    """A packed folder: `len()` rows, row i as int32 [sequence], read where it lies on disk."""
+    """A packed folder: `len()` rows, row i as int32 [sequence], memory-mapped."""
 
     def __init__(self, folder: Path):
-        """Open a folder that `build` filled; ValueError where it is unfinished or a shard is not of its size."""
+        """Open a folder that `build` filled. Raise ValueError where it is unfinished or a shard has another size."""
         self.folder = Path(folder)
         if not (self.folder / INDEX).is_file():
             raise ValueError(f"{self.folder} has no {INDEX}: its packing was not finished; delete the tokens artifact")
-        self.index = json.loads((self.folder / INDEX).read_text())
+        self.index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
         self.sequence: int = self.index["sequence"]
         self.domains: tuple[dict, ...] = tuple(self.index["domains"])
         for shard in self.index["shards"]:

@@ -1,13 +1,10 @@
-"""Who reads what: evaluation text is never seen by calibration or recovery."""
+"""Which part of a text serves which purpose: what is evaluated is read for nothing else."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 from pipeline.data.sources import Corpus, Piece, read
-
-PASSAGE = 80  # characters: shorter pieces (headings, separators) may recur without being the same text
 
 
 @dataclass(frozen=True)
@@ -27,13 +24,13 @@ class Part:
 
 
 def assign(corpora: dict[str, Sequence[Corpus]], evaluation: float, calibration: float) -> dict[str, tuple[Part, ...]]:
-    """Give each purpose (calibration, recovery, evaluation) its parts, in the order of its corpora.
+    """Return the parts of each purpose (calibration, recovery, evaluation), in the order of its corpora.
 
     A corpus that is evaluated and used otherwise is split: its first share `evaluation` is evaluated, the next share
-    `calibration` calibrates, the rest recovers. Where only one of calibration and recovery uses it too, that one has
-    all that follows the evaluation. Calibration and recovery share a corpus whole when nobody evaluates it: both are
-    text the student may see. ValueError where a purpose names a corpus twice, where an evaluated one overlaps another
-    without being the same, and where a share is nothing.
+    `calibration` is for calibration, the rest for recovery. Where only one of these two uses it too, that one has
+    all that follows the evaluation. Calibration and recovery share a whole corpus that is not evaluated: the student
+    may see both. Raise ValueError where a purpose names a corpus twice, where an evaluated corpus overlaps another
+    without being the same, and where a share is empty.
     """
     everything = [(purpose, corpus) for purpose, several in corpora.items() for corpus in several]
     for number, (purpose, corpus) in enumerate(everything):
@@ -64,7 +61,7 @@ def _part(purpose: str, corpus: Corpus, users: set[str], evaluation: float, cali
 
 
 def passages(part: Part, field: str, tokenizer: Any = None) -> Iterator[Piece]:
-    """The pieces of a part, contiguous; a document that is cut at the part's edge ends there."""
+    """Yield the pieces of a part, contiguous; a document that is cut at the part's edge ends there."""
     pieces = read(part.corpus, field, tokenizer)
     if part.whole:
         yield from pieces
@@ -80,43 +77,11 @@ def _inside(pieces: Iterable[Piece], start: int, stop: int) -> Iterator[tuple[Pi
         at += len(piece.text)
 
 
-def digest(text: str) -> bytes:
-    """What tells passages apart whatever their white space, 12 bytes; empty for one too short to tell."""
-    words = " ".join(text.split())
-    return blake2b(words.encode(), digest_size=12).digest() if len(words) >= PASSAGE else b""
-
-
-class Unseen:
-    """Keeps evaluated passages, wherever else they stand, out of the texts the student sees.
-
-    `evaluated` notes the passages that pass; `seen` leaves out those noted, word for word, and counts them.
-    """
-
-    def __init__(self):
-        self.left_out = 0
-        self._evaluated: set[bytes] = set()
-
-    def evaluated(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        for piece in pieces:
-            self._evaluated.add(digest(piece.text))
-            yield piece
-
-    def seen(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        self._evaluated.discard(b"")
-        return _chosen(self._marked(pieces))
-
-    def _marked(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, bool]]:
-        for piece in pieces:
-            fresh = digest(piece.text) not in self._evaluated
-            self.left_out += not fresh
-            yield piece, fresh
-
-
 def _chosen(marked: Iterable[tuple[Piece, bool]]) -> Iterator[Piece]:
     held = None
     for piece, wanted in marked:
         if held is not None:
-            yield held if wanted else Piece(held.text, True)
+            yield held if wanted else held._replace(ends=True)
         held = piece if wanted else None
     if held is not None:
-        yield Piece(held.text, True)
+        yield held._replace(ends=True)

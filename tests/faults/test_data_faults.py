@@ -10,7 +10,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from pipeline.data.packing import Domain, Packed, build, frame
+from pipeline.data.encoding import frame
+from pipeline.data.packing import Domain, Packed, build
 from pipeline.data.sources import Piece, check, locate, read
 from pipeline.stages.prepare import tokens
 from tests.tiny_text import byte_tokenizer, configured, run_tokens

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.data.packing import Domain, build, frame
+from pipeline.data.encoding import frame
+from pipeline.data.packing import Domain, build
 from pipeline.data.sources import Piece
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan
 from pipeline.model.hf_config import with_scales

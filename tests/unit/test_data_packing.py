@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pipeline.data.packing import BATCH, BLOCK, Domain, Frame, Packed, build, frame
+from pipeline.data.encoding import BATCH, BLOCK, Frame, frame
+from pipeline.data.packing import Domain, Packed, build
 from pipeline.data.sources import Piece
 from tests.tiny_text import DOCUMENTS, byte_tokenizer
 

@@ -1,11 +1,11 @@
-"""Evaluation text is unseen by calibration and recovery, and a split loses nothing and repeats nothing."""
+"""A split of a text loses nothing and repeats nothing."""
 
 import json
 
 import pytest
 
-from pipeline.data.sources import Piece, locate, read
-from pipeline.data.split import Part, Unseen, assign, passages
+from pipeline.data.sources import locate, read
+from pipeline.data.split import Part, assign, passages
 
 PURPOSES = ("calibration", "recovery", "evaluation")
 
@@ -94,13 +94,3 @@ def test_a_text_inside_an_evaluated_folder_is_refused(book):
 def test_a_text_given_twice_to_one_purpose_is_refused(book):
     with pytest.raises(ValueError, match="data.recovery.path names .*book.txt twice"):
         assign(corpora(recovery=[book, book.parent / "." / "book.txt"]), 0.2, 0.3)
-
-
-def test_evaluated_passages_standing_elsewhere_are_left_out_and_the_gap_ends_a_document():
-    long = "A passage long enough to be told from all others, and surely no heading or separator line at all. "
-    apart = Unseen()
-    assert len(list(apart.evaluated([Piece(long + "one", False), Piece("short", True)]))) == 2
-    begin, short, end = Piece(long + "zero", False), Piece("short", False), Piece(long + "two", True)
-    kept = list(apart.seen([begin, Piece(f"\n {long}  one\n", False), short, end]))
-    assert kept == [Piece(begin.text, True), short, end]
-    assert apart.left_out == 1

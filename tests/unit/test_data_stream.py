@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.packing import Domain, Frame, Packed, build
+from pipeline.data.encoding import Frame
+from pipeline.data.packing import Domain, Packed, build
 from pipeline.data.sources import Piece
 from pipeline.data.stream import stream
 

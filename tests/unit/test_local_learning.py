@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.data.packing import Domain, Packed, build, frame
+from pipeline.data.encoding import frame
+from pipeline.data.packing import Domain, Packed, build
 from pipeline.data.sources import locate, read
 from pipeline.runtime.checkpoint import load_tokenizer
 from tests.tiny import save_tiny, tiny_model

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import Config
-from pipeline.data.packing import frame
+from pipeline.data.encoding import frame
 from pipeline.evaluation.writing import sample, user_turn, word_starts, written
 from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import load_model, load_tokenizer

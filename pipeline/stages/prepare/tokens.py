@@ -9,7 +9,9 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.data import sources, split
 from pipeline.data.builtin import version
-from pipeline.data.packing import Domain, build, frame
+from pipeline.data.encoding import frame
+from pipeline.data.overlap import RUN, EvaluationRuns
+from pipeline.data.packing import Domain, Packed, build
 from pipeline.runtime.checkpoint import load_tokenizer, read_config
 from pipeline.runtime.hashing import fingerprint
 from pipeline.runtime.machine import Machine
@@ -24,23 +26,23 @@ SHARD_BYTES = 1 << 26  # a shard is also what packing holds in memory
 def check(config: Config) -> None:
     """Refuse texts that could not be read or split, before any work; reads heads and small files, fetches no text.
 
-    Chats are written out where the teacher's tokenizer is at hand, as in a model folder.
+    Chats are rendered where the teacher's tokenizer is at hand, as in a model folder.
     """
     folder, trusted = model_folder(config.model.path, config.model.allow_pickle), config.model.trust_remote_code
     if folder:
         _check_positions(config.data.sequence_length, read_config(folder))
-    there = folder and (folder / "tokenizer_config.json").is_file()
-    _look(config, lambda: load_tokenizer(folder, trusted) if there else None)
+    has_tokenizer = folder and (folder / "tokenizer_config.json").is_file()
+    _check_texts(config, lambda: load_tokenizer(folder, trusted) if has_tokenizer else None)
 
 
-def _look(config: Config, tokenizer_of: Callable[[], Any]) -> None:
-    """Refuse texts, by heads and small files; the tokenizer is asked for where there are chats, None leaves these."""
+def _check_texts(config: Config, load: Callable[[], Any]) -> None:
+    """Refuse texts by heads and small files; `load` returns the tokenizer that chats need, or None."""
     field, tokenizer = config.data.text_field, None
     for purpose, parts in _parts(config).items():
         for part in parts:
             try:
                 if sources.check(part.corpus, field):
-                    tokenizer = tokenizer_of() if tokenizer is None else tokenizer
+                    tokenizer = load() if tokenizer is None else tokenizer
                     if tokenizer is None:
                         continue
                     next(sources.read(part.corpus, field, tokenizer), None)
@@ -50,7 +52,7 @@ def _look(config: Config, tokenizer_of: Callable[[], Any]) -> None:
 
 
 def _check_length(part: split.Part, field: str, sequence: int, tokenizer: Any) -> None:
-    """Refuse a small file that has not `sequence` tokens however it is tokenised: one a byte, two around a piece."""
+    """Refuse a small file that has not `sequence` tokens however it is tokenised: one per byte, two around a piece."""
     files = part.corpus.files
     if files and sum(path.stat().st_size for path in files) < SMALL:
         most = sum(len(piece.text.encode()) + 2 for piece in split.passages(part, field, tokenizer))
@@ -66,7 +68,7 @@ def _check_positions(sequence: int, model: dict[str, Any]) -> None:
 
 
 def settings(config: Config) -> dict:
-    """Give what determines the tokens beside the teacher: the texts' contents, their parts, the length of a row."""
+    """Return what determines the tokens beside the teacher: the texts' contents, their parts, the length of a row."""
     data = config.data
     return {
         "sequence": data.sequence_length,
@@ -77,38 +79,64 @@ def settings(config: Config) -> dict:
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
-    """Write calibration/, recovery/, evaluation/<nn-name>/ and tokens.json."""
+    """Write calibration/, recovery/, evaluation/<nn-name>/ and tokens.json.
+
+    Pieces of calibration and recovery text that share a run of tokens with evaluation text are left out; `left_out`
+    of tokens.json counts them, and the evaluated tokens that they had.
+    """
     data, model = config.data, read_config(inputs["teacher"])
     _check_positions(data.sequence_length, model)
     tokenizer = load_tokenizer(inputs["teacher"], config.model.trust_remote_code)
-    _look(config, lambda: tokenizer)
-    around, parts, apart = frame(tokenizer), _parts(config), split.Unseen()
-    for line in _told(parts):
+    _check_texts(config, lambda: tokenizer)
+    around, parts, runs = frame(tokenizer), _parts(config), EvaluationRuns()
+    for line in _splits(parts):
         machine.say(line)
 
-    def pack(purpose: str, folder: str, several, weights, kept) -> dict:
-        pieces = [kept(split.passages(part, data.text_field, tokenizer)) for part in several]
+    def pack(purpose: str, folder: str, several, weights, **overlap: EvaluationRuns) -> dict:
+        pieces = [split.passages(part, data.text_field, tokenizer) for part in several]
         domains = [Domain(*each) for each in zip(map(str, several), pieces, weights or [None] * len(several))]
-        shutil.rmtree(out / folder, ignore_errors=True)  # of an attempt that was cut off
-        row, vocabulary = data.sequence_length, model["vocab_size"]
+        shutil.rmtree(out / folder, ignore_errors=True)  # of an interrupted attempt
+        row, vocabulary, progress = data.sequence_length, model["vocab_size"], machine.progress
         try:
-            index = build(out / folder, domains, tokenizer, around, row, vocabulary, SHARD_BYTES, machine.progress)
+            index = build(
+                out / folder, domains, tokenizer, around, row, vocabulary, SHARD_BYTES, progress, **overlap
+            )
         except ValueError as fault:
             raise ValueError(f"data.{purpose}.path: {fault}") from fault
         return {key: index[key] for key in ("sequences", "tokens", "domains")}
 
     record = {"sequence": data.sequence_length, "after": around.after, "first": around.first, "evaluation": {}}
     for name, part in zip(_names(parts["evaluation"]), parts["evaluation"]):
-        record["evaluation"][name] = pack("evaluation", f"evaluation/{name}", [part], None, apart.evaluated)
+        record["evaluation"][name] = pack("evaluation", f"evaluation/{name}", [part], None, notes=runs)
     for purpose in ("calibration", "recovery"):
-        record[purpose] = pack(purpose, purpose, parts[purpose], getattr(data, purpose).weights, apart.seen)
-    if apart.left_out:
-        machine.say(f"data: {apart.left_out} passages of calibration and recovery left out: they stand in evaluation")
-    record["left_out"] = apart.left_out
+        weights = getattr(data, purpose).weights
+        record[purpose] = pack(purpose, purpose, parts[purpose], weights, avoids=runs)
+    record["left_out"] = _left_out(record, runs, out, machine)
     record["parts"] = {
         purpose: [_record(part) | {"path": part.corpus.given} for part in several] for purpose, several in parts.items()
     }
-    (out / "tokens.json").write_text(json.dumps(record, indent=1))
+    (out / "tokens.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _left_out(record: dict, runs: EvaluationRuns, out: Path, machine: Machine) -> dict:
+    """Return, and report, what was left out of calibration and recovery, and how much of evaluation it had."""
+    counts: dict[str, Any] = {"run": RUN}
+    for purpose in ("calibration", "recovery"):
+        domains = record[purpose]["domains"]
+        pieces, tokens = (sum(each[f"left_out_{kind}"] for each in domains) for kind in ("pieces", "tokens"))
+        counts[purpose] = {"pieces": pieces, "tokens": tokens}
+        if pieces:
+            share = tokens / (tokens + sum(each["tokens"] for each in domains))
+            fault = f"they share runs of {RUN} tokens with evaluation text"
+            machine.say(f"data: {pieces} pieces of {purpose} left out, {tokens} tokens ({share:.1%}): {fault}")
+    counts["evaluation"] = {}
+    for name in record["evaluation"]:
+        packed = Packed(out / "evaluation" / name)
+        shared, tokens = runs.met(packed[row] for row in range(len(packed)))
+        counts["evaluation"][name] = {"shared_tokens": shared, "tokens": tokens}
+        if shared:
+            machine.say(f"data: {shared / tokens:.1%} of the tokens of evaluation/{name} stood in what was left out")
+    return counts
 
 
 def _parts(config: Config) -> dict[str, tuple[split.Part, ...]]:
@@ -122,7 +150,7 @@ def _parts(config: Config) -> dict[str, tuple[split.Part, ...]]:
 
 
 def _names(parts: tuple[split.Part, ...]) -> list[str]:
-    """A folder name for each part, nn-name, also told apart by the name alone."""
+    """Return a folder name for each part, nn-name; the names alone differ too."""
     names: list[str] = []
     for part in parts:
         alike = sum(part.corpus.name == other.corpus.name for other in parts[: len(names)])
@@ -131,15 +159,15 @@ def _names(parts: tuple[split.Part, ...]) -> list[str]:
 
 
 def _record(part: split.Part) -> dict:
-    """Say what a part is, wherever it lies and whenever it was copied there: a hub id stands for itself."""
+    """Return what a part is, wherever it is stored and whenever it was copied there; of a hub data set its id."""
     corpus = part.corpus
     files = [fingerprint(path) for path in corpus.files]
     content = files or (version(corpus.key) if corpus.kind == "builtin" else corpus.key)
     return {"name": corpus.name, "kind": corpus.kind, "start": part.start, "stop": part.stop, "content": content}
 
 
-def _told(parts: dict[str, tuple[split.Part, ...]]) -> list[str]:
-    """One line for each text that is split."""
+def _splits(parts: dict[str, tuple[split.Part, ...]]) -> list[str]:
+    """Return a line for each text that is split."""
     shares: dict[sources.Corpus, list[str]] = {}
     for purpose in ("evaluation", "calibration", "recovery"):
         for part in parts[purpose]:
@@ -156,5 +184,6 @@ STAGE = Stage(
     needs=("teacher",),
     check=check,
     all_ranks=False,
+    revision=2,
     shows={"tokens": ""},
 )

@@ -1,0 +1,225 @@
+"""From pieces of text to tokens: tokenised in blocks, special tokens between documents, evaluation text kept out."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.data.overlap import EvaluationRuns, Stretch, covered
+from pipeline.data.sources import Piece
+
+BLOCK = 1 << 16  # characters tokenised as one string; a longer document is tokenised in parts
+BATCH = 1 << 18  # characters given to the tokenizer at once
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Special tokens around text: `after` each document; `first` in every row where the tokenizer opens with BOS.
+
+    A document that brings them itself, as chats do, has none twice; `closing` is how `after` is written.
+    """
+
+    after: int
+    first: int | None
+    closing: str
+
+
+def frame(tokenizer: Any) -> Frame:
+    """Return what a model expects: EOS after documents (BOS without EOS), and BOS first where its tokenizer adds it.
+
+    Models trained with BOS first (Llama, Gemma) park attention on it: every row begins with it, not just a document.
+    """
+    end, begin = tokenizer.eos_token_id, tokenizer.bos_token_id
+    if end is None and begin is None:
+        raise ValueError("the tokenizer has neither an EOS nor a BOS token; set eos_token in its tokenizer_config.json")
+    opens = begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
+    after = begin if end is None else end
+    return Frame(after, begin if opens else None, tokenizer.convert_ids_to_tokens(after))
+
+
+@dataclass
+class Counts:
+    """What a text has, and what was left out of it because evaluation text has it too."""
+
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    left_out_pieces: int = 0
+    left_out_tokens: int = 0
+
+
+class Block(NamedTuple):
+    """Consecutive pieces of one document that are tokenised as one string."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def ends(self) -> bool:
+        return self.pieces[-1].ends
+
+    @property
+    def content(self) -> str | None:
+        """What a chat says beside its template, where the block is one."""
+        return self.pieces[0].content if len(self.pieces) == 1 else None
+
+
+def blocks(pieces: Iterable[Piece]) -> Iterator[Block]:
+    """Yield the pieces of documents joined up to BLOCK characters; a longer piece is cut, at white space if it can."""
+    held: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        for part in _cut(piece):
+            if held and size + len(part.text) > BLOCK:
+                yield Block(tuple(held))
+                held, size = [], 0
+            held.append(part)
+            size += len(part.text)
+            if part.ends:
+                yield Block(tuple(held))
+                held, size = [], 0
+
+
+def _without(block: Block, shared: set[int]) -> list[Block | None]:
+    """Return what stays of a block without some of its pieces, by number; None for each gap."""
+    kept = [None if number in shared else piece for number, piece in enumerate(block.pieces)]
+    return [Block(tuple(group)) if stays else None for stays, group in groupby(kept, lambda piece: piece is not None)]
+
+
+def _cut(piece: Piece) -> Iterator[Piece]:
+    if len(piece.text) <= BLOCK:
+        yield piece
+        return
+    start, text = 0, piece.text
+    while len(text) - start > BLOCK:
+        stop = start + BLOCK
+        space = max(text.rfind(white, start + BLOCK // 2, stop) for white in "\n ")
+        stop = space if space > start else stop
+        yield Piece(text[start:stop], False)
+        start = stop
+    yield Piece(text[start:], piece.ends)
+
+
+def batches(several: Iterable[Block]) -> Iterator[list[Block]]:
+    """Yield blocks in lists of about BATCH characters."""
+    batch, size = [], 0
+    for block in several:
+        batch.append(block)
+        size += sum(len(piece.text) for piece in block.pieces)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class Encoder:
+    """Turns the blocks of one text into tokens.
+
+    With `notes`, an evaluation text is noted there. With `avoids`, pieces that share a run of tokens with evaluation
+    text are left out, and the gap ends a document. A tokenizer without character offsets loses whole blocks then.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        around: Frame,
+        vocabulary: int,
+        notes: EvaluationRuns | None = None,
+        avoids: EvaluationRuns | None = None,
+    ):
+        self.counts = Counts()
+        self._tokenizer, self._around, self._vocabulary = tokenizer, around, vocabulary
+        self._notes, self._avoids = notes, avoids
+        self._begins = True  # a document
+        self._stretch = Stretch()
+
+    def encode(self, several: Iterable[list[Block]]) -> Iterator[np.ndarray]:
+        """Yield the tokens, int32, of batches of blocks. Raise ValueError for an id beyond the vocabulary."""
+        for batch in several:
+            encoded = self._tokenized([block.text for block in batch])
+            for number, block in enumerate(batch):
+                yield from self._apart(block, encoded, number)
+        if self._notes is not None:
+            self._notes.finish()
+
+    def _tokenized(self, texts: Sequence[str]) -> Any:
+        return self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+
+    def _apart(self, block: Block, encoded: Any, number: int) -> Iterator[np.ndarray]:
+        """Yield the tokens of a block, or of those of its pieces that evaluation text does not share."""
+        waiting = [(block, encoded, number)]
+        while waiting:
+            block, encoded, number = waiting.pop()
+            if block is None:  # a gap
+                yield from self._close()
+                continue
+            ids = encoded["input_ids"][number]
+            skipped = int(self._begins and ids[:1] == [self._around.first])  # every row has it
+            tokens = self._closed(block, ids[skipped:])
+            shared = self._shared(block, tokens, encoded, number, skipped) if self._avoids is not None else set()
+            if not shared:
+                yield self._emit(block, tokens)
+                continue
+            self._leave_out(block, shared)
+            rest = [(part, self._tokenized([part.text]) if part else None, 0) for part in _without(block, shared)]
+            waiting += reversed(rest)
+
+    def _closed(self, block: Block, ids: list[int]) -> np.ndarray:
+        closes = block.ends and not block.text.rstrip().endswith(self._around.closing)
+        tokens = np.asarray(ids + [self._around.after] if closes else ids, dtype=np.int64)
+        if len(tokens) and tokens.max() >= self._vocabulary:
+            fault = f"the tokenizer gives id {tokens.max()}, but the model's vocabulary has {self._vocabulary} entries"
+            raise ValueError(f"{fault}; model.path needs the tokenizer the model was trained with")
+        return tokens
+
+    def _emit(self, block: Block, tokens: np.ndarray) -> np.ndarray:
+        self.counts.documents += block.ends
+        self.counts.bytes += sum(len(piece.text.encode()) for piece in block.pieces)
+        self.counts.tokens += len(tokens)
+        if self._notes is not None:
+            compared = tokens if block.content is None else self._content(block)
+            self._notes.add(compared, block.ends)
+        self._begins = block.ends
+        self._stretch.extend(tokens)
+        return tokens.astype(np.int32)
+
+    def _close(self) -> Iterator[np.ndarray]:
+        """End a document that goes on in what was left out."""
+        if not self._begins:
+            self._begins = True
+            self.counts.documents += 1
+            self.counts.tokens += 1
+            end = np.asarray([self._around.after], dtype=np.int64)
+            self._stretch.extend(end)
+            yield end.astype(np.int32)
+
+    def _content(self, block: Block) -> np.ndarray:
+        return np.asarray(self._tokenized([block.content])["input_ids"][0], dtype=np.int64)
+
+    def _shared(self, block: Block, tokens: np.ndarray, encoded: Any, number: int, skipped: int) -> set[int]:
+        """Return the numbers of a block's pieces that share a run with evaluation text."""
+        everything = set(range(len(block.pieces)))
+        if block.content is not None:
+            return everything if self._avoids.hits(self._content(block)).any() else set()
+        joined = self._stretch.joined(tokens)
+        hits = self._avoids.hits(joined)
+        if not hits.any():
+            return set()
+        if encoded.encodings is None:
+            return everything
+        marks = covered(hits, len(joined))[len(joined) - len(tokens) :]
+        starts = np.asarray([start for start, _ in encoded.encodings[number].offsets[skipped:]], dtype=np.int64)
+        starts = starts[marks[: len(starts)]]
+        edges = np.cumsum([len(piece.text) for piece in block.pieces])
+        return set(np.searchsorted(edges, starts, side="right").clip(max=len(edges) - 1).tolist())
+
+    def _leave_out(self, block: Block, shared: set[int]) -> None:
+        texts = [block.pieces[number].text for number in sorted(shared)]
+        self.counts.left_out_pieces += len(texts)
+        self.counts.left_out_tokens += sum(map(len, self._tokenized(texts)["input_ids"]))

@@ -1,0 +1,77 @@
+"""What a file of text is: plain text, JSON lines or parquet, by its ending and its first bytes; all else is refused."""
+
+import codecs
+import json
+import re
+from pathlib import Path
+
+HEAD = 1 << 16  # bytes by which a file is recognised
+TABLES = {".json", ".csv", ".tsv", ".xml", ".xlsx"}  # data that is not prose: its punctuation is not to be learnt
+PACKED = {".gz", ".zst", ".zip", ".bz2", ".xz", ".7z", ".tar", ".tgz", ".lz4"}
+LINES = {".jsonl", ".ndjson", ".jsonlines"}
+LOCAL = TABLES | PACKED | LINES | {".txt", ".text", ".md", ".rst", ".parquet"}  # endings that no hub id has
+MARKERS = {"_SUCCESS"}  # left among data by programs that write it
+
+_POINTERS = {
+    b"version https://git-lfs.github.com/spec/": "a git-lfs pointer, not the file; run `git lfs pull`",
+    b"version https://hawser.github.com/spec/": "a git-lfs pointer, not the file; run `git lfs pull`",
+    b"/annex/objects/": "a git-annex pointer, not the file; run `git annex get`",
+    b"../.git/annex/objects/": "a git-annex pointer, not the file; run `git annex get`",
+}
+_OBJECT = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:')
+_ARRAY = re.compile(r'\[\s*(\{\s*"(?:[^"\\]|\\.)*"\s*:|\[\s*"|")')
+
+
+def kind_of(path: Path) -> str:
+    """Return `text`, `jsonl` or `parquet`. Raise ValueError for a file that is none of them, or no file at all."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a broken link to {path.readlink()}; fetch the file, or remove the link")
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file; remove it from the text")
+    ending = path.suffix.lower()
+    if ending in TABLES:
+        raise ValueError(f"{path} is a {ending} file; text is read from .jsonl, .parquet, or any plain text file")
+    if ending in PACKED:
+        raise ValueError(f"{path} is a compressed {ending} file; decompress it")
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    for mark, what in _POINTERS.items():
+        if head.startswith(mark):
+            raise ValueError(f"{path} is {what}")
+    if ending == ".parquet" or head.startswith(b"PAR1"):
+        return "parquet"
+    if ending in LINES:
+        return "jsonl"
+    check_text(path, head)
+    return _json_kind(path, codecs.getincrementaldecoder("utf-8-sig")().decode(head), len(head) == HEAD)
+
+
+def check_text(path: Path, head: bytes) -> None:
+    """Raise ValueError for bytes that are no beginning of UTF-8 text."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; convert it, or give .jsonl or .parquet") from None
+    if b"\0" in head:
+        raise ValueError(f"{path} is not text: it has NUL bytes; give plain text, .jsonl or .parquet")
+
+
+def _json_kind(path: Path, head: str, more: bool) -> str:
+    """Return `jsonl` for text whose first line is a JSON object, `text` for prose; refuse any other JSON."""
+    start = head.lstrip()
+    first, _, rest = start.partition("\n")
+    if not first.startswith(("{", "[")):
+        return "text"
+    try:
+        value = json.loads(first)
+    except (ValueError, RecursionError):
+        if not rest and more and _OBJECT.match(first):
+            return "jsonl"  # its first record is longer than the head
+        if not _OBJECT.match(start) and not _ARRAY.match(start):
+            return "text"
+        value = None
+    if isinstance(value, dict):
+        return "jsonl"
+    if value is None or _ARRAY.match(start):
+        raise ValueError(f"{path} holds JSON, but not one object a line; write it as .jsonl")
+    return "text"  # a line such as [1]

@@ -1,0 +1,53 @@
+"""JSON lines: one object per line, of which one column is text or turns."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+RECORD = 1 << 28  # bytes of the longest line that is read
+
+Value = str | list | None
+
+
+def records(path: Path, field: str) -> Iterator[tuple[str, Value]]:
+    """Yield each record's place, as errors name it, and what its column holds.
+
+    Raise ValueError, naming file and line, for a line that is no JSON object in UTF-8, is longer than RECORD, lacks the
+    column, or holds neither a text nor a list there.
+    """
+    with open(path, "rb") as file:
+        number = 0
+        while line := file.readline(RECORD + 1):
+            number += 1
+            if len(line) > RECORD:
+                raise ValueError(f"{path}:{number} is longer than {RECORD >> 20} MiB; write a record per line")
+            if not line.strip():
+                continue
+            record = _record(f"{path}:{number}", line)
+            check_column(f"{path}:{number}", field, record)
+            place, value = f"{path}:{number}: column {field!r}", record[field]
+            if not isinstance(value, str | list | None):
+                fault = f"{place} holds no text and no turns, but {value!r:.80}"
+                raise ValueError(f"{fault}; set data.text_field to the column that does")
+            yield place, value
+
+
+def _record(place: str, line: bytes) -> dict:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as fault:
+        raise ValueError(f"{place} is not UTF-8 at byte {fault.start + 1} of the line; convert the file") from None
+    except RecursionError:
+        raise ValueError(f"{place} is nested too deeply to be a record of text; leave it out") from None
+    except ValueError as fault:
+        raise ValueError(f"{place} is not a JSON object, as a .jsonl line is ({fault!s:.80}); correct it") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{place} is not a JSON object, as a .jsonl line is; give one object a line")
+    return record
+
+
+def check_column(place: str, field: str, columns: Iterable[str]) -> None:
+    """Raise ValueError where `field` is none of the columns."""
+    if field not in columns:
+        fault = f"{place} has no column {field!r} but {', '.join(map(str, columns)) or 'none'}"
+        raise ValueError(f"{fault:.400}; set data.text_field to the one that holds text or turns")

@@ -1,0 +1,42 @@
+"""Plain text files: a file is one document, read in paragraphs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+PIECE = 1 << 16  # characters: the longest part of a file held at once
+
+
+def paragraphs(path: Path) -> Iterator[str]:
+    """Yield paragraphs with the blank lines that follow them; one longer than PIECE is cut at a line's end or within.
+
+    Raise ValueError, naming file and line, for bytes that are no UTF-8 text.
+    """
+    paragraph: list[str] = []
+    size, blank, number = 0, False, 1
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            while line := file.readline(PIECE):
+                if "\0" in line:
+                    raise ValueError(f"{path}:{number} is not text: it has NUL bytes; give text, .jsonl or .parquet")
+                number += line.endswith("\n")
+                if paragraph and (blank and line.strip() or size + len(line) > PIECE):
+                    yield "".join(paragraph)
+                    paragraph, size = [], 0
+                paragraph.append(line)
+                size += len(line)
+                blank = not line.strip()
+    except UnicodeDecodeError as fault:
+        place = f"{path}:{_undecodable_line(path)}"
+        raise ValueError(f"{place} is not UTF-8 text ({fault.reason}); convert it to UTF-8") from None
+    if paragraph:
+        yield "".join(paragraph)
+
+
+def _undecodable_line(path: Path) -> int:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return number

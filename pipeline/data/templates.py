@@ -1,0 +1,111 @@
+"""Chat templates, run where they can do no harm: in a child process, with limits on its time, memory and output.
+
+A template is a program that comes with a model. Jinja's sandbox keeps it from the machine, but not from loops without
+end, nor from texts and numbers that outgrow the memory.
+"""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from multiprocessing.connection import Connection
+from typing import Any
+
+SECONDS = 5.0  # a template has for one record
+MEMORY = 1 << 30  # bytes that the child may take beyond what it starts with
+OUTPUT = 1 << 20  # characters that a template may add to a record, beside GROWTH times the record
+GROWTH = 16
+NO_TEMPLATE = "add a chat_template.jinja to the model folder, or set data.text_field to a column of text"
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer; a context manager that ends its process."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._process: Any = None
+        self._pipe: Connection | None = None
+
+    def __enter__(self) -> "ChatTemplate":
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        self._stop()
+
+    def render(self, turns: list[dict[str, Any]], place: str) -> str:
+        """Return the text that `apply_chat_template` tokenises.
+
+        Raise ValueError, beginning with `place`, where there is no template, it refuses the turns, or it exceeds its
+        time, memory or output.
+        """
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise ValueError(f"{place} holds turns, and the teacher's tokenizer has no chat template; {NO_TEMPLATE}")
+        if self._process is None:
+            self._start()
+        try:
+            self._pipe.send(turns)
+            kind, text = self._pipe.recv() if self._pipe.poll(SECONDS) else ("time", "")
+        except (EOFError, ConnectionError):
+            kind, text = "memory", ""
+        if kind == "text":
+            return text
+        self._stop()
+        if kind == "refused":
+            roles = ", ".join(str(turn["role"]) for turn in turns)
+            fault = f"{place} holds turns of {roles:.80}, which the teacher's chat template refuses ({text:.160})"
+            raise ValueError(f"{fault}; correct the record, or leave it out")
+        limits = {
+            "time": f"does not end within {SECONDS:g} s",
+            "memory": f"needs more than {MEMORY >> 30} GiB of memory",
+            "output": f"makes {text} characters of this record",
+        }
+        raise ValueError(f"{place}: the teacher's chat template {limits[kind]}; correct chat_template in its folder")
+
+    def _start(self) -> None:
+        # Forked: a new interpreter would import for seconds. The child runs nothing but the template.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # as by default; set, a fork prints no warning
+        context = multiprocessing.get_context("fork")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(self._tokenizer, theirs, self._pipe), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._pipe.close()
+            self._process.kill()
+            self._process.join()
+            self._process = self._pipe = None
+
+
+def _serve(tokenizer: Any, pipe: Connection, parents: Connection) -> None:
+    """Answer every list of turns with ("text", text) or the kind of fault, until the pipe closes."""
+    parents.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends this process
+    if sys.platform == "linux":  # others do not enforce the limit
+        _limit_memory()
+    while True:
+        try:
+            turns = pipe.recv()
+        except EOFError:
+            os._exit(0)  # the parent's exit handlers are not the child's to run
+        pipe.send(_render(tokenizer, turns))
+
+
+def _render(tokenizer: Any, turns: list[dict[str, Any]]) -> tuple[str, str]:
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except MemoryError:
+        return "memory", ""
+    except Exception as fault:  # a template may raise anything, as any program
+        return "refused", " ".join(f"{fault}".split()) or type(fault).__name__
+    given = sum(len(turn["content"]) for turn in turns)
+    return ("text", text) if len(text) <= OUTPUT + GROWTH * given else ("output", f"{len(text):,}")
+
+
+def _limit_memory() -> None:
+    with open("/proc/self/statm") as file:
+        limit = int(file.read().split()[0]) * resource.getpagesize() + MEMORY
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
