@@ -1,7 +1,6 @@
 """Estimates for a chip: what the trainings of a run need on it, and a chip model fitted to this machine's device."""
 
 import datetime
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from pipeline.costmodel.training_cost import Recovery, training_needs
 from pipeline.distill import next_token
 from pipeline.distill.loss import WorkSpace, work_space
 from pipeline.model.logits import logit_form
+from pipeline.model.shape import Shape
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.device import choose, kind_of_chip, open_device
 from pipeline.runtime.log import progress
@@ -55,7 +55,7 @@ def _student(config: Config, made: Mapping[str, Path], teacher: ModelShape) -> t
     if "initial_student" in made:
         return ModelShape.of(open_checkpoint(made["initial_student"], config.model.allow_pickle).anatomy), []
     if "shape" in made:
-        return teacher.changed(json.loads((made["shape"] / "shape.json").read_text())), []
+        return teacher.changed(Shape.load(made["shape"]).axes()), []
     shape = shape_within(_chip(config), teacher, Serving(**config.shape_search.serving), Limits(**config.budget.limits))
     return shape, [f"the search will measure which shape; of those within its limits {shape.axes()} promises the most"]
 

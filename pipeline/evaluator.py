@@ -1,18 +1,19 @@
-"""What the stages dense and evaluate do alike: measure a model on held-out text, and let it go on from there."""
+"""Measuring a model on held-out text and sampling its continuations, for evaluate_reference and evaluate."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.evaluation import tasks
 from pipeline.evaluation.perplexity import quality, tallies
+from pipeline.evaluation.results import Behaviour
 from pipeline.evaluation.samples import cache_bytes_per_token, continue_greedily, opening
 from pipeline.evaluation.words import Question, questions, right
 from pipeline.runtime.checkpoint import load_model
@@ -25,39 +26,36 @@ from pipeline.runtime.ranks import place
 REVISION = 3  # 2: losses by sequence; 3: questions spread evenly over each text
 
 
-def settings(config: Config) -> dict:
-    """Give what determines the figures of any model: how much is measured, and on which device.
-
-    Batches and chunks change speed and memory, not the figures.
-    """
+def settings(config: Config) -> dict[str, Any]:
+    """Return what determines the figures of any model: how much is measured, and on which device."""
     samples = config.report.model_dump(include={"samples", "sample_prompt", "sample_tokens"})
     kind = choose(config.device.kind)
     device = {"kind": kind, "chip": chip_name(kind, place()[2]), "attention": config.device.attention}
     files = {task: fingerprint(Path(task)) for task in config.evaluate.tasks if tasks.is_file(task)}
-    asked = config.evaluate.model_dump(include={"tokens", "words", "words_context", "tasks"})
-    return {"evaluate": asked, "task_files": files, "samples": samples, "device": device}
+    evaluate = config.evaluate.model_dump(include={"tokens", "words", "words_context", "tasks"})
+    return {"evaluate": evaluate, "task_files": files, "samples": samples, "device": device}
 
 
 class Bench:
-    """The held-out text of a run and how much of it is asked: every model that is put on it meets the same."""
+    """The held-out text of a run, and which part of it is measured: the same for every model."""
 
     def __init__(self, config: Config, tokens: Path, tokenizer: Any, machine: Machine):
         self.config, self.tokenizer, self.machine = config, tokenizer, machine
         self.texts = {folder.name[3:]: Packed(folder) for folder in sorted((tokens / "evaluation").iterdir())}
         self.questions = {name: self._questions(packed) for name, packed in self.texts.items()}
 
-    def load(self, folder: Path) -> torch.nn.Module:
-        """Give the model of a folder, on the host."""
+    def load(self, folder: Path) -> nn.Module:
+        """Return the model of a folder, on the host."""
         device = self.machine.device
         return load_model(folder, device.compute_dtype, device.attention, self.config.model.trust_remote_code)
 
-    def placed(self, folder: Path) -> AbstractContextManager[torch.nn.Module]:
-        """Give the model of a folder as it makes forward passes on this device."""
+    def placed(self, folder: Path) -> AbstractContextManager[nn.Module]:
+        """Return the model of a folder, placed for forward passes on this device."""
         return placed(self.load(folder), self.machine.device, self.config.device.layer_streaming)
 
-    def facts(self) -> dict[str, dict]:
-        """Give what stands beside every number of a text: length and stride of sequences, tokens, bytes predicted."""
-        ranks, told = self.machine.ranks, {}
+    def facts(self) -> dict[str, dict[str, int]]:
+        """Return by text: length and stride of sequences, their number, predicted tokens and bytes."""
+        ranks, facts = self.machine.ranks, {}
         for name, packed in self.texts.items():
             rows = self._rows(packed)
             read = torch.zeros(1, dtype=torch.float64)
@@ -65,49 +63,49 @@ class Bench:
                 read += len(self.tokenizer.decode(packed[row][1:].tolist(), skip_special_tokens=True).encode())
             ranks.sum_([read])
             counts = {"sequences": rows, "tokens": rows * (packed.sequence - 1), "bytes": int(read)}
-            told[name] = {"sequence": packed.sequence, "stride": packed.sequence, **counts}
-        return told
+            facts[name] = {"sequence": packed.sequence, "stride": packed.sequence, **counts}
+        return facts
 
-    def measure(self, model: torch.nn.Module, who: str, facts: dict[str, dict]) -> dict[str, dict]:
-        """Give loss, perplexity, accuracy, bits per byte and next-word accuracy by text, over all ranks.
+    def measure(self, model: nn.Module, who: str, facts: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, Any]]:
+        """Return loss, perplexity, accuracy, bits per byte and next-word accuracy by text, over all ranks.
 
-        Beside them stand the `losses` of the sequences, in their order: the mean of each in nats.
+        Beside them the `losses` of the sequences in order, the mean of each in nats.
         """
-        told = {}
+        figures = {}
         for name, packed in self.texts.items():
             sums, words = self._tally(model, packed, self.questions[name], f"{who} on {name}")
             numbers = asdict(quality(sums.sum(0), facts[name]["bytes"]))
             if words[1]:
                 numbers["next_word"] = float(words[0] / words[1])
-            told[name] = numbers | {"losses": (sums[:, 0] / sums[:, 2]).tolist()}
+            figures[name] = numbers | {"losses": (sums[:, 0] / sums[:, 2]).tolist()}
             self.machine.say(f"{who} on {name}: perplexity {numbers['perplexity']:.3f}")
             self.machine.track.log({f"{who}/{name}/{key}": value for key, value in numbers.items()}, None, "evaluate")
-        return told
+        return figures
 
-    def show(self, model: torch.nn.Module) -> dict[str, Any]:
-        """Give what one rank finds out: bytes of cache a token, results of tasks, continuations of `prompts`."""
-        asked, report = self.config.evaluate, self.config.report
+    def behaviour(self, model: nn.Module) -> Behaviour:
+        """Return bytes of cache per token, metrics of tasks and continuations of `prompts`; one rank measures them."""
+        section, report = self.config.evaluate, self.config.report
         stop = frozenset({self.tokenizer.eos_token_id})
         continued = []
         for sample in self.prompts():
             ids = self.tokenizer(sample["prompt"], return_tensors="pt")["input_ids"]
             continued.append(self.tokenizer.decode(continue_greedily(model, ids, report.sample_tokens, stop)))
-        return {
-            "kv_bytes_per_token": cache_bytes_per_token(model, self.prompt(8)),
-            "tasks": tasks.measure(model, self.tokenizer, asked.tasks, asked.batch_size) if asked.tasks else {},
-            "samples": continued,
-        }
+        return Behaviour(
+            cache_bytes_per_token(model, self.prompt(8)),
+            tasks.measure(model, self.tokenizer, section.tasks, section.batch_size) if section.tasks else {},
+            tuple(continued),
+        )
 
     def prompt(self, tokens: int) -> Tensor:
-        """Give [1, tokens] ids from the beginning of the first text, repeated where it is shorter."""
+        """Return ids [1, tokens] from the beginning of the first text, repeated where it is shorter."""
         packed = next(iter(self.texts.values()))
         rows = -(-tokens // packed.sequence)
         ids = torch.cat([_row(packed, row % len(packed)) for row in range(rows)])
         return ids[None, :tokens]
 
-    def prompts(self) -> list[dict]:
-        """Give prompts from the texts in turn, each with the text that really follows it."""
-        prompts: list[dict] = []
+    def prompts(self) -> list[dict[str, str]]:
+        """Return prompts from the texts in turn, each with the text that follows it."""
+        prompts: list[dict[str, str]] = []
         report = self.config.report
         for turn in range(report.samples):
             name, packed = list(self.texts.items())[turn % len(self.texts)]
@@ -117,27 +115,26 @@ class Bench:
             prompts.append({"text": name, "prompt": prompt, "reference": follows})
         return prompts
 
-    def _tally(self, model, packed: Packed, asked_words: list[Question], label: str) -> tuple[Tensor, Tensor]:
-        """Give the tallies [sequences, 3] and the word count [2] of all ranks together."""
-        ranks, asked = self.machine.ranks, self.config.evaluate
+    def _tally(self, model: nn.Module, packed: Packed, words: list[Question], label: str) -> tuple[Tensor, Tensor]:
+        """Return the tallies [sequences, 3] and the counts of correct and all words [2], over all ranks."""
+        ranks, size = self.machine.ranks, self.config.evaluate.batch_size
         rows = range(ranks.rank, self._rows(packed), ranks.world)
-        batches = self.machine.progress(
-            _batches(packed, rows, asked.batch_size), -(-len(rows) // asked.batch_size), label
-        )
+        batches = self.machine.progress(_batches(packed, rows, size), -(-len(rows) // size), label)
         sums = torch.zeros(self._rows(packed), 3, dtype=torch.float64)
-        for number, found in enumerate(tallies(model, batches, self.config.logits.chunk)):
-            mine = rows[number * asked.batch_size : (number + 1) * asked.batch_size]
-            sums[mine.start : mine.stop : mine.step] = found
-        words = right(model, asked_words[ranks.rank :: ranks.world], asked.batch_size)
-        ranks.sum_([sums, words])
-        return sums, words
+        for number, tally in enumerate(tallies(model, batches, self.config.logits.chunk)):
+            own = rows[number * size : (number + 1) * size]
+            sums[own.start : own.stop : own.step] = tally
+        correct = right(model, words[ranks.rank :: ranks.world], size)
+        ranks.sum_([sums, correct])
+        return sums, correct
 
     def _rows(self, packed: Packed) -> int:
         return min(len(packed), max(1, self.config.evaluate.tokens // packed.sequence))
 
     def _documents(self, packed: Packed, row: int) -> list[str]:
-        """Give the texts of a row, split where a document ends."""
-        ids, documents = packed[row].tolist(), [[]]
+        """Return the texts of a row, split where a document ends."""
+        ids = packed[row].tolist()
+        documents: list[list[int]] = [[]]
         for token in ids:
             if token == packed.index["after"]:
                 documents.append([])

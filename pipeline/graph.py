@@ -1,5 +1,7 @@
 """The stages in order, what each reads, and the checks that a recipe's list of them can run."""
 
+from operator import attrgetter
+
 from pipeline.config import Config
 from pipeline.stages.analyse import hessian, importance, layer_gates, layer_loss, obs_order, sensitivity
 from pipeline.stages.build import absorb_norms, cut, local_distill, regularize, rotate, sequential, supernet
@@ -47,6 +49,7 @@ def check(config: Config) -> list[str]:
 
     Raise ValueError, before any work, for a configuration that a stage refuses and for a list that cannot run.
     """
+    _check_choices(config)
     unknown = [name for name in config.recipe.stages if name not in STAGES]
     if unknown:
         raise ValueError(f"recipe.stages: unknown stages {unknown}; choose from {list(STAGES)}")
@@ -107,6 +110,15 @@ def _requested(config: Config, name: str) -> bool:
     """Return whether a configuration asks for a stage that not every configuration runs."""
     stage = STAGES[name]
     return stage.enabled is not always and stage.enabled(config)
+
+
+def _check_choices(config: Config) -> None:
+    """Refuse names that no registry knows, also in sections of stages that the recipe does not run."""
+    for stage in STAGES.values():
+        for setting, names in stage.choices.items():
+            value = attrgetter(setting)(config)
+            if value not in names:
+                raise ValueError(f"{setting}: unknown value {value!r}; choose from {', '.join(names)}")
 
 
 def _check_order(config: Config) -> None:

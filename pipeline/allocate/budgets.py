@@ -1,4 +1,4 @@
-"""Layer budgets: how wide each layer of a student is, and which layers it has. Pure: scores and losses come in.
+"""Layer budgets: how wide each layer of a student is, and which layers it has, from scores and losses.
 
 Widths: the same share everywhere; Adapt-Pruner's steps (2502.03460); one threshold for the whole model (FLAP,
 2312.11983). Depth by measured loss: greedy, or evolved (EvoPress, 2410.14649).
@@ -6,37 +6,28 @@ Widths: the same share everywhere; Adapt-Pruner's steps (2502.03460); one thresh
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pipeline.model.anatomy import LayerSizes, Sizes
+from pipeline.model.shape import Depth, Trial
 
 MOST = 0.99  # sparsity of a layer at most (Adapt-Pruner)
 
 Loss = Callable[[tuple[int, ...]], float]  # of the model of these layers, ascending
 
 
-@dataclass(frozen=True)
-class Depth:
-    """Layers that stay, ascending, their loss (None: not measured), and every set that was measured, in order."""
-
-    kept: tuple[int, ...]
-    loss: float | None
-    tried: tuple[tuple[tuple[int, ...], float], ...]
-
-
 def uniform_widths(layers: Sequence[LayerSizes], sparsity: float, multiple: int) -> list[LayerSizes]:
-    """Give every layer the same share 1 - sparsity of its KV groups (whole, with all their queries) and neurons."""
+    """Return layers that keep the share 1 - sparsity of their KV groups (whole, with all query heads) and neurons."""
     return widths_at(layers, torch.full((len(layers),), sparsity, dtype=torch.float64), multiple)
 
 
 def widths_at(layers: Sequence[LayerSizes], sparsities: Tensor, multiple: int) -> list[LayerSizes]:
-    """Give each layer its share 1 - S of KV groups and neurons, the same S for both [layer].
+    """Return layers that keep the share 1 - S of their KV groups and of their neurons, S by layer.
 
-    Groups are rounded to whole ones, neurons to a multiple, halves up, at least one of each and at most the layer's
-    own: a growing S never widens a layer.
+    Groups are rounded to whole ones and neurons to a multiple, halves up, to at least one of each and at most the
+    layer's own: a larger S never widens a layer.
     """
     widths = []
     for layer, sparsity in zip(layers, sparsities.tolist(), strict=True):
@@ -47,10 +38,10 @@ def widths_at(layers: Sequence[LayerSizes], sparsities: Tensor, multiple: int) -
 
 
 def adapted(sparsities: Tensor, influence: Tensor, step: float, amplitude: float) -> Tensor:
-    """Give the sparsities [layer] after one step of Adapt-Pruner: S ← clip(S + ΔS - A · Ĩ, 0, 0.99).
+    """Return the sparsities [layer] after one step of Adapt-Pruner: S ← clip(S + ΔS - A · Ĩ, 0, 0.99).
 
     Ĩ = (I - mean I) / max |I - mean I| with I = -mean cos(in, out) of each layer of the current model; block influence
-    1 - mean cos (`Scores.layers`) gives the same Ĩ. ValueError if A > ΔS: a layer would grow.
+    1 - mean cos (`Scores.layers`) gives the same Ĩ. Raise ValueError if A > ΔS: a layer would grow.
     """
     if not 0.0 <= amplitude <= step:
         raise ValueError(
@@ -70,11 +61,12 @@ def threshold_widths(
     multiple: int,
     least: tuple[int, int] = (1, 1),
 ) -> list[LayerSizes]:
-    """Give the widths that one threshold on the scores of all KV groups [k] and neurons [f] leaves (FLAP).
+    """Return the widths that one threshold on the scores of all KV groups [k] and neurons [f] leaves (FLAP).
 
     Scores must compare across layers and kinds (standardised). A group costs its weights in Q, K, V and O, a neuron its
-    weights in gate, up and down. The lowest go until at most `fraction` of the layers' weights is left, after rounding
-    neurons to the multiple. `least` groups and neurons stay in every layer. ValueError if that is more than `fraction`.
+    weights in gate, up and down. The lowest are removed until at most `fraction` of the layers' weights is left, after
+    rounding neurons to the multiple. `least` groups and neurons stay in every layer. Raise ValueError if that is more
+    than `fraction`.
     """
     costs, values, owners = [], [], []
     for layer, widths in enumerate(sizes.layers):
@@ -102,12 +94,12 @@ def threshold_widths(
 
 
 def group_weights(sizes: Sizes, widths: LayerSizes) -> int:
-    """Give the weights of a KV group of a layer of these widths, in Q, K, V and O."""
+    """Return the weights of a KV group of a layer of these widths, in Q, K, V and O."""
     return 2 * sizes.hidden * sizes.head_size * (widths.heads // widths.groups + 1)
 
 
 def layer_weights(sizes: Sizes, layers: Sequence[LayerSizes]) -> int:
-    """Give the weights of Q, K, V, O, gate, up and down of layers of these widths."""
+    """Return the weights of Q, K, V, O, gate, up and down of layers of these widths."""
     return sum(w.groups * group_weights(sizes, w) + 3 * sizes.hidden * w.neurons for w in layers)
 
 
@@ -136,7 +128,8 @@ def evolved_depth(
 ) -> Depth:
     """Improve the kept layers `start` by (1 + λ) evolution: a child swaps one kept layer, in a quarter of cases two.
 
-    A child replaces its parent only if its loss is lower. No set is measured twice. ValueError if `start` does not fit.
+    A child replaces its parent only if its loss is lower. No set is measured twice. Raise ValueError if `start` does
+    not fit.
     """
     _check_depth(total, count, keep_first)
     best = tuple(sorted(set(start)))
@@ -152,10 +145,11 @@ def evolved_depth(
 
 
 class _Trials:
-    """Losses measured so far, each set once; a loss that is not a number counts as infinite."""
+    """Losses measured so far, each set once; NaN counts as infinite."""
 
     def __init__(self, loss: Loss):
-        self.loss, self.seen = loss, {}
+        self.loss = loss
+        self.seen: dict[tuple[int, ...], float] = {}
 
     def __call__(self, kept: tuple[int, ...]) -> float:
         if kept not in self.seen:
@@ -164,7 +158,8 @@ class _Trials:
         return self.seen[kept]
 
     def result(self, kept: tuple[int, ...]) -> Depth:
-        return Depth(kept, self(kept), tuple(self.seen.items()))
+        loss = self(kept)
+        return Depth(kept, loss, tuple(Trial(*each) for each in self.seen.items()))
 
 
 def _child(parent: tuple[int, ...], total: int, keep_first: int, draw: torch.Generator) -> tuple[int, ...]:
@@ -185,7 +180,7 @@ def _check_depth(total: int, count: int, keep_first: int) -> None:
 
 
 def _without(sizes: Sizes, gone: Sequence[tuple[int, int]], multiple: int) -> list[LayerSizes]:
-    """Give the widths after removals named by (layer, 0 for a KV group and 1 for a neuron)."""
+    """Return the widths after removals named by (layer, 0 for a KV group and 1 for a neuron)."""
     counts = torch.zeros(len(sizes.layers), 2, dtype=torch.int64)
     if gone:
         counts.index_put_(tuple(torch.tensor(gone).T), torch.tensor(1), accumulate=True)

@@ -1,52 +1,70 @@
-"""Widths layer by layer from what narrowing each layer alone was measured to cost."""
+"""Widths layer by layer from the measured losses of narrowing each layer alone."""
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import ClassVar, Literal
 
 from pipeline.allocate.budgets import group_weights, layer_weights
 from pipeline.model.anatomy import LayerSizes, Sizes
+from pipeline.model.stored import Stored
 
 Curve = Sequence[tuple[int, float]]  # units removed, ascending from 0, and the loss then
+Kind = Literal["groups", "neurons"]
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """The loss of a model without `removed` units of a kind in one layer; layer None: with nothing removed."""
+
+    layer: int | None
+    kind: Kind | None
+    removed: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Sensitivities(Stored):
+    """Every narrowing that was measured, the one that removes nothing first."""
+
+    FILE: ClassVar[str] = "sensitivities.json"
+
+    rows: tuple[Narrowing, ...]
+
+    def curves(self, layer: int) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+        """Return a layer's curves of KV groups and of neurons. A loss that is not finite ends its curve."""
+        (whole,) = (row.loss for row in self.rows if row.layer is None)
+        groups, neurons = (self._curve(layer, kind, whole) for kind in ("groups", "neurons"))
+        return groups, neurons
+
+    def _curve(self, layer: int, kind: str, whole: float) -> list[tuple[int, float]]:
+        measured = sorted((row.removed, row.loss) for row in self.rows if (row.layer, row.kind) == (layer, kind))
+        ends = next((place for place, (_, loss) in enumerate(measured) if not isfinite(loss)), len(measured))
+        return [(0, whole), *measured[:ends]]
 
 
 @dataclass(frozen=True)
 class Way:
-    """The steps by which one kind of unit of one layer goes, and what they cost."""
+    """The steps in which units of one kind leave a layer, and what they cost."""
 
     left: tuple[int, ...]  # units before and after each step, descending from all of them
     weights: int  # of a unit
-    slopes: tuple[float, ...]  # loss a weight of each step, never falling
+    slopes: tuple[float, ...]  # loss a weight of each step, never decreasing
 
     def freed(self, step: int) -> int:
-        """Give the weights of a step."""
+        """Return the weights of a step."""
         return (self.left[step] - self.left[step + 1]) * self.weights
 
 
 def removals(units: int, levels: Sequence[float], most: int) -> list[int]:
-    """Give how many of some units are removed at levels, shares of them: whole ones, halves up, 1 to `most`."""
+    """Return the numbers of units removed at `levels`, shares of `units`: rounded, halves up, from 1 to `most`."""
     counts = {min(int(level * units + 0.5), most) for level in levels}
     return sorted(counts - {0})
 
 
-def curves_of(rows: Sequence[Mapping[str, Any]], layer: int) -> tuple[list[tuple[int, float]], ...]:
-    """Give a layer's curves of KV groups and of neurons, from rows {layer, kind, removed, loss}.
-
-    The row of no layer holds the loss with nothing removed. A loss that is no number ends its curve.
-    """
-    (whole,) = (row["loss"] for row in rows if row["layer"] is None)
-    found = []
-    for kind in ("groups", "neurons"):
-        measured = sorted((row["removed"], row["loss"]) for row in rows if (row["layer"], row["kind"]) == (layer, kind))
-        ends = next((place for place, (_, loss) in enumerate(measured) if not isfinite(loss)), len(measured))
-        found.append([(0, whole), *measured[:ends]])
-    return tuple(found)
-
-
 def lower_hull(curve: Curve) -> list[tuple[int, float]]:
-    """Give the corners of the largest convex function that is nowhere above a curve's points."""
+    """Return the corners of the largest convex function that is nowhere above a curve's points."""
     hull: list[tuple[int, float]] = []
     for x, y in curve:
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], (x, y)):
@@ -58,13 +76,13 @@ def lower_hull(curve: Curve) -> list[tuple[int, float]]:
 def measured_widths(
     sizes: Sizes, groups: Sequence[Curve], neurons: Sequence[Curve], weights: int, multiple: int
 ) -> list[LayerSizes]:
-    """Give the widths whose curves, added up, promise the least loss with at most `weights` weights in the layers.
+    """Return the widths whose curves, added up, predict the least loss with at most `weights` weights in the layers.
 
     Every curve is replaced by its lower hull, linear between its corners. Then steps are taken, of one KV group or one
     multiple of neurons, each time the one of least loss a weight: for convex curves that add up this is the best choice
     there is, but for the last step, which may free more than was asked. What then fits again is given back, the latest
     first, so that less than one step is missing. A group and a multiple stay in every layer, and nothing goes beyond
-    what was measured. ValueError where that keeps more than `weights`.
+    what was measured. Raise ValueError where that keeps more than `weights`.
     """
     curves = zip(sizes.layers, groups, neurons, strict=True)
     ways = [way for each in curves for way in _ways(sizes, *each, multiple)]
@@ -116,7 +134,7 @@ def _way(left: Sequence[int], weights: int, curve: Curve) -> Way:
 
 
 def _at(hull: Curve, removed: int) -> float:
-    """Give the loss between two corners of a hull."""
+    """Return the loss between two corners of a hull."""
     for first, last in zip(hull, hull[1:]):
         if removed <= last[0]:
             return first[1] + _slope(first, last) * (removed - first[0])

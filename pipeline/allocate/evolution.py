@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-Widths = tuple[int, ...]  # units kept, by place
-Loss = Callable[[Widths, int], float]  # of a choice, measured as its selection (0, 1, ...) asks for
+Choice = tuple[int, ...]  # units kept, by place
+Loss = Callable[[Choice, int], float]  # of a choice, measured as its selection (0, 1, ...) asks for
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,13 @@ class Generation:
     """The best choice after a number of generations; its loss is that of the last selection."""
 
     number: int
-    widths: Widths
+    widths: Choice
     loss: float
 
 
-def spread(total: int, most: Sequence[int], least: int, step: int) -> Widths:
-    """Give places widths of `least` plus multiples of `step` that add up to `total`, as even a share of `most` as can.
+def spread(total: int, most: Sequence[int], least: int, step: int) -> Choice:
+    """Return places widths of `least` plus multiples of `step` that add up to `total`, as even a share of `most` as
+    can.
 
     All of `most` must be `least` plus a multiple of `step`. What does not divide is spread over the places. ValueError
     if `total` is out of reach.
@@ -51,8 +52,8 @@ def spread(total: int, most: Sequence[int], least: int, step: int) -> Widths:
     return tuple(widths)
 
 
-def candidate_widths(centre: int, most: int, least: int, granularity: float, steps: int, multiple: int) -> Widths:
-    """Give `steps` widths on either side of `centre`, ascending: S + i · g, i = -steps … steps, as units that stay.
+def candidate_widths(centre: int, most: int, least: int, granularity: float, steps: int, multiple: int) -> Choice:
+    """Return `steps` widths on either side of `centre`, ascending: S + i · g, i = -steps … steps, as units that stay.
 
     g of `most` is rounded to a positive multiple; what lies beyond `least` and `most` is clipped to them, so that few
     units have few candidates.
@@ -61,8 +62,8 @@ def candidate_widths(centre: int, most: int, least: int, granularity: float, ste
     return tuple(sorted({min(max(centre + i * step, least), most) for i in range(-steps, steps + 1)}))
 
 
-def mutated(places: Sequence[Place], widths: Widths, draw: torch.Generator) -> Widths:
-    """Give a choice with one place a candidate wider and another of its kind as many parameters narrower.
+def mutated(places: Sequence[Place], widths: Choice, draw: torch.Generator) -> Choice:
+    """Return a choice with one place a candidate wider and another of its kind as many parameters narrower.
 
     Every such pair is equally likely. Without one, `widths`.
     """
@@ -87,7 +88,7 @@ def mutated(places: Sequence[Place], widths: Widths, draw: torch.Generator) -> W
 
 def evolve(
     places: Sequence[Place],
-    start: Widths,
+    start: Choice,
     loss: Loss,
     generations: int,
     offspring: int,
@@ -101,8 +102,8 @@ def evolve(
     A child is its parent mutated 1 to `swaps` times, few times more often than many. Selection s measures what the one
     before left and leaves the best survivors[s], the last one child, which takes its parent's place only if its loss is
     lower: losses never rise. Nothing is measured twice. With `done`, what was yielded before, the rest follows as if
-    never interrupted, as far as the loss is deterministic. ValueError if `start` is no choice or survivors do not end
-    in one.
+    never interrupted, as far as the loss is deterministic. Raise ValueError if `start` is no choice or survivors do not
+    end in one.
     """
     if survivors[-1] != 1 or list(survivors) != sorted(survivors, reverse=True):
         raise ValueError(f"survivors are {list(survivors)}; they must not grow, and end in 1")
@@ -132,18 +133,16 @@ class _Measured:
     def __init__(self, loss: Loss):
         self.loss, self.seen = loss, {}
 
-    def __call__(self, widths: Widths, selection: int) -> float:
+    def __call__(self, widths: Choice, selection: int) -> float:
         if (widths, selection) not in self.seen:
             value = float(self.loss(widths, selection))
             self.seen[widths, selection] = math.inf if math.isnan(value) else value
         return self.seen[widths, selection]
 
 
-def _children(
-    places: Sequence[Place], parent: Widths, count: int, swaps: int, draw: torch.Generator
-) -> list[Widths]:
-    """Give up to `count` different children, in the order they were drawn."""
-    children: dict[Widths, None] = {}
+def _children(places: Sequence[Place], parent: Choice, count: int, swaps: int, draw: torch.Generator) -> list[Choice]:
+    """Return up to `count` different children, in the order they were drawn."""
+    children: dict[Choice, None] = {}
     for _ in range(4 * count):
         if len(children) == count:
             break

@@ -1,12 +1,13 @@
-"""Where widths are searched: W_O by whole KV groups and W_down by neurons, and the even widths a search begins with."""
+"""Which widths are searched: of W_O in whole KV groups and of W_down in neurons; the widths a search starts from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 
 from pipeline.allocate.budgets import group_weights
-from pipeline.allocate.evolution import Widths, spread
+from pipeline.allocate.evolution import Choice, spread
 from pipeline.model.anatomy import Sizes
+from pipeline.model.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,11 @@ class Site:
 
 
 def sites_of(sizes: Sizes, kept: Sequence[int], modules: Mapping[str, str], multiple: int) -> list[Site]:
-    """Give the sites of the layers that stay, in the order of the stream.
+    """Return the sites of the layers that stay, in the order of the stream.
 
-    `modules` names W_O and W_down, with a place for the layer, by the axis they read (`n d`, `f`). Neurons go in
-    multiples, or in what those have in common with all widths, where one is none: what one layer gives, another takes.
+    `modules` names W_O and W_down, with a place for the layer, by the axis they read (`n d`, `f`). Widths of
+    neurons are multiples of `multiple`, or of its greatest common divisor with all widths, so that layers can exchange
+    neurons.
     """
     sites = []
     least = gcd(multiple, *(sizes.layers[layer].neurons for layer in kept))
@@ -41,11 +43,11 @@ def sites_of(sizes: Sizes, kept: Sequence[int], modules: Mapping[str, str], mult
     return sites
 
 
-def even_start(sites: Sequence[Site], weights: int) -> Widths:
-    """Give widths that hold at most `weights`, and as nearly so many as the step of neurons lets them.
+def even_start(sites: Sequence[Site], weights: int) -> Choice:
+    """Return widths that together hold at most `weights`, and as many of them as the step of neurons allows.
 
-    Both kinds keep the same share, as nearly as whole KV groups can, spread evenly over the layers; neurons take up
-    what groups leave. ValueError if the least widths hold more.
+    Both kinds keep the same share, to whole KV groups, spread evenly over the layers; neurons use what groups leave.
+    Raise ValueError if the least widths hold more.
     """
     share = weights / sum(site.most * site.weights for site in sites)
     widths: dict[str, int] = {}
@@ -59,17 +61,20 @@ def even_start(sites: Sequence[Site], weights: int) -> Widths:
         widths |= {site.name: width for site, width in zip(some, chosen, strict=True)}
         left -= sum(site.weights * widths[site.name] for site in some)
     if left < 0:
-        raise ValueError(f"budget.parameters leaves the layers {weights} weights, {-left} too few; raise it")
+        raise ValueError(f"budget.parameters: leaves the layers {weights} weights, {-left} too few; raise it")
     return tuple(widths[site.name] for site in sites)
 
 
-def given_start(sites: Sequence[Site], shape: Mapping[str, int]) -> Widths:
-    """Give every site the width of a shape, or its own if less; ValueError for a part of a KV group's heads."""
+def given_start(sites: Sequence[Site], shape: Shape) -> Choice:
+    """Return for every site the width of a shape, or its own if less.
+
+    Raise ValueError for a shape that keeps a part of the heads of a KV group.
+    """
     each = {site.heads for site in sites if site.kind == "attention"}
-    if each != {shape["heads"] // shape["groups"]}:
+    if each != {shape.heads // shape.groups}:
         raise ValueError(
-            f"shape.heads is {shape['heads']} for {shape['groups']} groups; plan.widths=evolved keeps KV groups whole, "
+            f"shape.heads: {shape.heads} for {shape.groups} groups; plan.widths=evolved keeps KV groups whole, "
             f"with {sorted(each)} heads: set shape.heads to that many times shape.groups, or use restore.sequential"
         )
-    asked = {"attention": shape["groups"], "ffn": shape["neurons"]}
-    return tuple(min(asked[site.kind], site.most) for site in sites)
+    widths = {"attention": shape.groups, "ffn": shape.neurons}
+    return tuple(min(widths[site.kind], site.most) for site in sites)

@@ -1,4 +1,4 @@
-"""Widths layer by layer that together hold no more weights than they may, and shapes on the way to a student's.
+"""Widths of each layer within a number of weights, and the shapes of rounds before the last.
 
 Weights are those of Q, K, V, O, gate, up and down (`budgets.layer_weights`).
 """
@@ -6,6 +6,8 @@ Weights are those of Q, K, V, O, gate, up and down (`budgets.layer_weights`).
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,14 +16,25 @@ from pipeline.allocate.budgets import MOST, adapted, layer_weights, threshold_wi
 from pipeline.costmodel.nearest_shape import possible_near
 from pipeline.costmodel.shapes import ModelShape, multiples_for
 from pipeline.model.anatomy import Anatomy, LayerSizes, Sizes
+from pipeline.model.stored import Stored
 
 FINE = 2000  # shifts of all sparsities tried, a unit of sparsity
 
 
-def weights_within(anatomy: Anatomy, fraction: float) -> int:
-    """Give the weights the layers may hold together so that `fraction` of the parameters outside the embeddings stays.
+@dataclass(frozen=True)
+class Sparsities(Stored):
+    """The sparsity of each layer that stays, relative to the teacher's (Adapt-Pruner)."""
 
-    All channels and layers stay. ValueError where their norms alone are more.
+    FILE: ClassVar[str] = "sparsities.json"
+
+    layers: tuple[float, ...]
+
+
+def weights_within(anatomy: Anatomy, fraction: float) -> int:
+    """Return the weights the layers may hold together so that `fraction` of the parameters outside the embeddings
+    stays.
+
+    All channels and layers stay. Raise ValueError where their norms alone are more.
     """
     inner, whole = anatomy.parameters()[1], layer_weights(anatomy.sizes, anatomy.sizes.layers)
     left = math.floor(fraction * inner) - (inner - whole)
@@ -33,7 +46,8 @@ def weights_within(anatomy: Anatomy, fraction: float) -> int:
 
 
 def even_widths(sizes: Sizes, weights: int, multiple: int) -> list[LayerSizes]:
-    """Give the widest layers of one sparsity, KV groups whole and neurons in multiples, that hold at most `weights`."""
+    """Return the widest layers of one sparsity, KV groups whole and neurons in multiples, that hold at most
+    `weights`."""
     lowest = _least_shift(sizes, lambda shift: uniform_widths(sizes.layers, max(0.0, shift), multiple), weights)
     return uniform_widths(sizes.layers, max(0.0, lowest), multiple)
 
@@ -49,16 +63,16 @@ def adaptive_widths(
     steps: int,
     multiple: int,
 ) -> tuple[list[LayerSizes], Tensor]:
-    """Give the widths after `steps` steps of Adapt-Pruner (2502.03460), and the sparsities [layer] they come from.
+    """Return the widths after `steps` steps of Adapt-Pruner (2502.03460), and the sparsities [layer] they come from.
 
-    Sparsities are relative to the original layers. The step is what `weights` asks for beyond the sparsities so far,
-    shared out over the steps, which all see one influence. What whole KV groups and multiples of neurons then weigh too
-    much or too little is taken from all layers alike, and what still fits goes to the least sparse first. No layer gets
-    wider than it is `now`. ValueError if the amplitude is larger than the step, or no widths fit.
+    Sparsities are relative to the original layers. The step is what `weights` needs beyond the sparsities so far,
+    divided by the number of steps, which all use one influence. Rounding to whole KV groups and multiples of neurons is
+    corrected by one shift of all layers, and what still fits is given to the least sparse layers first. No layer gets
+    wider than it is `now`. Raise ValueError if the amplitude is larger than the step, or no widths fit.
     """
     costs = torch.tensor([layer_weights(original, [layer]) for layer in original.layers], dtype=torch.float64)
-    asked = 1.0 - weights / float(costs.sum())
-    step = (asked - float((sparsities * costs).sum() / costs.sum())) / steps
+    target = 1.0 - weights / float(costs.sum())
+    step = (target - float((sparsities * costs).sum() / costs.sum())) / steps
     for _ in range(steps):
         sparsities = adapted(sparsities, influence, step, amplitude)
 
@@ -78,9 +92,9 @@ def adaptive_widths(
 def widths_above(
     sizes: Sizes, heads: Sequence[Tensor], neurons: Sequence[Tensor], weights: int, multiple: int
 ) -> list[LayerSizes]:
-    """Give the widths that one threshold on standardised scores of heads [n] and neurons [f] leaves (FLAP).
+    """Return the widths that one threshold on standardised scores of heads [n] and neurons [f] leaves (FLAP).
 
-    A KV group has the mean of its heads. ValueError as `threshold_widths`.
+    A KV group has the mean of its heads. Raise ValueError as `threshold_widths`.
     """
     pairs = zip(heads, sizes.layers, strict=True)
     groups = [scores.unflatten(0, (layer.groups, -1)).mean(1) for scores, layer in pairs]
@@ -88,7 +102,7 @@ def widths_above(
 
 
 def partway(teacher: ModelShape, student: ModelShape, done: int, rounds: int) -> ModelShape:
-    """Give the shape after `done` of `rounds` equal parts of the way, in the multiples that suit the teacher.
+    """Return the shape after `done` of `rounds` equal parts of the way, in the multiples that suit the teacher.
 
     Where the class of the students refuses that, the nearest one that is no wider than after the part before.
     """
@@ -113,7 +127,7 @@ def partway(teacher: ModelShape, student: ModelShape, done: int, rounds: int) ->
 
 
 def _least_shift(sizes: Sizes, at: Callable[[float], list[LayerSizes]], weights: int) -> float:
-    """Give the smallest shift of sparsities, in steps of 1 / FINE, whose widths hold at most `weights`."""
+    """Return the smallest shift of sparsities, in steps of 1 / FINE, whose widths hold at most `weights`."""
     shifts = range(-FINE, FINE + 1)
     place = bisect_left(shifts, True, key=lambda shift: layer_weights(sizes, at(shift / FINE)) <= weights)
     if place == len(shifts):

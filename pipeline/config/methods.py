@@ -29,7 +29,7 @@ class Restore(Section):
     tokens: Count
     memory: Positive
     sequential: bool
-    local: Literal["obs", "tyr", "tyr_curvature"]
+    local: str
 
 
 class Supernet(Section):
@@ -67,8 +67,11 @@ class Sensitivity(Section):
     restored: bool
 
 
+MEASURED_DEPTH = ("loss", "evolved", "gates")  # depth policies of the stages layer_loss and layer_gates
+
+
 class Plan(Section):
-    depth: Literal["influence", "contiguous", "last", "loss", "evolved", "gates"]
+    depth: str
     depth_tokens: Count
     keep_first: Count
     clap: bool
@@ -76,14 +79,14 @@ class Plan(Section):
     channels: Literal["scores", "leading", "random"]
     heads: Literal["scores", "random"]
     neurons: Literal["scores", "random"]
-    widths: Literal["uniform", "adaptive", "threshold", "measured", "evolved"]
+    widths: str
     amplitude: Portion
     steps: Count
 
     @property
     def measures_depth(self) -> bool:
         """Whether a stage before the plan chooses the layers to keep."""
-        return self.depth in ("loss", "evolved", "gates")
+        return self.depth in MEASURED_DEPTH
 
     @property
     def policy(self) -> dict[str, Any]:

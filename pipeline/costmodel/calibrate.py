@@ -90,7 +90,7 @@ def calibrate(
 
 
 def clock(device: torch.device) -> Callable[[], float]:
-    """Give the clock to time a device by: of one CPU thread its processor time, which no other program adds to."""
+    """Return the clock to time a device by: of one CPU thread its processor time, which no other program adds to."""
     return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
@@ -101,7 +101,7 @@ def time_products(
     synchronise: Callable[[], None],
     rounds: Iterable[int],
 ) -> list[Timing]:
-    """Give the shortest time of every product (m, n, k, precision), each three times a round and in turn.
+    """Return the shortest time of every product (m, n, k, precision), each three times a round and in turn.
 
     Weights are read cold, as in a model: every call takes another matrix of a pool larger than the caches.
     """
@@ -143,7 +143,7 @@ def stream_bandwidth(device: torch.device, synchronise: Callable[[], None], roun
 
 
 def fit(base: Chip, timings: Sequence[Timing]) -> Chip:
-    """Give `base` with its free factors fitted to the least mean |ln(predicted / measured)|.
+    """Return `base` with its free factors fitted to the least mean |ln(predicted / measured)|.
 
     Levenberg-Marquardt in the factors' logarithms, each timing weighted by the inverse of its misfit, so that an
     outlier pulls no harder than any other.
@@ -174,7 +174,7 @@ def fit(base: Chip, timings: Sequence[Timing]) -> Chip:
 
 
 def with_layer_overhead(chip: Chip, shape: ModelShape, work: Work, seconds: float) -> Chip:
-    """Give `chip` with the time a layer takes beyond its operations, from the time of one pass of a whole model."""
+    """Return `chip` with the time a layer takes beyond its operations, from the time of one pass of a whole model."""
     bare = replace(chip, layer_seconds=0.0)
     return replace(bare, layer_seconds=max(0.0, seconds - pass_seconds(bare, shape, work)) / shape.layers)
 

@@ -10,7 +10,7 @@ class Chip:
     """One device: an NPU (or one die of it), a GPU or a CPU. Bytes, seconds, bytes per second; megahertz of the cores.
 
     A "core" is what runs one matrix tile at a time: cube core, streaming multiprocessor, processor core.
-    ValueError where a matrix tile does not fit the buffers it is made for.
+    Raise ValueError where a matrix tile does not fit the buffers it is made for.
     """
 
     name: str

@@ -36,24 +36,24 @@ class Work:
 
 
 def prefill(batch: int, prompt: int, precision: str, tensor_parallel: int = 1) -> Work:
-    """Give the pass that reads `batch` prompts."""
+    """Return the pass that reads `batch` prompts."""
     return Work(batch, prompt, prompt, precision, tensor_parallel)
 
 
 def decode(batch: int, context: int, precision: str, tensor_parallel: int = 1) -> Work:
-    """Give the pass that adds one token to each of `batch` sequences."""
+    """Return the pass that adds one token to each of `batch` sequences."""
     return Work(batch, 1, context, precision, tensor_parallel)
 
 
 def attention_products(work: Work, hidden: int, heads: int, groups: int, head_size: int) -> tuple[tuple[int, int], ...]:
-    """Give (n, k) of one device's fused QKV and output products; groups fewer than devices are copied."""
+    """Return (n, k) of one device's fused QKV and output products; groups fewer than devices are copied."""
     shards = work.tensor_parallel
     queries, keys = ceil(heads / shards) * head_size, ceil(groups / shards) * head_size
     return (queries + 2 * keys, hidden), (hidden, queries)
 
 
 def ffn_products(work: Work, hidden: int, neurons: int) -> tuple[tuple[int, int], ...]:
-    """Give (n, k) of the fused gate and up product and of the down product of one device."""
+    """Return (n, k) of the fused gate and up product and of the down product of one device."""
     share = ceil(neurons / work.tensor_parallel)
     return (2 * share, hidden), (hidden, share)
 

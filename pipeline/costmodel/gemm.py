@@ -26,7 +26,7 @@ def gemm_seconds(
 def gemm_terms(
     chip: Chip, m: int, n: int, k: int, precision: str, tile: tuple[int, int], row_major: bool = False
 ) -> tuple[float, float, float]:
-    """Give the cube, memory and core terms of a matrix product with one tile, in seconds."""
+    """Return the cube, memory and core terms of a matrix product with one tile, in seconds."""
     size = ELEMENT_BYTES[precision]
     rows, columns = ceil(m / tile[0]), ceil(n / tile[1])
     tile_m, tile_n = min(tile[0], m), min(tile[1], n)

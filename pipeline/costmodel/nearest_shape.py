@@ -8,7 +8,7 @@ from pipeline.costmodel.shapes import AXES, WIDTHS, ModelShape
 
 
 def given_shape(teacher: ModelShape, requested: Mapping[str, int | None]) -> ModelShape:
-    """Give the requested shape, the teacher's value where it is null; ValueError naming the nearest possible ones."""
+    """Return the requested shape, the teacher's value where it is null; ValueError naming the nearest possible ones."""
     unknown = sorted(set(requested) - set(AXES))
     if unknown:
         raise ValueError(f"shape has no axis {unknown}; it has {list(AXES)}")
@@ -23,7 +23,7 @@ def given_shape(teacher: ModelShape, requested: Mapping[str, int | None]) -> Mod
 def possible_near(
     teacher: ModelShape, requested: Mapping[str, int | None], count: int = 3, least: ModelShape | None = None
 ) -> list[ModelShape]:
-    """Give the `count` possible shapes nearest to a request, nearest first, by the changes relative to the teacher.
+    """Return the `count` possible shapes nearest to a request, nearest first, by the changes relative to the teacher.
 
     Possible means that it can be cut from the teacher, and `least`, itself possible, from it. Alignment is not asked
     for: a requested width is kept as it is, but for a hidden size that the student's class would refuse.
@@ -49,7 +49,8 @@ def possible_near(
 
 
 def _accepted_near(shape: ModelShape, least: int, most: int) -> Iterator[ModelShape]:
-    """Give the shape or, where its class refuses it, that of the next hidden sizes it takes, within `least` and `most`.
+    """Return the shape or, where its class refuses it, that of the next hidden sizes it takes, within `least` and
+    `most`.
 
     These are as well aligned as the refused one, up to the edge of the matrix unit; beside them the ends themselves.
     """

@@ -1,7 +1,7 @@
 """Searching a shape: the chip model sifts all shapes, a measured loss judges the few left, a stated rule picks one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -67,9 +67,6 @@ class Candidate:
     def seconds(self, serving: Serving) -> float:
         return self.prefill_seconds if serving.speed == "prefill" else serving.batch_size / self.decode_rate
 
-    def to_json(self) -> dict:
-        return {**asdict(self), "shape": self.shape.axes()}
-
 
 @dataclass(frozen=True)
 class Costed:
@@ -93,21 +90,9 @@ class Search:
     candidates: tuple[Candidate, ...]
     picked: Candidate
 
-    def to_json(self) -> dict:
-        return {
-            "chip": self.chip,
-            "serving": asdict(self.serving),
-            "rule": f"the fastest shape whose loss is within {self.tolerance} nats of the lowest",
-            "aligned": self.costed.aligned,
-            "within": len(self.costed.seconds),
-            "teacher": self.teacher.to_json(),
-            "candidates": [candidate.to_json() for candidate in self.candidates],
-            "picked": self.picked.shape.axes(),
-        }
-
 
 def describe(chip: Chip, teacher: ModelShape, shape: ModelShape, serving: Serving) -> Candidate:
-    """Give what the chip model says of one shape."""
+    """Return what the chip model says of one shape."""
     batch, context, precision, devices = serving.batch_size, serving.context, serving.precision, serving.tensor_parallel
     return Candidate(
         shape=shape,
@@ -121,10 +106,10 @@ def describe(chip: Chip, teacher: ModelShape, shape: ModelShape, serving: Servin
 def shape_within(
     chip: Chip, teacher: ModelShape, serving: Serving, limits: Limits, multiples: Multiples | None = None
 ) -> ModelShape:
-    """Give the shape within the limits that promises the least loss by the prior alone, nothing being measured.
+    """Return the shape within the limits that promises the least loss by the prior alone, nothing being measured.
 
-    The prior is ln(1 / kept) + imbalance: few weights lost, and from every axis its share. ValueError when no shape
-    keeps to the limits.
+    The prior is ln(1 / kept) + imbalance: few weights lost, and from every axis its share. Raise ValueError when no
+    shape keeps to the limits.
     """
     sieve = _sift(chip, teacher, serving, limits, multiples)
     return _shape(teacher, sieve.rows[np.argmin(sieve.prior)])
@@ -133,12 +118,12 @@ def shape_within(
 def candidates(
     chip: Chip, teacher: ModelShape, serving: Serving, limits: Limits, count: int, multiples: Multiples | None = None
 ) -> list[Candidate]:
-    """Give at most `count` shapes worth measuring, fastest first.
+    """Return at most `count` shapes worth measuring, fastest first.
 
     Of all aligned shapes within the limits, those with at least 90 % of the weights of the largest and no more
     lopsided than one axis at half its balanced share; of these, the ones that no other beats in both speed and prior,
     and as many further fronts behind as `count` asks for; of these, `count` spread evenly over the range of speed, its
-    ends included. ValueError when no shape keeps to the limits.
+    ends included. Raise ValueError when no shape keeps to the limits.
     """
     return _worth(chip, teacher, serving, count, _sift(chip, teacher, serving, limits, multiples))
 
@@ -192,7 +177,8 @@ def search(
 
 
 def pick(measured: Sequence[Candidate], serving: Serving, tolerance: float) -> Candidate:
-    """Give the fastest of the candidates whose loss is within `tolerance` nats of the lowest; ties: the lower loss."""
+    """Return the fastest of the candidates whose loss is within `tolerance` nats of the lowest; ties: the lower
+    loss."""
     lowest = min(candidate.loss for candidate in measured)
     good = [candidate for candidate in measured if candidate.loss <= lowest + tolerance]
     return min(good, key=lambda candidate: (candidate.seconds(serving), candidate.loss))

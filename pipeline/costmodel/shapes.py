@@ -37,7 +37,7 @@ class ModelShape:
 
     @staticmethod
     def of(anatomy: Anatomy, biased: bool = False) -> "ModelShape":
-        """Give the shape of a model; of layers that differ it says the most groups, heads of a group, and neurons.
+        """Return the shape of a model; of layers that differ it says the most groups, heads of a group, and neurons.
 
         `biased`: the students will have every bias their class can have, whether or not the model has them.
         """
@@ -57,7 +57,7 @@ class ModelShape:
         )
 
     def changed(self, axes: Mapping[str, int]) -> "ModelShape":
-        """Give the same model with these of its five axes changed."""
+        """Return the same model with these of its five axes changed."""
         return replace(self, **{axis: axes[axis] for axis in AXES})
 
     def each(self) -> tuple[LayerSizes, ...]:
@@ -74,7 +74,7 @@ class ModelShape:
 
     @property
     def accepted(self) -> bool:
-        """Whether the student's config class takes these widths."""
+        """Return whether the student's config class takes these widths."""
         return not self.even_heads or any(self.hidden % heads == 0 for heads in self.said_heads)
 
     def non_embedding_parameters(self) -> int:
@@ -102,15 +102,18 @@ class Multiples:
     tensor_parallel: int
 
     def admits(self, heads: int, groups: int) -> bool:
-        """Whether heads split evenly, and groups too or, where they are fewer, each over a whole number of shards."""
+        """Return whether heads split evenly, and groups too or, where they are fewer, each over a whole number of
+        shards."""
         shards = self.tensor_parallel
         return heads % shards == 0 and (groups % shards == 0 or shards % groups == 0)
 
 
 def multiples_for(teacher: ModelShape, tensor_parallel: int = 1) -> Multiples:
-    """Give the multiples for a teacher: the widest of `WIDTHS` that its width per shard holds eight times, at least 16.
+    """Return the multiples for a teacher: the widest of `WIDTHS` that its width per shard holds eight times, at least
+    16.
 
-    The hidden axis is whole on every shard; the neurons are split. ValueError where the teacher itself cannot be split.
+    The hidden axis is whole on every shard; the neurons are split. Raise ValueError where the teacher itself cannot be
+    split.
     """
     if teacher.heads % tensor_parallel or teacher.neurons % tensor_parallel:
         raise ValueError(
@@ -122,7 +125,8 @@ def multiples_for(teacher: ModelShape, tensor_parallel: int = 1) -> Multiples:
 
 
 def possible_values(teacher: ModelShape, multiples: Multiples) -> dict[str, tuple]:
-    """Give the values of each axis: layers, hidden, (heads, groups), neurons; the teacher's own are always among them.
+    """Return the values of each axis: layers, hidden, (heads, groups), neurons; the teacher's own are always among
+    them.
 
     Groups divide the teacher's groups, and no group answers more query heads than the teacher's do.
     """
@@ -143,7 +147,8 @@ def possible_values(teacher: ModelShape, multiples: Multiples) -> dict[str, tupl
 def possible_shapes(
     teacher: ModelShape, least: float, most: float, multiples: Multiples | None = None
 ) -> Iterator[ModelShape]:
-    """Give every aligned shape keeping `least` to `most` of the teacher's non-embedding parameters, smallest first."""
+    """Return every aligned shape keeping `least` to `most` of the teacher's non-embedding parameters, smallest
+    first."""
     grid = Grid(teacher, multiples or multiples_for(teacher))
     whole = teacher.non_embedding_parameters()
     rows, counts = grid.rows(grid.accepted & (grid.counts >= least * whole) & (grid.counts <= most * whole))
@@ -152,12 +157,13 @@ def possible_shapes(
 
 
 def shape_for(teacher: ModelShape, fraction: float, multiples: Multiples | None = None) -> ModelShape:
-    """Give the balanced, aligned shape that keeps at most `fraction` of the teacher's non-embedding parameters.
+    """Return the balanced, aligned shape that keeps at most `fraction` of the teacher's non-embedding parameters.
 
     Rule: of the possible shapes that use at least 95 % of the budget (where there are none, of the fullest), the one of
     least Σ_axes ln²(kept share of the axis / fraction^lean) + 4 ln²(used / budget). Layers, hidden, heads and groups
     lean 1/4 and neurons 1/2: a layer's weights are a product of two widths, and neurons cost the least loss a weight.
-    Ties: more parameters, then more layers, then a wider stream. ValueError when even the smallest shape is too large.
+    Ties: more parameters, then more layers, then a wider stream. Raise ValueError when even the smallest shape is too
+    large.
     """
     if not 0.0 < fraction <= 1.0:
         raise ValueError(f"budget.parameters is {fraction}; give a fraction in (0, 1]")
@@ -177,9 +183,9 @@ def shape_for(teacher: ModelShape, fraction: float, multiples: Multiples | None 
 
 
 def depth_for(teacher: ModelShape, fraction: float) -> ModelShape:
-    """Give the deepest shape of the teacher's widths that keeps at most `fraction` of its non-embedding parameters.
+    """Return the deepest shape of the teacher's widths that keeps at most `fraction` of its non-embedding parameters.
 
-    ValueError where even one layer is too much.
+    Raise ValueError where even one layer is too much.
     """
     budget = fraction * teacher.non_embedding_parameters()
     for layers in range(teacher.layers, 0, -1):
@@ -190,7 +196,8 @@ def depth_for(teacher: ModelShape, fraction: float) -> ModelShape:
 
 
 def neurons_for(teacher: ModelShape, fraction: float) -> ModelShape:
-    """Give the teacher's shape with the widest aligned FFN that keeps at most `fraction` of its non-embedding weights.
+    """Return the teacher's shape with the widest aligned FFN that keeps at most `fraction` of its non-embedding
+    weights.
 
     To a thousandth: norms, which no neuron takes along, shall not cost a step where all else comes out even. ValueError
     where even the narrowest is too much.
@@ -241,7 +248,7 @@ class Grid:
         self.accepted = np.broadcast_to(np.array(accepted)[:, :, None], self.counts.shape)
 
     def rows(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Give the shapes under a mask, [shapes, 5] in the order of AXES, and their parameters, [shapes]."""
+        """Return the shapes under a mask, [shapes, 5] in the order of AXES, and their parameters, [shapes]."""
         layers, hidden, pair, neurons = np.nonzero(mask)
         heads, groups = self.attention[pair].T
         rows = np.stack([self.layers[layers], self.hidden[hidden], heads, groups, self.neurons[neurons]], axis=1)

@@ -88,10 +88,10 @@ class Needs:
 def training_needs(
     chip: Chip, teacher: ModelShape | None, student: ModelShape, run: Recovery, devices: int | None = None
 ) -> Needs:
-    """Give what a run needs on `devices`, or on the fewest (a power of two) whose memory holds it.
+    """Return what a run needs on `devices`, or on the fewest (a power of two) whose memory holds it.
 
     Without a `teacher` the model is trained on the text alone.
-    ValueError where the batch cannot be split over the devices, or where no number of them is enough.
+    Raise ValueError where the batch cannot be split over the devices, or where no number of them is enough.
     """
     if devices is not None:
         return _needs(chip, teacher, student, run, devices)
@@ -110,7 +110,7 @@ def training_needs(
 
 
 def memory_parts(teacher: ModelShape | None, student: ModelShape, run: Recovery, devices: int) -> dict[str, float]:
-    """Give the bytes on one device by purpose, as DeepSpeed shares them out at a ZeRO stage.
+    """Return the bytes on one device by purpose, as DeepSpeed shares them out at a ZeRO stage.
 
     Stage 3 gathers what runs and fetches ahead, at most `LIVE_PARAMETERS` and the output matrices. Buckets for
     gradients are of the share that is left free.
@@ -127,7 +127,7 @@ def memory_parts(teacher: ModelShape | None, student: ModelShape, run: Recovery,
 
 
 def state_bytes(own: int, frozen: int, precision: str, stage: int, devices: int) -> dict[str, float]:
-    """Give the bytes on one device of parameters that are trained, `own`, and of a teacher's, by purpose.
+    """Return the bytes on one device of parameters that are trained, `own`, and of a teacher's, by purpose.
 
     The optimizer holds an fp32 copy and two moments (12 bytes a parameter) and in bf16 the fp32 gradient of its part at
     the step (4); plain fp32 without ZeRO needs no copy (8). Stage 3 shares out both models' weights, also while it
@@ -172,7 +172,7 @@ def activation_bytes(shape: ModelShape, precision: str, checkpointing: bool) -> 
 def step_parts(
     chip: Chip, teacher: ModelShape | None, student: ModelShape, run: Recovery, devices: int
 ) -> dict[str, float]:
-    """Give the seconds of one optimizer step by purpose; communication is taken not to overlap with the rest."""
+    """Return the seconds of one optimizer step by purpose; communication is taken not to overlap with the rest."""
     accumulation = run.batch // (run.micro_batch * devices)
     work = Work(run.micro_batch, run.sequence, run.sequence, run.precision, row_major=True)
     own, frozen = student.parameters(), teacher.parameters() if teacher else 0

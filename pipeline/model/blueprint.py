@@ -1,10 +1,10 @@
 """A student described by what it takes from its source: the plan as a value, JSON on disk."""
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from typing import ClassVar
 
 from pipeline.model.anatomy import Anatomy, LayerSizes, Sizes
+from pipeline.model.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,11 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class Blueprint(Stored):
     """The whole student: kept hidden channels and the layers, all in indices of the source model."""
+
+    FILE: ClassVar[str] = "blueprint.json"
+    INDENT: ClassVar[int | None] = None
 
     channels: tuple[int, ...]
     layers: tuple[LayerPlan, ...]
@@ -69,25 +72,12 @@ class Blueprint:
                         f"{plan.host} is {anatomy.layer_types[plan.host]}; a donor must have its host's type"
                     )
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), separators=(",", ":")))
 
-    @staticmethod
-    def load(path: Path) -> "Blueprint":
-        """Read a blueprint; ValueError if the file is none."""
-        try:
-            value = json.loads(path.read_text())
-            layers = tuple(
-                LayerPlan(
-                    plan["host"],
-                    tuple(Group(g["layer"], g["kv"], tuple(g["heads"])) for g in plan["groups"]),
-                    tuple(plan["neurons"]),
-                )
-                for plan in value["layers"]
-            )
-            return Blueprint(tuple(value["channels"]), layers)
-        except (json.JSONDecodeError, KeyError, TypeError) as fault:
-            raise ValueError(f"{path} is not a blueprint: {fault!r}") from fault
+@dataclass(frozen=True)
+class Step(Blueprint):
+    """What one round takes from the student of the round before, where a run has several rounds."""
+
+    FILE: ClassVar[str] = "step.json"
 
 
 def everything(sizes: Sizes) -> Blueprint:

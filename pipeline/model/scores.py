@@ -9,6 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+FILE = "scores.safetensors"
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -38,11 +40,15 @@ class Scores:
         if self.deviations is not None:
             yield "deviations", self.deviations
 
-    def save(self, path: Path) -> None:
-        save_file({k: v.contiguous() for k, v in self.items()}, path, {"tokens": str(self.tokens)})
+    def save(self, folder: Path) -> None:
+        """Write the scores into a folder."""
+        tensors = {name: values.contiguous() for name, values in self.items()}
+        save_file(tensors, folder / FILE, {"tokens": str(self.tokens)})
 
     @staticmethod
-    def load(path: Path) -> "Scores":
+    def load(folder: Path) -> "Scores":
+        """Read the scores of a folder."""
+        path = folder / FILE
         tensors = load_file(path)
         with safe_open(path, "pt") as file:
             tokens = int(file.metadata()["tokens"])

@@ -1,11 +1,10 @@
-"""Planning: from scores and widths to a blueprint, on the CPU, no model needed.
+"""Planning: from scores and widths to a blueprint, on the CPU, without a model.
 
 Depth by block influence, heads inside KV groups, KV groups with cross-layer donation (CLAP), neurons, channels
 (Pangu Light 2505.20155, eq. 1-5).
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,10 @@ from torch import Tensor
 from pipeline.model.anatomy import Anatomy, LayerSizes
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan
 from pipeline.model.scores import Scores
+from pipeline.model.shape import Depth, Shape
+
+# (block influence [layer], how many layers to remove, how many at the bottom must stay) -> layers to remove
+DepthPolicy = Callable[[Sequence[float], int, int], set[int]]
 
 
 def plan(
@@ -28,7 +31,7 @@ def plan(
     clap: bool,
     clap_normalise: bool = False,
 ) -> Blueprint:
-    """Give the blueprint of a student whose layer i is hosted by source layer hosts[i] and has widths[i].
+    """Return the blueprint of a student whose layer i is hosted by source layer hosts[i] and has widths[i].
 
     With `clap`, the KV groups of every dropped layer compete with those of the nearest kept layer below it for its
     places (a run of dropped layers in one ranking, which equals folding them deepest first). A donor whose attention
@@ -60,10 +63,10 @@ def plan_by(
     clap_normalise: bool = False,
     hosts: Sequence[int] | None = None,
 ) -> Blueprint:
-    """Give the blueprint of a student of `layers` layers whose source layers would have these widths.
+    """Return the blueprint of a student of `layers` layers whose source layers would have these widths.
 
-    The layers `hosts` stay, or those that `kept_layers` says; the kinds `drawn` (channels, heads, neurons) stay at
-    random, by `seed`.
+    The layers `hosts` stay, or those that `kept_layers` chooses. Of the kinds `drawn` (channels, heads, neurons) random
+    ones stay, drawn from `seed`.
     """
     hosts = hosts or kept_layers(scores.layers, layers, depth, keep_first)
     scores = shuffled(scores, drawn, seed)
@@ -72,42 +75,53 @@ def plan_by(
 
 
 def layers_that_stay(inputs: Mapping[str, Path], influence: Tensor, policy: Mapping[str, Any]) -> list[int]:
-    """Give the layers that stay: those that a stage before the plan chose, else by block influence.
+    """Return the layers that stay: those that an earlier stage chose, else those chosen by block influence.
 
-    `inputs` are folders of artifacts, the shape among them; `policy` says how influence chooses, and `keep_first`.
+    `inputs` are the folders of artifacts by name, with a shape; `policy` names the depth policy and `keep_first`.
     """
     if "depth" in inputs:
-        return json.loads((inputs["depth"] / "depth.json").read_text())["kept"]
-    count = json.loads((inputs["shape"] / "shape.json").read_text())["layers"]
+        return list(Depth.load(inputs["depth"]).kept)
+    count = Shape.load(inputs["shape"]).layers
     return kept_layers(influence, count, policy["depth"], policy["keep_first"])
 
 
 def kept_layers(influence: Tensor, count: int, policy: str, keep_first: int) -> list[int]:
-    """Give the layers that stay, by block influence [layer] (eq. 4).
+    """Return the `count` layers that stay, by block influence [layer] (eq. 4) and a policy of `DEPTH_POLICIES`.
 
-    `influence` drops the least influential ones, `contiguous` the run of least summed influence, `last` the deepest.
-    The first `keep_first` layers always stay. ValueError if count is out of range.
+    The first `keep_first` layers always stay. Raise ValueError if `count` is out of range or the policy is unknown.
     """
+    if policy not in DEPTH_POLICIES:
+        raise ValueError(f"plan.depth: unknown policy {policy!r}; choose from {', '.join(DEPTH_POLICIES)}")
     total = len(influence)
     if not keep_first <= count <= total:
         raise ValueError(f"shape.layers is {count}; it must lie between {keep_first} (plan.keep_first) and {total}")
-    drop = total - count
-    if drop == 0:
-        return list(range(total))
-    if policy == "last":
-        gone = set(range(count, total))
-    elif policy == "contiguous":
-        starts = range(keep_first, total - drop + 1)
-        first = min(starts, key=lambda start: float(influence[start : start + drop].sum()))
-        gone = set(range(first, first + drop))
-    else:
-        order = sorted(range(keep_first, total), key=lambda layer: (float(influence[layer]), -layer))
-        gone = set(order[:drop])
-    return [layer for layer in range(total) if layer not in gone]
+    removed = DEPTH_POLICIES[policy](influence.tolist(), total - count, keep_first)
+    return [layer for layer in range(total) if layer not in removed]
+
+
+def least_influential(influence: Sequence[float], drop: int, keep_first: int) -> set[int]:
+    """Return the `drop` layers of least influence, of equal ones the deeper first."""
+    order = sorted(range(keep_first, len(influence)), key=lambda layer: (influence[layer], -layer))
+    return set(order[:drop])
+
+
+def contiguous(influence: Sequence[float], drop: int, keep_first: int) -> set[int]:
+    """Return `drop` consecutive layers of least summed influence."""
+    starts = range(keep_first, len(influence) - drop + 1)
+    first = min(starts, key=lambda start: sum(influence[start : start + drop]))
+    return set(range(first, first + drop))
+
+
+def deepest(influence: Sequence[float], drop: int, keep_first: int) -> set[int]:
+    """Return the last `drop` layers."""
+    return set(range(len(influence) - drop, len(influence)))
+
+
+DEPTH_POLICIES: dict[str, DepthPolicy] = {"influence": least_influential, "contiguous": contiguous, "last": deepest}
 
 
 def _competes(anatomy: Anatomy, donor: int, host: int, width: LayerSizes) -> bool:
-    """Whether a dropped layer's KV groups can take places of a host of this width."""
+    """Return whether a dropped layer's KV groups can take the places of a host of this width."""
     own = anatomy.sizes.layers[donor]
     alike = anatomy.layer_types[donor] == anatomy.layer_types[host]
     return alike and own.heads // own.groups >= width.heads // width.groups
@@ -116,8 +130,8 @@ def _competes(anatomy: Anatomy, donor: int, host: int, width: LayerSizes) -> boo
 def _groups(
     anatomy: Anatomy, scores: Scores, layers: Sequence[int], width: LayerSizes, normalise: bool
 ) -> tuple[Group, ...]:
-    """Give the best bundles of some layers: heads pruned inside each group, groups scored by the mean of the heads
-    that survive (eq. 5), one ranking over all the layers."""
+    """Return the best KV groups of `layers` in one ranking, each scored by the mean of its heads that survive (eq.
+    5)."""
     each = width.heads // width.groups
     ranked = []
     for layer in layers:
@@ -145,17 +159,17 @@ def _groups(
 
 def _top(scores: Tensor, count: int) -> tuple[int, ...]:
     if count > len(scores):
-        raise ValueError(f"the student asks for {count} of {len(scores)}; a student is never wider than its teacher")
+        raise ValueError(f"the shape keeps {count} of {len(scores)} units; a student is never wider than its teacher")
     return tuple(sorted(scores.topk(count).indices.tolist()))
 
 
 def leading(scores: Scores) -> Scores:
-    """Give scores whose channels are kept in their order, the first before all others."""
+    """Return scores that rank channels by their index, the first highest."""
     return replace(scores, channels=-torch.arange(len(scores.channels), dtype=torch.float64))
 
 
 def shuffled(scores: Scores, kinds: Sequence[str], seed: int) -> Scores:
-    """Give scores whose named kinds (`channels`, `heads`, `neurons`) are random: the control of every ablation."""
+    """Return scores whose named kinds (`channels`, `heads`, `neurons`) are random: the control of every ablation."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(value: Tensor | tuple[Tensor, ...]):

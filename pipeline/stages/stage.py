@@ -1,6 +1,6 @@
 """The contract of a stage: one typed value that says what it reads, what it makes and how it runs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Stage:
     becomes: tuple[str, ...] = ()  # model roles that the artifact takes over for the stages after it
     enabled: Callable[[Config], bool] = always  # whether this configuration asks for the stage
     applies: Callable[[Config, Inputs], bool] = always_applies
+    choices: Mapping[str, Collection[str]] = field(default_factory=dict)  # setting -> the names registered for it
     check: Callable[[Config], None] = no_check  # refuses bad settings before any work
     all_ranks: bool = True  # False: rank 0 alone runs it
     resumable: bool = False  # keep the partial folder after a crash

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline import runner, training
-from pipeline.model.blueprint import Blueprint
+from pipeline.model.blueprint import Blueprint, Step
 from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import open_checkpoint
 from tests.tiny_text import configured
@@ -69,15 +69,15 @@ def test_two_rounds_give_a_student_within_the_budget_whose_layers_differ(world, 
 def test_the_blueprint_tells_what_of_the_teacher_is_in_the_student(world, straight):
     """Cut from the teacher at once, it has the student's shapes; and the second round cut what the first recovered."""
     teacher, start = open_checkpoint(world / "model"), open_checkpoint(view(world) / "initial_student")
-    whole = Blueprint.load(view(world) / "blueprint.json")
+    whole = Blueprint.load(view(world))
     whole.check(teacher.anatomy)
     assert whole.student(teacher.anatomy).shapes() == start.anatomy.shapes()
-    first = Blueprint.load(view(world) / "rounds" / "1" / "blueprint.json")
+    first = Blueprint.load(view(world) / "rounds" / "1")
     for now, before in zip(whole.layers, first.layers, strict=True):
         assert set(now.neurons) <= set(before.neurons)
     (folder,) = (path.parent for path in (world / "artifacts").glob("plan-*/step.json"))
     student = open_checkpoint(recovered(world)[0])
-    for name, tensor in cut(student.anatomy, Blueprint.load(folder / "step.json"), student):
+    for name, tensor in cut(student.anatomy, Step.load(folder), student):
         assert torch.equal(tensor, start[name])
 
 
@@ -165,5 +165,5 @@ def test_a_shape_is_reached_in_equal_parts(world):
     assert [len(sizes.layers) for sizes in starts] == [3, 2] and starts[1].hidden == 16
     assert [sizes.layers[0].neurons for sizes in starts] == [96, 64]
     assert [sizes.layers[0].groups for sizes in starts] == [3, 2]
-    whole = Blueprint.load(view(world, "shape") / "blueprint.json")
+    whole = Blueprint.load(view(world, "shape"))
     assert whole.student(open_checkpoint(world / "model").anatomy).sizes == starts[1]

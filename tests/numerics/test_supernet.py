@@ -7,7 +7,7 @@ import torch
 
 from pipeline.evaluation.divergence import divergence, final_states
 from pipeline.model.anatomy import LayerSizes
-from pipeline.prune.second_order.narrow import ORDERS, local_order, narrow_heads, narrow_units
+from pipeline.prune.second_order.narrow import LOCAL_ORDERS, local_order, narrow_heads, narrow_units
 from pipeline.prune.second_order.sequential import at_width, columns_of, expected_weight, prune_in_sequence
 from pipeline.prune.second_order.supernet import candidate, candidates, compose, expectation, removal_of, widened
 from tests.numerics.test_restore import output_error, problem
@@ -15,7 +15,7 @@ from tests.numerics.test_sequential import HERE, anatomy, batches
 from tests.tiny import tiny_model, tokens
 
 
-@pytest.mark.parametrize("by", ORDERS)
+@pytest.mark.parametrize("by", LOCAL_ORDERS)
 @pytest.mark.parametrize("size", [1, 4])
 def test_candidates_are_the_exact_restorations_of_nested_sets(by, size):
     weight, moments = problem(24)
@@ -40,7 +40,7 @@ def test_the_expectation_is_that_of_the_candidates():
     torch.testing.assert_close(found, (whole[0] + 2 * whole[1] + 4 * whole[2]) / 7)
 
 
-@pytest.mark.parametrize("by", ORDERS)
+@pytest.mark.parametrize("by", LOCAL_ORDERS)
 @pytest.mark.parametrize("size", [1, 3])
 def test_narrowed_projections_err_no_more_than_without_update_and_scores_say_what_stays(by, size):
     weight, moments = problem(24)

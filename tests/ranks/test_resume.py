@@ -11,6 +11,7 @@ from pipeline.data.packing import Domain, build
 from pipeline.data.sources import Piece
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan
 from pipeline.model.hf_config import with_scales
+from pipeline.model.shape import Depth
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
 from tests.ranks.test_engine import launch
 from tests.tiny import save_tiny, tiny_model
@@ -47,9 +48,9 @@ def prepare(folder: Path) -> None:
     )
     (folder / "blueprint").mkdir()
     layers = (LayerPlan(i, (Group(i, 0, (0, 1)), Group(i, 1, (2, 3))), tuple(range(24))) for i in range(4))
-    Blueprint(tuple(range(32)), tuple(layers)).save(folder / "blueprint" / "blueprint.json")
+    Blueprint(tuple(range(32)), tuple(layers)).save(folder / "blueprint")
     (folder / "depth").mkdir()
-    (folder / "depth" / "depth.json").write_text(json.dumps({"kept": [0, 1, 3]}))
+    Depth((0, 1, 3), None, ()).save(folder / "depth")
 
 
 def metrics(folder: Path) -> list[dict]:

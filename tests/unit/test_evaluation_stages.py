@@ -61,12 +61,12 @@ def world(tmp_path_factory):
         made[name].mkdir()
     tokens.run(config, made, made["tokens"], machine())
     sizes = open_checkpoint(teacher).anatomy.sizes
-    heads, neurons = (tuple(torch.rand(getattr(w, axis)) + 0.1 for w in sizes.layers) for axis in ("heads", "neurons"))
-    Scores(torch.rand(32) + 0.1, heads, neurons, torch.rand(4).double() + 0.1, 256).save(
-        made["scores"] / "scores.safetensors"
+    heads, neurons = (
+        tuple(torch.rand(getattr(w, axis)) + 0.1 for w in sizes.layers) for axis in ("heads", "neurons")
     )
+    Scores(torch.rand(32) + 0.1, heads, neurons, torch.rand(4).double() + 0.1, 256).save(made["scores"])
     whole = everything(sizes)
-    Blueprint(whole.channels, (whole.layers[0], *whole.layers[2:])).save(made["blueprint"] / "blueprint.json")
+    Blueprint(whole.channels, (whole.layers[0], *whole.layers[2:])).save(made["blueprint"])
     cut.run(config, made, made["initial_student"], machine())
     return config, made, folder
 

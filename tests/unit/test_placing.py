@@ -16,6 +16,7 @@ from pipeline import evaluator, runner
 from pipeline.evaluation.perplexity import tally
 from pipeline.evaluation.samples import continue_greedily
 from pipeline.model.anatomy import anatomy_of
+from pipeline.model.shape import Shape
 from pipeline.prune.importance.measure import measure, only_layers
 from pipeline.prune.second_order.hessian import gram
 from pipeline.prune.second_order.mask import masked, without
@@ -237,14 +238,14 @@ def machine(memory: int, world: int = 1) -> Machine:
 
 def test_what_needs_the_whole_model_on_a_device_that_is_too_small_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
     world = make_world(tmp_path)
-    (world / "shape.json").write_text('{"layers": 2}')
-    inputs = dict.fromkeys(("teacher", "export"), world / "model") | {"shape": world, "tokens": world}
+    Shape(layers=2, hidden=32, heads=4, groups=2, neurons=24).save(world)
+    inputs = dict.fromkeys(("subject", "reference", "student"), world / "model") | {"shape": world, "tokens": world}
     for stage, choice, remedy in (
         (importance, "score.kind=taylor", "set score.kind=activation"),
         (layer_gates, "plan.depth=gates", "set plan.depth=influence"),
         (evaluate, "evaluate.speed=true", "set evaluate.speed=false"),
     ):
-        monkeypatch.setattr(stage, "load_model", None, raising=False)
+        monkeypatch.setattr(stage, "load", None, raising=False)
         told = rf"{choice} needs 0\.1 MB of weights.* on one device, which has 0\.0 MB; {remedy}.*, or take devices"
         with pytest.raises(ValueError, match=told):
             stage.run(configured(choice, "device.layer_streaming=true"), inputs, tmp_path, machine(10_000))

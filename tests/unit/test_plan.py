@@ -179,11 +179,11 @@ def test_a_blueprint_that_does_not_fit_is_refused(broken, message):
 def test_a_blueprint_survives_its_file(tmp_path):
     of = anatomy()
     made = plan(of, scores(of), [0, 2], [LayerSizes(3, 3, 5)] * 2, 7, clap=True)
-    made.save(tmp_path / "b.json")
-    assert Blueprint.load(tmp_path / "b.json") == made
-    (tmp_path / "c.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a blueprint"):
-        Blueprint.load(tmp_path / "c.json")
+    made.save(tmp_path)
+    assert Blueprint.load(tmp_path) == made
+    (tmp_path / Blueprint.FILE).write_text("{}")
+    with pytest.raises(ValueError, match=r"blueprint\.json is damaged: channels"):
+        Blueprint.load(tmp_path)
 
 
 def test_random_scores_change_only_what_they_are_asked_to():

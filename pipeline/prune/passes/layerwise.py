@@ -27,7 +27,7 @@ class Step:
         return hidden_states
 
     def through(self, layer: nn.Module, index: int, place: torch.device) -> Tensor:
-        """Give what a layer makes of the stream."""
+        """Return what a layer makes of the stream."""
         rest, named = _moved(self.arguments[index], place)
         output = layer(self.hidden.to(place), *rest, **named)
         return output[0] if isinstance(output, tuple) else output
@@ -41,7 +41,7 @@ class Step:
         self.hidden.copy_(self.through(layer, index, place))
 
     def twin(self) -> "Step":
-        """Give the same batch with a stream of its own; the layers' arguments are shared."""
+        """Return the same batch with a stream of its own; the layers' arguments are shared."""
         other = copy(self)
         other.hidden = self.hidden.clone()
         return other
@@ -139,7 +139,7 @@ def _add(steps: Sequence[Step], branch: nn.Module, place: torch.device, home: to
 
 
 def _gathered(steps: Sequence[Step], channels: Tensor | slice, none: Tensor) -> Tensor:
-    """Give channels of all streams, [tokens, h'], like `none` [0, h']; beside them one batch's at a time."""
+    """Return channels of all streams, [tokens, h'], like `none` [0, h']; beside them one batch's at a time."""
     counts = [step.hidden.shape[:-1].numel() for step in steps]
     rows = none.new_empty(sum(counts), none.shape[1])
     for part, step in zip(rows.split(counts), steps, strict=True):
@@ -148,7 +148,7 @@ def _gathered(steps: Sequence[Step], channels: Tensor | slice, none: Tensor) -> 
 
 
 def ffn_modules(anatomy: Anatomy, layer: int) -> tuple[str, ...]:
-    """Give the names of a layer's FFN and of the norms before and after it, if any, in the order of the stream."""
+    """Return the names of a layer's FFN and of the norms before and after it, if any, in the order of the stream."""
     prefix = LAYER.format(layer=layer)
     down = anatomy.layer_module("h f").format(layer=layer).removeprefix(prefix)
     ffn = down.rpartition(".")[0]
@@ -158,7 +158,7 @@ def ffn_modules(anatomy: Anatomy, layer: int) -> tuple[str, ...]:
 
 
 def layers_of(modules: Mapping[str, nn.Module], anatomy: Anatomy) -> list[nn.Module]:
-    """Give the layers among modules named as in the checkpoint."""
+    """Return the layers among modules named as in the checkpoint."""
     return [modules[LAYER.format(layer=layer).rstrip(".")] for layer in range(len(anatomy.sizes.layers))]
 
 
@@ -167,7 +167,7 @@ def _moved(value: Any, place: torch.device) -> Any:
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Give the same structure of mappings, tuples and lists with every tensor changed."""
+    """Return the same structure of mappings, tuples and lists with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
@@ -178,14 +178,15 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _held_once(value: Any, held: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
-    """Give the same structure with those of the tensors held in the place of its own where they are alike, and all."""
+    """Return the same structure with those of the tensors held in the place of its own where they are alike, and
+    all."""
     own = {id(tensor): tensor for tensor in _tensors(value)}
     once = {key: next((other for other in held if _alike(tensor, other)), tensor) for key, tensor in own.items()}
     return _mapped(value, lambda tensor: once[id(tensor)]), list(once.values())
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """Give every tensor of a structure, as often as it stands there."""
+    """Return every tensor of a structure, as often as it stands there."""
     found = []
     _mapped(value, lambda tensor: found.append(tensor) or tensor)
     return found

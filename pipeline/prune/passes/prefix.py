@@ -45,7 +45,7 @@ class PrefixCache:
 
     @torch.inference_mode()
     def _behind(self, layer: int, number: int) -> Tensor:
-        """Give the stream [batch, sequence, h] of a batch behind a layer, on the host."""
+        """Return the stream [batch, sequence, h] of a batch behind a layer, on the host."""
         seen: list[Tensor] = []
 
         def keep(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
@@ -77,7 +77,8 @@ class PrefixCache:
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> list[int]:
-    """Give the layers that two choices begin with; the last of `one` is never among them, so that a pass has a rest."""
+    """Return the layers that two choices begin with; the last of `one` is never among them, so that a pass has a
+    rest."""
     count = 0
     while count < min(len(one) - 1, len(other)) and one[count] == other[count]:
         count += 1

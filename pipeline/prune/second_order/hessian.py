@@ -30,7 +30,7 @@ class Grams:
     final: Tensor | None  # its share of the final norm [h, h]
 
     def tensors(self) -> list[Tensor]:
-        """Give every sum, to be added over ranks in place."""
+        """Return every sum, to be added over ranks in place."""
         return [*self.inputs.values(), *(x for x in (self.stream, self.final) if x is not None)]
 
 
@@ -38,7 +38,7 @@ class Grams:
 def gram(
     model: nn.Module, anatomy: Anatomy, batches: Iterable[Tensor], layers: Sequence[int], *, stream: bool
 ) -> Grams:
-    """Give the Gram matrices H = XᵀX at the inputs of W_O and W_down of some layers, and of the stream if asked.
+    """Return the Gram matrices H = XᵀX at the inputs of W_O and W_down of some layers, and of the stream if asked.
 
     `model` maps ids [batch, sequence] to hidden states. Where all layers' matrices do not fit in memory, make several
     passes over subsets of `layers`. Products are float32 within a chunk of rows, float64 where the model is.
@@ -67,12 +67,12 @@ def gram(
 
 
 def projections(anatomy: Anatomy) -> dict[str, str]:
-    """Give the `{layer}` module names of the two projections that write to the stream, by the axis they read."""
+    """Return the `{layer}` module names of the two projections that write to the stream, by the axis they read."""
     return {axis: anatomy.layer_module(f"h {written}") for axis, written in (("n d", "(n d)"), ("f", "f"))}
 
 
 def with_float64(place: torch.device) -> torch.device:
-    """Give the device where float64 sums for a model on `place` live: its own, or the CPU."""
+    """Return the device where float64 sums for a model on `place` live: its own, or the CPU."""
     return torch.device("cpu") if place.type in ("npu", "mps") else place
 
 

@@ -54,7 +54,8 @@ def masked(
 
 
 def without(anatomy: Anatomy, scores: Scores, layer: int, groups: int, neurons: int) -> LayerPlan:
-    """Give the plan of one layer without its lowest-ranked KV groups and neurons, so many: those that `plan` drops."""
+    """Return the plan of one layer without its lowest-ranked KV groups and neurons, so many: those that `plan`
+    drops."""
     own = anatomy.sizes.layers[layer]
     left = own.groups - groups
     widths = LayerSizes(left * (own.heads // own.groups), left, own.neurons - neurons)

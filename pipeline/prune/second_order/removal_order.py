@@ -31,11 +31,11 @@ class Removal:
     errors: Tensor  # [removed] float64
 
     def kept(self, count: int) -> list[int]:
-        """Give the `count` units that stay longest, in ascending order."""
+        """Return the `count` units that stay longest, in ascending order."""
         return sorted(self.order[len(self.order) - count :].tolist())
 
     def scores(self) -> Tensor:
-        """Give ranks [units], 1 for the first to go, as scores that keep the same units at every width."""
+        """Return ranks [units], 1 for the first to go, as scores that keep the same units at every width."""
         return torch.empty(len(self.order), dtype=torch.float64).scatter_(
             0, self.order, torch.arange(1.0, len(self.order) + 1, dtype=torch.float64)
         )
@@ -44,7 +44,7 @@ class Removal:
 def obs_order(
     gram: Tensor, weight: Tensor, size: int, drop: int, at_once: int = 1, damping: float = DAMPING
 ) -> Removal:
-    """Give the order of `drop` removals of units of `size` consecutive columns, scored exactly after each step.
+    """Return the order of `drop` removals of units of `size` consecutive columns, scored exactly after each step.
 
     `size` is 1 for neurons, the head size for query heads of W_O, head size times queries per group for KV groups. With
     `at_once` above 1, every step removes that many of least score together, with one joint exact update: scores inside
@@ -54,7 +54,7 @@ def obs_order(
 
 
 def head_order(gram: Tensor, weight: Tensor, size: int, groups: int, damping: float = DAMPING) -> Removal:
-    """Give the order of all query heads of W_O in which KV groups lose heads in turn, each one before any loses two.
+    """Return the order of all query heads of W_O in which KV groups lose heads in turn, each one before any loses two.
 
     So the first m · groups removals leave groups of equal size, for every m.
     """
@@ -66,7 +66,7 @@ def head_order(gram: Tensor, weight: Tensor, size: int, groups: int, damping: fl
 def tyr_order(
     gram: Tensor, weight: Tensor, size: int, drop: int, gradient: bool, at_once: int = 1, damping: float = DAMPING
 ) -> Removal:
-    """Give the order by Týr-the-Pruner's local score, |G_p W_pᵀ| + ‖W_p‖² / (2 C_pp), the mean over a unit's columns.
+    """Return the order by Týr-the-Pruner's local score, |G_p W_pᵀ| + ‖W_p‖² / (2 C_pp), the mean over a unit's columns.
 
     G = HW is taken by `gradient`, else the first term is left out. G_P of what remains does not change under exact
     updates, so it is computed once.
@@ -75,7 +75,8 @@ def tyr_order(
 
 
 def head_scores(groups: Removal, heads: Removal) -> Tensor:
-    """Give scores [n] of query heads that rank heads inside groups as `heads`, and groups, by any mean, as `groups`."""
+    """Return scores [n] of query heads that rank heads inside groups as `heads`, and groups, by any mean, as
+    `groups`."""
     each = len(heads.order) // len(groups.order)
     return groups.scores().repeat_interleave(each) + heads.scores() / (len(heads.order) + 1.0)
 
@@ -191,7 +192,7 @@ class _Stretch:
         return fresh_k.diagonal().unflatten(0, (-1, self.size)).sum(1).masked_fill(fault != 0, torch.nan)
 
     def applied(self) -> "_Stretch":
-        """Give the state of the columns that are left, all removals applied."""
+        """Return the state of the columns that are left, all removals applied."""
         stays = (~self.gone).repeat_interleave(self.size).nonzero().flatten()
         a = self.a[stays]
         half = a @ (self.b[stays] - 0.5 * a @ self.k).T

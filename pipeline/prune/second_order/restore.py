@@ -20,10 +20,10 @@ LIMIT = 1e4  # no positive semidefinite matrix needs this much
 
 
 def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
-    """Give H + λI in float64, λ = damping times the mean diagonal, ten times more until Cholesky accepts it.
+    """Return H + λI in float64, λ = damping times the mean diagonal, ten times more until Cholesky accepts it.
 
     Used for H throughout, it draws the solution to the unchanged W_K and not to zero, so that keeping all columns
-    gives W. ValueError if H is zero or not finite.
+    gives W. Raise ValueError if H is zero or not finite.
     """
     wide = gram.to(torch.float64)
     scale = float(wide.diagonal().mean())
@@ -39,7 +39,7 @@ def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def restore(weight: Tensor, gram: Tensor, kept: Sequence[int], damping: float = DAMPING) -> Tensor:
-    """Give the restored columns [out, kept], float64, of weight [out, in] for H [in, in], in the order of `kept`.
+    """Return the restored columns [out, kept], float64, of weight [out, in] for H [in, in], in the order of `kept`.
 
     W'_K = W_K + W_D H_DK H_KK⁻¹ for dropped columns D, which is (W H)_K H_KK⁻¹. It is computed where H is.
     """
@@ -68,7 +68,7 @@ def restore_outputs(
     `grams` gives H by source module name and may be lazy. Columns are solved over all rows, then rows are selected by
     the blueprint's channels, which commutes. Where heads were donated (CLAP), the host's own heads restore the host's
     attention and donated columns stay as they were cut: how donors answer to the host's stream was never measured.
-    ValueError names a Gram matrix that is missing.
+    Raise ValueError names a Gram matrix that is missing.
     """
     places = {
         module.format(layer=place) + ".weight": (axis, module, plan)
@@ -91,7 +91,7 @@ def restore_outputs(
 
 
 def own_columns(anatomy: Anatomy, axis: str, plan: LayerPlan) -> tuple[list[int], list[int]]:
-    """Give the host's columns that a layer takes from its own host, and their places in the student's matrix."""
+    """Return the host's columns that a layer takes from its own host, and their places in the student's matrix."""
     if axis == "f":
         return list(plan.neurons), list(range(len(plan.neurons)))
     size = anatomy.sizes.head_size

@@ -65,9 +65,9 @@ def prune_in_sequence(
 
 
 def expected_weight(weights: Iterable[Tensor], sparsities: Sequence[float]) -> Tensor:
-    """Give Σ (1 - S_e) W_e / Σ (1 - S_e) in float64 of candidate weights [out, in] of sparsities S_e.
+    """Return Σ (1 - S_e) W_e / Σ (1 - S_e) in float64 of candidate weights [out, in] of sparsities S_e.
 
-    ValueError if all candidates are empty, S_e = 1.
+    Raise ValueError if all candidates are empty, S_e = 1.
     """
     shares = [1.0 - sparsity for sparsity in sparsities]
     if sum(shares) <= 0.0:
@@ -77,7 +77,8 @@ def expected_weight(weights: Iterable[Tensor], sparsities: Sequence[float]) -> T
 
 
 def at_width(weight: Tensor, gram: Tensor, removal: Removal, count: int, damping: float = DAMPING) -> Tensor:
-    """Give weight [out, in] with the `count` units that stay longest restored exactly and zeros elsewhere, float64."""
+    """Return weight [out, in] with the `count` units that stay longest restored exactly and zeros elsewhere,
+    float64."""
     kept = torch.tensor(removal.kept(count), dtype=torch.int64)
     columns = columns_of(kept, weight.shape[1] // len(removal.order)).to(gram.device)
     whole = torch.zeros(weight.shape, dtype=torch.float64, device=gram.device)
@@ -87,7 +88,7 @@ def at_width(weight: Tensor, gram: Tensor, removal: Removal, count: int, damping
 
 
 def columns_of(units: Tensor, size: int) -> Tensor:
-    """Give the columns [units · size] of units of `size` consecutive ones, in the order of the units."""
+    """Return the columns [units · size] of units of `size` consecutive ones, in the order of the units."""
     return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
 
 

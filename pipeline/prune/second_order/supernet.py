@@ -45,7 +45,8 @@ def candidates(
 def expectation(
     weight: Tensor, gram: Tensor, removal: Removal, counts: Sequence[int], keep: Keep, damping: float = DAMPING
 ) -> Tensor:
-    """Give the weight [out, in], float64, whose output is the expectation of the candidates' (eq. 5); `keep` gets each.
+    """Return the weight [out, in], float64, whose output is the expectation of the candidates' (eq. 5); `keep` gets
+    each.
 
     A candidate of sparsity S_e counts 1 - S_e, the share of its units that stay.
     """
@@ -60,7 +61,7 @@ def expectation(
 
 
 def widened(columns: Tensor, order: Tensor, count: int, width: int) -> Tensor:
-    """Give the whole weight [out, width] of a candidate: its columns where units stay longest, zeros elsewhere."""
+    """Return the whole weight [out, width] of a candidate: its columns where units stay longest, zeros elsewhere."""
     whole = torch.zeros(len(columns), width, dtype=columns.dtype, device=columns.device)
     units = order[len(order) - count :].sort().values
     whole[:, columns_of(units.to(columns.device), width // len(order))] = columns
@@ -76,7 +77,7 @@ def compose(
     choice: Choice,
     present: dict[str, int],
 ) -> None:
-    """Give projections of a causal model the candidates of a choice; `present` says which it has, and is kept true.
+    """Return projections of a causal model the candidates of a choice; `present` says which it has, and is kept true.
 
     `stored` may be lazy and holds, by `candidate`, columns, and by `removal_of` the order [units] of each module; the
     dense tensors of `source` are those whose gains span all heads and see the chosen ones (`alone`). Only what differs
@@ -97,10 +98,10 @@ def compose(
 
 
 def candidate(name: str, count: int) -> str:
-    """Give the name under which the candidate of `count` units of a projection is stored."""
+    """Return the name under which the candidate of `count` units of a projection is stored."""
     return f"{name}.{count}"
 
 
 def removal_of(name: str) -> str:
-    """Give the name under which a projection's order of removal is stored."""
+    """Return the name under which a projection's order of removal is stored."""
     return f"{name}.order"

@@ -10,25 +10,21 @@ from pipeline.data.stream import Beginning
 from pipeline.distill.next_token import LanguageHead
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.scores import Scores
-from pipeline.prune.importance import score_named
+from pipeline.prune.importance import SCORES, score_named
 from pipeline.prune.importance.measure import measure
 from pipeline.prune.importance.moments import Moments, moments
 from pipeline.prune.importance.score import Measured
 from pipeline.prune.importance.taylor import gradients
 from pipeline.prune.surgery.bias import biased_anatomy
-from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_tensors
+from pipeline.runtime.checkpoint import write_tensors
 from pipeline.runtime.device import Device
 from pipeline.runtime.layer_streaming import need_memory, placed
 from pipeline.runtime.machine import Machine
 from pipeline.stages.calibration import calibration
+from pipeline.stages.models import checkpoint, load
 from pipeline.stages.stage import Inputs, Stage
 
 MEANS = "means/means.safetensors"
-
-
-def check(config: Config) -> None:
-    """Refuse a score that is not registered."""
-    score_named(config.score.kind)
 
 
 def settings(config: Config) -> dict:
@@ -46,14 +42,14 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     that is too large for the device.
     """
     device, ranks, score = machine.device, machine.ranks, score_named(config.score.kind)
-    source = open_checkpoint(inputs["subject"], config.model.allow_pickle)
+    source = checkpoint(config, inputs["subject"])
     anatomy, means = source.anatomy, config.reinit.bias_compensation
     if means:
         biased_anatomy(anatomy)
     differentiates = "gradients" in score.needs
     if differentiates:
         _need_memory(anatomy, device, config.score.kind)
-    model = load_model(inputs["subject"], device.compute_dtype, device.attention, config.model.trust_remote_code)
+    model = load(config, inputs["subject"], machine)
     batches = calibration(config, inputs, config.score.tokens, ranks)
     sequence = batches.packed.sequence
     if (batches.wanted + 1) * sequence < config.score.tokens:
@@ -67,7 +63,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         )
         units = score.compute(anatomy, source, measured)
     if ranks.rank == 0:
-        scores.with_units(*units).save(out / "scores.safetensors")
+        scores.with_units(*units).save(out)
         if means:
             (out / MEANS).parent.mkdir(exist_ok=True)
             write_tensors(out / MEANS, measured.moments.means())
@@ -116,7 +112,7 @@ STAGE = Stage(
     run=run,
     settings=settings,
     needs=("subject", "tokens"),
-    check=check,
+    choices={"score.kind": tuple(SCORES)},
     revision=2,
     shows={"scores": ""},
 )

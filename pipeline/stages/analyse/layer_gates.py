@@ -1,7 +1,7 @@
 """layer_gates: the layers that stay, by learnt gates: the smallest is removed, the rest learn anew (TRSP, stage 1)."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -14,17 +14,31 @@ from pipeline.data.stream import stream
 from pipeline.distill.gates import Learning, ascending, learn
 from pipeline.distill.next_token import LanguageHead
 from pipeline.evaluation.perplexity import tally
+from pipeline.model.shape import Depth, Shape, Trial
 from pipeline.prune.importance.measure import only_layers
 from pipeline.prune.passes.prefix import PrefixCache
-from pipeline.runtime.artifacts import write_atomically
-from pipeline.runtime.checkpoint import load_model, open_checkpoint
 from pipeline.runtime.layer_streaming import need_memory
+from pipeline.runtime.ledger import Ledger
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import Ranks
 from pipeline.stages.calibration import calibration
+from pipeline.stages.models import checkpoint, load
 from pipeline.stages.stage import Inputs, Stage
 
-ROUNDS = "rounds.json"
+LEDGER = "rounds.jsonl"
+
+
+@dataclass(frozen=True)
+class Round:
+    """A layer that was picked: the gates, the mean loss while they were trained, and the losses without a layer.
+
+    Losses are those of each layer that was considered: the picked one, or all with `layer_gates.guard`.
+    """
+
+    picked: int
+    loss: float
+    gates: tuple[float, ...]
+    losses: tuple[tuple[int, float], ...]
 
 
 def enabled(config: Config) -> bool:
@@ -45,30 +59,27 @@ def settings(config: Config) -> dict:
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
-    """Write depth.json: the layers `kept`, their `loss`, every choice `tried` with its loss; and rounds.json.
-
-    rounds.json holds, for every layer picked, the gates, the mean loss while they were learnt, and the `losses` without
-    each layer that was considered: the picked one, or all with `layer_gates.guard`.
-    """
+    """Write depth.json, and rounds.jsonl with a `Round` a line."""
     device, ranks, options = machine.device, machine.ranks, config.layer_gates
-    anatomy = open_checkpoint(inputs["subject"], config.model.allow_pickle).anatomy
+    anatomy = checkpoint(config, inputs["subject"]).anatomy
     total = len(anatomy.sizes.layers)
-    count = json.loads((inputs["shape"] / "shape.json").read_text())["layers"]
+    count = Shape.load(inputs["shape"]).layers
     if not config.plan.keep_first <= count <= total:
         raise ValueError(f"shape.layers is {count}; it must lie between {config.plan.keep_first} and {total}")
     weights = anatomy.parameters()[0] * device.compute_dtype.itemsize
     need_memory(device, {"weights": weights}, "plan.depth=gates", "set plan.depth=influence, loss or evolved")
-    model = load_model(inputs["subject"], device.compute_dtype, device.attention, config.model.trust_remote_code)
-    model = model.to(device.torch).requires_grad_(False)
+    model = load(config, inputs["subject"], machine).to(device.torch).requires_grad_(False)
     head = LanguageHead(model, config.logits.chunk)
     learning = Learning(options.form, options.penalty, options.learning_rate)
     steps, measured = _steps(config), calibration(config, inputs, config.plan.depth_tokens, ranks)
     loss = _loss(config, model, total, list(measured), ranks)
-    rounds = ranks.share(_rounds(out / ROUNDS) if ranks.rank == 0 else None)
-    kept = [layer for layer in range(total) if layer not in {each["picked"] for each in rounds}]
+    ledger = Ledger(out / LEDGER, Round, ranks)
+    kept = [layer for layer in range(total) if layer not in {each.picked for each in ledger.entries}]
     bar = iter(machine.progress(range(len(kept) - count), len(kept) - count, "layer gates"))
     while len(kept) > count:
-        batches = islice(_batches(config, measured.packed, len(rounds) * steps * options.batch_size, ranks), steps)
+        batches = islice(
+            _batches(config, measured.packed, len(ledger.entries) * steps * options.batch_size, ranks), steps
+        )
         with only_layers(model, total, kept):
             gates, learnt = learn(model, head, _ones(total, model), kept, batches, learning, ranks.sum_)
         order = ascending(gates, kept[config.plan.keep_first :])
@@ -76,17 +87,14 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         picked = pick(losses, options.guard)
         passed_over = list(losses)[: list(losses).index(picked)]
         kept.remove(picked)
-        values = {str(layer): value for layer, value in losses.items()}
-        rounds.append({"picked": picked, "loss": learnt, "gates": gates.tolist(), "losses": values})
-        if ranks.rank == 0:
-            write_atomically(out / ROUNDS, json.dumps(rounds))
+        ledger.append(Round(picked, learnt, tuple(gates.tolist()), tuple(losses.items())))
         machine.say(
             f"layer_gates: layer {picked} is removed, its gate {float(gates[picked]):.4f}; loss without it "
             f"{losses[picked]:.3f}" + (f"; smaller gates that lose too much: {passed_over}" if passed_over else "")
         )
         next(bar, None)
     if ranks.rank == 0:
-        _write(out / "depth.json", total, kept, rounds)
+        _depth(total, kept, ledger.entries).save(out)
 
 
 def pick(losses: Mapping[int, float], guard: float | None) -> int:
@@ -96,19 +104,20 @@ def pick(losses: Mapping[int, float], guard: float | None) -> int:
 
 
 def _losses(order: Sequence[int], guard: float | None, loss: Callable[[int], float]) -> dict[int, float]:
-    """Return the loss without a layer, by layer in the order of their gates; without a guard that of the first alone."""
+    """Return losses without a layer, by layer in the order of their gates; without a guard only that of the first."""
     if guard is None:
         return {order[0]: loss(order[0])}
     measured = {layer: loss(layer) for layer in sorted(order)}  # so that a pass starts where the one before did
     return {layer: measured[layer] for layer in order}
 
 
-def _write(path: Path, total: int, kept: list[int], rounds: list[dict]) -> None:
+def _depth(total: int, kept: list[int], rounds: list[Round]) -> Depth:
+    """Return the layers that stay, and the sets of layers of every round with their loss."""
     tried, left = [], list(range(total))
     for each in rounds:
-        left.remove(each["picked"])
-        tried.append({"kept": list(left), "loss": each["losses"][str(each["picked"])]})
-    path.write_text(json.dumps({"kept": kept, "loss": tried[-1]["loss"] if tried else None, "tried": tried}))
+        left.remove(each.picked)
+        tried.append(Trial(tuple(left), dict(each.losses)[each.picked]))
+    return Depth(tuple(kept), tried[-1].loss if tried else None, tuple(tried))
 
 
 def _ones(total: int, model: torch.nn.Module) -> Tensor:
@@ -142,18 +151,14 @@ def _loss(
     return loss
 
 
-def _rounds(path: Path) -> list[dict]:
-    return json.loads(path.read_text()) if path.exists() else []
-
-
 def _steps(config: Config) -> int:
     options, sequence = config.layer_gates, config.data.sequence_length
     per_step = options.batch_size * sequence
     if options.tokens < per_step:
         raise ValueError(
             f"layer_gates.tokens is {options.tokens}, less than one step of layer_gates.batch_size "
-            f"({options.batch_size}) x data.sequence_length ({sequence}) = {per_step} tokens; raise it, or lower the batch "
-            "size"
+            f"({options.batch_size}) x data.sequence_length ({sequence}) = {per_step} tokens; raise it, or lower the "
+            "batch size"
         )
     return options.tokens // per_step
 
@@ -168,5 +173,5 @@ STAGE = Stage(
     check=check,
     resumable=True,  # a later attempt continues after the last layer picked
     revision=2,
-    shows={"depth.json": "depth.json"},
+    shows={"depth.json": Depth.FILE},
 )

@@ -1,24 +1,24 @@
 """depth: the layers that stay, by the measured loss of the model without the others: one after another, or evolved."""
 
-import json
 from pathlib import Path
 
 import torch
 
-from pipeline.allocate.budgets import Depth, Loss, evolved_depth, greedy_depth
+from pipeline.allocate.budgets import Loss, evolved_depth, greedy_depth
 from pipeline.config import Config
 from pipeline.evaluation.perplexity import tally
 from pipeline.model.scores import Scores
+from pipeline.model.shape import Depth, Shape, Trial
 from pipeline.prune.passes.prefix import PrefixCache
 from pipeline.prune.plan import kept_layers
-from pipeline.runtime.artifacts import write_atomically
-from pipeline.runtime.checkpoint import load_model, open_checkpoint
 from pipeline.runtime.layer_streaming import placed
+from pipeline.runtime.ledger import Ledger
 from pipeline.runtime.machine import Machine
 from pipeline.stages.calibration import calibration
+from pipeline.stages.models import checkpoint, load
 from pipeline.stages.stage import Inputs, Stage
 
-LOSSES = "losses.json"
+LEDGER = "losses.jsonl"  # in the stage's folder until it is complete
 
 
 def enabled(config: Config) -> bool:
@@ -45,18 +45,16 @@ def settings(config: Config) -> dict:
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """Write depth.json: the layers `kept`, their `loss` in nats per token, and every choice `tried` with its loss.
 
-    losses.json has the losses by the layers that stay, in the order of measuring.
     Where all layers stay nothing is measured, and `loss` is null. Layers that a choice begins with as the one before it
     did are not run again; beside the model their streams are kept, one row [h] a token.
     """
-    anatomy = open_checkpoint(inputs["subject"], config.model.allow_pickle).anatomy
+    anatomy = checkpoint(config, inputs["subject"]).anatomy
     total = len(anatomy.sizes.layers)
-    count = json.loads((inputs["shape"] / "shape.json").read_text())["layers"]
+    count = Shape.load(inputs["shape"]).layers
     whole = count == total
     found = Depth(tuple(range(total)), None, ()) if whole else _measured(config, inputs, out, total, count, machine)
     if machine.ranks.rank == 0:
-        tried = [{"kept": kept, "loss": value} for kept, value in found.tried]
-        (out / "depth.json").write_text(json.dumps({"kept": found.kept, "loss": found.loss, "tried": tried}))
+        found.save(out)
     if whole:
         machine.say("depth: all layers stay, nothing to measure")
     else:
@@ -65,32 +63,31 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
 
 def _measured(config: Config, inputs: Inputs, out: Path, total: int, count: int, machine) -> Depth:
     device, ranks = machine.device, machine.ranks
-    model = load_model(inputs["subject"], device.compute_dtype, device.attention, config.model.trust_remote_code)
+    model = load(config, inputs["subject"], machine)
     asked = config.plan
     batches = list(calibration(config, inputs, asked.depth_tokens, ranks))
-    losses: dict[str, float] = ranks.share(_told(out / LOSSES) if ranks.rank == 0 else None)
+    ledger = Ledger(out / LEDGER, Trial, ranks)
+    losses = {trial.kept: trial.loss for trial in ledger.entries}
     trials = max(0, _trials(config, total, count) - len(losses))
     bar = machine.progress(range(trials), trials, "depth")
     prefix = PrefixCache(model, total, batches)
 
     def loss(kept: tuple[int, ...]) -> float:
-        name = " ".join(map(str, kept))
-        if name not in losses:
+        if kept not in losses:
             prefix.reach_for(kept)
             sums = torch.zeros(3, dtype=torch.float64)
             for number, ids in enumerate(batches):
                 with prefix.rest(number, kept):
                     sums += tally(model, [ids], config.logits.chunk)
             ranks.sum_([sums])
-            losses[name] = float(sums[0] / sums[2])
-            if ranks.rank == 0:
-                write_atomically(out / LOSSES, json.dumps(losses, indent=1) + "\n")
+            losses[kept] = float(sums[0] / sums[2])
+            ledger.append(Trial(kept, losses[kept]))
             next(bar, None)
-        return losses[name]
+        return losses[kept]
 
     with placed(model, device, config.device.layer_streaming):
         if needs_also(config):
-            influence = Scores.load(inputs["scores"] / "scores.safetensors").layers
+            influence = Scores.load(inputs["scores"]).layers
             kept = tuple(kept_layers(influence, count, "influence", asked.keep_first))
             found = Depth(kept, loss(kept), ())
         else:
@@ -99,6 +96,7 @@ def _measured(config: Config, inputs: Inputs, out: Path, total: int, count: int,
             found = _evolved(config, found, total, loss, machine)
     for _ in bar:  # sets that were measured before were not measured again
         pass
+    ledger.discard()
     return found
 
 
@@ -109,7 +107,7 @@ def _evolved(config: Config, start: Depth, total: int, loss: Loss, machine) -> D
         total, len(start.kept), loss, keep_first, start.kept, asked.generations, asked.offspring, config.seed
     )
     machine.say(f"depth: loss {start.loss:.3f} of the start ({asked.start}), {found.loss:.3f} evolved")
-    return Depth(found.kept, found.loss, tuple(dict((*start.tried, *found.tried)).items()))
+    return Depth(found.kept, found.loss, tuple(dict.fromkeys((*start.tried, *found.tried))))
 
 
 def _trials(config: Config, total: int, count: int) -> int:
@@ -121,10 +119,6 @@ def _trials(config: Config, total: int, count: int) -> int:
     return children + (1 if config.layer_loss.start == "influence" else greedy)
 
 
-def _told(path: Path) -> dict[str, float]:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 STAGE = Stage(
     name="layer_loss",
     makes="depth",
@@ -134,5 +128,5 @@ STAGE = Stage(
     needs_also=needs_also,
     enabled=enabled,
     resumable=True,  # every loss is written down as soon as it is measured
-    shows={"depth.json": "depth.json"},
+    shows={"depth.json": Depth.FILE},
 )

@@ -1,4 +1,7 @@
-"""order: which heads, KV groups and neurons go first, by the error that stays once the others are restored."""
+"""obs_order: the order in which heads, KV groups and neurons are removed, by optimal brain surgeon.
+
+The unit removed first is the one whose removal leaves the least output error once the others are restored.
+"""
 
 from pathlib import Path
 
@@ -8,36 +11,37 @@ from pipeline.config import Config
 from pipeline.model.scores import Scores
 from pipeline.prune.second_order.hessian import projections, with_float64
 from pipeline.prune.second_order.removal_order import head_order, head_scores, obs_order
-from pipeline.runtime.checkpoint import open_checkpoint, open_tensors
+from pipeline.runtime.checkpoint import open_tensors
 from pipeline.runtime.machine import Machine
+from pipeline.stages.models import checkpoint
 from pipeline.stages.stage import Inputs, Stage
 
 
 def enabled(config: Config) -> bool:
-    """Whether heads, KV groups and neurons go by optimal brain surgeon."""
+    """Return whether heads, KV groups and neurons are ranked by optimal brain surgeon."""
     return config.restore.order == "obs"
 
 
 def settings(config: Config) -> dict:
-    """Give the damping and how many neurons go at once."""
+    """Return the damping and how many neurons a step removes."""
     return {"damping": config.restore.damping, "at_once": config.restore.at_once}
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
-    """Write scores.safetensors with ranks of removal in place of the scores of heads and neurons, for every width.
+    """Write the scores with places in the order of removal instead of the scores of heads and neurons.
 
-    Ranks of processes take layers in turn; memory: a few matrices [f, f] in float64.
+    Layers are distributed over ranks. Memory: a few matrices [f, f] in float64.
     """
     ranks, damping = machine.ranks, config.restore.damping
     place = with_float64(machine.device.torch)
-    source = open_checkpoint(inputs["subject"], config.model.allow_pickle)
+    source = checkpoint(config, inputs["subject"])
     anatomy, grams = source.anatomy, open_tensors(inputs["hessians"])
-    scores = Scores.load(inputs["scores"] / "scores.safetensors")
+    scores = Scores.load(inputs["scores"])
     heads = [torch.zeros(len(each), dtype=torch.float64) for each in scores.heads]
     neurons = [torch.zeros(len(each), dtype=torch.float64) for each in scores.neurons]
     mine = range(ranks.rank, len(heads), ranks.world)
     size, modules = anatomy.sizes.head_size, projections(anatomy)
-    for layer in machine.progress(mine, len(mine), "order"):
+    for layer in machine.progress(mine, len(mine), "obs order"):
         attention, ffn = (
             (grams[name].to(place), source[f"{name}.weight"].to(place))
             for name in (modules[axis].format(layer=layer) for axis in ("n d", "f"))
@@ -49,7 +53,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         neurons[layer] = obs_order(*ffn, 1, widths.neurons, config.restore.at_once, damping).scores()
     ranks.sum_([*heads, *neurons])
     if ranks.rank == 0:
-        scores.with_units(heads, neurons).save(out / "scores.safetensors")
+        scores.with_units(heads, neurons).save(out)
 
 
 STAGE = Stage(

@@ -1,113 +1,113 @@
-"""blocks: every FFN of the student learns, one after another, to bring the student's stream back to the teacher's."""
+"""local_distill: layer-wise distillation of the FFNs: each is trained to bring the residual stream to the teacher's."""
 
-import json
 import os
 import shutil
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config import Config
+from pipeline.distill.layer_errors import LayerError, LayerErrors
 from pipeline.distill.local import HELD_OUT, Learnt, Lessons, Rows, learn
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
 from pipeline.prune.passes.layerwise import ffn_modules, in_step
-from pipeline.runtime.checkpoint import (
-    Checkpoint,
-    load_model,
-    open_checkpoint,
-    open_tensors,
-    write_checkpoint,
-    write_tensors,
-)
+from pipeline.runtime.checkpoint import Checkpoint, open_tensors, write_checkpoint, write_tensors
+from pipeline.runtime.device import Device
 from pipeline.runtime.disk import need_space
+from pipeline.runtime.ledger import Ledger
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.ranks import Ranks
 from pipeline.stages.calibration import calibration
+from pipeline.stages.models import checkpoint, load
 from pipeline.stages.stage import Inputs, Stage
 
-# Source is the teacher in other axes, where the student was cut from it. In later rounds `original` teaches, and
-# `teacher` is the student of the round before.
-LEARNT = "learnt"  # folder of a folder a layer
-PARTIAL = ".partial"
-STREAMS = 8  # of the text at once, copies included
-ERRORS = "errors"  # tensor [2] beside a layer's matrices
+# The teacher is the rotated model where the student was cut from that. In later rounds it is still the model that the
+# first round began with, and not the student of the round before.
+TRAINED = "trained"  # folder with the matrices of each trained layer, until the student is written
+LEDGER = "layers.jsonl"  # in it, the errors of these layers
+STREAMS = 8  # copies of the hidden states of the text that exist at once
 
 
 def enabled(config: Config) -> bool:
-    """Whether FFNs learn before recovery."""
+    """Return whether FFNs are distilled before recovery."""
     return config.local_distill.epochs > 0
 
 
 def check(config: Config) -> None:
-    """Refuse text too short to be measured on what was not learnt from."""
-    if enabled(config) and config.local_distill.tokens < HELD_OUT:
+    """Refuse text too short to hold out a part of it."""
+    tokens = config.local_distill.tokens
+    if enabled(config) and tokens < HELD_OUT:
         raise ValueError(
-            f"local_distill.tokens is {config.local_distill.tokens}, and one token in {HELD_OUT} is held out; "
-            "raise it to thousands"
+            f"local_distill.tokens: {tokens}, and one token in {HELD_OUT} is held out; set it to some thousands"
         )
 
 
-def settings(config: Config) -> dict:
-    """Give the text, the lessons, and the seed that orders both."""
-    return config.local_distill.model_dump() | {"seed": config.seed}
+def settings(config: Config) -> dict[str, Any]:
+    """Return the local_distill section, and the seed that orders the text."""
+    return {"local_distill": config.local_distill.model_dump(), "seed": config.seed}
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
-    """Write the student with the FFNs that learnt, and blocks.json: a layer's error `before` and `after`.
+    """Write the student with the trained FFNs, and local_distill.json with the error of each layer.
 
-    The error is the squared distance between the two streams behind the FFN, over the square of the teacher's, a mean
-    over held-out tokens. Every rank reads its share of the text. Memory: teacher and student on the host, with two
-    streams of the text; on the device a layer and a batch, then an FFN in float32 with its moments and two rows [h] for
-    every token.
+    Every rank reads its share of the text. Memory: teacher and student on the host, with two residual streams of the
+    text; on the device a layer and a batch, then an FFN in float32 with its moments and two rows [h] for every token.
     """
-    ranks, device, trust = machine.ranks, machine.device, config.model.trust_remote_code
-    taught_by = inputs.get("rotated", inputs["teacher"])
-    origin = open_checkpoint(taught_by, config.model.allow_pickle)
-    start = open_checkpoint(inputs["initial_student"])
+    ranks, device, section = machine.ranks, machine.device, config.local_distill
+    origin = checkpoint(config, inputs.get("rotated", inputs["teacher"]))
+    start = checkpoint(config, inputs["initial_student"])
     need_space(out, 3 * start.bytes())  # the student, and until it is written its FFNs in float32
-    blueprint = Blueprint.load(inputs["blueprint"] / "blueprint.json")  # of all rounds so far
-    teacher, student = (
-        (load_model(each.folder, device.compute_dtype, device.attention, trust).get_decoder(), each.anatomy)
-        for each in (origin, start)
-    )
-    asked = config.local_distill
-    batches = calibration(config, inputs, asked.tokens, ranks)
-    lessons = Lessons(asked.epochs, asked.batch_tokens, asked.learning_rate, config.seed, device.compute_dtype)
-    if _fits(origin, start, len(batches) * config.calibration.batch_size * batches.packed.sequence, device):
+    blueprint = Blueprint.load(inputs["blueprint"])  # of all rounds so far
+    teacher, student = ((load(config, each.folder, machine).get_decoder(), each.anatomy) for each in (origin, start))
+    batches = calibration(config, inputs, section.tokens, ranks)
+    sequence = batches.packed.sequence
+    lessons = Lessons(section.epochs, section.batch_tokens, section.learning_rate, config.seed, device.compute_dtype)
+    if _fits(origin, start, len(batches) * config.calibration.batch_size * sequence, device):
         for model, _ in (teacher, student):
             model.to(device.torch)
-    hosts, done = [plan.host for plan in blueprint.layers], ranks.share(_done(out) if ranks.rank == 0 else None)
+    trained = out / TRAINED
+    if ranks.rank == 0:
+        trained.mkdir(exist_ok=True)
+    ledger = Ledger(trained / LEDGER, LayerError, ranks)
+    done = len(ledger.entries)
+    hosts = [plan.host for plan in blueprint.layers]
     passes = in_step(teacher, student, hosts, blueprint.channels, batches, device.torch)
-    learnt, errors = {}, []
-    for layer in machine.progress(range(len(hosts)), len(hosts), "blocks"):
+    changed: dict[str, Tensor] = {}
+    for layer in machine.progress(range(len(hosts)), len(hosts), "local_distill"):
         branch, matrices = _branch(student, start, layer)
         streams = next(passes)[1:]
-        if layer in done:
-            told = _remembered(out, layer, matrices, ranks)
+        if layer < done:
+            _restore(trained, matrices, ranks)
         else:
             placed = (stream.to(device.torch) for stream in streams)
-            told = learn(branch.to(device.torch), _rows(*placed, batches.packed.sequence, ranks), lessons, ranks.sum_)
+            result = learn(branch.to(device.torch), _rows(*placed, sequence, ranks), lessons, ranks.sum_)
             branch.cpu()
             if ranks.rank == 0:
-                _write(out / LEARNT / str(layer), matrices, told)
-        del streams  # free while the next layer's are made
-        errors.append({"layer": layer, "before": told.before, "after": told.after})
-        learnt |= {name: matrix.detach().to(start[name].dtype) for name, matrix in matrices.items()}
-        _take(student, branch, layer)
+                _write(trained / f"{layer}.safetensors", matrices)
+            ledger.append(_error(layer, result))
+        del streams  # free before those of the next layer exist
+        changed |= {name: matrix.detach().to(start[name].dtype) for name, matrix in matrices.items()}
+        _copy(branch, student, layer)
+    errors = LayerErrors(tuple(ledger.entries))
     if ranks.rank == 0:
-        stream = ((name, learnt.get(name, start[name])) for name in start)
+        stream = ((name, changed.get(name, start[name])) for name in start)
         write_checkpoint(out, start.config, stream, config.checkpoint.shard_bytes, inputs["initial_student"])
-        (out / "blocks.json").write_text(json.dumps(errors))
-        shutil.rmtree(out / LEARNT)
-    means = [sum(each[when] for each in errors) / len(errors) for when in ("before", "after")]
-    told = f"{means[0]:.4f} before, {means[1]:.4f} after"
-    machine.say(f"blocks: {len(errors)} FFNs learnt, mean distance from the teacher's stream {told}")
+        errors.save(out)
+        shutil.rmtree(trained)
+    before, after = errors.means()
+    machine.say(
+        f"local_distill: {len(errors.layers)} FFNs trained, mean distance from the teacher's residual stream "
+        f"{before:.4f} before, {after:.4f} after"
+    )
 
 
-def _fits(origin: Checkpoint, start: Checkpoint, tokens: int, device) -> bool:
-    """Whether both models and the streams of so many tokens leave half of the device free: no copies over the bus."""
+def _fits(origin: Checkpoint, start: Checkpoint, tokens: int, device: Device) -> bool:
+    """Return whether both models and the hidden states of so many tokens leave half of the device free."""
     width = origin.anatomy.sizes.hidden
     streams = STREAMS * tokens * width * device.compute_dtype.itemsize
     return origin.bytes() + start.bytes() + streams < 0.5 * device.total_memory()
@@ -116,7 +116,7 @@ def _fits(origin: Checkpoint, start: Checkpoint, tokens: int, device) -> bool:
 def _branch(
     student: tuple[nn.Module, Anatomy], start: Checkpoint, layer: int
 ) -> tuple[nn.Sequential, dict[str, nn.Parameter]]:
-    """Give a copy in float32 of what a layer's FFN adds to the stream, norms included, and its matrices by name.
+    """Return a copy in float32 of a layer's FFN with its norms, and its matrices by name.
 
     The matrices are those of the checkpoint, not rounded to the type that the student computes in.
     """
@@ -134,15 +134,15 @@ def _branch(
     return branch, matrices
 
 
-def _take(student: tuple[nn.Module, Anatomy], branch: nn.Sequential, layer: int) -> None:
-    """Put what a layer's FFN has learnt into the student that the stream goes through."""
+def _copy(branch: nn.Sequential, student: tuple[nn.Module, Anatomy], layer: int) -> None:
+    """Copy the weights of a trained branch into the student."""
     modules = dict(student[0].named_modules(prefix="model"))
     for name, part in zip(ffn_modules(student[1], layer), branch, strict=True):
         modules[name].load_state_dict(part.state_dict())
 
 
-def _rows(read: Tensor, wanted: Tensor, sequence: int, ranks) -> Rows:
-    """Give this rank's rows and their places: sequence s of rank r is the text's s · world + r."""
+def _rows(read: Tensor, wanted: Tensor, sequence: int, ranks: Ranks) -> Rows:
+    """Return this rank's rows and their places: sequence s of rank r is sequence s · world + r of the text."""
     own = torch.arange(len(read) // sequence) * ranks.world + ranks.rank
     places = (own[:, None] * sequence + torch.arange(sequence)).flatten()
     total = torch.tensor([len(read)])
@@ -150,29 +150,26 @@ def _rows(read: Tensor, wanted: Tensor, sequence: int, ranks) -> Rows:
     return Rows(read, wanted, places, int(total))
 
 
-def _done(out: Path) -> list[int]:
-    return [int(folder.name) for folder in (out / LEARNT).glob("*") if folder.suffix != PARTIAL]
+def _error(layer: int, result: Learnt) -> LayerError:
+    return LayerError(layer, result.before, result.after)
 
 
-def _write(folder: Path, matrices: dict[str, nn.Parameter], told: Learnt) -> None:
-    """Write down what a layer has learnt; a folder without the mark of a partial one is whole."""
-    partial = folder.with_suffix(PARTIAL)
-    partial.mkdir(parents=True, exist_ok=True)
-    errors = torch.tensor([told.before, told.after], dtype=torch.float64)
-    tensors = {name: weight.detach() for name, weight in matrices.items()} | {ERRORS: errors}
-    write_tensors(partial / "learnt.safetensors", tensors)
-    os.replace(partial, folder)
+def _write(path: Path, matrices: Mapping[str, nn.Parameter]) -> None:
+    """Write the matrices of a trained layer; the file appears whole."""
+    partial = path.with_suffix(".partial")
+    write_tensors(partial, {name: weight.detach() for name, weight in matrices.items()})
+    os.replace(partial, path)
 
 
-def _remembered(out: Path, layer: int, matrices: dict[str, nn.Parameter], ranks) -> Learnt:
-    """Give a layer's matrices what they had learnt, on all ranks."""
-    errors = torch.zeros(2, dtype=torch.float64)
-    whole = {ERRORS: errors} | {name: weight.data for name, weight in matrices.items()}
-    known = open_tensors(out / LEARNT / str(layer)) if ranks.rank == 0 else {}
-    for name, tensor in whole.items():
-        tensor.copy_(known[name]) if known else tensor.zero_()
-    ranks.sum_(whole.values())
-    return Learnt(*errors.tolist())
+def _restore(trained: Path, matrices: Mapping[str, nn.Parameter], ranks: Ranks) -> None:
+    """Copy the matrices that an interrupted attempt wrote, on all ranks."""
+    stored = open_tensors(trained) if ranks.rank == 0 else {}
+    for name, weight in matrices.items():
+        if ranks.rank == 0:
+            weight.data.copy_(stored[name])
+        else:
+            weight.data.zero_()
+    ranks.sum_([weight.data for weight in matrices.values()])
 
 
 STAGE = Stage(
@@ -184,6 +181,6 @@ STAGE = Stage(
     optional=("rotated",),
     enabled=enabled,
     check=check,
-    resumable=True,  # what a layer has learnt is on disk
-    shows={"initial_student": "", "blocks.json": "blocks.json"},
+    resumable=True,  # the matrices of every trained layer are on disk
+    shows={"initial_student": "", "local_distill.json": LayerErrors.FILE},
 )

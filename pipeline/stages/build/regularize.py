@@ -1,20 +1,21 @@
-"""settle: the teacher is trained until the layers that go write little, so that they can be deleted (TRSP, stage 2)."""
+"""regularize: the subject is trained until the layers to be removed add little, so that they can be deleted (TRSP)."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.distill.regularize import Settling
-from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.model.shape import Depth
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import place
+from pipeline.stages.models import checkpoint
 from pipeline.stages.stage import Inputs, Stage
 from pipeline.training import accumulation, settings_of, steps_of, train_model
 
 
 def enabled(config: Config) -> bool:
-    """Whether the layers that go are emptied first."""
+    """Return whether layers are regularized before they are removed."""
     return config.regularize.norm != "none"
 
 
@@ -25,23 +26,28 @@ def check(config: Config) -> None:
         steps_of("regularize", config.regularize, config.data.sequence_length)
 
 
-def settings(config: Config) -> dict:
-    """Give what determines the settled weights; how the work is spread over ranks and memory does not."""
+def settings(config: Config) -> dict[str, Any]:
+    """Return what determines the trained weights."""
     return settings_of(config, config.regularize, set())
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
-    """Write the settled teacher as a model folder in float32, and metrics.jsonl."""
-    asked = config.regularize
-    teacher = open_checkpoint(inputs["subject"], config.model.allow_pickle)
-    kept = json.loads((inputs["depth"] / "depth.json").read_text())["kept"]
-    picked = sorted(set(range(len(teacher.anatomy.sizes.layers))) - set(kept))
+    """Write the trained subject as a model folder in float32, and metrics.jsonl."""
+    section = config.regularize
+    subject = checkpoint(config, inputs["subject"])
+    kept = Depth.load(inputs["depth"]).kept
+    removed = sorted(set(range(len(subject.anatomy.sizes.layers))) - set(kept))
     train_model(
         "regularize",
         config,
-        teacher,
+        subject,
         lambda load: Settling(
-            load(inputs["subject"]), picked, asked.weight, asked.norm, config.logits.chunk, asked.gradient_checkpointing
+            load(inputs["subject"]),
+            removed,
+            section.weight,
+            section.norm,
+            config.logits.chunk,
+            section.gradient_checkpointing,
         ),
         Packed(inputs["tokens"] / "recovery"),
         out,
@@ -58,6 +64,6 @@ STAGE = Stage(
     becomes=("subject",),
     enabled=enabled,
     check=check,
-    resumable=True,  # goes on from the checkpoints an interrupted attempt left
+    resumable=True,  # continues from the checkpoints of an interrupted attempt
     shows={"restored": ""},
 )

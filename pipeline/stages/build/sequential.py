@@ -1,29 +1,29 @@
-"""sequence: heads and neurons go layer by layer, each solved for what its pruned predecessors really give it."""
+"""sequential: heads and neurons are removed layer by layer, each solved for the inputs that the pruned layers give."""
 
-import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.model.anatomy import LayerSizes
 from pipeline.model.scores import Scores
+from pipeline.model.shape import Shape
 from pipeline.prune.plan import layers_that_stay
 from pipeline.prune.second_order.hessian import projections, with_float64
-from pipeline.prune.second_order.narrow import Narrowed, narrow_heads, narrow_units
+from pipeline.prune.second_order.narrow import LOCAL_ORDERS, Narrowed, narrow_heads, narrow_units
 from pipeline.prune.second_order.sequential import prune_in_sequence
-from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import write_checkpoint
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.machine import Machine
 from pipeline.stages.calibration import calibration
+from pipeline.stages.models import checkpoint, load
 from pipeline.stages.stage import Inputs, Stage
 
 
 def enabled(config: Config) -> bool:
-    """Whether units go layer by layer, at the widths of the shape."""
+    """Return whether units are removed layer by layer, at the widths of the shape."""
     return config.restore.sequential
 
 
@@ -31,66 +31,69 @@ def check(config: Config) -> None:
     """Refuse widths that are not those of the shape."""
     if enabled(config) and config.plan.widths != "uniform":
         raise ValueError(
-            f"restore.sequential narrows all layers alike, and plan.widths={config.plan.widths}; choose one"
+            f"restore.sequential: narrows all layers alike, and plan.widths={config.plan.widths} does not; set "
+            "plan.widths=uniform, or restore.sequential=false"
         )
 
 
-def settings(config: Config) -> dict:
-    """Give how units are chosen and solved, on which text, and which layers stay."""
-    asked = config.restore.model_dump(include={"local", "at_once", "damping", "tokens"})
-    depth = {"depth": config.plan.policy["depth"], "keep_first": config.plan.keep_first}
-    return asked | depth | {"seed": config.seed}
+def settings(config: Config) -> dict[str, Any]:
+    """Return how units are ranked and solved, on which text, and which layers stay."""
+    return {
+        "restore": config.restore.model_dump(include={"local", "at_once", "damping", "tokens"}),
+        "depth": config.plan.policy["depth"],
+        "keep_first": config.plan.keep_first,
+        "seed": config.seed,
+    }
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
-    """Write the teacher with W_O and W_down solved for the units that stay, the columns of all others zero.
+    """Write the subject with W_O and W_down solved for the units that stay, the columns of all others zero.
 
-    Beside it scores.safetensors, whose ranks keep just these units in plan, and widths.json. Rank 0 solves, all ranks
-    measure. Memory: on the device a layer, a batch and its Gram matrix; beside the model the stream of all tokens.
+    Beside it scores by which plan keeps exactly these units. Rank 0 solves, all ranks measure. Memory: on the device a
+    layer, a batch and its Hessian; beside the model the residual stream of all tokens.
     """
-    device, ranks, asked = machine.device, machine.ranks, config.restore
-    source = open_checkpoint(inputs["subject"], config.model.allow_pickle)
+    device, ranks, restore = machine.device, machine.ranks, config.restore
+    source = checkpoint(config, inputs["subject"])
     need_space(out, source.bytes())
     anatomy, place = source.anatomy, with_float64(device.torch)
-    shape = json.loads((inputs["shape"] / "shape.json").read_text())
-    widest = LayerSizes(shape["heads"], shape["groups"], shape["neurons"])
-    widths = [widest.within(own) for own in anatomy.sizes.layers]
-    scores = Scores.load(inputs["scores"] / "scores.safetensors")
+    widest = Shape.load(inputs["shape"]).widest
+    scores = Scores.load(inputs["scores"])
     kept = layers_that_stay(inputs, scores.layers, config.plan.policy)
     heads, neurons = list(scores.heads), list(scores.neurons)
     modules = projections(anatomy).items()
-    solved = {module.format(layer=layer): (axis, layer) for layer in kept for axis, module in modules}
+    sites = {module.format(layer=layer): (axis, layer) for layer in kept for axis, module in modules}
 
-    def narrowed(name: str, gram: Tensor) -> Narrowed:
-        axis, layer = solved[name]
-        weight, whole, wanted = source[f"{name}.weight"].to(place), anatomy.sizes.layers[layer], widths[layer]
+    def narrowed(name: str, hessian: Tensor) -> Narrowed:
+        axis, layer = sites[name]
+        weight, whole = source[f"{name}.weight"].to(place), anatomy.sizes.layers[layer]
+        target = widest.within(whole)
         if axis == "f":
-            return narrow_units(weight, gram, 1, wanted.neurons, asked.local, asked.at_once, asked.damping)
-        return narrow_heads(weight, gram, anatomy.sizes.head_size, whole, wanted, asked.local, asked.damping)
+            return narrow_units(weight, hessian, 1, target.neurons, restore.local, restore.at_once, restore.damping)
+        return narrow_heads(weight, hessian, anatomy.sizes.head_size, whole, target, restore.local, restore.damping)
 
-    def prune(name: str, weight: Tensor, gram: Tensor) -> Tensor:
-        axis, layer = solved[name]
-        ranks.sum_([gram])
-        whole = torch.zeros(weight.shape, dtype=torch.float64, device=gram.device)
+    def prune(name: str, weight: Tensor, hessian: Tensor) -> Tensor:
+        axis, layer = sites[name]
+        ranks.sum_([hessian])
+        solved = torch.zeros(weight.shape, dtype=torch.float64, device=hessian.device)
         if ranks.rank == 0:
-            found = narrowed(name, gram)
-            (neurons if axis == "f" else heads)[layer] = found.scores
-            whole.copy_(found.weight)
-        ranks.sum_([whole])
-        return whole
+            result = narrowed(name, hessian)
+            (neurons if axis == "f" else heads)[layer] = result.scores
+            solved.copy_(result.weight)
+        ranks.sum_([solved])
+        return solved
 
-    model = load_model(inputs["subject"], device.compute_dtype, device.attention, config.model.trust_remote_code)
-    batches = list(calibration(config, inputs, asked.tokens, ranks))
+    model = load(config, inputs["subject"], machine)
+    batches = list(calibration(config, inputs, restore.tokens, ranks))
     passes = prune_in_sequence(model.get_decoder(), anatomy, batches, prune, device.torch, kept)
     changed = {
-        name: weight.to("cpu", source[name].dtype) for name, weight in machine.progress(passes, len(solved), "sequence")
+        name: weight.to("cpu", source[name].dtype)
+        for name, weight in machine.progress(passes, len(sites), "sequential")
     }
     if ranks.rank == 0:
         shutil.rmtree(out, ignore_errors=True)
         stream = ((name, changed[name] if name in changed else source[name]) for name in source)
         write_checkpoint(out, source.config, stream, config.checkpoint.shard_bytes, inputs["subject"])
-        scores.with_units(heads, neurons).save(out / "scores.safetensors")
-        (out / "widths.json").write_text(json.dumps([asdict(each) for each in widths]))
+        scores.with_units(heads, neurons).save(out)
 
 
 STAGE = Stage(
@@ -102,6 +105,7 @@ STAGE = Stage(
     optional=("depth",),
     becomes=("subject",),
     enabled=enabled,
+    choices={"restore.local": tuple(LOCAL_ORDERS)},
     check=check,
     shows={"restored": ""},
 )

@@ -1,8 +1,9 @@
-"""shape: the student's five widths, as given or as a budget chooses them with nothing measured."""
+"""shape: the student's five widths, as given or as a budget determines them without a measurement."""
 
-import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,42 +14,53 @@ from pipeline.costmodel.nearest_shape import given_shape
 from pipeline.costmodel.pareto import Limits, Serving, check_alike, shape_within
 from pipeline.costmodel.shapes import ModelShape, depth_for, multiples_for, neurons_for, shape_for
 from pipeline.model.anatomy import Anatomy
+from pipeline.model.shape import Shape
 from pipeline.prune.plan import kept_layers
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_source import model_folder
+from pipeline.stages.models import checkpoint
 from pipeline.stages.stage import Inputs, Stage
 
-CHOICES = {"all": shape_for, "layers": depth_for, "neurons": neurons_for}  # by budget.axes
+# By budget.axes: (teacher, fraction of its non-embedding parameters) -> student.
+BUDGET_AXES: dict[str, Callable[[ModelShape, float], ModelShape]] = {
+    "all": shape_for,
+    "layers": depth_for,
+    "neurons": neurons_for,
+}
 
 
 def check(config: Config) -> None:
-    """Refuse a shape that is given and limited by a budget, too.
+    """Refuse a shape that is both given and limited by a budget, and budgets that the policies do not support.
 
-    Where the teacher is a folder, refuse a shape that cannot be cut from it, and what no chip can be predicted to do.
+    Where the teacher is a folder, also refuse a shape that cannot be cut from it, and a model whose speed the chip
+    model cannot predict.
     """
-    limited = list(config.budget.predicted) + ["parameters"] * (config.budget.parameters is not None)
+    budget, widths = config.budget, config.plan.widths
+    limited = [*budget.predicted, *(["parameters"] if budget.parameters is not None else [])]
     if config.recipe.shape == "given" and config.shape.given and limited:
-        raise ValueError(f"shape.* gives the shape and budget.* limits it by {limited}; give one")
-    axes, widths = config.budget.axes, config.plan.widths
-    if axes != "all" and config.budget.predicted:
-        limits = list(config.budget.predicted)
+        raise ValueError(f"shape: the shape is given and budget.* limits it by {limited}; set only one of them")
+    if budget.axes != "all" and budget.predicted:
         raise ValueError(
-            f"budget.axes={axes} goes by budget.parameters alone; leave {limits} out, or set budget.axes=all"
+            f"budget.axes: {budget.axes} supports budget.parameters only; remove {list(budget.predicted)}, or set "
+            "budget.axes=all"
         )
-    alike = axes == "layers" or (axes == "neurons" and widths != "measured")
+    alike = budget.axes == "layers" or (budget.axes == "neurons" and widths != "measured")
     if alike and widths != "uniform":
-        raise ValueError(f"budget.axes={axes} makes all layers alike, and plan.widths={widths} does not; set axes=all")
-    if config.plan.widths != "uniform" and config.budget.predicted:
         raise ValueError(
-            f"plan.widths={config.plan.widths} gives each layer its own widths and budget.* limits the shape by "
-            f"{list(config.budget.predicted)}, predicted of equal ones; set budget.parameters alone"
+            f"budget.axes: {budget.axes} makes all layers alike, and plan.widths={widths} does not; set "
+            "budget.axes=all"
+        )
+    if widths != "uniform" and budget.predicted:
+        raise ValueError(
+            f"plan.widths: {widths} gives layers different widths, and {list(budget.predicted)} of budget.* are only "
+            "predicted for equal ones; set budget.parameters only"
         )
     folder = model_folder(config.model.path, config.model.allow_pickle)
     if folder is None:
         return
     anatomy = open_checkpoint(folder, config.model.allow_pickle).anatomy
-    if config.recipe.shape == "search" or config.budget.predicted:
+    if config.recipe.shape == "search" or budget.predicted:
         check_alike(ModelShape.of(anatomy))
     elif enabled(config) and (config.stages is None or "shape" in config.stages):
         student, _ = _student(config, anatomy)
@@ -57,41 +69,47 @@ def check(config: Config) -> None:
 
 
 def enabled(config: Config) -> bool:
-    """Whether the shape is not searched, and the student not cut elsewhere."""
+    """Return whether the shape is not searched, and the student not cut elsewhere."""
     return config.recipe.shape == "given" and config.model.start is None
 
 
-def settings(config: Config) -> dict:
-    """Give the shape and budget sections and what else decides which shapes are possible; where limits are predicted,
-    also the chip and how it is used."""
-    budget = config.budget.model_dump(include={"parameters", "axes", "fallback"})
-    asked = {"shape": config.shape.model_dump(), "budget": budget, "way": config.recipe.shape}
+def settings(config: Config) -> dict[str, Any]:
+    """Return the shape and budget sections and what else decides which shapes are possible.
+
+    Where limits are predicted, also the chip and how the student is served.
+    """
+    result = {
+        "shape": config.shape.model_dump(),
+        "budget": config.budget.model_dump(include={"parameters", "axes", "fallback"}),
+        "own_widths": config.plan.widths != "uniform",
+        "bias_compensation": config.reinit.bias_compensation,
+        "progress": config.recipe.progress,
+    }
     if config.budget.predicted:
-        serving, chip = config.shape_search.serving, config.device.chip_facts
-        asked |= {"limits": config.budget.limits, "serving": serving, "chip": chip}
-    biased = {"bias_compensation": True} if config.reinit.bias_compensation else {}
-    return asked | ({"layers": "own"} if config.plan.widths != "uniform" else {}) | biased | config.recipe.progress
+        result["limits"] = config.budget.limits
+        result["serving"] = config.shape_search.serving
+        result["chip"] = config.device.chip_facts
+    return result
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
-    """Write shape.json: this round's share of the way to the student's shape.
+    """Write shape.json: the student's shape after this round.
 
-    Where layers will have widths of their own within a budget, it says the `weights` they may hold together, and the
-    shape of equal layers that hold them. ValueError, naming the nearest possible shapes, for one that cannot be cut.
+    Raise ValueError, naming the nearest possible shapes, for one that cannot be cut.
     """
-    anatomy = open_checkpoint(inputs["teacher"], config.model.allow_pickle).anatomy
+    anatomy = checkpoint(config, inputs["teacher"]).anatomy
     teacher = ModelShape.of(anatomy)
-    student, own = _student(config, anatomy)
-    (out / "shape.json").write_text(json.dumps(student.axes() | own, indent=2))
+    student, weights = _student(config, anatomy)
+    Shape(**student.axes(), weights=weights).save(out)
     kept = student.non_embedding_parameters() / teacher.non_embedding_parameters()
     machine.say(f"shape: {student.axes()} keeps {kept:.1%} of the parameters outside the embeddings")
 
 
-def _student(config: Config, anatomy: Anatomy) -> tuple[ModelShape, dict[str, int]]:
-    """Give this round's shape and, where layers will have widths of their own within a budget, their `weights`."""
+def _student(config: Config, anatomy: Anatomy) -> tuple[ModelShape, int | None]:
+    """Return this round's shape and, where layers get widths of their own within a budget, the weights they may
+    hold."""
     done, rounds = config.recipe.part
     budget = config.budget.parameters or config.budget.fallback
-    own = {}
     teacher = ModelShape.of(anatomy, config.reinit.bias_compensation)
     if config.shape.given:
         student = given_shape(teacher, config.shape.model_dump())
@@ -99,14 +117,13 @@ def _student(config: Config, anatomy: Anatomy) -> tuple[ModelShape, dict[str, in
         chip = Chip(**config.device.chip_facts)
         student = shape_within(chip, teacher, Serving(**config.shape_search.serving), Limits(**config.budget.limits))
     elif config.plan.widths != "uniform":
-        own = {"weights": weights_within(anatomy, 1.0 - (1.0 - budget) * done / rounds)}
-        even = even_widths(anatomy.sizes, own["weights"], multiples_for(teacher).neurons)
-        student = ModelShape.of(anatomy.narrowed(replace(anatomy.sizes, layers=tuple(even)), anatomy.layer_types))
+        weights = weights_within(anatomy, 1.0 - (1.0 - budget) * done / rounds)
+        even = even_widths(anatomy.sizes, weights, multiples_for(teacher).neurons)
+        sizes = replace(anatomy.sizes, layers=tuple(even))
+        return ModelShape.of(anatomy.narrowed(sizes, anatomy.layer_types)), weights
     else:
-        student = CHOICES[config.budget.axes](teacher, budget)
-    if not own:
-        student = partway(teacher, student, done, rounds)
-    return student, own
+        student = BUDGET_AXES[config.budget.axes](teacher, budget)
+    return partway(teacher, student, done, rounds), None
 
 
 STAGE = Stage(
@@ -116,7 +133,8 @@ STAGE = Stage(
     settings=settings,
     needs=("teacher", "subject"),
     enabled=enabled,
+    choices={"budget.axes": tuple(BUDGET_AXES)},
     check=check,
     all_ranks=False,
-    shows={"shape.json": "shape.json"},
+    shows={"shape.json": Shape.FILE},
 )

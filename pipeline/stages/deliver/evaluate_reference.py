@@ -1,12 +1,12 @@
-"""dense: the teacher measured on held-out text, once for all students that are compared with it."""
+"""evaluate_reference: the reference model on held-out text, once for all students that are compared with it."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 from pipeline import evaluator
 from pipeline.config import Config
 from pipeline.evaluation import tasks
-from pipeline.evaluation.perplexity import finite
+from pipeline.evaluation.results import ReferenceEvaluation
 from pipeline.runtime.checkpoint import load_tokenizer
 from pipeline.runtime.machine import Machine
 from pipeline.stages.stage import Inputs, Stage
@@ -17,20 +17,20 @@ def check(config: Config) -> None:
     tasks.check(config.evaluate.tasks)
 
 
-def settings(config: Config) -> dict:
-    """Give what determines the figures."""
+def settings(config: Config) -> dict[str, Any]:
+    """Return what determines the figures."""
     return evaluator.settings(config)
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
-    """Write dense.json: what is asked of each text, the teacher's figures on it, and what it says to the prompts."""
+    """Write reference.json: facts of every text, the model's figures on it, and its behaviour."""
     tokenizer = load_tokenizer(inputs["reference"], config.model.trust_remote_code)
     bench = evaluator.Bench(config, inputs["tokens"], tokenizer, machine)
     facts = bench.facts()
     with bench.placed(inputs["reference"]) as model:
-        found = {"facts": facts, "figures": bench.measure(model, "teacher", facts)}
+        figures = bench.measure(model, "teacher", facts)
         if machine.ranks.rank == 0:
-            (out / "dense.json").write_text(json.dumps(finite(found | bench.show(model)), indent=1) + "\n")
+            ReferenceEvaluation(facts, figures, bench.behaviour(model)).save(out)
 
 
 STAGE = Stage(

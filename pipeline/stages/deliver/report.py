@@ -1,4 +1,4 @@
-"""report: what the run did and what it gave, as report.json, as one page and as pictures."""
+"""report: the settings, figures and costs of a run, as report.json, as one page and as pictures."""
 
 import json
 import platform
@@ -13,9 +13,14 @@ from typing import Any
 import torch
 
 from pipeline.config import Config
+from pipeline.config.neutral import determining
+from pipeline.costmodel.search_result import SearchResult
+from pipeline.distill.layer_errors import LayerErrors
+from pipeline.evaluation.results import Evaluation
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
+from pipeline.model.shape import StreamEnergy
 from pipeline.report.axes import number
 from pipeline.report.comparison import summary
 from pipeline.report.drawing import Drawing, save_png
@@ -25,41 +30,39 @@ from pipeline.report.local_distill import errors_by_layer
 from pipeline.report.page import page
 from pipeline.report.rounds import cuts, layers_by_round, round_facts
 from pipeline.runtime.artifacts import LIBRARIES, code_revision, library_versions
-from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.manifest import MANIFEST
 from pipeline.runtime.model_source import locate
+from pipeline.stages.models import checkpoint
 from pipeline.stages.stage import Inputs, Stage
 from pipeline.training import METRICS
 
-# Absent where the teacher was not corrected, the student not recovered, the plan made by hand, no channel turned, no
-# weight restored.
-SEEN = "tokens"  # what the curves of trainings run over
+SEEN = "tokens"  # the horizontal axis of training curves
 RECOVERY = {
     "loss": ("loss", "Distillation loss"),
     "kl": ("held_out_kl", "Held-out KL to the teacher, nats per token"),
     "rate": ("learning_rate", "Learning rate"),
 }  # figure -> metric, title
 CORRECTION = {"correction": ("held_out_cross_entropy", "Teacher, next-token loss, held-out text, nats")}
-SETTLING = {
-    "settling": ("loss", "Settling loss"),
-    "settling_change": ("held_out_change", "What these layers add, held-out text"),
+REGULARIZATION = {
+    "settling": ("loss", "Regularization loss"),
+    "settling_change": ("held_out_change", "Output of the layers to be removed, held-out text"),
     "settling_entropy": ("held_out_cross_entropy", "Next-token loss, held-out text, nats"),
 }
 
 
-def settings(config: Config) -> dict:
-    """Give every setting the report shows: all but where things are kept and which part of the line runs."""
-    return config.model_dump(mode="json", exclude={"stages", "runs", "artifacts", "verify", "output", "track"})
+def settings(config: Config) -> dict[str, Any]:
+    """Return every setting that determines a result; the report shows them."""
+    return determining(config)
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """Write report.json, report.html and figures/*.png, and print the comparison."""
-    anatomy = open_checkpoint(inputs["reference"], config.model.allow_pickle).anatomy
+    anatomy = checkpoint(config, inputs["reference"]).anatomy
     sizes = anatomy.sizes
-    blueprint = Blueprint.load(inputs["blueprint"] / "blueprint.json")
+    blueprint = Blueprint.load(inputs["blueprint"])
     scores = _scores(inputs)
-    evaluation = json.loads((inputs["evaluation"] / "evaluation.json").read_text())
+    evaluation = Evaluation.load(inputs["evaluation"]).to_json()
     stages = _stages(inputs)
     curves = recovery_curves(_metrics(inputs["recovered"]), SEEN) if "recovered" in inputs else None
     report = gather(
@@ -70,8 +73,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         _made_with(config, inputs),
     )
     drawings = cut_figures(sizes, blueprint, scores)
-    if "shape" in inputs and (inputs["shape"] / "search.json").is_file():
-        report["search"] = json.loads((inputs["shape"] / "search.json").read_text())
+    if "shape" in inputs and (inputs["shape"] / SearchResult.FILE).is_file():
+        report["search"] = SearchResult.load(inputs["shape"]).to_json()
         drawings["shapes"] = shapes_searched(report["search"])
     rounds = _rounds(anatomy, inputs)
     if rounds:
@@ -82,12 +85,12 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         report["correction"] = recovery_facts(corrected, SEEN)
         drawings |= _training_figures(corrected, CORRECTION, [])
     if "restored" in inputs and (inputs["restored"] / METRICS).is_file():
-        settled = recovery_curves(_metrics(inputs["restored"]), SEEN)
-        report["settling"] = recovery_facts(settled, SEEN)
-        drawings |= _training_figures(settled, SETTLING, [])
-    learnt = _nearest(inputs["initial_student"], "initial_student", "blocks.json")
-    if learnt:
-        report["blocks"] = json.loads(learnt.read_text())
+        regularized = recovery_curves(_metrics(inputs["restored"]), SEEN)
+        report["settling"] = recovery_facts(regularized, SEEN)
+        drawings |= _training_figures(regularized, REGULARIZATION, [])
+    distilled = _nearest(inputs["initial_student"], "initial_student", LayerErrors.FILE)
+    if distilled:
+        report["blocks"] = LayerErrors.load(distilled).to_json()["layers"]
         drawings["blocks"] = errors_by_layer(report["blocks"])
     if (inputs["student"] / "export.json").is_file():
         place = {"folder": str(Path(config.runs) / config.run / "student")}
@@ -104,15 +107,16 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
 
 
 def _scores(inputs: Mapping[str, Path]) -> Scores:
-    """Give the scores, of hidden channels as they were cut: by their energy where the stream was turned."""
-    scores = Scores.load(inputs["scores"] / "scores.safetensors")
+    """Return the scores by which the student was cut: of channels their energy where the stream was rotated."""
+    scores = Scores.load(inputs["scores"])
     if "rotated" not in inputs:
         return scores
-    energy = json.loads((inputs["rotated"] / "basis.json").read_text())["energy"]
+    energy = StreamEnergy.load(inputs["rotated"]).energy
     return replace(scores, channels=torch.tensor(energy, dtype=torch.float64))
 
 
-def _made_with(config: Config, inputs: Mapping[str, Path]) -> dict:
+def _made_with(config: Config, inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """Return what the run was made with: model, settings, versions and artifacts."""
     versions = {"revision": code_revision(), "python": platform.python_version()}
     return {
         "model": _name(config.model.path),
@@ -127,17 +131,17 @@ def _made_with(config: Config, inputs: Mapping[str, Path]) -> dict:
 
 
 def _name(path: str) -> str:
-    """Give the model's name: that of its folder, file or hub entry."""
+    """Return the model's name: that of its folder, file or hub entry."""
     place = locate(path).parts[0] if path.startswith("package:") else Path(path)
     return place.name.removesuffix(".gguf")
 
 
 def _stages(inputs: Mapping[str, Path]) -> dict[str, dict]:
-    """Give seconds, peak memory in bytes and devices of every stage behind the inputs, by name; rounds add up.
+    """Return seconds, peak memory in bytes and devices of every stage behind the inputs, by name; rounds are summed.
 
-    Read from their manifests; an input without one, as when it was made by hand, has no entry.
+    Read from manifests; an input without one, such as one written by hand, has no entry.
     """
-    found: dict[str, dict] = {}
+    costs: dict[str, dict[str, Any]] = {}
     seen: set[Path] = set()
 
     def follow(folder: Path) -> None:
@@ -148,44 +152,45 @@ def _stages(inputs: Mapping[str, Path]) -> dict[str, dict]:
         facts = json.loads(path.read_text())
         for name in facts["inputs"].values():
             follow(folder.parent / name)
-        told = found.setdefault(facts["stage"], {"seconds": 0.0, "peak_memory": 0, "devices": []})
-        told["seconds"] += facts["seconds"]
-        told["peak_memory"] = max(told["peak_memory"], facts["peak_memory"])
-        told["devices"] = sorted({*told["devices"], *filter(None, [facts.get("device")])})
+        cost = costs.setdefault(facts["stage"], {"seconds": 0.0, "peak_memory": 0, "devices": []})
+        cost["seconds"] += facts["seconds"]
+        cost["peak_memory"] = max(cost["peak_memory"], facts["peak_memory"])
+        cost["devices"] = sorted({*cost["devices"], *filter(None, [facts.get("device")])})
 
     for folder in inputs.values():
         follow(folder)
-    return found
+    return costs
 
 
 def _rounds(teacher: Anatomy, inputs: Mapping[str, Path]) -> dict[str, Any] | None:
-    """Give what each round left, read along the manifests; None where there was one, or they do not tell."""
+    """Return the facts of each round, read along the manifests; None where there was one."""
     plans = _chain(inputs["blueprint"], "previous_blueprint")
     if len(plans) == 1:
         return None
     students = _chain(inputs["recovered"], "previous_student") if "recovered" in inputs else []
     metrics = [_metrics(folder) for folder in students] if len(students) == len(plans) else []
     alone = [rows[len(before) :] for before, rows in zip([[], *metrics], metrics)]
-    return round_facts(teacher, [Blueprint.load(plan / "blueprint.json") for plan in plans], alone, SEEN)
+    return round_facts(teacher, [Blueprint.load(plan) for plan in plans], alone, SEEN)
 
 
 def _chain(folder: Path, link: str) -> list[Path]:
-    """Give an artifact and those of its kind in the rounds before, the first first; `link` is the input they are."""
+    """Return an artifact and those of its kind in earlier rounds, the first round first; `link` names the input."""
     known = _inputs(folder)
     earlier = _chain(folder.parent / known[link], link) if link in known else []
     return [*earlier, folder]
 
 
 def _nearest(folder: Path, link: str, name: str) -> Path | None:
-    """Give a file of an artifact, or of the last one behind it that has it; `link` is the input they are."""
+    """Return the folder of an artifact that has a file, or of the last one behind it that does; `link` names the
+    input."""
     if (folder / name).is_file():
-        return folder / name
+        return folder
     known = _inputs(folder)
     return _nearest(folder.parent / known[link], link, name) if link in known else None
 
 
 def _inputs(folder: Path) -> dict[str, str]:
-    """Give the names of the folders an artifact was made from; none where it was made by hand."""
+    """Return the names of the artifacts that one was made from, by input; none where it was written by hand."""
     path = folder / MANIFEST
     return json.loads(path.read_text())["inputs"] if path.is_file() else {}
 
@@ -201,8 +206,8 @@ def _training_figures(
     for name, (metric, title) in titles.items():
         if metric in curves:
             points = curves[metric]
-            told = f"{number(points[0][1])} → {number(points[-1][1])}"
-            drawings[name] = curve(title, points, SEEN, told, dots=len(points) <= 24, cuts=cuts)
+            ends = f"{number(points[0][1])} → {number(points[-1][1])}"
+            drawings[name] = curve(title, points, SEEN, ends, dots=len(points) <= 24, cuts=cuts)
     return drawings
 
 

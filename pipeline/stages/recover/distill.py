@@ -72,7 +72,7 @@ def _skipped(config: Config) -> int:
 def _match(inputs: Inputs) -> Match | None:
     if "blueprint" not in inputs:
         return None
-    blueprint = Blueprint.load(inputs["blueprint"] / "blueprint.json")
+    blueprint = Blueprint.load(inputs["blueprint"])
     return Match(tuple((layer, plan.host) for layer, plan in enumerate(blueprint.layers)), blueprint.channels)
 
 

@@ -115,11 +115,11 @@ def test_the_loss_of_the_picked_shape_is_that_of_what_plan_and_cut_make(world, f
     made["blueprint"] = made_by(plan, config, made, tmp_path / "blueprint")
     start = made_by(cut, config, made, tmp_path / "start")
     if scales:
-        channels = list(Blueprint.load(made["blueprint"] / "blueprint.json").channels)
+        channels = list(Blueprint.load(made["blueprint"]).channels)
         norm = "model.layers.0.post_feedforward_layernorm.weight"
         assert torch.equal(open_checkpoint(start)[norm], open_checkpoint(made["teacher"])[norm][channels])
     text = Packed(made["tokens"] / "calibration")
-    rows = shape_search._rows(text, Scores.load(made["scores"] / "scores.safetensors").tokens, config)
+    rows = shape_search._rows(text, Scores.load(made["scores"]).tokens, config)
     model = load_model(start, torch.float32, machine().device.attention)
     total = tally(model, [shape_search._batch(text, rows)], 1024)
     told = json.loads((found / "search.json").read_text())
@@ -155,10 +155,10 @@ def test_all_that_scoring_left_is_measured_where_it_is_less_than_asked(world):
 
 def test_a_text_that_was_scored_to_its_end_is_refused_before_anything_is_cut(world, tmp_path):
     folder, made = world
-    scores = Scores.load(made["scores"] / "scores.safetensors")
+    scores = Scores.load(made["scores"])
     all_of_it = len(Packed(made["tokens"] / "calibration")) * 32
     (tmp_path / "scores").mkdir()
-    replace(scores, tokens=all_of_it).save(tmp_path / "scores" / "scores.safetensors")
+    replace(scores, tokens=all_of_it).save(tmp_path / "scores")
     made = made | {"scores": tmp_path / "scores"}
     with pytest.raises(ValueError, match=r"score.tokens is 512: scoring read all .* lower it"):
         made_by(shape_search, configure(folder), made, tmp_path / "out")

@@ -37,7 +37,7 @@ def made(world, *overrides, **values):
 
 
 def scored(folders):
-    return Scores.load(folders["scores"] / "scores.safetensors")
+    return Scores.load(folders["scores"])
 
 
 def near(found, wanted):
@@ -72,7 +72,7 @@ def test_two_ranks_score_what_one_scores(world, kind):
     place = world / f"two-{kind}"
     chosen = settings(world, run=f"two-{kind}", artifacts=place, **NO_SHAPE)
     pipeline(*chosen, *more, cwd=world, ranks=2)
-    two = Scores.load(world / "runs" / f"two-{kind}" / "scores" / "scores.safetensors")
+    two = Scores.load(world / "runs" / f"two-{kind}" / "scores")
     near(two.heads, one.heads)
     near(two.neurons, one.neurons)
 
@@ -129,7 +129,7 @@ def test_what_a_shape_leaves_out_each_layer_keeps_as_its_own(world, unequal, ove
     given = {f"shape__{axis}": width for axis, width in shape.items()}
     folders = made(world, CUT, *overrides, model__path=unequal, **given)
     teacher, start = (open_checkpoint(folders[name]).anatomy.sizes for name in ("teacher", "start"))
-    hosts = [plan.host for plan in Blueprint.load(folders["blueprint"] / "blueprint.json").layers]
+    hosts = [plan.host for plan in Blueprint.load(folders["blueprint"]).layers]
     most = shape.get("neurons", 128)
     own = [teacher.layers[host] for host in hosts]
     assert min(each.neurons for each in own) < 88 < max(each.neurons for each in own)
@@ -154,9 +154,7 @@ def test_compensating_biases_bring_the_cut_model_nearer_on_average(world):
     chosen = ("recipe=flap", "budget.parameters=0.6", CUT)
     folders = made(world, *chosen)
     bare = made(world, *chosen, "reinit.bias_compensation=false")
-    assert Blueprint.load(folders["blueprint"] / "blueprint.json") == Blueprint.load(
-        bare["blueprint"] / "blueprint.json"
-    )
+    assert Blueprint.load(folders["blueprint"]) == Blueprint.load(bare["blueprint"])
     assert (
         open_checkpoint(folders["initial_student"]).config["mlp_bias"]
         and "mlp_bias" in open_checkpoint(bare["initial_student"]).config

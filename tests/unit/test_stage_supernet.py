@@ -57,7 +57,7 @@ def logits(folder):
 
 
 def widths_of(folders):
-    blueprint = Blueprint.load(folders["blueprint"] / "blueprint.json")
+    blueprint = Blueprint.load(folders["blueprint"])
     return [(len(plan.groups), len(plan.neurons)) for plan in blueprint.layers]
 
 
@@ -116,7 +116,7 @@ def test_in_sequence_every_error_is_at_most_that_of_no_update_for_what_the_layer
 def test_layers_that_go_take_no_part(world):
     folders = made(world, SEQUENCE, shape__layers=3, shape__neurons=12)
     start, restored, teacher = (open_checkpoint(folders[name]) for name in ("initial_student", "restored", "teacher"))
-    hosts = [plan.host for plan in Blueprint.load(folders["blueprint"] / "blueprint.json").layers]
+    hosts = [plan.host for plan in Blueprint.load(folders["blueprint"]).layers]
     (gone,) = set(range(4)) - set(hosts)
     name = f"model.layers.{gone}.mlp.down_proj.weight"
     assert torch.equal(restored[name], teacher[name]) and start.config["num_hidden_layers"] == 3

@@ -186,7 +186,7 @@ def test_the_last_distance_told_is_that_of_the_whole_student(world, tmp_path, ro
         world, changed = make_world(tmp_path, "llama-tied", hidden_size=64), {"layers": 2, "hidden": 32}
     line_ = [f"recipe.{part}=[{','.join(STAGES)}]" for part in ("line", "repeat")]
     folders = made(world, *LEARN, *line_, f"recipe.rounds={rounds}", **widths(**changed))
-    channels = list(Blueprint.load(folders["blueprint"] / "blueprint.json").channels)
+    channels = list(Blueprint.load(folders["blueprint"]).channels)
     assert open_checkpoint(folders["teacher"]).anatomy.sizes.hidden == (32 if rounds == 1 else 64)
     models = [load_model(folders[name], torch.float32, "eager") for name in ("teacher", "start")]
     text = beginning(Packed(folders["tokens"] / "calibration"), 2048, 8, 0, 1, 0)

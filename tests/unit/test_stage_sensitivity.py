@@ -98,7 +98,7 @@ def test_measured_widths_keep_to_the_budget_and_rows_are_the_kl_of_what_would_be
         ("groups", 2), ("groups", 3), ("neurons", 64), ("neurons", 128)
     ]  # fmt: skip
     row = next(row for row in rows if (row["layer"], row["kind"], row["removed"]) == (2, "neurons", 64))
-    stays = Scores.load(folders["scores"] / "scores.safetensors").neurons[2].argsort()[64:]
+    stays = Scores.load(folders["scores"]).neurons[2].argsort()[64:]
     dense = load_model(folders["teacher"], torch.float64, "eager")
     cut_ = load_model(folders["teacher"], torch.float64, "eager")
     down, name = cut_.model.layers[2].mlp.down_proj.weight.data, "model.layers.2.mlp.down_proj"
@@ -131,7 +131,7 @@ def test_a_layer_that_writes_nothing_loses_first(tmp_path):
     silenced = {name: tensor.clone() for name, tensor in stream}
     write_checkpoint(world / "silent", source.config, iter(silenced.items()), 1e9, world / "model")
     folders = made(world, "budget.parameters=0.8", model__path=world / "silent")
-    widths = [len(plan.neurons) for plan in Blueprint.load(folders["blueprint"] / "blueprint.json").layers]
+    widths = [len(plan.neurons) for plan in Blueprint.load(folders["blueprint"]).layers]
     assert widths[1] == 16 and min(widths[0], *widths[2:]) > 16
 
 

@@ -76,7 +76,7 @@ def test_a_full_width_basis_leaves_the_teachers_logits_through_the_stages(world,
 def test_slnp_after_a_principal_cut_is_the_root_of_the_widths(world):
     folders = made(world, CUT, *dotted(PRINCIPAL | {"rotate.tie": "untied"}), **whole(hidden=20))
     start = open_checkpoint(folders["initial_student"])
-    assert Blueprint.load(folders["blueprint"] / "blueprint.json").channels == tuple(range(20))
+    assert Blueprint.load(folders["blueprint"]).channels == tuple(range(20))
     for pattern in start.anatomy.norms:
         gain = start[pattern.format(layer=1)]
         torch.testing.assert_close(gain, torch.full((20,), math.sqrt(32 / 20)), rtol=1e-6, atol=0)
@@ -100,7 +100,7 @@ def errors(folders):
     """Give the output error of W_O and W_down of every student layer against its host, on the calibration text."""
     teacher, start = (open_checkpoint(folders[name]) for name in ("teacher", "start"))
     grams = open_tensors(folders["hessians"])
-    blueprint = Blueprint.load(folders["blueprint"] / "blueprint.json")
+    blueprint = Blueprint.load(folders["blueprint"])
     found = {}
     for place, plan in enumerate(blueprint.layers):
         heads = [head * 8 + i for group in plan.groups for head in group.heads for i in range(8)]
@@ -146,7 +146,7 @@ def test_depth_by_loss_keeps_the_layers_of_least_measured_loss(world):
     chosen = ["plan.depth=loss", "plan.depth_tokens=256", "plan.clap=false", "calibration.batch_size=4"]
     folders = made(world, CUT, *chosen, **whole(layers=3))
     found = json.loads((folders["depth"] / "depth.json").read_text())
-    blueprint = Blueprint.load(folders["blueprint"] / "blueprint.json")
+    blueprint = Blueprint.load(folders["blueprint"])
     assert [plan.host for plan in blueprint.layers] == found["kept"] and len(found["tried"]) == 3
     assert found["loss"] == min(each["loss"] for each in found["tried"])
     batches = beginning(Packed(folders["tokens"] / "calibration"), 256, 4, 0, 1, 0)
@@ -175,7 +175,7 @@ def test_two_ranks_measure_what_one_measures(world):
     for name, matrix in open_tensors(one["hessians"]).items():
         assert (open_tensors(grams)[name] - matrix).norm() / matrix.norm() < 1e-2, name
     (orders,) = (world / "two").glob("obs_order-*")
-    for each in Scores.load(orders / "scores.safetensors").neurons:
+    for each in Scores.load(orders).neurons:
         assert sorted(each.tolist()) == list(range(1, 25))
     depths = (one["depth"], *(world / "two").glob("layer_loss-*"))
     losses = [json.loads((folder / "depth.json").read_text())["loss"] for folder in depths]

@@ -1,7 +1,6 @@
 """plan.depth=evolved through the stages on a tiny model: never worse than its start, the same again for a seed."""
 
 import itertools
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -14,12 +13,14 @@ from pipeline.data.stream import beginning
 from pipeline.evaluation.perplexity import tally
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
+from pipeline.model.shape import Depth
 from pipeline.prune.plan import kept_layers
 from pipeline.runtime.checkpoint import load_model
 from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.track import Track
 from pipeline.stages.analyse import layer_loss
+from pipeline.stages.models import load
 from tests.processes import on_ranks
 from tests.tiny import counted
 from tests.tiny_text import configured
@@ -40,34 +41,34 @@ def made(world, *overrides, **values):
 
 
 def found(folders):
-    told = json.loads((folders["depth"] / "depth.json").read_text())
-    return told, {tuple(each["kept"]): each["loss"] for each in told["tried"]}
+    depth = Depth.load(folders["depth"])
+    return depth, {each.kept: each.loss for each in depth.tried}
 
 
 @pytest.mark.parametrize("start", ["influence", "loss"])
 def test_an_evolved_choice_is_never_worse_than_its_start_and_is_the_one_that_is_cut(world, start):
     folders = made(world, f"layer_loss.start={start}")
-    told, tried = found(folders)
+    depth, tried = found(folders)
     if start == "influence":
-        scores = Scores.load(folders["scores"] / "scores.safetensors")
+        scores = Scores.load(folders["scores"])
         begun = tuple(kept_layers(scores.layers, 3, "influence", 1))
         assert next(iter(tried)) == begun
     else:
-        begun = tuple(found(made(world, "plan.depth=loss"))[0]["kept"])
-    assert told["loss"] <= tried[begun]
-    assert told["loss"] == min(loss for kept, loss in tried.items() if len(kept) == 3) == tried[tuple(told["kept"])]
-    assert len(tried) == len(told["tried"]), "no set is measured twice"
-    blueprint = Blueprint.load(folders["blueprint"] / "blueprint.json")
-    assert [plan.host for plan in blueprint.layers] == told["kept"] and told["kept"][0] == 0
+        begun = tuple(found(made(world, "plan.depth=loss"))[0].kept)
+    assert depth.loss <= tried[begun]
+    assert depth.loss == min(loss for kept, loss in tried.items() if len(kept) == 3) == tried[depth.kept]
+    assert len(tried) == len(depth.tried), "no set is measured twice"
+    blueprint = Blueprint.load(folders["blueprint"])
+    assert tuple(plan.host for plan in blueprint.layers) == depth.kept and depth.kept[0] == 0
     batches = beginning(Packed(folders["tokens"] / "calibration"), 256, 8, 0, 1, 0)
     sums = tally(load_model(folders["initial_student"], torch.float32, "eager"), batches, 64)
-    assert float(sums[0] / sums[2]) == pytest.approx(told["loss"], rel=2e-2)
+    assert float(sums[0] / sums[2]) == pytest.approx(depth.loss, rel=2e-2)
 
 
 def test_enough_generations_find_the_best_of_all_sets(world):
-    told, tried = found(made(world, "layer_loss.generations=30"))
+    depth, tried = found(made(world, "layer_loss.generations=30"))
     assert set(tried) == {(0, *rest) for rest in itertools.combinations(range(1, 6), 2)}
-    assert told["loss"] == min(tried.values())
+    assert depth.loss == min(tried.values())
 
 
 def test_a_seed_finds_the_same_again(world):
@@ -86,7 +87,7 @@ def chosen(ranks, place, interrupted_at, *inputs):
         return tally(*arguments)
 
     layer_loss.tally = counted
-    given = dict(zip(("teacher", "tokens", "shape"), map(Path, inputs), strict=True))
+    given = dict(zip(("subject", "tokens", "shape"), map(Path, inputs), strict=True))
     Path(place).mkdir(exist_ok=True)
     machine = Machine(open_device("cpu", "auto", False, ranks.local_rank, 0), ranks, Track(None))
     config = configured(*CHOSEN, "layer_loss.start=loss", f"calibration.batch_size={8 // ranks.world}")
@@ -114,14 +115,15 @@ def test_an_interrupted_choice_measures_no_set_twice_and_ends_the_same(world, tm
     told = on_ranks(chosen_twice, tmp_path, world_size, arguments=(str(tmp_path), *inputs))
     straight = told[0][0]
     assert told == [[straight, straight - 2, 2]] * world_size and straight > 5 + 4 + 3
-    for file in ("depth.json", layer_loss.LOSSES):
-        assert (tmp_path / "killed" / file).read_text() == (tmp_path / "straight" / file).read_text(), file
+    killed, straight = (tmp_path / name for name in ("killed", "straight"))
+    assert Depth.load(killed) == Depth.load(straight)
+    assert [path.name for path in killed.iterdir()] == [Depth.FILE]
 
 
 def test_a_greedy_choice_runs_no_layer_again_that_two_sets_begin_with(world, monkeypatch):
     """Five sets of five layers, without layer 1, 2, 3, 4, 5: each is reached along what it shares with the last."""
     counts = Counter()
-    monkeypatch.setattr(layer_loss, "load_model", lambda *given: counted(load_model(*given), counts))
+    monkeypatch.setattr(layer_loss, "load", lambda *given: counted(load(*given), counts))
     made(world, "plan.depth=loss", f"artifacts={world / 'counted'}", "calibration.batch_size=100", shape__layers=5)
     assert counts == {0: 2, 1: 2, 2: 3, 3: 4, 4: 4, 5: 4}
 
@@ -129,9 +131,7 @@ def test_a_greedy_choice_runs_no_layer_again_that_two_sets_begin_with(world, mon
 def test_the_digest_of_the_greedy_choice_knows_nothing_of_evolution():
     plain = configured("plan.depth=loss")
     assert layer_loss.settings(plain) == layer_loss.settings(configured("plan.depth=loss", "layer_loss.generations=99"))
-    assert (
-        set(layer_loss.settings(plain)) == {"tokens", "keep_first", "batch", "seed"} and layer_loss.needs(plain) == ()
-    )
+    assert set(layer_loss.settings(plain)) == {"tokens", "keep_first", "seed"} and layer_loss.needs_also(plain) == ()
     evolved = layer_loss.settings(configured("plan.depth=evolved"))
     assert evolved["evolved"] == {"start": "influence", "generations": 20, "offspring": 8}
     with pytest.raises(ValueError, match="layer_loss.offspring"):

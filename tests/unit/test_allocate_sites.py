@@ -1,10 +1,13 @@
 """Laws of where widths are searched and the even widths a search begins with."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.allocate.budgets import layer_weights
 from pipeline.allocate.sites import even_start, given_start, sites_of
 from pipeline.model.anatomy import LayerSizes, Sizes
+from pipeline.model.shape import Shape
 
 MODULES = {"n d": "layers.{layer}.o", "f": "layers.{layer}.down"}
 SMOL = Sizes(49152, 576, 64, (LayerSizes(9, 3, 1536),) * 30)
@@ -32,7 +35,7 @@ def test_whole_groups_that_weigh_too_much_are_paid_for_by_neurons():
     allowed = int(0.2 * layer_weights(SMOL, SMOL.layers))
     start = even_start(sites, allowed)
     assert set(start[::2]) == {1} and layer_weights(SMOL, widths_of(sites, start)) <= allowed
-    with pytest.raises(ValueError, match="too few; raise it"):
+    with pytest.raises(ValueError, match=r"^budget\.parameters: "):
         even_start(sites, int(0.02 * layer_weights(SMOL, SMOL.layers)))
 
 
@@ -62,7 +65,7 @@ def test_layers_of_unequal_widths_start_in_steps_that_all_of_them_can_take(multi
 
 def test_a_given_shape_starts_as_it_is_and_keeps_groups_whole():
     sites = sites_of(SMOL, range(2), MODULES, 32)
-    shape = {"heads": 6, "groups": 2, "neurons": 1152}
+    shape = Shape(layers=2, hidden=576, heads=6, groups=2, neurons=1152)
     assert given_start(sites, shape) == (2, 1152, 2, 1152)
-    with pytest.raises(ValueError, match="keeps KV groups whole"):
-        given_start(sites, shape | {"heads": 4})
+    with pytest.raises(ValueError, match=r"^shape\.heads: 4 "):
+        given_start(sites, replace(shape, heads=4))

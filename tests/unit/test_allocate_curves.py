@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.allocate.budgets import layer_weights
-from pipeline.allocate.curves import curves_of, lower_hull, measured_widths, removals
+from pipeline.allocate.curves import Narrowing, Sensitivities, lower_hull, measured_widths, removals
 from pipeline.model.anatomy import LayerSizes, Sizes
 
 LAYER = LayerSizes(6, 3, 96)  # a KV group of two queries weighs as much as 16 neurons: 2 · 32 · 8 · 3 = 3 · 32 · 16
@@ -126,8 +126,9 @@ def test_rows_become_curves_that_end_before_a_loss_that_is_no_number():
         {"layer": 4, "kind": "neurons", "removed": 16, "loss": math.nan},
         {"layer": 5, "kind": "neurons", "removed": 8, "loss": 2.0},
     ]
-    assert curves_of(rows, 4) == ([(0, 0.25), (1, 0.5)], [(0, 0.25), (8, 1.0)])
-    assert curves_of(rows, 5) == ([(0, 0.25)], [(0, 0.25), (8, 2.0)])
+    sensitivities = Sensitivities(tuple(Narrowing(**row) for row in rows))
+    assert sensitivities.curves(4) == ([(0, 0.25), (1, 0.5)], [(0, 0.25), (8, 1.0)])
+    assert sensitivities.curves(5) == ([(0, 0.25)], [(0, 0.25), (8, 2.0)])
 
 
 def test_levels_remove_whole_units_and_keep_what_must_stay():

@@ -1,0 +1,20 @@
+"""Models and checkpoints as every stage reads them."""
+
+from pathlib import Path
+
+from torch import nn
+
+from pipeline.config import Config
+from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint
+from pipeline.runtime.machine import Machine
+
+
+def load(config: Config, folder: Path, machine: Machine) -> nn.Module:
+    """Return the model of a folder on the host, in the type and with the attention that the device computes with."""
+    device = machine.device
+    return load_model(folder, device.compute_dtype, device.attention, config.model.trust_remote_code)
+
+
+def checkpoint(config: Config, folder: Path) -> Checkpoint:
+    """Return the checkpoint of a folder, whose tensors are read one at a time."""
+    return open_checkpoint(folder, config.model.allow_pickle)
