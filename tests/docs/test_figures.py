@@ -19,7 +19,7 @@ from tests.world import ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MARK = re.compile(r"<!-- figures: (\w+)(.*)-->")
-MEASURED = re.compile(r"\W{0,3}\d+\.\d")  # whole numbers are settings, versions and shapes as often as measurements
+MEASURED = re.compile(r"\W{0,3}\d+\.\d+(?![.\d])")  # whole numbers are settings, versions and shapes as often as measurements
 STATES = ("before", "after")
 TEXTS = ("readmes", "jargon", "topics", "docstrings")
 
