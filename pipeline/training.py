@@ -196,7 +196,7 @@ def _resumed(
     Metrics of steps that will be taken again are deleted; where nothing is resumed, those of the part before are taken.
     """
     ranks, metrics, checkpoints = machine.ranks, out / METRICS, out / CHECKPOINTS
-    earlier = (before / METRICS).read_text() if before else ""
+    earlier = (before / METRICS).read_text(encoding="utf-8") if before else ""
     rows = _rows(metrics, len(earlier.splitlines())) if ranks.rank == 0 else []
 
     def selected(step: int) -> Selection:
@@ -227,7 +227,7 @@ def _rows(path: Path, skipped: int) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text().splitlines(keepends=True)[skipped:]:
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True)[skipped:]:
         try:
             rows.append(json.loads(line) if line.endswith("\n") else None)
         except ValueError:
@@ -266,7 +266,7 @@ def _engine(section: str, config: Config, options: Training, module: Callable, m
 def _record(path: Path, section: str, steps: int, machine: Machine, metrics: dict[str, float]) -> None:
     """Append a step's numbers to the metrics and the tracker; print those of the held-out text."""
     if machine.ranks.rank == 0:
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
     machine.track.log({name: value for name, value in metrics.items() if name != "step"}, metrics["step"], section)
     held = [(name.removeprefix(HELD_OUT), value) for name, value in metrics.items() if name.startswith(HELD_OUT)]

@@ -197,7 +197,7 @@ def write_chip(calibration: Calibration, path: Path, origin: str) -> None:
         "# Fitted: " + ", ".join(FACTORS) + "; measured: hbm_bandwidth, vector_bandwidth; the rest as it was given.",
     ]
     lines += [f"{field.name}: {_yaml(getattr(calibration.chip, field.name))}" for field in fields(Chip)]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _yaml(value) -> str:

@@ -105,7 +105,7 @@ def _render(tokenizer: Any, turns: list[dict[str, Any]]) -> tuple[str, str]:
 
 
 def _limit_memory() -> None:
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         limit = int(file.read().split()[0]) * resource.getpagesize() + MEMORY
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

@@ -22,7 +22,8 @@ class Stored:
 
     def save(self, folder: Path) -> None:
         """Write the value into a folder."""
-        (folder / self.FILE).write_text(json.dumps(self.to_json(), indent=self.INDENT, ensure_ascii=False) + "\n")
+        text = json.dumps(self.to_json(), indent=self.INDENT, ensure_ascii=False)
+        (folder / self.FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Self:

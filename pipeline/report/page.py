@@ -28,7 +28,7 @@ def page(report: Report, drawings: Mapping[str, Drawing]) -> str:
     parts = (_comparison, _quality, _samples, _search, _cut, _importance, _correction, _settling, rounds_section)
     parts += (blocks_section, _recovery, export_section, _costs, _making)
     student = count(report["parameters"]["student"])
-    return Template(TEMPLATE.read_text()).substitute(
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(f"{report['model']}, pruned to {student} parameters"),
         kicker=escape(f"Pruning report · {report['recipe']} · run {report['run']} · {report['created'][:10]}"),
         heading=escape(f"{report['model']}, from {count(report['parameters']['teacher'])} to {student} parameters"),

@@ -189,10 +189,10 @@ def write_checkpoint(
     if len(shards) > 1:
         placed = {tensor: names[i] for i, shard in enumerate(shards) for tensor in shard}
         index = {"metadata": {"total_size": total, "total_parameters": parameters}, "weight_map": placed}
-        (folder / INDEX).write_text(json.dumps(index, indent=1))
+        (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     if copy_from is not None:
         carry_tokenizer(copy_from, folder)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def carry_tokenizer(origin: Path, folder: Path) -> None:

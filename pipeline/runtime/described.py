@@ -81,7 +81,7 @@ def check_indices(folder: Path) -> None:
 def read_mapping(path: Path) -> dict[str, Any]:
     """Give what a JSON file maps; ValueError, naming it, for anything else."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as fault:
         raise ValueError(f"{path} is no JSON ({fault}); fetch it again") from None
     if not isinstance(found, dict):

@@ -214,7 +214,7 @@ def _processor_field(field: str) -> str:
     listing = Path("/proc/cpuinfo")
     if not listing.exists():
         return ""
-    for line in listing.read_text().splitlines():
+    for line in listing.read_text(encoding="utf-8").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == field:
             return value.strip()
@@ -227,7 +227,7 @@ def _processor_flags() -> str:
 
 def _resident_peak() -> int:
     status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else ():
+    for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
@@ -236,7 +236,7 @@ def _resident_peak() -> int:
 
 def _reset_resident_peak() -> None:
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:  # no procfs, or a container that forbids it: the peak stays that of the whole process
         return
 
@@ -244,7 +244,7 @@ def _reset_resident_peak() -> None:
 def _container_limit() -> float:
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         limit = Path(path)
-        if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        if limit.exists() and (text := limit.read_text(encoding="utf-8").strip()).isdigit():
             return int(text)
     return float("inf")
 

@@ -39,7 +39,7 @@ def ascend(required: bool) -> Iterator[Row]:
     yield from triton_rows(installed("triton"), installed("triton-ascend"), cann)
     driver = Path("/usr/local/Ascend/driver/version.info")
     if driver.exists():
-        yield Row("driver", _named(driver.read_text(), "Version") or "version.info names no version")
+        yield Row("driver", _named(driver.read_text(encoding="utf-8"), "Version") or "version.info names no version")
     else:
         yield Row("driver", f"{driver} does not exist", WARNING, "mount the driver's folder into the container")
     cards = sorted(path.name for path in Path("/dev").glob("davinci[0-9]*"))
@@ -97,7 +97,7 @@ def cann_version(home: Path) -> str | None:
     path = next((path for path in places if path.exists()), None)
     if path is None:
         return None
-    text = path.read_text(errors="replace")
+    text = path.read_text(errors="replace", encoding="utf-8")
     numbers = re.search(r"\d+\.\d+(\.\w+)*", _named(text, "version") or text)
     return numbers.group(0) if numbers else None
 

@@ -135,7 +135,7 @@ def _link(origin: Path, folder: Path, trusted: bool) -> None:
     for name, fields in written.items():
         kept = fields if trusted else {field: value for field, value in fields.items() if field != "auto_map"}
         (folder / name).unlink(missing_ok=True)
-        (folder / name).write_text(json.dumps(kept, indent=2) + "\n")
+        (folder / name).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def _by_layer(config: dict[str, Any]) -> dict[str, list]:

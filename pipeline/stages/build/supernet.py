@@ -91,7 +91,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     if ranks.rank == 0:
         _write(bench, inputs["subject"], out, solved[taken](), scores, widths)
         facts = {"sites": list(bench.sites), "start": start, "rounds": rounds, "losses": losses, "taken": taken}
-        (out / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+        (out / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(out / WORK, ignore_errors=True)  # NFS keeps a hidden file for what is still mapped
     machine.say(
         f"supernet: KL {rounds[0]['losses'][0]:.4f} of even widths, {losses[taken]:.4f} of those found, weights {taken}"

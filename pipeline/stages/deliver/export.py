@@ -91,7 +91,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     told = prove(origin, out, dtype, config.export.tolerance, form)
     told |= {"form": form, "folded": folds, "padded": export_forms.padding(student, wide)}
     told |= {"bytes": open_checkpoint(out).bytes()}
-    (out / "export.json").write_text(json.dumps(told, indent=1))
+    (out / "export.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
     cost = f", {_cost(told['padded'])}" if told["padded"] else ""
     machine.say(
         f"export: {told['class']} ({form}{cost}), read in a fresh process: logits differ by {told['difference']:.1e}"
@@ -117,9 +117,10 @@ def _cost(padded: dict[str, Any]) -> str:
 def _add_code(form: str, kind: dict[str, Any], out: Path) -> None:
     """Put into the folder the code that its form needs: modelling code for `own`, configuration code for `decilm`."""
     if form == "own":
-        text = Path(modelling.__file__).read_text()
+        text = Path(modelling.__file__).read_text(encoding="utf-8")
         base = family_of(kind["model_type"]).architecture  # of our table, never a word of the checkpoint
-        (out / export_forms.OWN_FILE).write_text(f'{text}\n\n{export_forms.OWN_CLASS} = pruned_class("{base}")\n')
+        text += f'\n\n{export_forms.OWN_CLASS} = pruned_class("{base}")\n'
+        (out / export_forms.OWN_FILE).write_text(text, encoding="utf-8")
     if form == "decilm":
         shutil.copyfile(configuration_decilm.__file__, out / decilm.CONFIGURATION_FILE)
 
@@ -140,7 +141,7 @@ def prove(origin: Path, folder: Path, dtype: torch.dtype, tolerance: float, form
         saved = Path(scratch) / "logits.pt"
         kind = str(dtype).removeprefix("torch.")
         arguments = [str(folder.resolve()), kind, json.dumps(ids), str(saved), "code" if form == "own" else ""]
-        program = Path(decilm_reader.__file__).read_text() if form == "decilm" else RELOAD
+        program = Path(decilm_reader.__file__).read_text(encoding="utf-8") if form == "decilm" else RELOAD
         done = subprocess.run(
             [sys.executable, "-I", "-c", program, *arguments],
             env=_quiet_environment(scratch),

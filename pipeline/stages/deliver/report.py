@@ -94,15 +94,15 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         drawings["blocks"] = errors_by_layer(report["blocks"])
     if (inputs["student"] / "export.json").is_file():
         place = {"folder": str(Path(config.runs) / config.run / "student")}
-        report["export"] = json.loads((inputs["student"] / "export.json").read_text()) | place
+        report["export"] = json.loads((inputs["student"] / "export.json").read_text(encoding="utf-8")) | place
     drawings |= _training_figures(curves or {}, RECOVERY, cuts(rounds, SEEN) if rounds else [])
     if stages:
         drawings["stages"] = stage_costs(stages)
     (out / "figures").mkdir(exist_ok=True)
     for name, drawing in drawings.items():
         save_png(drawing, out / "figures" / f"{name}.png")
-    (out / "report.html").write_text(page(report, drawings))
-    (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    (out / "report.html").write_text(page(report, drawings), encoding="utf-8")
+    (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     machine.say(summary(report))
 
 
@@ -149,7 +149,7 @@ def _stages(inputs: Mapping[str, Path]) -> dict[str, dict]:
         if folder in seen or not path.is_file():
             return
         seen.add(folder)
-        facts = json.loads(path.read_text())
+        facts = json.loads(path.read_text(encoding="utf-8"))
         for name in facts["inputs"].values():
             follow(folder.parent / name)
         cost = costs.setdefault(facts["stage"], {"seconds": 0.0, "peak_memory": 0, "devices": []})
@@ -192,11 +192,11 @@ def _nearest(folder: Path, link: str, name: str) -> Path | None:
 def _inputs(folder: Path) -> dict[str, str]:
     """Return the names of the artifacts that one was made from, by input; none where it was written by hand."""
     path = folder / MANIFEST
-    return json.loads(path.read_text())["inputs"] if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8"))["inputs"] if path.is_file() else {}
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
 def _training_figures(
