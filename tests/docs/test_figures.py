@@ -14,7 +14,7 @@ from statistics import mean
 
 import pytest
 
-from tests.world import ROOT
+from tests.composing import ROOT, composed
 
 RESULTS = ROOT / "benchmarks" / "results"
 GENERATED = ("settings.md", "models.md")  # compared with their sources by the tests that generate them
@@ -170,6 +170,18 @@ def test_the_chip_model_has_the_figures_of_its_calibration():
         ordered = sorted(of_row, key=lambda each: each["pass"], reverse=True)  # prefill, decode
         expected = [round(each[key], 2) for each in ordered for key in ("speedup", "predicted_speedup")]
         assert [float(cell) for cell in row[1:]] == expected, row[0]
+
+
+def test_presets_have_the_values_that_the_guide_lists():
+    (presets,) = [table for table in EVERY if table.header[0] == "`experiment=`"]
+    names = {row[0].strip("`") for row in presets.rows}
+    assert names | {"none"} == {file.stem for file in (ROOT / "conf" / "experiment").glob("*.yaml")}
+    for row in presets.rows:
+        config = composed(f"experiment={row[0].strip('`')}")
+        for heading, cell in zip(presets.header, row, strict=True):
+            section, _, field = heading.strip("`").partition(".")
+            if field:
+                assert float(cell) == config[section][field], (row[0], heading)
 
 
 def test_a_wrong_figure_is_found():

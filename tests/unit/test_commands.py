@@ -80,6 +80,8 @@ def check(command: list[str], teacher: Path, folder: Path, monkeypatch) -> int:
     place = {"RANK": 0, "WORLD_SIZE": world(command), "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
+    if words[:1] == ["clean"]:  # has options, and no settings of a run
+        return 1
     runs = words[1:] if words[:1] and words[0] in COMMANDS else words
     options = parsed(runs)
     if options.source is not None or options.config_dir is not None:  # files of the reader's own
@@ -105,7 +107,7 @@ def test_a_documented_command_passes_the_check_of_its_recipe(command, teacher, t
 IMPOSSIBLE = {
     "python -m pipeline run=x shape.layers=26 budget.speedup=2 device/chip=910B3": "shape.*budget",
     "python -m pipeline run=x --multirun plan.widths=uniform,adaptive device/chip=910B3 budget.speedup=2": "widths",
-    "torchrun --nnodes 2 --nproc-per-node 3 -m pipeline run=x": "distill.global_batch_size is 4",
+    "torchrun --nnodes 2 --nproc-per-node 3 -m pipeline run=x": "distill.global_batch_size",
     "python -m pipeline run=x data.calibration.path=[a.txt,b.txt] data.calibration.weights=[1]": "1 entries for 2",
     "python -m pipeline run=x distill.lr=1": "distill.learning_rate",
 }
