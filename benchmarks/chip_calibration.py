@@ -23,6 +23,7 @@ from pipeline.costmodel.calibrate import calibrate, clock, misfit, with_layer_ov
 from pipeline.costmodel.chip import Chip
 from pipeline.costmodel.cost import Work, pass_seconds
 from pipeline.costmodel.shapes import ModelShape, shape_for
+from pipeline.evaluation.samples import cache_name, cache_of
 
 ROOT = Path(__file__).parents[1]
 TEACHER = ModelShape(30, 576, 9, 3, 64, 1536, 49152, True)
@@ -64,10 +65,10 @@ def shortest_passes(models: dict, rounds: int) -> dict[tuple[str, str], float]:
     for _ in range(rounds):
         for name, model in models.items():
             prompt = torch.randint(0, TEACHER.vocabulary, (1, WORKS["prefill"].queries))
-            cache = model(prompt[:, : WORKS["decode"].context - 1], use_cache=True).past_key_values
+            cache = cache_of(model(prompt[:, : WORKS["decode"].context - 1], use_cache=True))
             for word, tokens, past in (("prefill", prompt, None), ("decode", prompt[:, :1], cache)):
                 begin = now()
-                model(tokens, past_key_values=past, use_cache=True, logits_to_keep=1)
+                model(tokens, use_cache=True, logits_to_keep=1, **{cache_name(model): past})
                 shortest[name, word] = min(now() - begin, shortest.get((name, word), float("inf")))
     return shortest
 

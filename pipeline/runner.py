@@ -55,8 +55,9 @@ def run(config: Config, command: str) -> dict[str, Path]:
     `command` is what the user typed, for run.json.
     """
     names = check(config)
+    chosen = config.device
     device = open_device(
-        config.device.kind, config.device.attention, config.device.deterministic, place()[2], config.seed
+        chosen.kind, chosen.attention, chosen.deterministic, place()[2], config.seed, chosen.kernels
     )
     ranks = join(device, config.device.timeout)
     with ranks.guard():

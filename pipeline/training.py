@@ -4,8 +4,8 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import Checkpoint, load_model, write_checkpoint
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.engine import Engine
+from pipeline.runtime.fused_layers import fused_layers, operators
 from pipeline.runtime.layer_streaming import need_memory
 from pipeline.runtime.machine import Machine
 
@@ -80,8 +81,8 @@ def train_model(
     kept = options.save_total_limit + 1 + selection.best  # one more while it is written
     need_space(out, parameters * (STATE_BYTES * kept + WEIGHT_BYTES))
     text, held = hold_out(text, max(1, options.eval_tokens // config.data.sequence_length), section)
-    engine = _engine(section, config, options, module, machine, count)
-    try:
+    with ExitStack() as undo:
+        engine = _engine(section, config, options, module, machine, count, undo)
         done, selection = _resumed(engine, section, out, first, last, stretch.before, selection, machine)
         if done == 0:
             engine.take(origin)
@@ -123,8 +124,6 @@ def train_model(
         if selection.exported not in (None, selection.last_step):
             engine.load(out / CHECKPOINTS, selection.exported) if selection.exported else engine.take(origin)
         _write(config, engine, origin, out, ranks.rank)
-    finally:
-        engine.close()
     for line in selection.messages(section, first):
         machine.say(line)
     if selection.metric and ranks.rank == 0:
@@ -237,18 +236,22 @@ def _rows(path: Path, skipped: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _engine(section: str, config: Config, options: Training, module: Callable, machine: Machine, count: int) -> Engine:
+def _engine(
+    section: str, config: Config, options: Training, module: Callable, machine: Machine, count: int, undo: ExitStack
+) -> Engine:
+    """Return the engine of a training; `undo` closes it and restores the forwards of the models it loads."""
     device = machine.device
     bf16 = options.precision == "bf16" or (options.precision == "auto" and device.compute_dtype == torch.bfloat16)
-    load = partial(
-        load_model,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
-        attention=device.attention,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    chosen, dtype = operators(device.kernels, device.kind), torch.bfloat16 if bf16 else torch.float32
+
+    def load(folder: Path) -> nn.Module:
+        model = load_model(folder, dtype, device.attention, config.model.trust_remote_code)
+        undo.enter_context(fused_layers(model, chosen))
+        return model
+
     trained = module(load)
     need_training_memory(section, config, trained, "bf16" if bf16 else "fp32", machine)
-    return Engine(
+    engine = Engine(
         trained,
         device,
         machine.ranks,
@@ -261,6 +264,8 @@ def _engine(section: str, config: Config, options: Training, module: Callable, m
         weight_decay=options.weight_decay,
         extra=config.deepspeed.extra,
     )
+    undo.callback(engine.close)
+    return engine
 
 
 def _record(path: Path, section: str, steps: int, machine: Machine, metrics: dict[str, float]) -> None:

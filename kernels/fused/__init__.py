@@ -6,32 +6,30 @@ from collections.abc import Callable
 from types import ModuleType
 
 # What runs where unless the caller chooses. This is the whole choice: nothing is picked by probing, and an
-# implementation that cannot run is an error, never a reason to take another one.
+# implementation that cannot run is an error, never a reason to take another one. Where the table says "reference", a
+# model keeps the forward of its stock class (pipeline/runtime/fused_layers.py).
 #   swiglu on an NPU: npu_swiglu reads one packed tensor; packing separate gate and up first moves more bytes than the
-#   plain form does. static_scale and kl_of_logits: torch_npu has no such operation, and triton-ascend is an install of
-#   its own (it takes the place of the CUDA Triton), so there it is a choice, not the rule.
+#   plain form does. kl_of_logits: torch_npu has no such operation, and triton-ascend is an install of its own (it takes
+#   the place of the CUDA Triton), so there it is a choice, not the rule.
 DEFAULT = {
     #                  cpu                  cuda                 npu
     "rms_norm":      {"cpu": "reference", "cuda": "triton",    "npu": "ascend"},
-    "add_rms_norm":  {"cpu": "reference", "cuda": "triton",    "npu": "ascend"},
-    "static_scale":  {"cpu": "reference", "cuda": "triton",    "npu": "reference"},
     "swiglu":        {"cpu": "reference", "cuda": "triton",    "npu": "reference"},
     "swiglu_packed": {"cpu": "reference", "cuda": "triton",    "npu": "ascend"},
     "rotary":        {"cpu": "reference", "cuda": "triton",    "npu": "ascend"},
-    "attention":     {"cpu": "sdpa",      "cuda": "sdpa",      "npu": "ascend"},
     "kl_of_logits":  {"cpu": "reference", "cuda": "triton",    "npu": "reference"},
 }  # fmt: skip
 
-CHOICES = ("reference", "sdpa", "triton", "ascend")
+CHOICES = ("reference", "triton", "ascend")
 
 
 def op(name: str, device_type: str, choice: str | None = None) -> Callable:
-    """The function that computes `name` on tensors of a device type ("cpu", "cuda", "npu").
+    """Return the function that computes `name` on tensors of a device type ("cpu", "cuda", "npu").
 
-    `choice` overrides the table: "reference" (plain PyTorch, the meaning of the operation, every device), "sdpa"
-    (attention only, every device), "triton" (cuda; npu with triton-ascend; cpu under TRITON_INTERPRET=1), "ascend"
-    (npu). All implementations of one operation take the same arguments, described in `fused.reference`.
-    ValueError where the choice cannot run: unknown names, a device it does not serve, a package that is missing.
+    `choice` overrides the table: "reference" (plain PyTorch, the meaning of the operation, every device), "triton"
+    (cuda; npu with triton-ascend; cpu under TRITON_INTERPRET=1), "ascend" (npu). All implementations of one operation
+    take the same arguments, described in `fused.reference`. ValueError where the choice cannot run: an unknown name, a
+    device it does not serve, a package that is missing.
     """
     choice = chosen(name, device_type, choice)
     function = getattr(_module(choice), name, None)
@@ -41,7 +39,7 @@ def op(name: str, device_type: str, choice: str | None = None) -> Callable:
 
 
 def chosen(name: str, device_type: str, choice: str | None = None) -> str:
-    """The implementation that `op` takes, by its name; ValueError where it cannot run. Nothing is imported."""
+    """Return the name of the implementation that `op` takes; ValueError where it cannot run. Nothing is imported."""
     if name not in DEFAULT:
         raise ValueError(f"kernel {name} is unknown; the operations are {', '.join(DEFAULT)}")
     if device_type not in DEFAULT[name]:
@@ -56,7 +54,7 @@ def chosen(name: str, device_type: str, choice: str | None = None) -> str:
 
 
 def _obstacle(choice: str, device_type: str) -> str:
-    """Why an implementation cannot run on this device type here, with what would help; empty if it can."""
+    """Return why an implementation cannot run on this device type here, with what would help; empty if it can."""
     if choice == "ascend":
         if device_type != "npu":
             return "it calls torch_npu operations; use device npu"
@@ -73,11 +71,9 @@ def _obstacle(choice: str, device_type: str) -> str:
 
 
 def _module(choice: str) -> ModuleType:
-    """The module that holds one implementation of each operation; imported only when asked for."""
+    """Import and return the module that holds one implementation of each operation."""
     if choice == "reference":
         from fused import reference as module
-    elif choice == "sdpa":
-        from fused import sdpa as module
     elif choice == "triton":
         from fused import triton_all as module
     else:

@@ -28,7 +28,6 @@ KERNELS = {
     "rms_norm_forward": Footprint(block=2048, live=30),
     "rms_norm_backward": Footprint(block=2048, live=34),
     "gain_gradient": Footprint(block=2048, live=22),
-    "static_scale_rows": Footprint(block=2048, live=16),
     "swiglu_forward": Footprint(block=2048, live=22),
     "swiglu_backward": Footprint(block=2048, live=30),
     "rotary_tiles": Footprint(block=2048, live=32),

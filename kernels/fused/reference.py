@@ -21,24 +21,6 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float, offset: float) -> Tensor:
     return (normalised * (gain.to(wide.dtype) + offset)).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, gain: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    """(RMSNorm(x + residual), x + residual): the residual addition and the norm that follows it.
-
-    x, residual [..., h]; the sum is rounded to the dtype of x before it is normalised, as two separate operations do.
-    """
-    total = x + residual
-    return rms_norm(total, gain, eps, offset), total
-
-
-def static_scale(x: Tensor, scale: Tensor) -> Tensor:
-    """x · scale over the last axis: a post-norm absorbed into a constant (Pangu Light, post-RMSNorm absorption).
-
-    x [..., h], scale [h].
-    """
-    wide = _wide(x)
-    return (wide * scale.to(wide.dtype)).to(x.dtype)
-
-
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up. gate, up [..., f]."""
     wide = _wide(gate)
@@ -68,42 +50,6 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, mode: str) -> Tensor:
         raise ValueError(f"rotary mode is {mode}; use half or interleave")
     turned = wide * cos.detach().unsqueeze(1).to(wide.dtype) + partner * sin.detach().unsqueeze(1).to(wide.dtype)
     return turned.to(x.dtype)
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, masked: Tensor | None) -> Tensor:
-    """softmax(scale · query keyᵀ) value, with grouped KV heads.
-
-    query [b, n, s, d], key and value [b, k, t, d] with n a multiple of k → [b, n, s, d]. `causal`: the s queries are
-    the last s of the t positions and see no later one. `masked`: bool, broadcastable to [b, n, s, t], True = not seen.
-    """
-    check_attention(query, key, causal, masked)
-    share = query.shape[1] // key.shape[1]
-    wide = _wide(query)
-    keys = key.to(wide.dtype).repeat_interleave(share, dim=1)
-    values = value.to(wide.dtype).repeat_interleave(share, dim=1)
-    scores = scale * wide @ keys.transpose(-1, -2)  # [b, n, s, t]
-    if causal:
-        masked = later_positions(query.shape[2], key.shape[2], query.device)
-    if masked is not None:
-        scores = scores.masked_fill(masked, -math.inf)
-    return (scores.softmax(-1) @ values).to(query.dtype)
-
-
-def later_positions(queries: int, keys: int, device: torch.device) -> Tensor:
-    """bool [queries, keys]: True where a key lies after the query, the queries being the last of the positions."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(keys - queries + 1)
-
-
-def check_attention(query: Tensor, key: Tensor, causal: bool, masked: Tensor | None) -> None:
-    """ValueError for head counts that do not divide, two masks at once, or causal queries without their own keys."""
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(f"attention has {query.shape[1]} query heads for {key.shape[1]} KV heads; give a multiple")
-    if causal and masked is not None:
-        raise ValueError("attention got causal and a mask; give one, a mask that hides later positions includes both")
-    if causal and query.shape[2] > key.shape[2]:
-        raise ValueError(f"causal attention has {query.shape[2]} queries for {key.shape[2]} keys; give each one")
-    if masked is not None and masked.dtype is not torch.bool:
-        raise ValueError(f"attention mask has dtype {masked.dtype}; give bool, True = not seen")
 
 
 @torch.no_grad()

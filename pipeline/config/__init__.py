@@ -41,6 +41,7 @@ class Device(Section):
     kind: Literal["auto", "npu", "cuda", "cpu"]
     chip: Chip | None
     attention: Literal["auto", "sdpa", "eager"]
+    kernels: Literal["auto", "reference"]
     deterministic: bool
     layer_streaming: Literal["auto"] | bool
     timeout: Count

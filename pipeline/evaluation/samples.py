@@ -1,8 +1,10 @@
 """Greedy continuations, token by token with a key/value cache."""
 
+import inspect
 import re
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 
 @torch.inference_mode()
 def continuation(model: torch.nn.Module, prompt: Tensor) -> Iterator[Tensor]:
-    """Yield the model's first choice [1, 1] after `prompt` [1, t], then after prompt and that choice, and so on.
+    """Yield the model's first choice [1, 1] after `prompt` [1, t], then after the prompt and that choice, and so on.
 
     The first step is the prefill of the whole prompt, every further one the decoding of one token. Nothing is copied
     off the device, so the steps can be timed.
@@ -19,11 +21,26 @@ def continuation(model: torch.nn.Module, prompt: Tensor) -> Iterator[Tensor]:
     while True:
         token = step.logits[:, -1:].argmax(-1)
         yield token
-        step = model(input_ids=token, past_key_values=step.past_key_values, use_cache=True, logits_to_keep=1)
+        step = continued(model, token, step)
+
+
+def continued(model: torch.nn.Module, ids: Tensor, step: Any) -> Any:
+    """Return the output of a model for ids [b, t] after those of an earlier output, with that output's cache."""
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_name(model): cache_of(step)})
+
+
+def cache_name(model: torch.nn.Module) -> str:
+    """Return the argument that takes a cache: `cache`, or `past_key_values` in earlier releases of transformers."""
+    return "cache" if "cache" in inspect.signature(inspect.unwrap(model.forward)).parameters else "past_key_values"
+
+
+def cache_of(step: Any) -> Any:
+    """Return the cache in a model's output."""
+    return step["cache"] if "cache" in step else step["past_key_values"]
 
 
 def continue_greedily(model: torch.nn.Module, prompt: Tensor, tokens: int, stop: frozenset[int]) -> list[int]:
-    """Give up to `tokens` greedy ids after `prompt` [1, t], ending before the first id in `stop`."""
+    """Return up to `tokens` greedy ids after `prompt` [1, t], ending before the first id in `stop`."""
     ids = []
     for token in islice(continuation(model, prompt.to(next(model.parameters()).device)), tokens):
         ids.append(int(token))
@@ -34,14 +51,15 @@ def continue_greedily(model: torch.nn.Module, prompt: Tensor, tokens: int, stop:
 
 @torch.inference_mode()
 def cache_bytes_per_token(model: torch.nn.Module, prompt: Tensor) -> int:
-    """Give the bytes of keys and values the model keeps for one token, read off its cache after `prompt` [1, t]."""
+    """Return the bytes of keys and values that the model caches for one token, measured after `prompt` [1, t]."""
     step = model(input_ids=prompt.to(next(model.parameters()).device), use_cache=True, logits_to_keep=1)
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in step.past_key_values.layers) // prompt.shape[1]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache_of(step).layers) // prompt.shape[1]
 
 
 def opening(text: str, characters: int) -> tuple[str, str]:
-    """Give a prompt of at most `characters`, from the start of a sentence of `text` to a whole word, and what follows,
-    as long."""
+    """Return a prompt of at most `characters`, from the start of a sentence of `text` to the end of a word, and what
+    follows it, as long.
+    """
     end_of_sentence = re.search(r"[.!?]\s+(?=[^\W\d_])", text)
     text = text[end_of_sentence.end() :] if end_of_sentence and len(text) - end_of_sentence.end() > characters else text
     prompt = text[:characters]

@@ -1,8 +1,7 @@
-"""Text that a model writes by itself: calibration and recovery text from what it learnt, whatever that was.
+"""Text that a model generates: calibration and recovery text from its own distribution.
 
 Documents begin with a word drawn at random, as in LLM-QAT (2305.17888), or as a user's turn of the chat template, which
-an instruction-tuned model fills with a question and then answers (Magpie, 2406.08464). Tokens are drawn from its own
-distribution, so the text is as diverse as that.
+an instruction-tuned model fills with a question and then answers (Magpie, 2406.08464). Tokens are sampled.
 """
 
 from collections.abc import Sequence
@@ -12,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MARK = "\u2060USER\u2060"  # stands where the user's words would, and in no template
+from pipeline.evaluation.samples import continued
+
+MARK = "\u2060USER\u2060"  # in place of the user's words; no template contains it
 
 
 def word_starts(tokenizer: Any) -> list[int]:
-    """Give the ids of tokens that are a word of three letters or more, capitalised ones if there are any.
+    """Return the ids of tokens that are a word of three letters or more, only capitalised ones if there are any.
 
     ValueError where no token is a word.
     """
@@ -29,7 +30,7 @@ def word_starts(tokenizer: Any) -> list[int]:
 
 
 def user_turn(tokenizer: Any) -> list[int]:
-    """Give the ids of the chat template up to the user's words; none where the tokenizer has no template."""
+    """Return the ids of the chat template up to the user's words; none where the tokenizer has no template."""
     if not tokenizer.chat_template:
         return []
     whole = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
@@ -40,9 +41,9 @@ def user_turn(tokenizer: Any) -> list[int]:
 def sample(
     model: torch.nn.Module, starts: Tensor, tokens: int, temperature: float, generator: torch.Generator
 ) -> Tensor:
-    """Give [b, tokens] ids drawn one after another behind `starts` [b, s], with a key/value cache.
+    """Return ids [b, tokens] sampled one after another after `starts` [b, s], with a key/value cache.
 
-    A draw is argmax p / e with e exponential, which has the distribution p.
+    A sample is argmax p / e with e exponential, which has the distribution p.
     """
     step = model(input_ids=starts, use_cache=True, logits_to_keep=1)
     drawn = []
@@ -51,12 +52,12 @@ def sample(
         noise = torch.empty_like(chances).exponential_(generator=generator)
         drawn.append((chances / noise).argmax(-1, keepdim=True))
         if len(drawn) < tokens:
-            step = model(input_ids=drawn[-1], past_key_values=step.past_key_values, use_cache=True, logits_to_keep=1)
+            step = continued(model, drawn[-1], step)
     return torch.cat(drawn, 1)
 
 
 def written(ids: Sequence[int], tokenizer: Any) -> str:
-    """Give the text of ids: what stands between special tokens, parted by empty lines."""
+    """Return the text of ids: the runs between special tokens, separated by empty lines."""
     marked = (id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special)
     special = {*tokenizer.all_special_ids, *marked}  # a turn's end need not be one that the tokenizer has a name for
     runs = [list(run) for between, run in groupby(ids, lambda id_: id_ not in special) if between]

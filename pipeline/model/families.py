@@ -26,6 +26,7 @@ class Family:
     pre_norms: Mapping[str, tuple[str, ...]]
     post_norms: Mapping[str, str] = field(default_factory=dict)
     norm_offset: float = 0.0  # the checkpoint stores gain - offset
+    rotary: str = "half"  # pairs of elements that a rotation mixes: half (i, i + d/2) | interleave (2i, 2i + 1)
     embedding_times_root_hidden: bool = False  # the model multiplies embeddings by sqrt(hidden size)
     folded: str | None = None  # model_type without post-norms, once they are absorbed
     even_heads: bool = False  # its config class refuses hidden sizes that are no multiple of the query heads
@@ -91,7 +92,13 @@ FAMILIES = {
             ATTENTION | ATTENTION_BIASES | QK_NORM | GATED | GEMMA_NORMS,
             **GEMMA,
         ),
-        Family("glm", "GlmForCausalLM", ATTENTION | ATTENTION_BIASES | GATED_FUSED | NORMS, GLM_PRE),
+        Family(
+            "glm",
+            "GlmForCausalLM",
+            ATTENTION | ATTENTION_BIASES | GATED_FUSED | NORMS,
+            GLM_PRE,
+            rotary="interleave",
+        ),
         Family(
             "glm4",
             "Glm4ForCausalLM",
@@ -102,6 +109,7 @@ FAMILIES = {
             | {"post_self_attn_layernorm.weight": "h", "post_mlp_layernorm.weight": "h"},
             GLM_PRE,
             {"post_self_attn_layernorm": "self_attn.o_proj", "post_mlp_layernorm": "mlp.down_proj"},
+            rotary="interleave",
             folded="glm",
         ),
         Family(

@@ -1,6 +1,7 @@
-"""The one home of accelerators: which device this rank computes on, in what type, and how its memory is read.
+"""Accelerators: which device this rank computes on, in what type, and how its memory is read.
 
-Order of choice: Ascend NPU, then CUDA, then CPU. The rest of the pipeline gets a `Device` and names devices by tensors.
+Order of choice: Ascend NPU, then CUDA, then CPU. The rest of the pipeline is passed a `Device` and names devices by
+tensors.
 """
 
 import gc
@@ -16,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+
+from pipeline.runtime.fused_layers import operators
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
@@ -34,6 +37,7 @@ class Device:
     """What one rank computes on: `name` is the chip's own, `backend` its collective library; memory is in bytes.
 
     `attention` is auto where the model's class decides: sdpa where it takes it, else eager (Gemma 2 caps its scores).
+    `kernels`: auto (layers are computed by kernels/fused where it has more than a reference) or reference (never).
     """
 
     kind: str
@@ -42,14 +46,15 @@ class Device:
     compute_dtype: torch.dtype
     attention: str
     name: str
+    kernels: str = "reference"
 
     def synchronise(self) -> None:
-        """Return when everything queued on the device has run."""
+        """Wait until everything queued on the device has run."""
         if self.kind != "cpu":
             _module(self.kind).synchronize()
 
     def peak_memory(self) -> int:
-        """The allocator's peak on an accelerator, the process's peak resident set on a CPU, since the last reset."""
+        """Return the peak since the last reset: of the allocator, or on a CPU of the process's resident set."""
         if self.kind == "cpu":
             return _resident_peak()
         return _module(self.kind).max_memory_allocated()
@@ -62,13 +67,13 @@ class Device:
             _module(self.kind).reset_peak_memory_stats()
 
     def total_memory(self) -> int:
-        """The device's memory; on a CPU the machine's, or the container's limit where that is less."""
+        """Return the device's memory; on a CPU the machine's, or the container's limit where that is less."""
         if self.kind == "cpu":
             return min(psutil.virtual_memory().total, _container_limit())
         return _module(self.kind).get_device_properties(self.torch).total_memory
 
     def free_memory(self) -> int:
-        """The memory that nothing uses, what the allocator keeps for itself included."""
+        """Return the unused memory, including what the allocator holds in reserve."""
         if self.kind == "cpu":
             return psutil.virtual_memory().available
         gc.collect()  # models of earlier stages
@@ -77,13 +82,16 @@ class Device:
         return module.mem_get_info(self.torch)[0] + kept
 
 
-def open_device(kind: str, attention: str, deterministic: bool, local_rank: int, seed: int) -> Device:
+def open_device(
+    kind: str, attention: str, deterministic: bool, local_rank: int, seed: int, kernels: str = "reference"
+) -> Device:
     """Choose this rank's device, make it current and seed every generator.
 
     Call it before DeepSpeed is imported: it sets DS_ACCELERATOR.
-    ValueError where the asked kind cannot run here or has fewer devices than local ranks.
+    ValueError where the kind cannot run here or has fewer devices than local ranks, or a kernel cannot run.
     """
     kind = choose(kind)
+    operators(kernels, kind)
     os.environ["DS_ACCELERATOR"] = kind
     _determinism(kind, deterministic)
     if kind == "cpu":
@@ -105,16 +113,17 @@ def open_device(kind: str, attention: str, deterministic: bool, local_rank: int,
         compute_dtype=torch.bfloat16 if bf16_is_native(kind) else torch.float32,
         attention=attention,
         name=chip_name(kind, local_rank),
+        kernels=kernels,
     )
 
 
 def choose(kind: str) -> str:
-    """The kind of device a run takes: the one asked for, or for auto the first this machine has; ValueError if none."""
+    """Return the kind of device a run uses; for auto the first this machine has. ValueError where it cannot run."""
     if kind == "auto":
         return next(candidate for candidate in BACKENDS if missing(candidate) is None)
     fault = missing(kind)
     if fault:
-        raise ValueError(f"device.kind is {kind}, but {fault}; or set device=auto to use what this machine has")
+        raise ValueError(f"device.kind: {kind} cannot run: {fault}; or set device=auto to use what this machine has")
     return kind
 
 
@@ -126,7 +135,7 @@ def seed_all(seed: int) -> None:
 
 
 def missing(kind: str) -> str | None:
-    """Why this kind of device cannot run here, in one line; None where it can."""
+    """Return why this kind of device cannot run here, in one line; None where it can."""
     if kind == "cpu":
         return None
     if kind == "cuda":
@@ -138,7 +147,7 @@ def missing(kind: str) -> str | None:
 
 
 def bf16_is_native(kind: str) -> bool:
-    """Whether the device multiplies bfloat16 in hardware: on a CPU avx512_bf16, AMX or Arm's bf16, through oneDNN."""
+    """Return whether the device multiplies bfloat16 in hardware: a CPU by avx512_bf16, AMX or Arm's bf16."""
     if kind == "cpu":
         return torch.ops.mkldnn._is_mkldnn_bf16_supported() and multiplies_bf16(_processor_flags())
     if kind == "cuda":
@@ -147,19 +156,19 @@ def bf16_is_native(kind: str) -> bool:
 
 
 def multiplies_bf16(flags: str) -> bool:
-    """Whether a processor with these /proc/cpuinfo flags has instructions that multiply bfloat16."""
+    """Return whether a processor with these /proc/cpuinfo flags has instructions that multiply bfloat16."""
     return not NATIVE_BF16.isdisjoint(flags.split())
 
 
 def chip_name(kind: str, index: int) -> str:
-    """The chip's own name, such as Ascend910B3."""
+    """Return the chip's own name, such as Ascend910B3."""
     if kind == "cpu":
         return _processor_field("model name") or platform.processor() or platform.machine()
     return _module(kind).get_device_name(index)
 
 
 def chip_model(kind: str, name: str) -> tuple[str, str]:
-    """The file of conf/device/chip that describes a device best, and a sentence that says so."""
+    """Return the file of conf/device/chip that describes a device best, and a sentence that says so."""
     own = next((file for word, file in CHIPS[kind].items() if word in name), None)
     if own:
         return own, f"chip model: {own}, for {name}"
@@ -189,7 +198,7 @@ def _missing_npu() -> str | None:
 
 
 def _broken_npu(fault: Exception) -> str:
-    """Why torch_npu is broken; hide it from transformers and DeepSpeed, which import an installed one unguarded."""
+    """Return why torch_npu is broken; hide it from transformers and DeepSpeed, which import it unguarded."""
     sys.modules["torch_npu"] = None  # find_spec then answers "absent"
     reason = f"{type(fault).__name__}: {(str(fault).splitlines() or [''])[0]:.160}"
     _hidden["torch_npu"] = f"torch_npu cannot be imported ({reason}); source CANN's set_env.sh"

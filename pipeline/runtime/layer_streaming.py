@@ -1,4 +1,4 @@
-"""A model on a device that may be too small for it: whole where it fits, else its layers are brought as they run."""
+"""A model on a device that may be too small for it: whole where it fits, else moved there layer by layer."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.runtime.device import Device
 from pipeline.runtime.disk import size
+from pipeline.runtime.fused_layers import fused_layers, operators
 
 SHARE = 0.75  # of the memory that is free, for weights: the rest is for what passes through them
 
@@ -17,14 +18,20 @@ Stream = Literal["auto"] | bool
 
 @contextmanager
 def placed(model: nn.Module, device: Device, stream: Stream) -> Iterator[nn.Module]:
-    """Let a causal model, or its decoder, make forward passes on the device while it lasts; stay where it then is.
+    """Within the block, run forward passes of a causal model, or of its decoder, on the device; leave it there.
 
-    A model that is streamed (`stream` true, or `auto` where it is too large) has on the device what is outside its
-    layers; attention, FFN and norms of a layer come there one after another, each while it runs. They are copied from
-    the host's tensors, which the model has again at once: nothing is copied back, and what is done to weights between
-    two passes is done to those. Every number is that of the whole model, bit for bit. Memory on the device: without the
-    layers the model, and the largest part of one; time: a copy of all layers a pass.
+    Its layers are computed by the fused operators that `device.kernels` allows. A streamed model (`stream` true, or
+    `auto` where it is too large) has on the device what is outside its layers; attention, FFN and norms of a layer are
+    copied there from the host's tensors one after another, each while it runs. Nothing is copied back, and changes of
+    weights between two passes apply to the host's tensors. Results equal the whole model's, bit for bit. Memory on the
+    device: the model without its layers, and the largest part of one. Time: a copy of all layers a pass.
     """
+    with fused_layers(model, operators(device.kernels, device.kind)), _moved(model, device, stream) as moved:
+        yield moved
+
+
+@contextmanager
+def _moved(model: nn.Module, device: Device, stream: Stream) -> Iterator[nn.Module]:
     if stream is False or stream == "auto" and _fits(model, device):
         yield model.to(device.torch)
         return
@@ -39,11 +46,11 @@ def placed(model: nn.Module, device: Device, stream: Stream) -> Iterator[nn.Modu
 
 
 def need_memory(device: Device, needed: Mapping[str, float], what: str, remedy: str) -> None:
-    """Raise ValueError where `what` needs more bytes, told by purpose, than the device has."""
+    """Raise ValueError where `what` needs more bytes, listed by purpose, than the device has."""
     if sum(needed.values()) > device.total_memory():
-        told = " + ".join(f"{size(int(count))} of {purpose}" for purpose, count in needed.items())
+        parts = " + ".join(f"{size(int(count))} of {purpose}" for purpose, count in needed.items())
         raise ValueError(
-            f"{what} needs {told} on one device, which has {size(device.total_memory())}; {remedy}, or take devices "
+            f"{what} needs {parts} on one device, which has {size(device.total_memory())}; {remedy}, or use devices "
             "with more memory"
         )
 
@@ -54,7 +61,7 @@ def _fits(model: nn.Module, device: Device) -> bool:
 
 
 def _bring(part: nn.Module, device: Device, undo: ExitStack) -> None:
-    """Let the tensors of a part of a layer be on the device while it runs, until `undo`."""
+    """Keep the tensors of a part of a layer on the device while it runs, until `undo`."""
     held = [(tensor, tensor.data) for tensor in _tensors(part)]
 
     def bring(*_) -> None:
@@ -70,5 +77,5 @@ def _bring(part: nn.Module, device: Device, undo: ExitStack) -> None:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Give parameters and buffers, each once, tied or not."""
+    """Yield parameters and buffers, each once, tied or not."""
     return chain(module.parameters(), module.buffers())

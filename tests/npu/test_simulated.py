@@ -53,3 +53,16 @@ def test_the_simulated_npu_refuses_what_a_real_one_refuses_and_nothing_else():
     said = answer(str(HERE / "refusals.py"), seconds=300)
     assert [name for name, error in said["refused"].items() if error is None] == []
     assert [name for name, held in said["permitted"].items() if not held] == []
+
+
+def test_the_layers_of_a_model_on_an_npu_are_computed_by_torch_npus_operators():
+    """Calls counted by family: norms, the FFN where gate and up are one projection, queries and keys."""
+    facts = answer(str(HERE / "layers.py"), seconds=300)
+    assert facts.pop("operators") == ["rms_norm", "rotary", "swiglu_packed"]
+    norms = {"llama": 2, "gemma2": 4, "glm4": 4, "phi3": 2, "qwen3": 4}
+    for kind, fact in facts.items():
+        layers = fact["layers"]
+        wanted = {"rms_norm": norms[kind] * layers + 1, "rotary": 2 * layers}
+        wanted |= {"swiglu_packed": layers} if kind in ("glm4", "phi3") else {}
+        assert fact["calls"] == wanted, kind
+        assert fact["gap"] < 1e-3, kind

@@ -87,10 +87,8 @@ def test_the_real_package_takes_our_calls_and_gives_what_we_expect(imported):
     x, half, query = ([[2, 5, 32], "torch.bfloat16"], [[2, 5, 16], "torch.bfloat16"], [[2, 4, 5, 16], "torch.bfloat16"])
     assert imported["schemas"] > 400
     assert imported["shapes"] == {
-        "rms_norm": [x], "add_rms_norm": [x, x], "swiglu_packed": [half], "rotary half": [query],
-        "rotary interleave": [query],
+        "rms_norm": x, "swiglu_packed": half, "rotary half": query, "rotary interleave": query,
     }  # fmt: skip
-    assert set(imported["attention"]["given"]) <= set(imported["attention"]["known"])
 
 
 @needs_wheel

@@ -44,9 +44,8 @@ def agree(name: str, tensors: list[torch.Tensor], *rest) -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_norms(offset):
-    x, residual, gain = torch.randn(3, 5, 24), torch.randn(3, 5, 24), torch.randn(24)
+    x, gain = torch.randn(3, 5, 24), torch.randn(24)
     agree("rms_norm", [x, gain], 1e-5, offset)
-    agree("add_rms_norm", [x, residual, gain], 1e-3, offset)
 
 
 def test_swiglu_packed():
@@ -58,11 +57,3 @@ def test_rotary(mode):
     x, (cos, sin) = torch.randn(2, 3, 5, 16), torch.randn(2, 1, 5, 16)
     ours, expected = ascend.rotary(x, cos, sin, mode), reference.rotary(x, cos, sin, mode)
     torch.testing.assert_close(ours, expected, **TOLERANCE)
-
-
-@pytest.mark.parametrize("queries,causal", [(6, True), (2, True), (6, False)])
-def test_attention(queries, causal):
-    query, key, value = torch.randn(2, 4, queries, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
-    agree("attention", [query, key, value], 0.3, causal, None)
-    if not causal:
-        agree("attention", [query, key, value], 0.3, False, torch.rand(2, 1, queries, 6) < 0.4)

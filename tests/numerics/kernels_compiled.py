@@ -13,10 +13,9 @@ from fused.budget import KERNELS
 
 # Constants of each kernel's variants, by the kernel's name in the budget.
 FLAGS = {
-    "rms_norm_forward": [{"ADD": True, "TAIL": True}, {"ADD": False, "TAIL": False}],
-    "rms_norm_backward": [{"ADD": True, "TAIL": True}],
-    "gain_gradient": [{"NORMED": True}, {"NORMED": False}],
-    "static_scale_rows": [{"TAIL": True}],
+    "rms_norm_forward": [{"TAIL": True}, {"TAIL": False}],
+    "rms_norm_backward": [{"TAIL": True}],
+    "gain_gradient": [{}],
     "swiglu_forward": [{"TAIL": True}],
     "swiglu_backward": [{"TAIL": True}],
     "rotary_tiles": [

@@ -66,19 +66,6 @@ def test_rms_norm(shape, dtype, offset):
 
 
 @each_row
-def test_add_rms_norm(shape, dtype):
-    x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    if dtype is torch.bfloat16:  # an inexact sum would be truncated here and rounded there: keep it exact
-        x, residual = (x * 8).round() / 8, (residual * 8).round() / 8
-    agree("add_rms_norm", [x, residual, torch.randn(shape[-1]).to(dtype)], 1e-5, 0.0)
-
-
-@each_row
-def test_static_scale(shape, dtype):
-    agree("static_scale", [torch.randn(shape).to(dtype), torch.randn(shape[-1])])
-
-
-@each_row
 def test_swiglu(shape, dtype):
     agree("swiglu", [3 * torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)])
 
@@ -152,11 +139,9 @@ def test_student_logits_may_be_rows_of_a_wider_buffer():
 def test_what_the_kernels_cannot_compute_is_refused():
     x = torch.randn(3, 8)
     with pytest.raises(ValueError, match=r"float64; choose reference"):
-        triton("static_scale")(x.double(), x[0].double())
+        triton("rms_norm")(x.double(), x[0].double(), 1e-6, 0.0)
     with pytest.raises(ValueError, match=r"gain is \[3\] for rows of 8"):
         triton("rms_norm")(x, x[:, 0], 1e-6, 0.0)
-    with pytest.raises(ValueError, match=r"residual is torch.float16 \[3, 8\]"):
-        triton("add_rms_norm")(x, x.half(), x[0], 1e-6, 0.0)
     with pytest.raises(ValueError, match="last axis has 7 elements"):
         triton("swiglu_packed")(x[:, :7])
     with pytest.raises(ValueError, match="strides"):

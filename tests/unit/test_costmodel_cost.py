@@ -26,6 +26,7 @@ from pipeline.costmodel.training_cost import (
     step_parts,
     training_needs,
 )
+from pipeline.evaluation.samples import cache_of
 from tests.chips import chip
 
 TINY = ModelShape(3, 48, 6, 2, 8, 80, 101, False)
@@ -72,7 +73,7 @@ def test_activation_bytes_are_what_the_real_class_keeps_for_its_backward_pass(pr
 def test_cache_bytes_are_what_the_real_cache_holds():
     model, tokens = llama(TINY, torch.bfloat16), torch.randint(0, 101, (2, 7))
     with torch.inference_mode():
-        cache = model(tokens, use_cache=True).past_key_values
+        cache = cache_of(model(tokens, use_cache=True))
     held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
     assert cache_bytes(TINY, tokens.numel(), "bf16") == held
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.families import FINAL_NORM, LAYER
+from pipeline.model.forwards import replaced_forward
 from pipeline.model.scores import Scores
 
 AGGREGATIONS = ("sum", "minitron")
@@ -175,11 +176,7 @@ def only_layers(model: nn.Module, total: int, kept: Collection[int]) -> Iterator
     def passing(hidden_states: Tensor, *rest, **named) -> Tensor:
         return hidden_states
 
-    with ExitStack() as undo:
-        for index in set(range(total)) - set(kept):
-            layer = layer_of(model, index)
-            layer.forward = passing
-            undo.callback(delattr, layer, "forward")
+    with replaced_forward({layer_of(model, index): passing for index in set(range(total)) - set(kept)}):
         yield
 
 

@@ -1,7 +1,7 @@
 """A pass through a model layer by layer: the stream of every batch under way, and one layer at a time on the device."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.families import LAYER
+from pipeline.model.forwards import replaced_forward
 
 
 class Step:
@@ -58,10 +59,7 @@ def recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Te
     steps, held = [], []
     for ids in batches:
         step = Step()
-        with ExitStack() as undo:
-            for layer in layers:
-                layer.forward = step.stand_in
-                undo.callback(delattr, layer, "forward")
+        with replaced_forward(dict.fromkeys(layers, step.stand_in)):
             model(input_ids=ids.to(home), use_cache=False)
         step.arguments, held = _held_once(step.arguments, held)
         steps.append(step)
@@ -121,10 +119,7 @@ def _pass(steps: Sequence[Step], layer: nn.Module, index: int, place: torch.devi
 @contextmanager
 def _silent(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Let modules give zeros while it lasts: a layer whose FFN is silent gives what the FFN reads."""
-    with ExitStack() as undo:
-        for module in modules:
-            module.forward = torch.zeros_like
-            undo.callback(delattr, module, "forward")
+    with replaced_forward(dict.fromkeys(modules, torch.zeros_like)):
         yield
 
 

@@ -1,11 +1,12 @@
 """Passes that begin in the middle of a model: what a change costs is measured from where it is on."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.model.forwards import replaced_forward
 from pipeline.prune.importance.measure import layer_of, only_layers
 
 
@@ -69,10 +70,7 @@ class PrefixCache:
         def fed(hidden_states: Tensor, *rest, **named) -> Tensor | tuple:
             return whole(stream.to(hidden_states.device), *rest, **named)
 
-        with only_layers(self.model, self.total, layers), ExitStack() as undo:
-            if stream is not None:
-                first.forward = fed
-                undo.callback(delattr, first, "forward")
+        with only_layers(self.model, self.total, layers), replaced_forward({} if stream is None else {first: fed}):
             yield
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.families import LAYER
+from pipeline.model.forwards import replaced_forward
 from pipeline.prune.passes.layerwise import Step, layers_of, recorded
 from pipeline.prune.surgery.reinit import post_norm_modules
 
@@ -53,8 +54,7 @@ def fitted_scales(
                     hook.remove()
                 add(sums)
                 scale = least_squares_scale(*sums)
-                norm.forward = partial(_scaled, scale)
-                undo.callback(delattr, norm, "forward")
+                undo.enter_context(replaced_forward({norm: partial(_scaled, scale)}))
                 yield name, scale
             for step in steps:
                 step.advance(layer, index, place)

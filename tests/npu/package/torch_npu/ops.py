@@ -26,13 +26,6 @@ def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[T
     return (wide * rstd * gamma.float()).to(input.dtype), rstd
 
 
-@_operator("npu_add_rms_norm(Tensor x1, Tensor x2, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor, Tensor)")
-def npu_add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
-    total = x1 + x2
-    normalised, rstd = npu_rms_norm(total, gamma, epsilon)
-    return normalised, rstd, total
-
-
 @_operator("npu_swiglu(Tensor input, int dim=-1) -> Tensor")
 def npu_swiglu(input: Tensor, dim: int = -1) -> Tensor:
     gate, up = input.float().chunk(2, dim)
