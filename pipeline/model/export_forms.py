@@ -9,6 +9,7 @@ from pipeline.model.hf_config import accepts_heads, class_fields
 
 OWN_FILE = "modeling_pruned.py"
 OWN_CLASS = "PrunedForCausalLM"
+OWN_CONFIG = "PrunedConfig"  # of a network whose model_type is not the stock class's
 
 
 def stock(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any], Sizes]:
@@ -19,7 +20,8 @@ def stock(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any], 
 def own(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any], Sizes]:
     """Give the config that loads by our modelling file, which travels in the folder; every layer keeps its widths."""
     pruned = config.get("pruned", {}) | {"base": student.family.architecture}
-    mapped = {"AutoModelForCausalLM": f"{OWN_FILE.removesuffix('.py')}.{OWN_CLASS}"}
+    classes = {"AutoModelForCausalLM": OWN_CLASS} | ({"AutoConfig": OWN_CONFIG} if pruned.get("scales") else {})
+    mapped = {auto: f"{OWN_FILE.removesuffix('.py')}.{name}" for auto, name in classes.items()}
     return dict(config) | {"pruned": pruned, "architectures": [OWN_CLASS], "auto_map": mapped}, student.sizes
 
 

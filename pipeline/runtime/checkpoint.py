@@ -8,101 +8,146 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from pipeline.model import decilm
 from pipeline.model.anatomy import Anatomy, anatomy_of
-from pipeline.model.families import family_of
-from pipeline.runtime.described import check_indices, read_config, read_mapping
-from pipeline.runtime.modelling import pruned_class
+from pipeline.model.families import EMBEDDING, FAMILIES, HEAD, family_of
+from pipeline.model.hf_config import PER_LAYER_LISTS, frozen_modules, per_layer
+from pipeline.runtime.described import check_file, read_config, stored_config
+from pipeline.runtime.modelling import HEADS, pruned_class
+from pipeline.runtime.weight_files import FLOATING, INDEX, SINGLE, Tensors
+from pipeline.runtime.weight_names import canonical_names
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 TOKENIZER = ("tokeniz*", "vocab*", "merges.txt", "*.model")
-CARRIED = (*TOKENIZER, "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json")
+GENERATION = "generation_config.json"
+CARRIED = (*TOKENIZER, "special_tokens_map.json", "added_tokens.json", "chat_template*", GENERATION)
+FROM_CLASS = ("head_dim", "num_key_value_heads", "tie_word_embeddings", *PER_LAYER_LISTS)  # where config.json is silent
 
 logging.disable_progress_bar()  # the pipeline shows its own
 
 
-class Tensors(Mapping[str, Tensor]):
-    """The weight files of a folder as a lazy mapping from tensor name to tensor."""
-
-    def __init__(self, folder: Path, allow_pickle: bool):
-        self._place = dict(_places(folder, allow_pickle))
-        self._open: dict[Path, Any] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        shard = self._shard(name)
-        return shard[name] if isinstance(shard, dict) else shard.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._place)
-
-    def __len__(self) -> int:
-        return len(self._place)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Give the shape of a tensor from its file's header."""
-        shard = self._shard(name)
-        return tuple(shard[name].shape if isinstance(shard, dict) else shard.get_slice(name).get_shape())
-
-    def _shard(self, name: str) -> Any:
-        path = self._place[name]
-        if path not in self._open:
-            self._open[path] = _opened(path)
-        return self._open[path]
-
-    def bytes(self) -> int:
-        """Give the size of the weight files on disk."""
-        return sum(path.stat().st_size for path in set(self._place.values()))
-
-
 class Checkpoint(Mapping[str, Tensor]):
-    """A model folder as a lazy mapping from tensor name to tensor; `.config` is its `config.json`.
+    """A model folder as a lazy mapping from the tensor names of its family's table to tensors.
 
-    A folder in the DeciLM form is read as what it is to our own modelling code: a stock class with widths per layer.
+    `config` is its `config.json`, completed by what the class assumes where the file is silent. Scoring, cutting and
+    `load_model` all read a folder through this class. `notes` says what is left out or read in another way than it is
+    stored. A folder in the DeciLM form is read as what it is to our own modelling code: a stock class with widths per
+    layer.
     """
 
     def __init__(self, folder: Path, allow_pickle: bool):
         self.folder = Path(folder)
+        self.notes: list[str] = []
         self.config: dict[str, Any] = read_config(self.folder)
         self._tensors = Tensors(self.folder, allow_pickle)
+        self._stored = {name: name for name in self._tensors}
         if self.config.get("model_type") == decilm.MODEL_TYPE:
-            self.config = decilm.plain(self.config, self._tensors)
+            self.config = self._plain_decilm()
+        if self.config.get("model_type") in FAMILIES:
+            whole = stock_config(self.config, self.folder)
+            self.config |= {
+                field: value
+                for field in FROM_CLASS
+                if self.config.get(field) is None and (value := getattr(whole, field, None)) is not None
+            }
+            self._stored, left_out = canonical_names(self._tensors, self.config)
+            if left_out:
+                count = f"{len(left_out)} tensors of multi-token prediction"
+                self.notes.append(f"{count} are left out: {', '.join(left_out[:2])}{', ...' if left_out[2:] else ''}")
+            self._tie()
 
     @property
     def anatomy(self) -> Anatomy:
-        """Give the anatomy; ValueError for an unknown family or a checkpoint that does not match its table."""
+        """Return the anatomy; ValueError for an unknown family or a checkpoint that does not match its table."""
         if "model_type" not in self.config:
-            told = "give a model folder of transformers, or fetch it again"
-            raise ValueError(f"{self.folder / 'config.json'} has no model_type; {told}")
+            raise ValueError(
+                f"{self.folder / 'config.json'} has no model_type; give a model folder of transformers, or fetch it again"
+            )
         return anatomy_of(self.config, self)
 
     def check(self) -> None:
-        """Read the headers of all weights; ValueError where one has another shape than the config gives it."""
-        for name, shape in self.anatomy.shapes().items():
-            found = self._tensors.shape(name)
-            if found != shape:
+        """Compare the headers of all weights with the table and with the class that transformers builds.
+
+        Raise ValueError where a tensor is missing, unknown, of another shape, or not stored as floating-point numbers,
+        and where the class cannot be built from config.json.
+        """
+        anatomy = self.anatomy
+        for name, shape in anatomy.shapes().items():
+            stored, kind = self._tensors.shape(self._stored[name]), self._tensors.dtype(self._stored[name])
+            if stored != shape:
                 raise ValueError(
-                    f"{self.folder}: {name} is {list(found)}, and by config.json it would be {list(shape)}; they do "
+                    f"{self.folder}: {name} is {list(stored)}, and by config.json it would be {list(shape)}; they do "
                     "not belong together, fetch both again"
                 )
+            if kind not in FLOATING.values():
+                raise ValueError(
+                    f"{self.folder}: {name} is stored as {kind}, which is no floating-point type of unquantised weights "
+                    f"({', '.join(FLOATING.values())}); give the unquantised model, or its GGUF"
+                )
+        self._check_class(anatomy)
+
+    def _check_class(self, anatomy: Anatomy) -> None:
+        """Compare the table with the class, built without memory for its weights."""
+        path = self.folder / "config.json"
+        _check_pruned(self.config, anatomy, path)
+        needed = class_shapes(self.config, self.folder)
+        shapes = anatomy.shapes()
+        missing, unread = sorted(needed.keys() - shapes.keys()), sorted(shapes.keys() - needed.keys())
+        differing = [name for name in needed.keys() & shapes.keys() if needed[name] != shapes[name]]
+        if missing or unread or differing:
+            raise ValueError(
+                f"{path}: {anatomy.family.architecture} built from it does not have the weights' tensors: missing "
+                f"{missing[:3] or 'nothing'}, not read {unread[:3] or 'nothing'}, of another shape "
+                f"{sorted(differing)[:3] or 'nothing'}; config.json and weights do not belong together"
+            )
+
+    def _plain_decilm(self) -> dict[str, Any]:
+        try:
+            return decilm.plain(self.config, self._tensors)
+        except (KeyError, TypeError, AttributeError, ArithmeticError) as fault:
+            raise ValueError(
+                f"{self.folder / 'config.json'} is not in the DeciLM form ({type(fault).__name__}: {fault}); export the "
+                "model again"
+            ) from None
+
+    def _tie(self) -> None:
+        """Decide whether the output matrix is the embedding, as transformers does.
+
+        config.json says whether they are tied. A stored copy that is equal is left out; a stored matrix that differs is
+        used although config.json says tied.
+        """
+        if not self.config.get("tie_word_embeddings"):
+            return
+        if HEAD in self._stored and EMBEDDING not in self._stored:
+            self._stored[EMBEDDING] = self._stored.pop(HEAD)
+        elif HEAD in self._stored and self._equal(HEAD, EMBEDDING):
+            del self._stored[HEAD]
+        elif HEAD in self._stored:
+            self.config["tie_word_embeddings"] = False
+            self.notes.append(
+                "config.json ties the output matrix to the embedding, but a different lm_head.weight is stored; it is "
+                "used, as transformers does"
+            )
+
+    def _equal(self, one: str, other: str) -> bool:
+        shapes = {self._tensors.shape(self._stored[name]) for name in (one, other)}
+        return len(shapes) == 1 and torch.equal(self[one], self[other])
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
+        return self._tensors[self._stored[name]]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._stored)
 
     def bytes(self) -> int:
-        """Give the size of the weight files on disk."""
+        """Return the size of the weight files on disk."""
         return self._tensors.bytes()
 
 
@@ -116,47 +161,54 @@ def open_tensors(folder: Path) -> Mapping[str, Tensor]:
     return Tensors(Path(folder), False)
 
 
+def _check_pruned(config: Mapping[str, Any], anatomy: Anatomy, path: Path) -> None:
+    """Raise ValueError where a `pruned` section does not follow from the widths of its layers."""
+    pruned = config.get("pruned", {})
+    expected = per_layer(config, anatomy) if pruned.get("layers") else {"shapes": {}, "attention": {}}
+    heads = [
+        {name: [entry.get(field) for field in HEADS] for name, entry in attention.items()}
+        for attention in (pruned.get("attention", {}), expected["attention"])
+    ]
+    if pruned.get("shapes", {}) != expected["shapes"] or heads[0] != heads[1]:
+        raise ValueError(f"{path}: pruned.shapes or .attention does not follow from its layers; export the student again")
+    if pruned.get("scales", []) not in ([], frozen_modules(anatomy)):
+        raise ValueError(f"{path}: pruned.scales does not name all post-norms of the model; export the student again")
+
+
+def stock_config(config: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
+    """Return the config object of the stock class; ValueError, naming config.json, where transformers refuses it."""
+    try:
+        return AutoConfig.for_model(**config)
+    except Exception as fault:  # transformers' validation raises whatever a field's value leads to
+        raise ValueError(
+            f"{folder / 'config.json'} is refused by transformers ({_reason(fault)}); correct that field, or fetch it "
+            "again"
+        ) from fault
+
+
+def class_shapes(config: Mapping[str, Any], folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight of the class that a config describes; a tied output matrix is left out.
+
+    The class is built on the meta device. Raise ValueError, naming config.json, where it cannot be built.
+    """
+    whole = stock_config(config, folder)
+    try:
+        with torch.device("meta"):
+            if "pruned" in config:
+                model = pruned_class(family_of(config["model_type"]).architecture)(whole)
+            else:
+                model = AutoModelForCausalLM.from_config(whole)
+    except Exception as fault:  # a class raises whatever a field's value leads to
+        raise ValueError(
+            f"{folder / 'config.json'} is refused by {config['architectures'][0]} ({_reason(fault)}); correct that "
+            "field, or fetch it again"
+        ) from fault
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # a tied one comes once
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors into one safetensors file."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _places(folder: Path, allow_pickle: bool) -> Iterator[tuple[str, Path]]:
-    """Give every tensor name with the shard that holds it, shards checked for truncation by their headers."""
-    check_indices(folder)
-    single = folder / SINGLE  # beside it there may be others, of no weights
-    shards = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if (folder / INDEX).is_file():
-        listed = read_mapping(folder / INDEX).get("weight_map")
-        if not isinstance(listed, dict):
-            raise ValueError(f"{folder / INDEX} has no weight_map; fetch it again")
-        shards = sorted({folder / file for file in listed.values()})
-        absent = [shard.name for shard in shards if not shard.is_file()]
-        if absent:
-            raise ValueError(f"{folder} lacks {', '.join(absent[:3])}, named in its index; fetch it again")
-    for shard in shards:
-        yield from ((name, shard) for name in _opened(shard).keys())  # noqa: SIM118
-    if shards:
-        return
-    pickles = sorted(folder.glob("*.bin"))
-    if not pickles:
-        raise ValueError(f"{folder} holds no *.safetensors weights")
-    if not allow_pickle:
-        raise ValueError(
-            f"{folder} holds only pickled weights ({pickles[0].name}); set model.allow_pickle=true to read "
-            "them weights-only, or convert them to safetensors"
-        )
-    for shard in pickles:
-        yield from ((name, shard) for name in _opened(shard))
-
-
-def _opened(path: Path) -> Any:
-    try:
-        if path.suffix == ".safetensors":
-            return safe_open(path, "pt")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, RuntimeError, EOFError) as fault:
-        raise ValueError(f"{path} is corrupt or truncated ({fault}); fetch it again") from fault
 
 
 def write_checkpoint(
@@ -168,13 +220,15 @@ def write_checkpoint(
 ) -> None:
     """Write a model folder from a stream of tensors, holding one shard in memory at a time.
 
-    `copy_from` is a folder whose tokenizer and generation files come along. The index and config are written last, so
-    a folder with a `config.json` is a whole one.
+    `copy_from` is a folder whose tokenizer and generation files are copied. The index and config are written last, so
+    a folder with a `config.json` is complete. Raise ValueError, naming the tensor, for values that are not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (SINGLE, INDEX):  # of an earlier attempt, whose shards may be other ones
+        (folder / name).unlink(missing_ok=True)
     shards: list[list[str]] = []
     total = parameters = 0
-    for shard in _shards(tensors, shard_bytes):
+    for shard in _shards(finite(tensors), shard_bytes):
         save_file(shard, folder / f"part-{len(shards)}.safetensors", {"format": "pt"})
         shards.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
@@ -187,18 +241,31 @@ def write_checkpoint(
     for i, name in enumerate(names):
         os.replace(folder / f"part-{i}.safetensors", folder / name)
     if len(shards) > 1:
-        placed = {tensor: names[i] for i, shard in enumerate(shards) for tensor in shard}
-        index = {"metadata": {"total_size": total, "total_parameters": parameters}, "weight_map": placed}
+        file_of = {tensor: names[i] for i, shard in enumerate(shards) for tensor in shard}
+        index = {"metadata": {"total_size": total, "total_parameters": parameters}, "weight_map": file_of}
         (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     if copy_from is not None:
         carry_tokenizer(copy_from, folder)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(stored_config(config), indent=2) + "\n", encoding="utf-8")
 
 
-def carry_tokenizer(origin: Path, folder: Path) -> None:
-    """Copy the tokenizer and generation files of a model folder."""
-    for pattern in CARRIED:
-        for path in Path(origin).glob(pattern):
+def finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield named tensors; ValueError, naming it, at the first that holds NaN or an infinity.
+
+    One pass over the values: the least and the greatest are NaN where any value is.
+    """
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            least, greatest = torch.aminmax(tensor)
+            if not (torch.isfinite(least) and torch.isfinite(greatest)):
+                raise ValueError(f"{name} holds values that are not finite (NaN or infinity); nothing is written of it")
+        yield name, tensor
+
+
+def carry_tokenizer(source: Path, folder: Path, generation: bool = True) -> None:
+    """Copy the tokenizer files of a model folder, and its generation_config.json if `generation`."""
+    for pattern in CARRIED if generation else CARRIED[:-1]:
+        for path in Path(source).glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
 
@@ -220,40 +287,53 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], limit: float) -> Iterator[dic
 def load_model(folder: Path, dtype: torch.dtype, attention: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a model folder on the CPU, in evaluation mode; a pruned one by this project's own modelling code.
 
-    `attention` is an implementation of transformers, or auto for the one its class prefers.
-    ValueError if tensors are missing, unexpected or of another shape than the class needs.
+    `attention` is an implementation of transformers, or auto for the one its class prefers. The class is always one of
+    the table of families. Raise ValueError if a weight would be missing, unexpected or newly initialised.
     """
-    check_indices(Path(folder))
-    config = read_config(folder)
-    if config["model_type"] == decilm.MODEL_TYPE:
-        config = open_checkpoint(folder).config
-    own = "pruned" in config
-    loader = pruned_class(family_of(config["model_type"]).architecture) if own else AutoModelForCausalLM
-    extra = {"config": loader.config_class(**config)} if own else {"trust_remote_code": trust_remote_code}
-    extra |= {} if attention == "auto" else {"attn_implementation": attention}
-    model, told = loader.from_pretrained(folder, dtype=dtype, output_loading_info=True, local_files_only=True, **extra)
+    folder = Path(folder)
+    checkpoint = open_checkpoint(folder)
+    config = checkpoint.config
+    family = family_of(config.get("model_type", "none"))
+    loader = pruned_class(family.architecture) if "pruned" in config else AutoModelForCausalLM
+    options = {} if attention == "auto" else {"attn_implementation": attention}
+    return load_whole(loader, folder, config=stock_config(config, folder), dtype=dtype, **options).eval()
+
+
+def load_whole(loader: Any, folder: Path, **options: Any) -> PreTrainedModel:
+    """Load by transformers and return the model; ValueError unless every weight of the class came from the files."""
+    try:
+        model, info = loader.from_pretrained(folder, output_loading_info=True, local_files_only=True, **options)
+    except (OSError, RuntimeError, KeyError, TypeError) as fault:
+        raise ValueError(f"{folder} cannot be loaded by transformers ({_reason(fault)})") from fault
     faults = {
-        kind: sorted(map(str, told[kind]))[:3]
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if told[kind]
+        kind: sorted(map(str, info[kind]))[:3]
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        if info.get(kind)
     }
     if faults:
         raise ValueError(f"{folder} does not fit {type(model).__name__}: {faults}")
-    return model.eval()
+    return model
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False):
     """Load the tokenizer of a model folder; ValueError for none, a damaged one, or untrusted code of its own."""
+    for pattern in (*TOKENIZER, "special_tokens_map.json", "added_tokens.json"):
+        for path in Path(folder).glob(pattern):
+            check_file(path)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as fault:  # a damaged file raises whatever its reader, in Python or Rust, stumbles over
+    except Exception as fault:  # a damaged file raises whatever its reader, in Python or Rust, meets first
         if "trust_remote_code" in str(fault):
             raise ValueError(
                 f"model.trust_remote_code is false, and the tokenizer in {folder} is code of its own; read it, and set "
                 "model.trust_remote_code=true to run it"
             ) from None
-        reason = f"{type(fault).__name__}: {str(fault).strip().splitlines()[0] if str(fault).strip() else ''}"
         raise ValueError(
-            f"the tokenizer in {folder} is missing or damaged ({reason:.120}); put its files (tokenizer.json or "
+            f"the tokenizer in {folder} is missing or damaged ({_reason(fault)}); put its files (tokenizer.json or "
             "tokenizer.model, tokenizer_config.json) there again"
         ) from fault
+
+
+def _reason(fault: Exception) -> str:
+    """Return the type of an error and the beginning of its message, on one line."""
+    return f"{type(fault).__name__}: {' '.join(str(fault).split()):.160}"

@@ -1,7 +1,7 @@
-"""What the JSON files of a model folder say, checked before anything acts on it.
+"""The JSON files of a model folder, read within bounds and checked before anything acts on them.
 
-The words in these files are not ours: a class is looked up in the table of families, never by such a word, and a shard
-is a file of the folder itself.
+Their contents are not trusted: a class is looked up in the table of families, never by a name in a file; a shard is a
+file of the folder itself; every count has an upper limit.
 """
 
 import json
@@ -10,43 +10,122 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.model.families import FAMILIES
+from pipeline.model.hf_config import PER_LAYER_LISTS
 
 PANGU = "PanguEmbedded"  # openPangu-Embedded 1B and 7B: a Llama with biases under a name of its own
-COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+OWN_TYPE = "pruned_"  # before the model_type of a network that the stock class of that type would compute wrongly
+MIB = 1 << 20
+SIZES = {"config.json": 4 * MIB, "tokenizer.json": 256 * MIB}  # largest files that are read; of other JSON:
+SIZE = 32 * MIB
+LIMITS = {  # the largest value of each count that is believed before the weights confirm it
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 18,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 14,
+    "intermediate_size": 1 << 22,
+}
+OPTIONAL = {"num_key_value_heads": 1 << 14, "head_dim": 1 << 14}
+WIDTHS = {"heads": 1 << 14, "groups": 1 << 14, "neurons": 1 << 22}  # of a layer of its own widths
+# Fields that would choose code, files or kernels when transformers reads them. `dtype` replaces `torch_dtype`.
+DROPPED = ("auto_map", "attn_implementation", "experts_implementation", "transformers_weights", "torch_dtype")
+POINTER = b"version https://git-lfs.github.com/spec"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Give the config.json of a model or training checkpoint, openPangu-Embedded as the Llama that it is.
+    """Return the config.json of a model or training checkpoint; openPangu-Embedded is returned as the Llama it is.
 
-    ValueError, naming the file and what to do, for one that is none or damaged, names what no class can be called, or
-    is of quantised weights.
+    Fields that would choose code or files (`auto_map` among them) are left out: the model is always of a class of the
+    table of families. Raise ValueError, naming the file and what to do, for one that is missing, damaged, out of
+    bounds, names what cannot be a class, or describes quantised weights.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
+        check_file(path)
         raise ValueError(f"{folder} has no config.json; give a model folder, a .gguf file or a hub id")
-    config = read_mapping(path)
-    _check_names(config, path)
-    if config.get("model_type") == PANGU:
-        kept = {key: value for key, value in config.items() if key not in ("auto_map", "bias")}
-        biased = bool(config.get("bias", config.get("attention_bias", False)))
-        config = kept | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": biased}
-    if config.get("model_type") not in FAMILIES:  # refused where its anatomy is asked for
+    stored = read_mapping(path)
+    return checked_config(stored, path)
+
+
+def checked_config(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the fields of a config.json, read from `path`, that this project acts on; see `read_config`."""
+    _check_names(stored, path)
+    config = {name: value for name, value in stored.items() if name not in DROPPED and not name.startswith("_")}
+    if stored.get("dtype") is None and isinstance(stored.get("torch_dtype"), str):
+        config["dtype"] = stored["torch_dtype"]
+    kind = config.get("model_type")
+    if kind == PANGU:
+        biased = bool(config.pop("bias", config.get("attention_bias", False)))
+        config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": biased}
+    elif isinstance(kind, str) and kind.startswith(OWN_TYPE) and config.get("pruned"):
+        config["model_type"] = kind.removeprefix(OWN_TYPE)
+    if config.get("model_type") not in FAMILIES:  # refused where its anatomy is built
         return config
-    for field in COUNTS:
-        if not isinstance(config.get(field), int) or config[field] < 1:
-            raise ValueError(f"{path}: {field} is {config.get(field)}, not a positive integer; fetch it again")
-    if "architectures" not in config:
-        raise ValueError(f"{path} has no architectures; name the model's class there, or fetch it again")
+    config.setdefault("architectures", [FAMILIES[config["model_type"]].architecture])
+    for field, limit in LIMITS.items():
+        _check_count(field, config.get(field), limit, path)
+    for field, limit in OPTIONAL.items():
+        if config.get(field) is not None:
+            _check_count(field, config[field], limit, path)
+    _check_layers(config, path)
     if config.get("quantization_config"):
         raise ValueError(f"{path} has a quantization_config; give the model's unquantised weights, or its GGUF")
     return config
 
 
+def stored_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is written as config.json for a config of this project.
+
+    Static scales have the tensor names of the post-norms they replace, so the stock class would load them without an
+    error and compute another network. Such a model gets a model_type that transformers does not know; `read_config`
+    takes the prefix off again.
+    """
+    if not config.get("pruned", {}).get("scales"):
+        return dict(config)
+    return dict(config) | {"model_type": OWN_TYPE + config["model_type"], "architectures": ["PrunedForCausalLM"]}
+
+
+def _check_count(field: str, value: Any, limit: int, path: Path) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+        text = json.dumps(value)
+        raise ValueError(f"{path}: {field} is {text:.60}, not an integer from 1 to {limit}; fetch it again")
+
+
+def _check_layers(config: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError where a list with an entry for each layer has another length, or an entry is malformed."""
+    count, tied = config["num_hidden_layers"], config.get("tie_word_embeddings")
+    if tied is not None and not isinstance(tied, bool):
+        raise ValueError(f"{path}: tie_word_embeddings is {json.dumps(tied):.60}, not true or false; fetch it again")
+    pruned = config.get("pruned", {})
+    lists = {field: config.get(field) for field in PER_LAYER_LISTS} | {"pruned.layers": pruned.get("layers")}
+    for field, entries in lists.items():
+        if entries is None:
+            continue
+        if not isinstance(entries, list):
+            raise ValueError(f"{path}: {field} is {json.dumps(entries):.60}, not a list; fetch it again")
+        if len(entries) != count:
+            raise ValueError(
+                f"{path}: {field} has {len(entries)} entries and num_hidden_layers is {count}; keep the entries of the "
+                "layers that the weights have"
+            )
+    attention = pruned.get("attention", {})
+    if not isinstance(attention, dict) or not all(isinstance(entry, dict) for entry in attention.values()):
+        raise ValueError(f"{path}: pruned.attention is not an object of objects; export the student again")
+    if not all(isinstance(entry, str) for entry in config.get("layer_types") or ()):
+        raise ValueError(f"{path}: layer_types holds entries that are not strings; fetch it again")
+    for place, entry in enumerate(pruned.get("layers") or ()):
+        if not isinstance(entry, dict) or entry.keys() != WIDTHS.keys():
+            raise ValueError(f"{path}: pruned.layers[{place}] does not have {', '.join(WIDTHS)}; fetch it again")
+        for field, limit in WIDTHS.items():
+            _check_count(f"pruned.layers[{place}].{field}", entry[field], limit, path)
+        if entry["heads"] % entry["groups"]:
+            raise ValueError(f"{path}: pruned.layers[{place}].heads is not a multiple of its groups; fetch it again")
+
+
 def _check_names(config: Mapping[str, Any], path: Path) -> None:
-    """Raise ValueError where `model_type`, `architectures` or the base in `pruned` is no name of a class or a kind."""
+    """Raise ValueError where `model_type`, `architectures` or `pruned.base` cannot name a class or a type."""
     kind, named = config.get("model_type", ""), config.get("architectures", ["None"])
     if not isinstance(kind, str):
-        raise ValueError(f"{path}: model_type is {json.dumps(kind):.60}, not a word; fetch it again")
+        raise ValueError(f"{path}: model_type is {json.dumps(kind):.60}, not a string; fetch it again")
     classes = named if isinstance(named, list) else []
     if not classes or not all(isinstance(name, str) and name.isascii() and name.isidentifier() for name in classes):
         raise ValueError(
@@ -56,10 +135,11 @@ def _check_names(config: Mapping[str, Any], path: Path) -> None:
     pruned = config.get("pruned", {})
     if not isinstance(pruned, dict):
         raise ValueError(f"{path}: pruned is {json.dumps(pruned):.60}, not a JSON object; fetch it again")
-    if kind in FAMILIES and pruned.get("base", FAMILIES[kind].architecture) != FAMILIES[kind].architecture:
+    family = FAMILIES.get(kind.removeprefix(OWN_TYPE))
+    if family is not None and pruned.get("base", family.architecture) != family.architecture:
         raise ValueError(
             f"{path}: pruned.base is {json.dumps(pruned['base']):.60}, and the class of {kind} is "
-            f"{FAMILIES[kind].architecture}; export the student again, or fetch it again"
+            f"{family.architecture}; export the student again, or fetch it again"
         )
 
 
@@ -79,11 +159,28 @@ def check_indices(folder: Path) -> None:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Give what a JSON file maps; ValueError, naming it, for anything else."""
+    """Return the object that a JSON file holds; ValueError, naming it, for anything else and for a file too large."""
+    check_file(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply for a file of a model folder; fetch it again") from None
     except ValueError as fault:
         raise ValueError(f"{path} is no JSON ({fault}); fetch it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {json.dumps(found):.40}, not a JSON object of fields; fetch it again")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {json.dumps(content):.40}, not a JSON object of fields; fetch it again")
+    return content
+
+
+def check_file(path: Path) -> None:
+    """Raise ValueError where a file is a broken link, a git-lfs pointer instead of its content, or JSON too large."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to {path.readlink()}, which does not exist; fetch the file again")
+    if not path.is_file():
+        return
+    limit = SIZES.get(path.name, SIZE)
+    if path.suffix == ".json" and path.stat().st_size > limit:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than the {limit} that are read; fetch it again")
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ValueError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull`, or fetch it again")

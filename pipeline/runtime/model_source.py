@@ -4,80 +4,158 @@ import importlib.util
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import GenerationConfig
 
-from pipeline.model.families import FAMILIES
-from pipeline.model.hf_config import PER_LAYER_LISTS
-from pipeline.runtime.checkpoint import CARRIED, Checkpoint, open_checkpoint, write_checkpoint
-from pipeline.runtime.described import read_config, read_mapping
-from pipeline.runtime.hashing import fingerprint
-from pipeline.runtime.log import bars_on_terminals_only
+from pipeline.runtime.checkpoint import CARRIED, GENERATION, Checkpoint, open_checkpoint, write_checkpoint
+from pipeline.runtime.described import read_mapping
+from pipeline.runtime.disk import need_space
+from pipeline.runtime.gguf_model import check_parts, unpack
+from pipeline.runtime.hashing import digest, fingerprint
+from pipeline.runtime.weight_files import weight_files
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+CODE = "*.py"
+PART = re.compile(r"(.+-)(\d{5})-of-(\d{5})\.gguf")  # as a GGUF is split by llama.cpp's tools
 
 
 @dataclass(frozen=True)
-class Origin:
-    """A located model: a model folder, or the parts of one GGUF file in order."""
+class ModelSource:
+    """A located model: a model folder, or a GGUF file, its parts or pieces in order."""
 
     folder: Path | None
     parts: tuple[Path, ...]
+    allow_pickle: bool = False
 
     def digest(self) -> str:
-        """Give a cheap digest of the files."""
-        return fingerprint(self.folder) if self.folder else "-".join(fingerprint(part) for part in self.parts)
+        """Return a cheap digest of the files that determine the model; generation_config.json is not one of them."""
+        if self.folder is None:
+            return "-".join(fingerprint(part) for part in self.parts)
+        names = {path.name for pattern in (*CARRIED, CODE) for path in self.folder.glob(pattern) if path.is_file()}
+        names |= {path.name for path in weight_files(self.folder, self.allow_pickle)} | {"config.json"}
+        return digest({name: fingerprint(self.folder / name) for name in sorted(names - {GENERATION})})
 
     def bytes(self) -> int:
-        files = self.parts or tuple(p for p in self.folder.iterdir() if p.is_file())
+        """Return the size of the files."""
+        files = self.parts or tuple(path for path in self.folder.iterdir() if path.is_file())
         return sum(path.stat().st_size for path in files)
 
 
-def locate(path: str, field: str = "model.path", allow_pickle: bool = False) -> Origin:
+def locate(path: str, field: str = "model.path", allow_pickle: bool = False) -> ModelSource:
     """Find the model that a setting names; ValueError, naming the setting, if there is none.
 
-    Of a hub id what a model needs is fetched, its own code with it (that runs only where it is trusted), and pickled
-    weights only where they are allowed.
+    From the hub, what a model needs is fetched, its own code with it (which runs only if it is trusted), and pickled
+    weights only if they are allowed.
     """
     if path.startswith("package:"):
-        return Origin(None, _packaged(path.removeprefix("package:"), field))
+        return ModelSource(None, _packaged(path.removeprefix("package:"), field))
     place = Path(path).expanduser()
     if place.is_dir():
-        if not (place / "config.json").is_file():
+        if not (place / "config.json").exists() and not (place / "config.json").is_symlink():
             raise ValueError(f"{field}: {place} has no config.json; give a model folder, a .gguf file or a hub id")
-        return Origin(place, ())
+        return ModelSource(place, (), allow_pickle)
     if place.is_file():
         if ".gguf" not in place.name:
             raise ValueError(f"{field}: {place} is a file but not a .gguf; give a model folder or a .gguf file")
-        return Origin(None, (place,))
+        return ModelSource(None, _parts(place, field))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
-        return Origin(_fetched(path, field, allow_pickle), ())
+        return ModelSource(_fetched(path, field, allow_pickle), (), allow_pickle)
     raise ValueError(f"{field}: {path} does not exist; give a model folder, a .gguf file, a hub id or package:NAME")
 
 
 def model_folder(path: str, allow_pickle: bool) -> Path | None:
-    """The model folder that model.path names, for checks before any work; None for a GGUF, whose config is inside."""
+    """Return the model folder that model.path names, for checks before any work; None for a GGUF."""
     return locate(path, allow_pickle=allow_pickle).folder
 
 
-def inspect(folder: Path, field: str, allow_pickle: bool) -> Checkpoint:
-    """Open the model folder that a setting names, its weights held against its config and table.
+def inspect(source: ModelSource, field: str) -> Checkpoint | None:
+    """Check a located model by its headers; return a folder's checkpoint, None for a GGUF.
 
-    ValueError, naming the setting, where it is damaged or incomplete, or of no known family.
+    Raise ValueError, naming the setting, where it is damaged or incomplete, or of no known family.
     """
     try:
-        checkpoint = open_checkpoint(folder, allow_pickle)
+        if source.folder is None:
+            check_parts(source.parts)
+            return None
+        checkpoint = open_checkpoint(source.folder, source.allow_pickle)
         checkpoint.check()
     except ValueError as fault:
         raise ValueError(f"{field}: {fault}") from fault
     return checkpoint
+
+
+def import_model(source: ModelSource, folder: Path, field: str, shard_bytes: float, trusted: bool) -> Checkpoint:
+    """Write a located model into `folder` as an artifact of its own, and return its checkpoint.
+
+    Every weight is read once, checked and copied: later changes of the source do not change the artifact. It has the
+    table's tensors only, in safetensors; its config.json is completed by what the class assumes. Code of the source
+    (`*.py` and `auto_map`) is copied for a tokenizer, and only if it is `trusted`. `notes` of the checkpoint says what
+    differs from the source. Raise ValueError, naming the setting, where the model is damaged.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        need_space(folder, source.bytes())
+        if source.folder is None:
+            unpack(source.parts, folder, shard_bytes)
+            notes = []
+        else:
+            notes = _copy(source, folder, shard_bytes, trusted)
+        checkpoint = open_checkpoint(folder)
+        checkpoint.check()
+    except ValueError as fault:
+        raise ValueError(f"{field}: {fault}") from fault
+    checkpoint.notes[:0] = notes
+    return checkpoint
+
+
+def _copy(source: ModelSource, folder: Path, shard_bytes: float, trusted: bool) -> list[str]:
+    """Copy a model folder and return what differs in the copy."""
+    checkpoint = open_checkpoint(source.folder, source.allow_pickle)
+    checkpoint.check()
+    try:
+        write_checkpoint(folder, checkpoint.config, checkpoint.items(), shard_bytes, source.folder)
+    except ValueError as fault:
+        raise ValueError(f"{source.folder}: {fault}") from fault
+    notes = list(checkpoint.notes)
+    if trusted:
+        for path in source.folder.glob(CODE):
+            shutil.copyfile(path, folder / path.name)
+    else:
+        _remove_code(folder)
+    if generation_of(source.folder) is None:
+        (folder / GENERATION).unlink(missing_ok=True)
+        if (source.folder / GENERATION).exists():
+            notes.append(f"{GENERATION} is not one that transformers reads, and is left out")
+    if "auto_map" in read_mapping(source.folder / "config.json") and "pruned" not in checkpoint.config:
+        notes.append(f"the folder's modelling code is not used: {checkpoint.config['architectures'][0]} of transformers is")
+    return notes
+
+
+def _remove_code(folder: Path) -> None:
+    """Remove code, and what names it, from copied tokenizer files."""
+    for path in folder.glob(CODE):
+        path.unlink()
+    path = folder / TOKENIZER_CONFIG
+    if path.is_file():
+        fields = {field: value for field, value in read_mapping(path).items() if field != "auto_map"}
+        path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def generation_of(folder: Path) -> dict[str, Any] | None:
+    """Return the generation_config.json of a model folder, None where there is none that transformers reads."""
+    path = Path(folder) / GENERATION
+    if not path.is_file():
+        return None
+    try:
+        fields = read_mapping(path)
+        GenerationConfig.from_dict(fields)
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return None
+    return fields
 
 
 def _packaged(name: str, field: str) -> tuple[Path, ...]:
@@ -108,80 +186,14 @@ def _fetched(name: str, field: str, allow_pickle: bool) -> Path:
         raise ValueError(f"{field}: {name} is no folder here and no reachable hub id ({reason:.160})") from None
 
 
-def adopt(origin: Origin, folder: Path, trusted: bool = False) -> None:
-    """Make `folder` a model folder of a located model: links to its own files, or the weights of its GGUF, unpacked.
-
-    Code of its own (`*.py`, and the `auto_map` that names it) comes along only where it is `trusted`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if origin.folder is not None:
-        _link(origin.folder, folder, trusted)
-    else:
-        _unpack(origin.parts, folder)
-
-
-def _link(origin: Path, folder: Path, trusted: bool) -> None:
-    for pattern in (*CARRIED, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py"):
-        for path in origin.glob(pattern):
-            if path.suffix == ".py" and not trusted:
-                continue
-            link = folder / path.name
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.resolve())
-    config = read_config(origin)
-    written = {"config.json": config | _by_layer(config)}
-    if not trusted and (origin / TOKENIZER_CONFIG).is_file():
-        written[TOKENIZER_CONFIG] = read_mapping(origin / TOKENIZER_CONFIG)
-    for name, fields in written.items():
-        kept = fields if trusted else {field: value for field, value in fields.items() if field != "auto_map"}
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-
-
-def _by_layer(config: dict[str, Any]) -> dict[str, list]:
-    """Give what the class says of each layer where the config does not (Gemma 2 and 3: which see a window only).
-
-    The class counts layers from the first, so a student without some of them has to say it.
-    """
-    if config.get("model_type") not in FAMILIES:  # refused where its weights are read
-        return {}
-    whole = AutoConfig.for_model(**config)
-    said = {field: getattr(whole, field, None) for field in PER_LAYER_LISTS if config.get(field) is None}
-    return {field: value for field, value in said.items() if isinstance(value, list)}
-
-
-def _unpack(parts: tuple[Path, ...], folder: Path) -> None:
-    """Write the weights of a GGUF as safetensors in bfloat16, without the quantisation they were stored in."""
-    file = parts[0]
-    if len(parts) > 1:
-        file = folder / "whole.gguf"
-        with file.open("wb") as whole:
-            for part in parts:
-                with part.open("rb") as piece:
-                    shutil.copyfileobj(piece, whole)
-    asked = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **asked)
-        with bars_on_terminals_only():
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **asked
-            )
-    except (OSError, ValueError, KeyError) as fault:
-        given = " and ".join(map(str, parts))  # not what they were joined to
-        raise ValueError(f"{given} cannot be read as GGUF ({str(fault).splitlines()[0]:.160})") from fault
-    config = model.config.to_dict()
-    for field in ("quantization_config", "_name_or_path"):
-        config.pop(field, None)
-    config |= {"architectures": [type(model).__name__], "dtype": "bfloat16"}
-    tokenizer.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    write_checkpoint(folder, config, _stored(model), 5e9)
-    if len(parts) > 1:
-        file.unlink()
-
-
-def _stored(model) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        yield name, tensor.to(torch.bfloat16)
+def _parts(path: Path, field: str) -> tuple[Path, ...]:
+    """Return all parts of a GGUF that is one part of several by its name; else the file alone."""
+    named = PART.fullmatch(path.name)
+    if not named:
+        return (path,)
+    count = int(named[3])
+    parts = tuple(path.with_name(f"{named[1]}{number + 1:05d}-of-{named[3]}.gguf") for number in range(min(count, 1000)))
+    absent = [part.name for part in parts if not part.is_file()]
+    if absent or len(parts) != count:
+        raise ValueError(f"{field}: {path} is one of {count} parts, and {', '.join(absent[:3])} is missing; fetch all parts")
+    return parts

@@ -49,8 +49,11 @@ def narrow(model, pruned):
             setattr(model.get_submodule(parent), leaf, StaticScale(old.shape[0], old.dtype))
 
 
-def pruned_class(base_name):
-    """Give the class of a pruned model on top of the stock transformers class that a table of families names."""
+def pruned_class(base_name, config_class=None):
+    """Return the class of a pruned model on top of the stock transformers class that a table of families names.
+
+    `config_class` is one of `pruned_config`, where the folder's model_type is not the stock one.
+    """
     base = getattr(transformers, base_name)
 
     class PrunedForCausalLM(base):
@@ -58,4 +61,14 @@ def pruned_class(base_name):
             super().__init__(config)
             narrow(self, config.pruned)
 
+    PrunedForCausalLM.config_class = config_class or base.config_class
     return PrunedForCausalLM
+
+
+def pruned_config(base_name, name):
+    """Return the stock class's config class under a model_type of its own, which the stock class does not accept."""
+
+    class PrunedConfig(getattr(transformers, base_name).config_class):
+        model_type = name
+
+    return PrunedConfig

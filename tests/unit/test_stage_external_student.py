@@ -1,4 +1,7 @@
-"""A student cut elsewhere: recovered as if it had been cut here, or refused in one line."""
+"""The stage external_student: a student cut elsewhere is recovered as if cut here, or refused in one line."""
+
+import json
+import shutil
 
 import pytest
 import torch
@@ -19,11 +22,11 @@ def made(world, *overrides):
     return runner.run(configured(*settings(world, run="unit"), *overrides), "a test")
 
 
-def test_recovery_does_not_ask_who_cut(world, tmp_path):
+def test_recovery_does_not_depend_on_who_cut(world, tmp_path):
     pipeline(*settings(world, run="ours"), "stages=[importance,shape,plan,cut,distill]", cwd=world)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    for file in (world / "runs/ours/start").iterdir():
+    for file in (world / "runs/ours/initial_student").iterdir():
         if file.name != "manifest.json":
             (elsewhere / file.name).write_bytes(file.read_bytes())
     pipeline(*settings(world, run="theirs"), "recipe=recover", f"model.start={elsewhere}", cwd=world)
@@ -33,11 +36,11 @@ def test_recovery_does_not_ask_who_cut(world, tmp_path):
     assert (world / "runs/theirs/evaluation.json").is_file()
 
 
-def test_a_dry_run_answers_for_the_student_that_is_given(world, tmp_path, capsys):
+def test_a_dry_run_estimates_for_the_given_student(world, tmp_path, capsys):
     save_tiny(tiny_model("llama-tied", dtype=torch.float32, num_hidden_layers=2), tmp_path / "given")
     chosen = ("recipe=recover", "dry_run=true", "device/chip=910B1", "device.kind=cpu", "artifacts=" + str(tmp_path))
     found = made(world, *chosen, f"model.start={tmp_path / 'given'}")
-    assert set(found) == {"teacher", "start"} and "recovery needs 1 x " in capsys.readouterr().out
+    assert {"teacher", "initial_student"} <= set(found) and "recovery needs 1 x " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -46,22 +49,36 @@ def test_a_student_without_a_tokenizer_gets_the_teachers_and_one_with_its_own_ke
     save_tiny(tiny_model("llama-tied", dtype=torch.float32, num_hidden_layers=2), given)
     (given / "generation_config.json").write_text('{"max_new_tokens": 7}')
     if own:
-        (given / "tokenizer.json").write_text("its own")
+        shutil.copy(world / "model/tokenizer.json", given)
+        (given / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}')
     before = {path.name: path.read_bytes() for path in given.iterdir()}
-    found = made(world, "recipe=recover", f"model.start={given}", "stages=[external_student]")["initial_student"]
-    assert (found / "generation_config.json").read_text() == '{"max_new_tokens": 7}'
-    there = {path.name: path.read_bytes() for path in found.glob("tokeniz*")}
+    student = made(world, "recipe=recover", f"model.start={given}", "stages=[external_student]")["initial_student"]
+    assert json.loads((student / "generation_config.json").read_text()) == {"max_new_tokens": 7}
+    copied = {path.name: path.read_bytes() for path in student.glob("tokeniz*")}
     teachers = {path.name: path.read_bytes() for path in (world / "model").glob("tokeniz*")}
-    assert len(teachers) > 1 and there == ({"tokenizer.json": b"its own"} if own else teachers)
+    assert len(teachers) > 1 and copied.keys() == teachers.keys() and (copied == teachers) is not own
     assert {path.name: path.read_bytes() for path in given.iterdir()} == before
 
 
-def test_what_cannot_be_adopted_is_refused(world, tmp_path):
+def test_a_student_whose_tokenizer_gives_other_ids_is_refused_before_any_work(world, tmp_path):
+    given = tmp_path / "given"
+    save_tiny(tiny_model("llama-tied", dtype=torch.float32, num_hidden_layers=2), given)
+    shutil.copy(world / "model/tokenizer_config.json", given)
+    fields = json.loads((world / "model/tokenizer.json").read_text())
+    vocab = fields["model"]["vocab"]
+    swapped = [token for token, number in vocab.items() if number in (40, 41)]
+    vocab.update(zip(swapped, [vocab[token] for token in reversed(swapped)]))
+    (given / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="^model.start: the tokenizer of .* gives other ids than the teacher's"):
+        runner.check(configured(*settings(world, run="unit"), "recipe=recover", f"model.start={given}"))
+
+
+def test_unusable_students_are_refused(world, tmp_path):
     with pytest.raises(ValueError, match="model.start is not set"):
         made(world, "recipe=recover")
     with pytest.raises(ValueError, match="model.start: .* does not exist"):
         made(world, "recipe=recover", f"model.start={tmp_path / 'nowhere'}")
-    with pytest.raises(ValueError, match="recipe.stages has no adopt"):
+    with pytest.raises(ValueError, match="external_student"):
         made(world, f"model.start={world / 'model'}")
     save_tiny(tiny_model("llama-tied", dtype=torch.float32, vocab_size=40), tmp_path / "other")
     with pytest.raises(ValueError, match="needs one vocabulary"):

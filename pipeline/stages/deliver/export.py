@@ -1,4 +1,4 @@
-"""export: the student as a Hugging Face folder in the form asked for, proven by reading it in a fresh process."""
+"""export: the student as a Hugging Face folder in the configured form, verified by loading it in a fresh process."""
 
 import json
 import os
@@ -19,10 +19,10 @@ from pipeline.model.hf_config import folded_config
 from pipeline.prune.surgery.pad import pad
 from pipeline.prune.surgery.reinit import Stream, fold_scales, post_norm_modules
 from pipeline.runtime import configuration_decilm, decilm_reader, modelling
-from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint, write_checkpoint
-from pipeline.runtime.described import read_config
+from pipeline.runtime.checkpoint import GENERATION, Checkpoint, load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.described import read_config, stored_config
 from pipeline.runtime.machine import Machine
-from pipeline.runtime.model_source import model_folder
+from pipeline.runtime.model_source import generation_of, model_folder
 from pipeline.stages.stage import Inputs, Stage
 
 FORMS = {"stock": export_forms.stock, "own": export_forms.own, "padded": export_forms.padded, "decilm": decilm.decilm}
@@ -32,81 +32,102 @@ PROBE = 24  # tokens of the reload check
 RELOAD = """
 import json, sys
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 folder, dtype, ids, out, code = sys.argv[1:]
 dtype, ids = getattr(torch, dtype), json.loads(ids)
 model = AutoModelForCausalLM.from_pretrained(
     folder, dtype=dtype, attn_implementation="eager", local_files_only=True, trust_remote_code=code == "code").eval()
+model.generation_config = GenerationConfig(max_new_tokens=4, do_sample=False)  # not the folder's own
 with torch.no_grad():
     logits = model(torch.tensor([ids])).logits[0].float()
-    new = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                         max_new_tokens=4, do_sample=False)
+    new = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long))
 torch.save(logits, out)
 print(json.dumps({"class": type(model).__name__, "generated": new.shape[1] - len(ids)}))
 """
 
 
 def check(config: Config) -> None:
-    """Refuse a form that the teacher's family cannot take, where its config.json is at hand, before any work."""
+    """Refuse a form that the teacher's family cannot take, where its config.json can be read before any work."""
     form = config.export.form
     folder = model_folder(config.model.path, config.model.allow_pickle) if form in CHECKS else None
     if folder is None:
         return
-    kind = read_config(folder)
-    family = FAMILIES.get(kind["model_type"])
-    if family is None:  # the teacher stage says what it needs
+    student = read_config(folder)
+    family = FAMILIES.get(student.get("model_type"))
+    if family is None:  # refused by the teacher stage
         return
-    absorbs = config.reinit.absorb is not False and "absorb" in config.recipe.stages
+    absorbs = config.reinit.absorb is not False and "absorb_norms" in config.recipe.stages
     if absorbs and family.sandwich and family.folded is None:
-        kind["pruned"] = {"scales": list(family.post_norms)}
-    CHECKS[form](kind)
+        student["pruned"] = {"scales": list(family.post_norms)}
+    CHECKS[form](student)
 
 
 def settings(config: Config) -> dict:
-    """Give the export section."""
-    return config.export.model_dump()
+    """Return the export section, and the generation_config.json that is written beside the weights."""
+    generation = _generation(config)
+    return config.export.model_dump() | ({} if generation is None else {"generation": generation})
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
-    """Write the final folder in the form asked for, static scales folded where a class without post-norms exists.
+    """Write the final folder in the configured form, static scales folded where a class without post-norms exists.
 
-    export.json says the form, what was padded, the bytes and the proof. ValueError if the form cannot hold the
-    student; RuntimeError if the folder, read in a process of its own, gives other logits.
+    export.json records the form, what was padded, the bytes and the verification. Raise ValueError if the form cannot
+    hold the student; RuntimeError if the folder, loaded in a process of its own, gives other logits.
     """
     shutil.rmtree(out, ignore_errors=True)
-    origin = inputs.get("recovered", inputs["initial_student"])
-    source = open_checkpoint(origin)
-    stream, names, kind, folds = _folded(source)
-    if not config.model.trust_remote_code:
-        kind.pop("auto_map", None)
-    student = anatomy_of(kind, names)
+    folder = inputs.get("recovered", inputs["initial_student"])
+    stream, names, student_config, folds = _folded(open_checkpoint(folder))
+    student = anatomy_of(student_config, names)
     form = config.export.form
     if form == "auto":
-        form = "own" if "pruned" in kind else "stock"
-    written, wide = FORMS[form](kind | {"dtype": config.export.dtype}, student)
+        form = "own" if "pruned" in student_config else "stock"
+    written, wide = FORMS[form](student_config | {"dtype": config.export.dtype}, student)
     dtype = getattr(torch, config.export.dtype)
     cast = ((name, tensor.to(dtype)) for name, tensor in pad(student, wide, stream))
-    write_checkpoint(out, written, cast, config.checkpoint.shard_bytes, origin)
-    _add_code(form, kind, out)
-    told = prove(origin, out, dtype, config.export.tolerance, form)
-    told |= {"form": form, "folded": folds, "padded": export_forms.padding(student, wide)}
-    told |= {"bytes": open_checkpoint(out).bytes()}
-    (out / "export.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
-    cost = f", {_cost(told['padded'])}" if told["padded"] else ""
+    write_checkpoint(out, written, cast, config.checkpoint.shard_bytes, folder)
+    _write_generation(_generation(config), out)
+    _add_code(form, written, out)
+    record = prove(folder, out, dtype, config.export.tolerance, form)
+    record |= {"form": form, "folded": folds, "padded": export_forms.padding(student, wide)}
+    record |= {"bytes": open_checkpoint(out).bytes()}
+    (out / "export.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    cost = f", {_cost(record['padded'])}" if record["padded"] else ""
     machine.say(
-        f"export: {told['class']} ({form}{cost}), read in a fresh process: logits differ by {told['difference']:.1e}"
+        f"export: {record['class']} ({form}{cost}), loaded in a fresh process: logits differ by "
+        f"{record['difference']:.1e}"
     )
 
 
+def _generation(config: Config) -> dict[str, Any] | None:
+    """Return the generation_config.json of the external student or of the model, as it is now; None without one.
+
+    It changes no weight, so it is no part of what names the teacher.
+    """
+    for path in filter(None, (config.model.start, config.model.path)):
+        folder = model_folder(path, config.model.allow_pickle)
+        fields = generation_of(folder) if folder else None
+        if fields is not None:
+            return fields
+    return None
+
+
+def _write_generation(fields: dict[str, Any] | None, out: Path) -> None:
+    """Replace the generation_config.json that was carried through the stages by the present one, if there is one."""
+    if fields is not None:
+        (out / GENERATION).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _folded(source: Checkpoint) -> tuple[Stream, list[str], dict[str, Any], bool]:
-    """Give the student's tensors, their names and its config, static scales folded where a class without post-norms
-    exists; and whether they were."""
-    anatomy, kind = source.anatomy, source.config
-    if not kind.get("pruned", {}).get("scales") or anatomy.family.folded is None:
-        return iter(source.items()), list(source), dict(kind), False
+    """Return the student's tensors, their names, its config, and whether static scales were folded.
+
+    They are folded where a class without post-norms exists.
+    """
+    anatomy, config = source.anatomy, source.config
+    if not config.get("pruned", {}).get("scales") or anatomy.family.folded is None:
+        return iter(source.items()), list(source), dict(config), False
     gone = post_norm_modules(anatomy)
     names = [name for name in source if name.removesuffix(".weight") not in gone]
-    return fold_scales(anatomy, source), names, folded_config(kind, anatomy), True
+    return fold_scales(anatomy, source), names, folded_config(config, anatomy), True
 
 
 def _cost(padded: dict[str, Any]) -> str:
@@ -114,34 +135,40 @@ def _cost(padded: dict[str, Any]) -> str:
     return f"zeros in {len(padded['layers'])} layers: {large / small - 1:+.1%} parameters, {many / few - 1:+.1%} KV"
 
 
-def _add_code(form: str, kind: dict[str, Any], out: Path) -> None:
-    """Put into the folder the code that its form needs: modelling code for `own`, configuration code for `decilm`."""
+def _add_code(form: str, config: dict[str, Any], out: Path) -> None:
+    """Write into the folder the code that its form needs: modelling code for `own`, configuration code for `decilm`."""
     if form == "own":
         text = Path(modelling.__file__).read_text(encoding="utf-8")
-        base = family_of(kind["model_type"]).architecture  # of our table, never a word of the checkpoint
-        text += f'\n\n{export_forms.OWN_CLASS} = pruned_class("{base}")\n'
+        base = family_of(config["model_type"]).architecture  # of the table, never a name from the checkpoint
+        text += "\n\n"
+        own_type = stored_config(config)["model_type"]
+        if own_type != config["model_type"]:
+            text += f'{export_forms.OWN_CONFIG} = pruned_config("{base}", "{own_type}")\n'
+            text += f'{export_forms.OWN_CLASS} = pruned_class("{base}", {export_forms.OWN_CONFIG})\n'
+        else:
+            text += f'{export_forms.OWN_CLASS} = pruned_class("{base}")\n'
         (out / export_forms.OWN_FILE).write_text(text, encoding="utf-8")
     if form == "decilm":
         shutil.copyfile(configuration_decilm.__file__, out / decilm.CONFIGURATION_FILE)
 
 
-def prove(origin: Path, folder: Path, dtype: torch.dtype, tolerance: float, form: str) -> dict:
-    """Read `folder` in a fresh process that has transformers and not this project; compare logits with `origin`'s.
+def prove(source: Path, folder: Path, dtype: torch.dtype, tolerance: float, form: str) -> dict:
+    """Load `folder` in a fresh process that has transformers and not this project; compare logits with `source`'s.
 
     The stock classes and our modelling file load as anyone loads them; the DeciLM form is read by `decilm_reader`.
-    Gives class, generated tokens, and the largest logit difference relative to the largest logit. RuntimeError above
-    `tolerance` or if the process fails.
+    Return class, generated tokens, and the largest logit difference relative to the largest logit. Raise RuntimeError
+    above `tolerance` or if the process fails.
     """
-    model = load_model(origin, dtype, "eager")
+    model = load_model(source, dtype, "eager")
     vocabulary = model.config.vocab_size
     ids = torch.randint(0, vocabulary, (PROBE,), generator=torch.Generator().manual_seed(0)).tolist()
     with torch.no_grad():
-        wanted = model(torch.tensor([ids])).logits[0].float()
+        expected = model(torch.tensor([ids])).logits[0].float()
     with tempfile.TemporaryDirectory() as scratch:
         saved = Path(scratch) / "logits.pt"
         kind = str(dtype).removeprefix("torch.")
         arguments = [str(folder.resolve()), kind, json.dumps(ids), str(saved), "code" if form == "own" else ""]
-        program = Path(decilm_reader.__file__).read_text(encoding="utf-8") if form == "decilm" else RELOAD
+        program = Path(decilm_reader.__file__).read_text() if form == "decilm" else RELOAD
         done = subprocess.run(
             [sys.executable, "-I", "-c", program, *arguments],
             env=_quiet_environment(scratch),
@@ -151,8 +178,8 @@ def prove(origin: Path, folder: Path, dtype: torch.dtype, tolerance: float, form
         )
         if done.returncode:
             raise RuntimeError(f"export: {folder} ({form}) does not load in a fresh process:\n{done.stderr[-2000:]}")
-        got = torch.load(saved, weights_only=True)
-    difference = float((got - wanted).abs().max() / wanted.abs().max())
+        actual = torch.load(saved, weights_only=True)
+    difference = float((actual - expected).abs().max() / expected.abs().max())
     if not difference <= tolerance:
         raise RuntimeError(
             f"export: reloaded logits differ by {difference:.3g} of the largest; export.tolerance is {tolerance}"
@@ -161,7 +188,7 @@ def prove(origin: Path, folder: Path, dtype: torch.dtype, tolerance: float, form
 
 
 def _quiet_environment(scratch: str) -> dict[str, str]:
-    """The environment without the launcher's variables; hub offline, remote code cached in the scratch folder."""
+    """Return the environment without the launcher's variables; hub offline, remote code cached in the scratch folder."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC", "GROUP_", "ROLE_", "PYTHONPATH")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(launcher)}
     return kept | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "TRANSFORMERS_VERBOSITY": "error"}

@@ -1,60 +1,86 @@
-"""adopt: a student that was cut elsewhere, to be recovered, exported and measured like one that was cut here."""
+"""external_student: a student that was cut elsewhere, to be recovered, exported and measured like one cut here."""
 
 import shutil
 from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.runtime import model_source
-from pipeline.runtime.checkpoint import TOKENIZER, carry_tokenizer, open_checkpoint
+from pipeline.runtime.checkpoint import TOKENIZER, carry_tokenizer, load_tokenizer, open_checkpoint
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.tokenizer_check import check_fits, difference
 from pipeline.stages.stage import Inputs, Stage
 
 FIELD = "model.start"
 
 
 def enabled(config: Config) -> bool:
-    """Whether the student was cut elsewhere."""
+    """Return whether the student was cut elsewhere."""
     return config.model.start is not None
 
 
 def check(config: Config) -> None:
-    """Refuse a line that adopts a student and is given none, or one not there or damaged."""
+    """Refuse a recipe that needs an external student without one, and one that is missing, damaged or unlike the teacher."""
     if config.model.start is None:
-        raise ValueError(f"{FIELD} is not set; give the model folder that recipe {config.recipe.name} shall recover")
-    folder = _located(config).folder
-    if folder is not None:
-        model_source.inspect(folder, FIELD, config.model.allow_pickle)
+        raise ValueError(f"{FIELD} is not set; give the model folder that recipe {config.recipe.name} is to recover")
+    checkpoint = model_source.inspect(_located(config), FIELD)
+    teacher = model_source.model_folder(config.model.path, config.model.allow_pickle)
+    if checkpoint is not None and teacher is not None:
+        _check_alike(config, teacher, checkpoint.folder)
 
 
 def settings(config: Config) -> dict:
-    """Give what determines the start: the digest of its files, and whether its code comes along."""
+    """Return what determines the student: the digest of its files, and whether its tokenizer's code is copied."""
     trusted = {"trust_remote_code": True} if config.model.trust_remote_code else {}
     return trusted | {"files": _located(config).digest(), "allow_pickle": config.model.allow_pickle}
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
-    """Fill `out` with the model folder, the teacher's tokenizer in it where it brings none.
+    """Copy the model into `out`, with the teacher's tokenizer if it has none.
 
-    ValueError if it has no family table, or another vocabulary than the teacher.
+    Raise ValueError if it is damaged, has no family table, or does not have the teacher's vocabulary and token ids.
     """
     shutil.rmtree(out, ignore_errors=True)
-    given = _located(config)
-    if given.folder is not None and not any(path for pattern in TOKENIZER for path in given.folder.glob(pattern)):
-        out.mkdir(parents=True)
-        carry_tokenizer(inputs["teacher"], out)
-        machine.say(f"adopt: {config.model.start} brings no tokenizer; it gets the teacher's")
-    model_source.adopt(given, out, config.model.trust_remote_code)
-    teacher, student = (open_checkpoint(path, config.model.allow_pickle).anatomy for path in (inputs["teacher"], out))
-    if teacher.sizes.vocabulary != student.sizes.vocabulary:
+    trusted, shard_bytes = config.model.trust_remote_code, config.checkpoint.shard_bytes
+    student = model_source.import_model(_located(config), out, FIELD, shard_bytes, trusted)
+    if not _has_tokenizer(out):
+        generation = model_source.generation_of(out)
+        carry_tokenizer(inputs["teacher"], out, generation is None)
+        machine.say(f"external_student: {config.model.start} has no tokenizer; the teacher's is used")
+    _check_alike(config, inputs["teacher"], out)
+    for note in student.notes:
+        machine.say(f"external_student: {note}")
+    total, inner = student.anatomy.parameters()
+    machine.say(f"external_student: {total / 1e6:.1f}M parameters, {inner / 1e6:.1f}M without embeddings")
+
+
+def _check_alike(config: Config, teacher: Path, student: Path) -> None:
+    """Raise ValueError where the student's vocabulary or its tokenizer's ids are not the teacher's."""
+    sizes = [open_checkpoint(folder, config.model.allow_pickle).config["vocab_size"] for folder in (teacher, student)]
+    if sizes[0] != sizes[1]:
         raise ValueError(
-            f"{FIELD}: {config.model.start} has a vocabulary of {student.sizes.vocabulary}, the teacher one of "
-            f"{teacher.sizes.vocabulary}; recovery compares their distributions and needs one vocabulary"
+            f"{FIELD}: {config.model.start} has a vocabulary of {sizes[1]}, the teacher one of {sizes[0]}; recovery "
+            "compares their distributions and needs one vocabulary"
         )
-    total, inner = student.parameters()
-    machine.say(f"adopt: {total / 1e6:.1f}M parameters, {inner / 1e6:.1f}M without embeddings")
+    if not _has_tokenizer(student):
+        return
+    try:
+        ours, theirs = (load_tokenizer(folder, config.model.trust_remote_code) for folder in (student, teacher))
+        check_fits(ours, sizes[0])
+    except ValueError as fault:
+        raise ValueError(f"{FIELD}: {fault}") from fault
+    unlike = difference(ours, theirs, sizes[0])
+    if unlike:
+        raise ValueError(
+            f"{FIELD}: the tokenizer of {config.model.start} gives other ids than the teacher's ({unlike}); remove its "
+            "tokenizer files if it was trained with the teacher's, or give another student"
+        )
 
 
-def _located(config: Config) -> model_source.Origin:
+def _has_tokenizer(folder: Path) -> bool:
+    return any(True for pattern in TOKENIZER for _ in folder.glob(pattern))
+
+
+def _located(config: Config) -> model_source.ModelSource:
     return model_source.locate(config.model.start, FIELD, config.model.allow_pickle)
 
 
@@ -67,6 +93,6 @@ STAGE = Stage(
     enabled=enabled,
     check=check,
     all_ranks=False,
-    revision=2,  # 2: with the teacher's tokenizer where there is none
+    revision=3,  # 2: with the teacher's tokenizer where there is none; 3: a checked copy, no longer links
     shows={"initial_student": ""},
 )

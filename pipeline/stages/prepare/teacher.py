@@ -1,4 +1,4 @@
-"""teacher: the model to be made smaller, as a Hugging Face folder whatever form it came in."""
+"""teacher: the model to be made smaller, as a Hugging Face folder, from any supported format."""
 
 import shutil
 from pathlib import Path
@@ -7,55 +7,49 @@ from pipeline.config import Config
 from pipeline.runtime import model_source
 from pipeline.runtime.checkpoint import Checkpoint, load_tokenizer
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.tokenizer_check import check_fits
 from pipeline.stages.stage import Inputs, Stage
 
 FIELD = "model.path"
 
 
 def check(config: Config) -> None:
-    """Refuse a model that is not there, and a folder that is no whole model of a known family, before any work."""
-    folder = _located(config).folder
-    if folder is not None:
-        _inspected(folder, config)
+    """Refuse a model that does not exist, and a folder that is not a whole model of a known family."""
+    source = _located(config)
+    checkpoint = model_source.inspect(source, FIELD)
+    if checkpoint is not None:
+        _check_tokenizer(checkpoint, config)
 
 
 def settings(config: Config) -> dict:
-    """Give what determines the teacher: the digest of its files, and whether its code comes along."""
+    """Return what determines the teacher: the digest of its files, and whether its tokenizer's code is copied."""
     trusted = {"trust_remote_code": True} if config.model.trust_remote_code else {}
     return trusted | {"files": _located(config).digest(), "allow_pickle": config.model.allow_pickle}
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
-    """Fill `out` with the model folder; ValueError if its family has no table or its weights do not match it."""
+    """Copy the model into `out`, every weight read and checked; ValueError if anything in it does not match."""
     shutil.rmtree(out, ignore_errors=True)
-    model_source.adopt(_located(config), out, config.model.trust_remote_code)
-    checkpoint = _inspected(out, config)
+    trusted, shard_bytes = config.model.trust_remote_code, config.checkpoint.shard_bytes
+    checkpoint = model_source.import_model(_located(config), out, FIELD, shard_bytes, trusted)
+    _check_tokenizer(checkpoint, config)
+    for note in checkpoint.notes:
+        machine.say(f"teacher: {note}")
     total, inner = checkpoint.anatomy.parameters()
     kind = checkpoint.config["architectures"][0]
     machine.say(f"teacher: {kind}, {total / 1e6:.1f}M parameters, {inner / 1e6:.1f}M without embeddings")
 
 
-def _inspected(folder: Path, config: Config) -> Checkpoint:
-    """Open a model folder whose weights, config and tokenizer belong together; ValueError where they do not."""
-    checkpoint = model_source.inspect(folder, FIELD, config.model.allow_pickle)
-    if "auto_map" in checkpoint.config and not config.model.trust_remote_code and "pruned" not in checkpoint.config:
-        raise ValueError(
-            f"{FIELD}: {config.model.path} brings modelling code of its own; read it, and set "
-            "model.trust_remote_code=true to run it"
-        )
+def _check_tokenizer(checkpoint: Checkpoint, config: Config) -> None:
+    """Raise ValueError where the folder has no tokenizer, or one of another vocabulary than the model's."""
     try:
-        vocabulary = len(load_tokenizer(folder, config.model.trust_remote_code))
+        tokenizer = load_tokenizer(checkpoint.folder, config.model.trust_remote_code)
+        check_fits(tokenizer, checkpoint.config["vocab_size"])
     except ValueError as fault:
         raise ValueError(f"{FIELD}: {fault}") from fault
-    if vocabulary > checkpoint.config["vocab_size"]:
-        raise ValueError(
-            f"{FIELD}: the tokenizer has {vocabulary} tokens and the model {checkpoint.config['vocab_size']}; "
-            "they do not belong together"
-        )
-    return checkpoint
 
 
-def _located(config: Config) -> model_source.Origin:
+def _located(config: Config) -> model_source.ModelSource:
     return model_source.locate(config.model.path, FIELD, config.model.allow_pickle)
 
 
@@ -67,5 +61,6 @@ STAGE = Stage(
     becomes=("teacher", "subject"),
     check=check,
     all_ranks=False,
+    revision=2,  # 2: a checked copy, no longer links
     shows={"teacher": ""},
 )

@@ -1,4 +1,4 @@
-"""Where a teacher comes from: folders, openPangu, GGUF files whole and in parts, packages; what is refused."""
+"""Sources of a model: folders, openPangu, GGUF files whole and in parts, packages; what is refused."""
 
 import io
 import json
@@ -6,17 +6,18 @@ import sys
 from fnmatch import fnmatch
 
 import huggingface_hub
-import numpy as np
 import pytest
 import torch
 from tqdm.auto import tqdm
 
 from pipeline.runtime.checkpoint import load_model, load_tokenizer, open_checkpoint, write_checkpoint
-from pipeline.runtime.model_source import Origin, adopt, locate
+from pipeline.runtime.model_source import ModelSource, import_model, locate
 from pipeline.stages.build import absorb_norms
 from pipeline.stages.choose import shape
 from pipeline.stages.deliver import export
 from pipeline.stages.prepare import tokens as text
+from tests.gguf_files import write_gguf
+from tests.students import imported
 from tests.tiny import save_tiny, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
 
@@ -26,7 +27,7 @@ def logits(model):
         return model(tokens()).logits
 
 
-def test_openpangu_is_read_as_the_llama_with_biases_that_it_is(tmp_path):
+def test_openpangu_is_read_as_a_llama_with_biases(tmp_path):
     model = tiny_model("llama-biases", mlp_bias=False, dtype=torch.float32)
     folder = save_tiny(model, tmp_path / "pangu")
     config = json.loads((folder / "config.json").read_text())
@@ -35,21 +36,21 @@ def test_openpangu_is_read_as_the_llama_with_biases_that_it_is(tmp_path):
     config |= {"model_type": "PanguEmbedded", "architectures": ["PanguEmbeddedForCausalLM"], "bias": True}
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_openpangu_dense.PanguEmbeddedForCausalLM"}
     (folder / "config.json").write_text(json.dumps(config))
-    adopt(locate(str(folder)), tmp_path / "teacher")
-    adopted = load_model(tmp_path / "teacher", torch.float32, "eager")
-    assert type(adopted).__name__ == "LlamaForCausalLM"
-    assert torch.equal(logits(adopted), logits(model))
+    imported(folder, tmp_path / "teacher")
+    read = load_model(tmp_path / "teacher", torch.float32, "eager")
+    assert type(read).__name__ == "LlamaForCausalLM"
+    assert torch.equal(logits(read), logits(model))
     assert "self_attn.o_proj.bias" in open_checkpoint(tmp_path / "teacher").anatomy.optional
 
 
-@pytest.mark.parametrize(("kind", "said"), [("gemma2", {}), ("gemma3_text", {"sliding_window_pattern": 3})])
-def test_which_layers_see_a_window_is_written_down_where_a_folder_leaves_it_to_its_class(kind, said, tmp_path):
-    """Else a student that lost a layer would count windows from its own first layer."""
+@pytest.mark.parametrize(("kind", "fields"), [("gemma2", {}), ("gemma3_text", {"sliding_window_pattern": 3})])
+def test_layer_types_that_a_folder_leaves_to_its_class_are_written_down(kind, fields, tmp_path):
+    """A student that lost a layer would otherwise count windows from its own first layer."""
     folder = save_tiny(tiny_model(kind, dtype=torch.float32), tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     del config["layer_types"]
-    (folder / "config.json").write_text(json.dumps(config | said))
-    adopt(locate(str(folder)), tmp_path / "teacher")
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    imported(folder, tmp_path / "teacher")
     source, model = open_checkpoint(tmp_path / "teacher"), load_model(tmp_path / "teacher", torch.float32, "auto")
     assert list(source.anatomy.layer_types) == source.config["layer_types"] == model.config.layer_types
     assert source.config["layer_types"] == load_model(folder, torch.float32, "auto").config.layer_types
@@ -69,13 +70,13 @@ class PanguTokenizer(PreTrainedTokenizer):
 """
 
 
-def test_a_tokenizer_of_its_own_code_is_run_where_that_is_trusted_and_handed_on(tmp_path):
+def test_a_tokenizer_with_code_of_its_own_runs_where_trusted_and_is_carried_to_the_student(tmp_path):
     folder = save_tiny(tiny_model("llama", dtype=torch.float32), tmp_path / "pangu")
     named = {"AutoTokenizer": ["tokenization_openpangu.PanguTokenizer", None]}
-    told = {"tokenizer_class": "PanguTokenizer", "auto_map": named}
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    fields = {"tokenizer_class": "PanguTokenizer", "auto_map": named}
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
     (folder / "tokenization_openpangu.py").write_text(TOKENIZER)
-    adopt(locate(str(folder)), tmp_path / "teacher", trusted=True)
+    imported(folder, tmp_path / "teacher", trusted=True)
     with pytest.raises(ValueError, match="^model.trust_remote_code is false, and the tokenizer .* is code of its own"):
         load_tokenizer(tmp_path / "teacher")
     model = open_checkpoint(tmp_path / "teacher")
@@ -86,16 +87,16 @@ def test_a_tokenizer_of_its_own_code_is_run_where_that_is_trusted_and_handed_on(
 
 @pytest.mark.parametrize("pickled", [False, True])
 def test_a_hub_model_is_fetched_with_its_code_and_pickles_only_where_allowed(pickled, tmp_path, monkeypatch):
-    asked = []
+    patterns = []
 
     def snapshot(name, allow_patterns):
-        asked.extend(allow_patterns)
+        patterns.extend(allow_patterns)
         return tmp_path
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert locate("somebody/pangu", allow_pickle=pickled).folder == tmp_path
     there = ("model.safetensors", "tokenization_openpangu.py", "pytorch_model.bin")
-    fetched = [name for name in there if any(fnmatch(name, pattern) for pattern in asked)]
+    fetched = [name for name in there if any(fnmatch(name, pattern) for pattern in patterns)]
     assert fetched == list(there[: 2 + pickled])
 
 
@@ -109,7 +110,7 @@ def test_a_hub_model_is_fetched_with_its_code_and_pickles_only_where_allowed(pic
         (absorb_norms, "llama", "reinit.absorb=fitted", "reinit.absorb=fitted puts scales"),
     ],
 )
-def test_what_a_folder_is_checked_for_before_any_work_a_hub_id_is_too(
+def test_a_hub_id_is_checked_before_any_work_as_a_folder_is(
     stage, family, given, fault, hub, tmp_path, monkeypatch
 ):
     folder = save_tiny(tiny_model(family, dtype=torch.float32), tmp_path / "m")
@@ -119,57 +120,13 @@ def test_what_a_folder_is_checked_for_before_any_work_a_hub_id_is_too(
         stage.check(configured(f"model.path={path}", given))
 
 
-def test_a_folder_is_adopted_by_links_and_never_changed(tmp_path):
+def test_a_folder_is_copied_and_never_changed(tmp_path):
     folder = save_tiny(tiny_model("qwen3", dtype=torch.float32), tmp_path / "m")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    adopt(locate(str(folder)), tmp_path / "teacher")
-    assert (tmp_path / "teacher" / "model.safetensors").is_symlink()
+    imported(folder, tmp_path / "teacher")
+    assert not any(path.is_symlink() for path in (tmp_path / "teacher").iterdir())
+    assert (tmp_path / "teacher" / "model.safetensors").read_bytes() == before["model.safetensors"]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def write_gguf(path, model):
-    """Write a tiny tied Llama with a byte-level tokenizer as an unquantised GGUF file."""
-    import gguf
-
-    config, state = model.config, tensors_of(model)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    words = ["<unk>", "<s>", "</s>", "!!", *(chr(33 + i) for i in range(92))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(words)
-    writer.add_token_types([3, 3, 3] + [1] * 93)
-    writer.add_token_merges(["! !"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    names = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    }  # fmt: skip
-    for name, tensor in state.items():
-        for ours, theirs in names.items():
-            name = name.replace(f".{ours}.", f".{theirs}.")
-        name = name.replace("model.layers.", "blk.").replace("model.embed_tokens", "token_embd")
-        name = name.replace("model.norm", "output_norm")
-        if "attn_q." in name or "attn_k." in name:  # GGUF keeps the two halves of a rotary head interleaved
-            tensor = tensor.view(-1, 2, config.head_dim // 2, config.hidden_size).transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(name, tensor.numpy().astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.fixture(scope="module")
@@ -183,9 +140,9 @@ def gguf_model(tmp_path_factory):
     return folder / "tiny.gguf", model
 
 
-def test_a_gguf_file_gives_the_model_it_was_made_of(gguf_model, tmp_path):
+def test_a_gguf_file_gives_the_model_that_was_written(gguf_model, tmp_path):
     path, model = gguf_model
-    adopt(locate(str(path)), tmp_path / "teacher")
+    imported(path, tmp_path / "teacher")
     read = open_checkpoint(tmp_path / "teacher")
     assert "quantization_config" not in read.config
     for name, tensor in tensors_of(model).items():
@@ -197,14 +154,14 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_gguf_is_unpacked_under_a_bar_on_a_terminal_and_silently_elsewhere(gguf_model, tmp_path, monkeypatch):
-    said = {kind: kind() for kind in (Terminal, io.StringIO)}
-    for kind, stderr in said.items():
+def test_a_gguf_is_unpacked_with_a_progress_bar_on_a_terminal_only(gguf_model, tmp_path, monkeypatch):
+    streams = {kind: kind() for kind in (Terminal, io.StringIO)}
+    for kind, stderr in streams.items():
         monkeypatch.setattr(sys, "stderr", stderr)
-        adopt(locate(str(gguf_model[0])), tmp_path / kind.__name__)
-    assert "GGUF tensors" in said[Terminal].getvalue() and said[io.StringIO].getvalue() == ""
+        imported(gguf_model[0], tmp_path / kind.__name__)
+    assert "GGUF tensors" in streams[Terminal].getvalue() and streams[io.StringIO].getvalue() == ""
     list(tqdm([1], desc="afterwards"))
-    assert "afterwards" in said[io.StringIO].getvalue(), "bars elsewhere are what they were"
+    assert "afterwards" in streams[io.StringIO].getvalue(), "other bars are unchanged"
 
 
 def test_a_gguf_in_the_parts_of_installed_packages_is_put_together(gguf_model, tmp_path, monkeypatch):
@@ -217,22 +174,22 @@ def test_a_gguf_in_the_parts_of_installed_packages_is_put_together(gguf_model, t
     (tmp_path / "tinymodel").mkdir()
     (tmp_path / "tinymodel" / "__init__.py").write_text("")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    adopt(locate("package:tinymodel"), tmp_path / "teacher")
+    imported("package:tinymodel", tmp_path / "teacher")
     read = open_checkpoint(tmp_path / "teacher")
     assert all(torch.equal(read[name].float(), tensor) for name, tensor in tensors_of(model).items())
     assert not list((tmp_path / "teacher").glob("*.gguf"))
 
 
-def test_of_damaged_parts_the_error_names_what_was_given(tmp_path):
+def test_an_error_in_damaged_parts_names_the_parts(tmp_path):
     parts = tuple(tmp_path / f"tiny.gguf.part0{number}" for number in range(2))
     for part in parts:
         part.write_bytes(b"GGUF" + b"\0" * 32)
-    with pytest.raises(ValueError, match=f"^{parts[0]} and {parts[1]} cannot be read as GGUF"):
-        adopt(Origin(None, parts), tmp_path / "teacher")
+    with pytest.raises(ValueError, match=f"^model.path: {parts[0]} and {parts[1]} cannot be read as GGUF"):
+        import_model(ModelSource(None, parts), tmp_path / "teacher", "model.path", 1e9, False)
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "fault"),
     [
         ("package:not_a_package", "package not_a_package is not installed"),
         ("nowhere/at/all/deep", "does not exist"),
@@ -241,14 +198,14 @@ def test_of_damaged_parts_the_error_names_what_was_given(tmp_path):
         ("{tmp}/broken.gguf", None),
     ],
 )
-def test_what_is_no_model_is_refused_in_one_line(path, told, tmp_path):
+def test_paths_without_a_model_are_refused_in_one_line(path, fault, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\0" * 64)
     path = path.format(tmp=tmp_path)
-    if told is None:
+    if fault is None:
         with pytest.raises(ValueError, match="cannot be read as GGUF"):
-            adopt(locate(path), tmp_path / "t")
+            imported(path, tmp_path / "t")
     else:
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=fault):
             locate(path)

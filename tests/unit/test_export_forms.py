@@ -10,8 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.model import decilm
-from pipeline.model.anatomy import anatomy_of
-from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
+from pipeline.model.blueprint import Group, LayerPlan, everything
 from pipeline.model.export_forms import own, padded, stock
 from pipeline.model.hf_config import student_config, with_scales
 from pipeline.prune.surgery.cut import cut
@@ -19,20 +18,11 @@ from pipeline.prune.surgery.pad import pad
 from pipeline.prune.surgery.reinit import absorb_post_norms, post_norm_modules
 from pipeline.runtime import configuration_decilm, decilm_reader
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
-from pipeline.runtime.device import open_device
-from pipeline.runtime.machine import Machine
-from pipeline.runtime.ranks import Ranks
-from pipeline.runtime.track import Track
 from pipeline.stages.deliver import export
-from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
+from tests.students import machine, student
+from tests.tiny import CLASSES, config_of, tiny_model, tokens
 from tests.tiny_text import configured
 
-MIXED = (
-    LayerPlan(0, (Group(0, 0, (0, 1)),), tuple(range(24))),
-    LayerPlan(1, (Group(1, 0, (0,)), Group(1, 1, (3,))), tuple(range(8))),
-    LayerPlan(2, (Group(2, 1, (2, 3)),), tuple(range(16))),
-    LayerPlan(3, (Group(3, 1, (2,)),), tuple(range(3, 24))),
-)
 CACHE = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
 SERVED = ("llama", "llama-biases", "llama-tied", "mistral", "qwen2")
 
@@ -50,16 +40,6 @@ def assert_close(one, other):
 def logits(model):
     with torch.no_grad():
         return model(tokens()).logits
-
-
-def student(kind, folder, plans=MIXED, channels=32, **changed):
-    """Write the student of a tiny model as the line keeps it, and give its checkpoint."""
-    model = tiny_model(kind, **changed)
-    anatomy = anatomy_of(config_of(model), tensors_of(model))
-    blueprint = Blueprint(tuple(range(channels)), plans)
-    config = student_config(config_of(model), anatomy, blueprint)
-    write_checkpoint(folder, config, cut(anatomy, blueprint, tensors_of(model)), 1e9)
-    return open_checkpoint(folder)
 
 
 def exported(form, source, folder):
@@ -97,30 +77,26 @@ def test_the_decilm_form_is_the_same_function_to_a_reader_of_its_rules_and_to_ou
     assert_close(logits(load_model(folder, torch.float64, "eager")), wanted)
 
 
-def machine():
-    return Machine(open_device("cpu", "auto", False, 0, 0), Ranks(0, 1, 0), Track(None))
-
-
 def run_export(source, out, form, **changed):
-    """Run the stage on a student; give export.json."""
-    asked = {"form": form, "dtype": "float32", "tolerance": 1e-4} | changed
-    config = configured(*(f"export.{key}={value}" for key, value in asked.items()))
+    """Run the stage on a student and return export.json."""
+    settings = {"form": form, "dtype": "float32", "tolerance": 1e-4} | changed
+    config = configured(*(f"export.{key}={value}" for key, value in settings.items()))
     export.run(config, {"initial_student": source.folder}, out, machine())
     return json.loads((out / "export.json").read_text())
 
 
 @pytest.mark.parametrize(
-    "form, told",
+    "form, expected",
     [
         ("auto", ("own", "PrunedForCausalLM")),
         ("padded", ("padded", "LlamaForCausalLM")),
         ("decilm", ("decilm", "DeciLMForCausalLM, by our reader of its rules")),
     ],
 )
-def test_the_stage_writes_each_form_proves_it_in_a_fresh_process_and_says_what_padding_costs(form, told, tmp_path):
+def test_the_stage_writes_each_form_verifies_it_in_a_fresh_process_and_records_the_cost_of_padding(form, expected, tmp_path):
     source = student("llama", tmp_path / "s", dtype=torch.float32)
     found = run_export(source, tmp_path / "out", form)
-    assert (found["form"], found["class"]) == told and found["difference"] < 1e-5
+    assert (found["form"], found["class"]) == expected and found["difference"] < 1e-5
     read = open_checkpoint(tmp_path / "out")
     assert found["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     before, after = source.anatomy.parameters()[0], read.anatomy.parameters()[0]
@@ -137,7 +113,8 @@ def test_own_code_takes_a_student_whose_layers_are_alike_too(tmp_path):
     source = student("llama", tmp_path / "s", alike)
     folder = exported(own, source, tmp_path / "o")
     model = load_model(folder, torch.float64, "eager")
-    assert "auto_map" in model.config.to_dict() and type(model).__name__ == "PrunedForCausalLM"
+    assert "auto_map" in json.loads((folder / "config.json").read_text())
+    assert type(model).__name__ == "PrunedForCausalLM"
     assert torch.equal(logits(model), logits(load_model(source.folder, torch.float64, "eager")))
 
 
@@ -297,7 +274,7 @@ def test_the_configuration_code_gives_blocks_as_objects_that_copy_and_serialise(
     assert (config.qkv_bias, config.attention_bias, config.rope_theta) == (True, False, 10000.0)
 
 
-def test_a_damaged_decilm_folder_is_not_proven(tmp_path):
+def test_a_damaged_decilm_folder_fails_verification(tmp_path):
     source = student("llama", tmp_path / "s", dtype=torch.float32)
     folder = served(source, tmp_path / "d")
     weights = dict(open_checkpoint(folder))

@@ -1,0 +1,105 @@
+"""A GGUF file as a model folder: unpacked by transformers once its header has been validated."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from pipeline.model.families import HEAD
+from pipeline.runtime.checkpoint import class_shapes, load_whole, write_checkpoint
+from pipeline.runtime.described import checked_config
+from pipeline.runtime.gguf_header import Header, concatenate, join, read_header
+from pipeline.runtime.log import bars_on_terminals_only
+
+WHOLE = "whole.gguf"
+
+
+def check_parts(parts: Sequence[Path]) -> None:
+    """Validate the headers of a GGUF file or of the parts of a split one; ValueError, naming the file.
+
+    The pieces of a file that was cut bytewise have no headers of their own and are checked once they are put together.
+    """
+    if all(part.suffix == ".gguf" for part in parts):
+        headers = [read_header(part) for part in parts]
+        if len(parts) == 1 and headers[0].parts > 1:
+            raise ValueError(
+                f"{parts[0]} is one of {headers[0].parts} parts; put all of them, named NAME-00001-of-0000N.gguf, into "
+                "one folder"
+            )
+
+
+def unpack(parts: Sequence[Path], folder: Path, shard_bytes: float) -> None:
+    """Write the model of a GGUF file, or of its parts, as a model folder in bfloat16, without quantisation.
+
+    Raise ValueError, naming the file, where it is damaged, and unless its tensors are those of its class exactly.
+    """
+    check_parts(parts)
+    file = parts[0] if len(parts) == 1 else folder / WHOLE
+    try:
+        if len(parts) > 1:
+            if all(part.suffix == ".gguf" for part in parts):
+                join([read_header(part) for part in parts], file)
+            else:
+                concatenate(parts, file)
+        _convert(read_header(file), folder, shard_bytes)
+    except ValueError as fault:
+        given = " and ".join(map(str, parts))  # not what they were joined to
+        raise ValueError(str(fault).replace(str(file), given)) from fault
+    finally:
+        (folder / WHOLE).unlink(missing_ok=True)
+
+
+def _convert(header: Header, folder: Path, shard_bytes: float) -> None:
+    path = header.path
+    if not header.tensors:
+        raise ValueError(f"{path} holds no tensors, a vocabulary alone; give the model's GGUF")
+    options = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
+    try:
+        whole = AutoConfig.from_pretrained(path.parent, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+    except Exception as fault:  # transformers raises whatever a field's value leads to
+        reason = " ".join(str(fault).split())
+        raise ValueError(f"{path} cannot be read as GGUF ({type(fault).__name__}: {reason:.160})") from fault
+    unset = ("architectures", "quantization_config")  # none, and that of the file
+    config = checked_config({field: value for field, value in whole.to_dict().items() if field not in unset}, path)
+    _check_elements(header, config)
+    with bars_on_terminals_only():
+        model = load_whole(
+            AutoModelForCausalLM,
+            path.parent,
+            gguf_file=path.name,
+            config=whole,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+    config |= {"architectures": [type(model).__name__], "dtype": "bfloat16"}
+    tokenizer.save_pretrained(folder)
+    write_checkpoint(folder, config, _tensors(model), shard_bytes)
+
+
+def _check_elements(header: Header, config: dict) -> None:
+    """Compare the number of weights of the file with that of its class, before memory is taken for them.
+
+    transformers draws absent weights at random and leaves out tensors it does not know; both change the network.
+    """
+    needed = sum(torch.Size(shape).numel() for shape in class_shapes(config, header.path.parent).values())
+    held = sum(tensor.elements for tensor in header.tensors)
+    if needed == held:
+        return
+    if needed > held:
+        raise ValueError(f"{header.path} holds {held} weights and its class has {needed}: it lacks tensors; fetch it again")
+    extra = [tensor.name for tensor in header.tensors if tensor.name.startswith("rope_")]
+    names = f" (such as {', '.join(extra[:3])})" if extra else ""
+    raise ValueError(
+        f"{header.path} holds {held} weights and its class has {needed}: transformers does not read all of its tensors"
+        f"{names}; give the model as a Hugging Face folder"
+    )
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights in bfloat16; a tied output matrix is left out."""
+    for name, tensor in model.state_dict().items():
+        if name != HEAD or not model.config.tie_word_embeddings:
+            yield name, tensor.to(torch.bfloat16)

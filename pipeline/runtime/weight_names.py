@@ -1,0 +1,41 @@
+"""The names of stored tensors: what transformers accepts besides the names of a family's table."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pipeline.model.families import HEAD, LAYER
+
+BASE = LAYER.partition(".")[0] + "."  # what a base model saved alone leaves out
+BUFFERS = "rotary_emb.inv_freq"  # stored by old versions, computed by the class
+PREDICTION = re.compile(r"(^|[._])mtp([._]|$)")  # multi-token prediction, by name
+NUMBERED = re.compile(r"(?:model\.)?layers\.(\d{1,6})\.(.+)")
+MARKS = ("eh_proj", "enorm", "hnorm")  # modules that only a layer of multi-token prediction has
+
+
+def canonical_names(stored: Iterable[str], config: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Return the stored name by the table's name of each tensor, and the names of those that are left out.
+
+    Left out are buffers that the class computes and layers of multi-token prediction, which transformers' classes do
+    not have. A base model saved alone lacks the prefix `model.`, which is added.
+    """
+    stored = list(stored)
+    beyond = _prediction_layers(stored, config["num_hidden_layers"])
+    buffers = {name for name in stored if name.endswith(BUFFERS)}
+    left_out = [name for name in stored if name not in buffers and (PREDICTION.search(name) or _layer(name) in beyond)]
+    kept = [name for name in stored if name not in buffers and name not in set(left_out)]
+    bare = not any(name.startswith(BASE) for name in kept)
+    names = {BASE + name if bare and name != HEAD else name: name for name in kept}
+    return names, left_out
+
+
+def _prediction_layers(stored: list[str], count: int) -> set[int]:
+    """Return the numbers of layers beyond the model's own that are marked as layers of multi-token prediction."""
+    marked = (NUMBERED.fullmatch(name) for name in stored)
+    found = {int(match[1]) for match in marked if match and match[2].split(".")[0] in MARKS}
+    return {number for number in found if number >= count}
+
+
+def _layer(name: str) -> int | None:
+    match = NUMBERED.fullmatch(name)
+    return int(match[1]) if match else None
