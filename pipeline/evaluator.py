@@ -47,7 +47,7 @@ class Bench:
     def load(self, folder: Path) -> nn.Module:
         """Return the model of a folder, on the host."""
         device = self.machine.device
-        return load_model(folder, device.compute_dtype, device.attention, self.config.model.trust_remote_code)
+        return load_model(folder, device.compute_dtype, device.attention)
 
     def placed(self, folder: Path) -> AbstractContextManager[nn.Module]:
         """Return the model of a folder, placed for forward passes on this device."""

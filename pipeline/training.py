@@ -245,7 +245,7 @@ def _engine(
     chosen, dtype = operators(device.kernels, device.kind), torch.bfloat16 if bf16 else torch.float32
 
     def load(folder: Path) -> nn.Module:
-        model = load_model(folder, dtype, device.attention, config.model.trust_remote_code)
+        model = load_model(folder, dtype, device.attention)
         undo.enter_context(fused_layers(model, chosen))
         return model
 

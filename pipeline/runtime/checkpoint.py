@@ -64,9 +64,8 @@ class Checkpoint(Mapping[str, Tensor]):
     def anatomy(self) -> Anatomy:
         """Return the anatomy; ValueError for an unknown family or a checkpoint that does not match its table."""
         if "model_type" not in self.config:
-            raise ValueError(
-                f"{self.folder / 'config.json'} has no model_type; give a model folder of transformers, or fetch it again"
-            )
+            path = self.folder / "config.json"
+            raise ValueError(f"{path} has no model_type; give a model folder of transformers, or fetch it again")
         return anatomy_of(self.config, self)
 
     def check(self) -> None:
@@ -85,7 +84,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 )
             if kind not in FLOATING.values():
                 raise ValueError(
-                    f"{self.folder}: {name} is stored as {kind}, which is no floating-point type of unquantised weights "
+                    f"{self.folder}: {name} is stored as {kind}, not as unquantised weights are "
                     f"({', '.join(FLOATING.values())}); give the unquantised model, or its GGUF"
                 )
         self._check_class(anatomy)
@@ -110,8 +109,7 @@ class Checkpoint(Mapping[str, Tensor]):
             return decilm.plain(self.config, self._tensors)
         except (KeyError, TypeError, AttributeError, ArithmeticError) as fault:
             raise ValueError(
-                f"{self.folder / 'config.json'} is not in the DeciLM form ({type(fault).__name__}: {fault}); export the "
-                "model again"
+                f"{self.folder / 'config.json'} is not in the DeciLM form ({_reason(fault)}); export the model again"
             ) from None
 
     def _tie(self) -> None:
@@ -170,7 +168,7 @@ def _check_pruned(config: Mapping[str, Any], anatomy: Anatomy, path: Path) -> No
         for attention in (pruned.get("attention", {}), expected["attention"])
     ]
     if pruned.get("shapes", {}) != expected["shapes"] or heads[0] != heads[1]:
-        raise ValueError(f"{path}: pruned.shapes or .attention does not follow from its layers; export the student again")
+        raise ValueError(f"{path}: pruned.shapes or .attention differs from its layers; export the student again")
     if pruned.get("scales", []) not in ([], frozen_modules(anatomy)):
         raise ValueError(f"{path}: pruned.scales does not name all post-norms of the model; export the student again")
 
@@ -284,7 +282,7 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], limit: float) -> Iterator[dic
     yield shard
 
 
-def load_model(folder: Path, dtype: torch.dtype, attention: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """Load a model folder on the CPU, in evaluation mode; a pruned one by this project's own modelling code.
 
     `attention` is an implementation of transformers, or auto for the one its class prefers. The class is always one of

@@ -168,7 +168,7 @@ def _check_places(records: Sequence[Tensor], data: int) -> None:
             raise ValueError(f"{record.name} overlaps the tensor before it")
         end = record.offset + record.bytes
         if end > data:
-            raise ValueError(f"{record.name} needs {record.bytes} bytes at {record.offset} of {max(data, 0)}; it is truncated")
+            raise ValueError(f"{record.name} ends at {end} of {max(data, 0)} bytes of data: the file is truncated")
 
 
 def join(headers: Sequence[Header], path: Path) -> None:

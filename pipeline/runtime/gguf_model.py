@@ -88,13 +88,13 @@ def _check_elements(header: Header, config: dict) -> None:
     held = sum(tensor.elements for tensor in header.tensors)
     if needed == held:
         return
+    counts = f"{header.path} holds {held} weights and its class has {needed}"
     if needed > held:
-        raise ValueError(f"{header.path} holds {held} weights and its class has {needed}: it lacks tensors; fetch it again")
+        raise ValueError(f"{counts}: it lacks tensors; fetch it again")
     extra = [tensor.name for tensor in header.tensors if tensor.name.startswith("rope_")]
     names = f" (such as {', '.join(extra[:3])})" if extra else ""
     raise ValueError(
-        f"{header.path} holds {held} weights and its class has {needed}: transformers does not read all of its tensors"
-        f"{names}; give the model as a Hugging Face folder"
+        f"{counts}: transformers does not read all of its tensors{names}; give the model as a Hugging Face folder"
     )
 
 

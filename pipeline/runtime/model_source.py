@@ -131,7 +131,8 @@ def _copy(source: ModelSource, folder: Path, shard_bytes: float, trusted: bool) 
         if (source.folder / GENERATION).exists():
             notes.append(f"{GENERATION} is not one that transformers reads, and is left out")
     if "auto_map" in read_mapping(source.folder / "config.json") and "pruned" not in checkpoint.config:
-        notes.append(f"the folder's modelling code is not used: {checkpoint.config['architectures'][0]} of transformers is")
+        kind = checkpoint.config["architectures"][0]
+        notes.append(f"the folder's modelling code is not used; the model is transformers' {kind}")
     return notes
 
 
@@ -192,8 +193,8 @@ def _parts(path: Path, field: str) -> tuple[Path, ...]:
     if not named:
         return (path,)
     count = int(named[3])
-    parts = tuple(path.with_name(f"{named[1]}{number + 1:05d}-of-{named[3]}.gguf") for number in range(min(count, 1000)))
+    parts = tuple(path.with_name(f"{named[1]}{number:05d}-of-{named[3]}.gguf") for number in range(1, count + 1))
     absent = [part.name for part in parts if not part.is_file()]
-    if absent or len(parts) != count:
-        raise ValueError(f"{field}: {path} is one of {count} parts, and {', '.join(absent[:3])} is missing; fetch all parts")
+    if absent:
+        raise ValueError(f"{field}: {path} is one of {count} parts, {absent[0]} is missing; fetch all of them")
     return parts

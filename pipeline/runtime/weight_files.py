@@ -83,7 +83,7 @@ def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
     folder = Path(folder)
     adapters = [name for name in ADAPTERS if (folder / name).exists()]
     if adapters:
-        raise ValueError(f"{folder} has an adapter beside its weights ({adapters[0]}); merge it into them, or remove it")
+        raise ValueError(f"{folder} has an adapter beside its weights ({adapters[0]}); merge or remove it")
     check_indices(folder)
     files = _set_of(folder, SINGLE, INDEX, "*.safetensors")
     if not files:

@@ -9,10 +9,10 @@ from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint
 from pipeline.runtime.machine import Machine
 
 
-def load(config: Config, folder: Path, machine: Machine) -> nn.Module:
+def load(folder: Path, machine: Machine) -> nn.Module:
     """Return the model of a folder on the host, in the type and with the attention that the device computes with."""
     device = machine.device
-    return load_model(folder, device.compute_dtype, device.attention, config.model.trust_remote_code)
+    return load_model(folder, device.compute_dtype, device.attention)
 
 
 def checkpoint(config: Config, folder: Path) -> Checkpoint:

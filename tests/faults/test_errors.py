@@ -86,15 +86,6 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
     assert done.returncode == 2 and "they do not belong together" in done.stdout
 
 
-def test_modelling_code_in_a_checkpoint_is_refused_unless_asked_for(tmp_path):
-    world = make_world(tmp_path)
-    config = world / "model" / "config.json"
-    config.write_text(config.read_text().replace("{", '{"auto_map": {"AutoModelForCausalLM": "evil.Evil"},', 1))
-    (world / "model" / "evil.py").write_text("raise SystemExit('executed')")
-    done = pipeline("run=x", *settings(world), cwd=world, check=False)
-    assert done.returncode == 2 and "model.trust_remote_code=true" in done.stdout and "executed" not in done.stdout
-
-
 @pytest.mark.parametrize("field", ["artifacts", "runs"])
 def test_a_folder_that_cannot_be_written_to_is_refused_before_any_stage(world, tmp_path, field):
     file = world / "evaluation.txt"

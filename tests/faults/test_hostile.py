@@ -105,6 +105,18 @@ def test_fields_of_the_config_that_are_no_widths_are_not_set_by_a_layer_of_its_o
     assert {layer.self_attn.config._attn_implementation for layer in model.model.layers} == {"eager"}
 
 
+@pytest.mark.parametrize("trusted", ["false", "true"])
+def test_modelling_code_in_a_folder_of_a_known_family_is_never_run(world, hurt, trusted):
+    edit(hurt, auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Mine"})
+    (hurt / "mine.py").write_text("open('CANARY', 'w').write('executed')\n")
+    chosen = configured(*settings(world, run="x"), f"model.path={hurt}", f"model.trust_remote_code={trusted}")
+    runner.check(chosen)
+    teacher = imported(hurt, hurt.parent / "teacher", trusted == "true")
+    assert any("LlamaForCausalLM" in note for note in teacher.notes)
+    assert type(load_model(teacher.folder, torch.float32, "eager")).__name__ == "LlamaForCausalLM"
+    assert not (hurt.parent / "CANARY").exists()
+
+
 @pytest.mark.parametrize("trusted", [False, True])
 def test_code_is_copied_for_a_tokenizer_only_and_only_if_trusted(hurt, tmp_path, trusted):
     for file in ("modeling_mine.py", "tokenization_mine.py"):

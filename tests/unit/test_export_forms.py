@@ -93,7 +93,7 @@ def run_export(source, out, form, **changed):
         ("decilm", ("decilm", "DeciLMForCausalLM, by our reader of its rules")),
     ],
 )
-def test_the_stage_writes_each_form_verifies_it_in_a_fresh_process_and_records_the_cost_of_padding(form, expected, tmp_path):
+def test_the_stage_writes_and_verifies_each_form_and_records_the_cost_of_padding(form, expected, tmp_path):
     source = student("llama", tmp_path / "s", dtype=torch.float32)
     found = run_export(source, tmp_path / "out", form)
     assert (found["form"], found["class"]) == expected and found["difference"] < 1e-5

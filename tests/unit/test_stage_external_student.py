@@ -50,7 +50,8 @@ def test_a_student_without_a_tokenizer_gets_the_teachers_and_one_with_its_own_ke
     (given / "generation_config.json").write_text('{"max_new_tokens": 7}')
     if own:
         shutil.copy(world / "model/tokenizer.json", given)
-        (given / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}')
+        fields = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+        (given / "tokenizer_config.json").write_text(json.dumps(fields))
     before = {path.name: path.read_bytes() for path in given.iterdir()}
     student = made(world, "recipe=recover", f"model.start={given}", "stages=[external_student]")["initial_student"]
     assert json.loads((student / "generation_config.json").read_text()) == {"max_new_tokens": 7}

@@ -38,7 +38,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     anatomy = checkpoint(config, inputs["subject"]).anatomy
     bytes_of = [_bytes(anatomy, layer) for layer in range(len(anatomy.sizes.layers))]
     need_space(out, sum(bytes_of))
-    model = load(config, inputs["subject"], machine)
+    model = load(inputs["subject"], machine)
     batches = calibration(config, inputs, config.restore.tokens, ranks)
     if ranks.rank == 0:
         shutil.rmtree(out, ignore_errors=True)

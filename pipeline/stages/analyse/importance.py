@@ -49,7 +49,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     differentiates = "gradients" in score.needs
     if differentiates:
         _need_memory(anatomy, device, config.score.kind)
-    model = load(config, inputs["subject"], machine)
+    model = load(inputs["subject"], machine)
     batches = calibration(config, inputs, config.score.tokens, ranks)
     sequence = batches.packed.sequence
     if (batches.wanted + 1) * sequence < config.score.tokens:

@@ -68,7 +68,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         raise ValueError(f"shape.layers is {count}; it must lie between {config.plan.keep_first} and {total}")
     weights = anatomy.parameters()[0] * device.compute_dtype.itemsize
     need_memory(device, {"weights": weights}, "plan.depth=gates", "set plan.depth=influence, loss or evolved")
-    model = load(config, inputs["subject"], machine).to(device.torch).requires_grad_(False)
+    model = load(inputs["subject"], machine).to(device.torch).requires_grad_(False)
     head = LanguageHead(model, config.logits.chunk)
     learning = Learning(options.form, options.penalty, options.learning_rate)
     steps, measured = _steps(config), calibration(config, inputs, config.plan.depth_tokens, ranks)

@@ -63,7 +63,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
 
 def _measured(config: Config, inputs: Inputs, out: Path, total: int, count: int, machine) -> Depth:
     device, ranks = machine.device, machine.ranks
-    model = load(config, inputs["subject"], machine)
+    model = load(inputs["subject"], machine)
     asked = config.plan
     batches = list(calibration(config, inputs, asked.depth_tokens, ranks))
     ledger = Ledger(out / LEDGER, Trial, ranks)

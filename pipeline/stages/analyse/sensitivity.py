@@ -59,7 +59,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     scores = Scores.load(inputs.get("obs_orders", inputs["scores"]))
     scores = shuffled(scores, config.plan.policy["drawn"], config.seed)
     kept = layers_that_stay(inputs, scores.layers, config.plan.policy)
-    model = load(config, inputs["subject"], machine)
+    model = load(inputs["subject"], machine)
     sequence = calibration_text(inputs).sequence
     length = min(config.sensitivity.length, sequence)
     whole = calibration(config, inputs, config.plan.depth_tokens // length * sequence, ranks)

@@ -85,7 +85,7 @@ def _removed(config: Config, inputs: Inputs, source: Checkpoint, machine: Machin
 
 
 def _decoder(config: Config, inputs: Inputs, machine: Machine) -> nn.Module:
-    return load(config, inputs["initial_student"], machine).get_decoder()
+    return load(inputs["initial_student"], machine).get_decoder()
 
 
 def _check_family(config: Config, family: Family | None) -> None:

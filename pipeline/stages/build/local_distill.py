@@ -63,7 +63,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     start = checkpoint(config, inputs["initial_student"])
     need_space(out, 3 * start.bytes())  # the student, and until it is written its FFNs in float32
     blueprint = Blueprint.load(inputs["blueprint"])  # of all rounds so far
-    teacher, student = ((load(config, each.folder, machine).get_decoder(), each.anatomy) for each in (origin, start))
+    teacher, student = ((load(each.folder, machine).get_decoder(), each.anatomy) for each in (origin, start))
     batches = calibration(config, inputs, section.tokens, ranks)
     sequence = batches.packed.sequence
     lessons = Lessons(section.epochs, section.batch_tokens, section.learning_rate, config.seed, device.compute_dtype)

@@ -64,7 +64,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     if keeps_tie and section.own_axes > anatomy.sizes.hidden:
         raise ValueError(f"rotate.own_axes: {section.own_axes} of {anatomy.sizes.hidden} hidden channels; lower it")
     need_space(out, source.bytes())
-    model = load(config, origin, machine)
+    model = load(origin, machine)
     batches = calibration(config, inputs, section.tokens, ranks)
     counts = torch.zeros(anatomy.sizes.vocabulary, dtype=torch.float64)
     watched = _counted(machine.progress(batches, len(batches), "rotate: basis"), counts)

@@ -82,7 +82,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         ranks.sum_([solved])
         return solved
 
-    model = load(config, inputs["subject"], machine)
+    model = load(inputs["subject"], machine)
     batches = list(calibration(config, inputs, restore.tokens, ranks))
     passes = prune_in_sequence(model.get_decoder(), anatomy, batches, prune, device.torch, kept)
     changed = {

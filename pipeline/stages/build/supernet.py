@@ -67,7 +67,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     kept = layers_that_stay(inputs, scores.layers, config.plan.policy)
     sites = sites_of(source.anatomy.sizes, kept, projections(source.anatomy), section.multiple)
     start = given_start(sites, shape) if shape.weights is None else even_start(sites, shape.weights)
-    model = load(config, inputs["subject"], machine)
+    model = load(inputs["subject"], machine)
     batches = calibration(config, inputs, config.restore.tokens, ranks)
     bench = Bench(
         config, machine, out / WORK, source, kept, {site.name: site for site in sites}, model, batches, present={}

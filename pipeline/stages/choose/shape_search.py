@@ -156,7 +156,7 @@ def _student(
     stream = begun(anatomy, blueprint, source, source.config, **reinit)
     shutil.rmtree(scratch, ignore_errors=True)
     write_checkpoint(scratch, student_config(source.config, anatomy, blueprint), stream, config.checkpoint.shard_bytes)
-    return load(config, scratch, machine)
+    return load(scratch, machine)
 
 
 def _resumed(measure: Callable[[ModelShape], float], ledger: Ledger[Measured]) -> Callable[[ModelShape], float]:

@@ -168,7 +168,7 @@ def prove(source: Path, folder: Path, dtype: torch.dtype, tolerance: float, form
         saved = Path(scratch) / "logits.pt"
         kind = str(dtype).removeprefix("torch.")
         arguments = [str(folder.resolve()), kind, json.dumps(ids), str(saved), "code" if form == "own" else ""]
-        program = Path(decilm_reader.__file__).read_text() if form == "decilm" else RELOAD
+        program = Path(decilm_reader.__file__).read_text(encoding="utf-8") if form == "decilm" else RELOAD
         done = subprocess.run(
             [sys.executable, "-I", "-c", program, *arguments],
             env=_quiet_environment(scratch),
@@ -188,7 +188,7 @@ def prove(source: Path, folder: Path, dtype: torch.dtype, tolerance: float, form
 
 
 def _quiet_environment(scratch: str) -> dict[str, str]:
-    """Return the environment without the launcher's variables; hub offline, remote code cached in the scratch folder."""
+    """Return the environment without the launcher's variables, the hub offline, code cached in the scratch folder."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC", "GROUP_", "ROLE_", "PYTHONPATH")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(launcher)}
     return kept | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "TRANSFORMERS_VERBOSITY": "error"}

@@ -19,7 +19,7 @@ def enabled(config: Config) -> bool:
 
 
 def check(config: Config) -> None:
-    """Refuse a recipe that needs an external student without one, and one that is missing, damaged or unlike the teacher."""
+    """Refuse a recipe without the student it needs, and one that is missing, damaged or unlike the teacher."""
     if config.model.start is None:
         raise ValueError(f"{FIELD} is not set; give the model folder that recipe {config.recipe.name} is to recover")
     checkpoint = model_source.inspect(_located(config), FIELD)

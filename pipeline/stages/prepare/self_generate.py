@@ -26,7 +26,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """Write generated.jsonl, a record a text; ranks take batches in turn, and a batch depends on its number alone."""
     asked, ranks, device = config.self_generate, machine.ranks, machine.device
     tokenizer = load_tokenizer(inputs["teacher"], config.model.trust_remote_code)
-    model = load_model(inputs["teacher"], device.compute_dtype, device.attention, config.model.trust_remote_code)
+    model = load_model(inputs["teacher"], device.compute_dtype, device.attention)
     total = -(-asked.tokens // (asked.batch_size * asked.length))
     files = [out / f"batch-{number:05d}.jsonl" for number in range(total)]
     chats = round(asked.chat * total) if user_turn(tokenizer) else 0
