@@ -37,6 +37,7 @@ coverage: setup
 check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports
+	$(RUN) -m pipeline.cli.reference docs/settings.md
 
 bench: setup
 	$(RUN) benchmarks/quality/texts.py

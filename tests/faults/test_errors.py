@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -9,14 +10,17 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import runner
 from pipeline.cli.boundary import Boundary
 from pipeline.cli.command import main
 from pipeline.config import validate
+from pipeline.runtime.faults import PeerFailed
 from tests.composing import composed
 from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import configured
@@ -108,6 +112,84 @@ def test_a_disk_that_fills_up_is_one_line_that_names_the_folder(world, tmp_path,
     with pytest.raises(SystemExit, match="2"), Boundary()():
         (tmp_path / "full" / ".partial" / "x").rmdir()
     assert capsys.readouterr().err == f"error: {tmp_path}/full/.partial/x: No such file or directory\n"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A boundary's run folder; no rank and no traceback on the console are asked for."""
+    for name in ("RANK", "LOCAL_RANK", "PIPELINE_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "runs" / "x"
+
+
+def left(folder, error: BaseException | type, capsys) -> tuple[int, str, list[Path]]:
+    """Raise an error inside a boundary; return the exit status, standard error and the files in the run folder."""
+    boundary = Boundary()
+    boundary.folder = folder
+    with pytest.raises(SystemExit) as end, boundary():
+        raise error
+    return end.value.code, capsys.readouterr().err, sorted(folder.glob("*"))
+
+
+def test_a_defect_is_one_line_that_names_the_file_of_its_traceback(folder, capsys):
+    status, line, (file,) = left(folder, KeyError("lost\nand more"), capsys)
+    assert status == 70 and line.count("\n") == 1 and str(file) in line and "KeyError" in line and "defect" in line
+    text = file.read_text(encoding="utf-8")
+    assert "Traceback (most recent call last)" in text and "lost" in text and "torch " in text and "command: " in text
+
+
+def test_a_refusal_by_a_library_is_a_defect_of_ours(folder, capsys):
+    with pytest.raises(SystemExit) as end, Boundary()():
+        json.loads("{")
+    assert end.value.code == 70 and "traceback in " in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end, Boundary()():
+        torch.zeros(2).numpy().reshape(3)  # a plain ValueError, raised by numpy
+    assert end.value.code == 70 and "traceback in " in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_does_not_hide_a_defect(folder, capsys):
+    folder.parent.mkdir()
+    folder.write_text("a file")
+    boundary = Boundary()
+    boundary.folder = folder
+    with pytest.raises(SystemExit, match="70"), boundary():
+        raise KeyError("lost")
+    file = Path(re.search(r"traceback in (\S+):", capsys.readouterr().err)[1])
+    assert "KeyError" in file.read_text(encoding="utf-8") and file.parent.parent != folder
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA: tried to allocate"), MemoryError()])
+def test_memory_that_runs_out_is_no_defect_and_names_what_to_lower(folder, capsys, error):
+    status, line, files = left(folder, error, capsys)
+    assert status == 2 and "distill.micro_batch_size" in line and line.count("\n") == 1 and not files
+
+
+def test_of_several_ranks_the_first_one_speaks_and_the_others_write_files(folder, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for error, expected in ((KeyError("lost"), 70), (PeerFailed("rank 2 failed: ValueError: no"), 2)):
+        shutil.rmtree(folder, ignore_errors=True)
+        status, line, (file,) = left(folder, error, capsys)
+        assert status == expected and line == "" and file.name.endswith("-rank1.txt")
+    status, line, _ = left(folder, PeerFailed("rank 0 did not reach `stage cut`"), capsys)
+    assert status == 2 and "rank 0" in line  # nobody else is left to print it
+    monkeypatch.setenv("RANK", "0")
+    assert "rank 2 failed" in left(folder, PeerFailed("rank 2 failed: ValueError: no"), capsys)[1]
+
+
+def test_an_exception_comes_through_where_a_developer_wants_it(folder, monkeypatch):
+    monkeypatch.setenv("PIPELINE_TRACEBACK", "1")
+    with pytest.raises(KeyError), Boundary()():
+        raise KeyError("lost")
+
+
+def test_output_survives_any_encoding(world):
+    changed = environment() | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command, words = [sys.executable, "-m", "pipeline"], ["run=a", "track.mode=sometimes", "model.path=模型"]
+    done = subprocess.run([*command, *words], cwd=world, env=changed, capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith(b"error: track.mode: ") and done.stderr.count(b"\n") == 1
+    done = subprocess.run([*command, "--help"], cwd=world, env=changed, capture_output=True)
+    assert done.returncode == 0 and b"T\\xfdr" in done.stdout
 
 
 def test_an_interrupt_is_one_line_and_an_exit_status_of_its_own(world, tmp_path):
