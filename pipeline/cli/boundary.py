@@ -27,8 +27,8 @@ class Boundary:
     def __call__(self) -> Iterator[None]:
         """Turn exceptions of the block into a line on standard error and an exit status.
 
-        With torchrun rank 0 prints; other ranks leave their line or traceback in the run folder. PIPELINE_TRACEBACK=1
-        lets exceptions through.
+        With torchrun rank 0 prints, the faults of other ranks included, which it learns of; tracebacks are written by
+        every rank. PIPELINE_TRACEBACK=1 lets exceptions through.
         """
         try:
             yield
@@ -50,8 +50,6 @@ class Boundary:
             line = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
             file = self.write(error, rank)
             line = f"internal error ({line}), a defect of this program; traceback in {file}: please report that file"
-        elif rank != "0" and self.folder is not None:
-            self.write(error, rank)
         if rank == "0" or (isinstance(error, PeerFailed) and _is_all_that_is_left(line)):
             _print(f"error: {line}")
         return status

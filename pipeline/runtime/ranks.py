@@ -149,6 +149,9 @@ class Ranks:
         except PeerFailed:
             raise
         except RuntimeError as error:  # every error of torch's collectives and stores is one
+            with _store_may_be_gone():
+                if self.store.check([FAILED]):  # the other rank left its reason before it stopped
+                    raise PeerFailed(self.store.get(FAILED).decode()) from error
             raise PeerFailed(_lost(self.rank, what, error)) from error
 
 

@@ -59,6 +59,20 @@ def test_a_rank_killed_during_a_sum_gives_a_clear_error(tmp_path):
     assert first.startswith("PeerFailed: rank 0: the sum over ranks failed; did another rank stop? (")
 
 
+def fail_before_a_sum(ranks: Ranks) -> None:
+    ranks.sum_([torch.ones(3)])
+    with ranks.guard():
+        if ranks.rank == 1:
+            raise ValueError("no such file")
+        ranks.sum_([torch.ones(3)])
+
+
+def test_a_rank_that_fails_while_another_waits_in_a_sum_is_reported_with_its_reason(tmp_path):
+    first, second = on_ranks(fail_before_a_sum, tmp_path, timeout=10.0)
+    assert second == "ValueError: no such file"
+    assert first == "PeerFailed: rank 1 failed: ValueError: no such file"
+
+
 def fail_to_open(ranks: Ranks, root: str) -> None:
     with Store(root, ranks, "r1").open("score", "aa"):
         raise AssertionError("there is no place for a lock")

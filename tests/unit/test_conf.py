@@ -151,7 +151,7 @@ REFUSED = {
     "+distill.tokens=5": "distill.tokens",
     "~distill.tokens": "distill.tokens",
     "+distill.foo=5": "unknown key 'distill.foo'",
-    "score.kind=activations": "score.kind: 'activations' .*did you mean 'activation'",
+    "score.aggregation=summ": "score.aggregation: 'summ' .*did you mean 'sum'",
     "deepspeed.stage=4": "deepspeed.stage: .*0, 1, 2 or 3",
     "distill.loss.beta=1.5": "distill.loss.beta: 1.5 .*above 0 and below 1",
     "hydra.run.dir=x": "unknown key 'hydra.run.dir'",
