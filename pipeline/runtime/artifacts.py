@@ -22,7 +22,7 @@ from pipeline.runtime.lock import Lock
 from pipeline.runtime.log import say
 from pipeline.runtime.manifest import MANIFEST, Manifest, damage, sealed
 from pipeline.runtime.ranks import PeerFailed, Ranks
-from pipeline.runtime.records import load_record, save_record, write_atomically
+from pipeline.runtime.records import is_temporary, load_record, save_record, write_atomically
 
 CLOCK = ".clock.json"
 PARTIAL, DAMAGED = ".partial", ".damaged"  # folders under the root: interrupted stages, artifacts that failed a check
@@ -164,6 +164,8 @@ class Store:
 
 def _publish(partial: Path, folder: Path, facts: dict) -> None:
     facts = facts | {"seconds": facts["seconds"] + _clock(partial)["earlier"]}
+    for path in filter(is_temporary, partial.rglob(".*")):  # of an attempt that was killed
+        path.unlink()
     files = {name: sealed(path) for name, path in files_of(partial) if name != MANIFEST}
     if not files:
         raise ValueError(f"{partial} is empty: stage {facts['stage']} made nothing")

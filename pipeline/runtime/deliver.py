@@ -14,6 +14,7 @@ from pathlib import Path
 from pipeline.runtime.hashing import digest, file_digest, files_of
 from pipeline.runtime.log import say
 from pipeline.runtime.manifest import CONTENT, MANIFEST, read_manifest
+from pipeline.runtime.records import temporary
 
 LARGE = 1 << 20  # bytes of a file from which on it is a hard link
 HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
@@ -49,7 +50,7 @@ def deliver(source: Path, target: Path, known: list[str]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     for stale in target.parent.glob(f".{target.name}.*"):  # of an attempt that was killed
         _remove(stale)
-    fresh = target.with_name(f".{target.name}.{os.getpid()}")
+    fresh = temporary(target)
     _copy(source, fresh)
     if not os.path.lexists(target) or (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
         fresh.rename(target)

@@ -64,4 +64,5 @@ class Lock:
             text = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             text = ""
-        return " ".join(text.split())[:100] or "another process"
+        words = "".join(letter if letter.isprintable() else " " for letter in text).split()
+        return " ".join(words)[:100] or "another process"

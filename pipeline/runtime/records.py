@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,12 +16,22 @@ T = TypeVar("T")
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file by one rename: a reader sees the old text or the new one, never a part."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh = temporary(path)
     with fresh.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(fresh, path)
+
+
+def temporary(path: Path) -> Path:
+    """Return the name under which this process prepares what will replace `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether a file has such a name: where its process is gone, it can be removed."""
+    return re.fullmatch(r"\..+\.\d+", path.name) is not None
 
 
 def record_text(fields: Mapping[str, Any]) -> str:

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from pipeline.runtime.deliver import contents_of, deliver, mark, mark_at
 from pipeline.runtime.lock import Lock
 from pipeline.runtime.log import say
-from pipeline.runtime.records import read_record, record_text, write_atomically
+from pipeline.runtime.records import is_temporary, read_record, record_text, temporary, write_atomically
 
 RECORD = "run.json"
 NAMED = re.compile(r"[a-z_]+-[0-9a-f]{12}")  # an artifact's folder: its stage, its digest
@@ -39,25 +40,20 @@ def show(
     the run folder has a link to it.
     """
     view = Path(runs) / name
-    view.mkdir(parents=True, exist_ok=True)
-    lock = Lock(view / ".lock")
-    lock.acquire(lambda owner: say(f"{view}: {owner} is writing it; waiting", 0))
-    try:
+    with _locked(view):
         _remove_links(view, record)
         delivered = _deliver(view, record, {label: each for label, each in shown.items() if each.delivered}, output)
         _write(view, record, delivered)
         for label, each in shown.items():
             if not each.delivered:
                 _link(view, label, each.path.resolve())
-    finally:
-        lock.release()
     return view
 
 
 def write_record(view: Path, record: dict[str, Any]) -> None:
     """Write run.json alone."""
-    view.mkdir(parents=True, exist_ok=True)
-    _write(view, record, _record_of(view))
+    with _locked(view):
+        _write(view, record, _record_of(view))
 
 
 def artifacts_of(view: Path) -> set[str]:
@@ -85,6 +81,21 @@ def check_output(runs: Path, name: str, output: Path) -> None:
     known = _record_of(Path(runs) / name).get("student", {}).get("marks", [])
     if mark_at(output) not in known:
         raise ValueError(f"output: {output} holds files that run {name} did not put there; name a new or empty folder")
+
+
+@contextmanager
+def _locked(view: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder, made now if need be, and remove what killed ones left there."""
+    view.mkdir(parents=True, exist_ok=True)
+    lock = Lock(view / ".lock")
+    lock.acquire(lambda owner: say(f"{view}: {owner} is writing it; waiting", 0))
+    try:
+        for path in view.iterdir():
+            if is_temporary(path) and (path.is_symlink() or path.is_file()):
+                path.unlink()
+        yield
+    finally:
+        lock.release()
 
 
 def _deliver(view: Path, record: dict, files: Mapping[str, Shown], output: Path | None) -> dict[str, Any]:
@@ -135,7 +146,7 @@ def _link(view: Path, label: str, target: Path) -> None:
     link = view / label
     if link.exists() and not link.is_symlink():
         raise ValueError(f"{link} is in the way of a link to {target}; move it or choose another run name")
-    fresh = view / f".{label}.{os.getpid()}"
+    fresh = temporary(link)
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(os.path.relpath(target, view.resolve()))
     os.replace(fresh, link)

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,7 +20,8 @@ from pipeline.runtime.manifest import read_manifest
 from tests.world import ROOT, environment
 
 HERE = Path(__file__).parent
-MEASURED = ("evaluation", "report", "export", "evaluate", "evaluate_reference")  # hold times, or paths of the run
+MEASURED = ("report", "evaluate", "evaluate_reference")  # artifacts that hold times, or paths of the run
+TIMED = ("metrics.jsonl",)  # files that hold times
 
 
 @dataclass(frozen=True)
@@ -88,18 +91,52 @@ def student_of(folder: Path) -> dict[str, str]:
 
 
 def made_of(artifacts: Path) -> dict[str, Mapping[str, Any]]:
-    """Return artifact -> its files' sizes and digests, of those that hold no times or paths."""
+    """Return artifact -> its files' sizes and digests, without those that hold times or paths."""
     found = {}
     for folder in artifacts.iterdir():
         if folder.name not in (PARTIAL, DAMAGED) and not folder.name.startswith(MEASURED):
-            found[folder.name] = read_manifest(folder).files
+            files = read_manifest(folder).files
+            found[folder.name] = {name: facts for name, facts in files.items() if name not in TIMED}
     return found
 
 
 def leftovers(artifacts: Path) -> list[str]:
-    """Return what interrupted attempts left: partial folders, locks, temporary files, damaged artifacts."""
+    """Return what interrupted attempts left: partial folders, locks, damaged artifacts, temporary files beside them."""
     inner = [path for name in (PARTIAL, DAMAGED) for path in artifacts.glob(f"{name}/*")]
-    return sorted(str(path) for path in (*inner, *artifacts.rglob(".*.[0-9]*")))
+    return sorted(str(path) for path in (*inner, *artifacts.parent.rglob(".*.[0-9]*")))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What went wrong in one attempt of a walk."""
+
+    kind: str
+    at: int
+    status: int
+
+
+def walk(
+    driver: Driver, overrides: list[str], root: Path, kinds: tuple[str, ...], reach: int, draw: random.Random
+) -> list[Fault]:
+    """Repeat a command, each time with a fault at one of its next `reach` operations on files, until it finishes.
+
+    Return the faults that struck. AssertionError where an attempt ends in anything but its kill or one clear line, or
+    where 200 attempts were not enough.
+    """
+    struck: list[Fault] = []
+    for _ in range(200):
+        kind, at = draw.choice(kinds), draw.randint(1, reach)
+        outcome = driver.run(overrides, root, kind, at)
+        where = f"{kind} at operation {at}: {outcome.status}\n{outcome.output[-3000:]}"
+        assert "Traceback" not in outcome.output, where
+        if outcome.status == 0:
+            return struck
+        assert outcome.status == (-signal.SIGKILL if kind in ("kill", "after") else 2), where
+        errors = [line for line in outcome.output.splitlines() if line.startswith("error: ")]
+        assert outcome.status != 2 or len(errors) == 1, where
+        struck.append(Fault(kind, at, outcome.status))
+        reach += reach // 8  # every attempt begins with what those before it finished
+    raise AssertionError(f"not finished after {len(struck)} faults")
 
 
 def available() -> bool:

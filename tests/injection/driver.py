@@ -2,7 +2,8 @@
 
 Started by `Driver` with faulty.c preloaded. Reads one JSON object a line: `overrides`, `log`, `root`, `kind`, `at` (see
 faulty.c) and `seconds` (null, or when to kill the child). Answers with one: `status` (exit code, or minus the signal),
-`operations` (how many it got to; null if it was killed) and `seconds`.
+`operations` (how many there were; null for a killed child) and `seconds`. The export's proof in a fresh process, which
+takes seconds and writes nothing, is left out.
 """
 
 import ctypes
@@ -21,6 +22,7 @@ from omegaconf import OmegaConf
 from pipeline import runner
 from pipeline.config import Config, validate
 from pipeline.runtime.ranks import PeerFailed
+from pipeline.stages.deliver import export
 from tests.tiny_text import CONF
 
 
@@ -79,6 +81,7 @@ def attempt(job: dict) -> dict:
 
 
 if __name__ == "__main__":
+    export.prove = lambda *_: {"class": "not read", "generated": 0, "difference": 0.0}
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(attempt(json.loads(line))), flush=True)
