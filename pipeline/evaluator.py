@@ -20,6 +20,7 @@ from pipeline.runtime.checkpoint import load_model
 from pipeline.runtime.device import chip_name, choose
 from pipeline.runtime.hashing import fingerprint
 from pipeline.runtime.layer_streaming import placed
+from pipeline.runtime.log import bars_on_terminals_only
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import place
 
@@ -90,11 +91,9 @@ class Bench:
         for sample in self.prompts():
             ids = self.tokenizer(sample["prompt"], return_tensors="pt")["input_ids"]
             continued.append(self.tokenizer.decode(continue_greedily(model, ids, report.sample_tokens, stop)))
-        return Behaviour(
-            cache_bytes_per_token(model, self.prompt(8)),
-            tasks.measure(model, self.tokenizer, section.tasks, section.batch_size) if section.tasks else {},
-            tuple(continued),
-        )
+        with bars_on_terminals_only():
+            metrics = tasks.measure(model, self.tokenizer, section.tasks, section.batch_size) if section.tasks else {}
+        return Behaviour(cache_bytes_per_token(model, self.prompt(8)), metrics, tuple(continued))
 
     def prompt(self, tokens: int) -> Tensor:
         """Return ids [1, tokens] from the beginning of the first text, repeated where it is shorter."""
@@ -124,7 +123,11 @@ class Bench:
         for number, tally in enumerate(tallies(model, batches, self.config.logits.chunk)):
             own = rows[number * size : (number + 1) * size]
             sums[own.start : own.stop : own.step] = tally
-        correct = right(model, words[ranks.rank :: ranks.world], size)
+        own_words = words[ranks.rank :: ranks.world]
+        parts = [own_words[start : start + size] for start in range(0, len(own_words), size)]
+        correct = torch.zeros(2, dtype=torch.float64)
+        for part in self.machine.progress(parts, len(parts), f"{label}, next words"):
+            correct += right(model, part, size)
         ranks.sum_([sums, correct])
         return sums, correct
 

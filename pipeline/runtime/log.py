@@ -1,4 +1,4 @@
-"""Lines and progress for the person watching: rank 0 speaks, the others are silent."""
+"""Progress and messages on the console: rank 0 prints, the other ranks are silent."""
 
 import sys
 import time
@@ -14,7 +14,11 @@ T = TypeVar("T")
 
 
 def progress(iterable: Iterable[T], total: int | None, label: str, rank: int) -> Iterator[T]:
-    """Pass the items through and show on standard error how far they are and how long the rest will take."""
+    """Yield the items and show on standard error how many are done, the rate and the time left.
+
+    A terminal shows a bar; otherwise a line is printed every `EVERY` seconds. `total` is None where the number of items
+    is not known.
+    """
     if rank != 0:
         yield from iterable
     elif sys.stderr.isatty():
@@ -24,7 +28,7 @@ def progress(iterable: Iterable[T], total: int | None, label: str, rank: int) ->
 
 
 def say(line: str, rank: int) -> None:
-    """Print one line from rank 0, above a running progress bar."""
+    """Print a line on standard output, on rank 0 only and above a running progress bar."""
     if rank == 0:
         tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
@@ -32,13 +36,13 @@ def say(line: str, rank: int) -> None:
 
 @contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
-    """Silence the bars that other libraries draw with tqdm where standard error is no terminal."""
-    made = tqdm.__init__
-    tqdm.__init__ = partialmethod(made, disable=None)
+    """Disable the progress bars that other libraries draw with tqdm where standard error is no terminal."""
+    original = tqdm.__init__
+    tqdm.__init__ = partialmethod(original, disable=None)
     try:
         yield
     finally:
-        tqdm.__init__ = made
+        tqdm.__init__ = original
 
 
 def _lines(iterable: Iterable[T], total: int | None, label: str) -> Iterator[T]:
