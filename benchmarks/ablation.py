@@ -18,7 +18,7 @@ Report = dict[str, Any]
 
 
 def parser(document: str, rows: Mapping[str, Any]) -> argparse.ArgumentParser:
-    """Give the parser of the options that all ablations have; what it does not know are settings of the pipeline."""
+    """Return the parser of the options that all ablations have; what it does not know are settings of the pipeline."""
     parser = described(document)
     parser.add_argument("--seeds", default="0", type=several(at_least(0)))
     parser.add_argument("--rows", default=list(rows), type=some_of(rows))
@@ -28,7 +28,7 @@ def parser(document: str, rows: Mapping[str, Any]) -> argparse.ArgumentParser:
 
 
 def unseen(texts: Path, settings: Sequence[str]) -> list[str]:
-    """Give the setting of the texts that rows are measured on, none where the command has its own.
+    """Return the setting of the texts that rows are measured on, none where the command has its own.
 
     SystemExit where the folder lacks the one that no installation has: no row could be measured.
     """
@@ -41,15 +41,15 @@ def unseen(texts: Path, settings: Sequence[str]) -> list[str]:
 
 
 def run_rows(
-    prefix: str, rows: Mapping[str, Sequence[str]], asked: argparse.Namespace, write: Callable[[], None]
+    prefix: str, rows: Mapping[str, Sequence[str]], options: argparse.Namespace, write: Callable[[], None]
 ) -> None:
-    """Run the rows asked for, one at a time, by their settings; write the table after each.
+    """Run the requested rows, one at a time, by their settings; write the table after each.
 
-    A row that fails does not stop the others; their names are told at the end, and the command's status is 1.
+    A row that fails does not stop the others; their names are printed at the end, and the exit status is 1.
     """
     failed = []
-    for seed in asked.seeds:
-        for row in asked.rows:
+    for seed in options.seeds:
+        for row in options.rows:
             name = f"{prefix}-{row}-{seed}"
             print(f"== {name}", flush=True)
             command = [
@@ -58,7 +58,7 @@ def run_rows(
                 "pipeline",
                 *rows[row],
                 f"run={name}",
-                f"runs={asked.runs}",
+                f"runs={options.runs}",
                 f"seed={seed}",
             ]
             if subprocess.run(command).returncode:
@@ -70,7 +70,7 @@ def run_rows(
 
 
 def reports(prefix: str, rows: Mapping[str, Any], runs: Path) -> dict[tuple[str, int], Report]:
-    """Give the report of every run that has one, by row and seed, rows in their order."""
+    """Return the report of every run that has one, by row and seed, rows in their order."""
     found = {}
     for row in rows:
         paths = {int(path.parent.name.rpartition("-")[2]): path for path in runs.glob(f"{prefix}-{row}-*/report.json")}
@@ -78,10 +78,10 @@ def reports(prefix: str, rows: Mapping[str, Any], runs: Path) -> dict[tuple[str,
     return found
 
 
-def write_table(place: Path, title: str, told: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """Write `place` as Markdown: how it was made and what it tells, and a table."""
+def write_table(place: Path, title: str, caption: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Write `place` as Markdown: how it was made, a caption, and a table."""
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    made = f"`{command}`, {os.cpu_count()} CPU cores, {datetime.date.today()}. {told}"
+    made = f"`{command}`, {os.cpu_count()} CPU cores, {datetime.date.today()}. {caption}"
     table = [columns, ["---"] * len(columns), *lines]
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text("\n".join([f"# {title}", "", made, "", *(f"| {' | '.join(line)} |" for line in table)]) + "\n")

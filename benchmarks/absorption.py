@@ -53,13 +53,13 @@ def main() -> None:
     options = parser(__doc__, ROWS)
     options.add_argument("--tokens", type=at_least(1), default=16384, help="of recovery")
     options.add_argument("--texts", type=Path, default=Path("runs/texts"), help="where quality/texts.py wrote")
-    asked, settings = with_settings(options)
-    chosen = {row: row_settings(row, asked.tokens, asked.texts, settings) for row in ROWS}
-    run_rows(PREFIX, chosen, asked, lambda: write(asked.runs, asked.results))
+    request, settings = with_settings(options)
+    chosen = {row: row_settings(row, request.tokens, request.texts, settings) for row in ROWS}
+    run_rows(PREFIX, chosen, request, lambda: write(request.runs, request.results))
 
 
 def row_settings(row: str, tokens: int, texts: Path, settings: list[str]) -> list[str]:
-    """Give the settings of a row; those of the command come last and win."""
+    """Return the settings of a row; those of the command come last and win."""
     return [*COMMON, *unseen(texts, settings), f"distill.tokens={tokens}", ROWS[row][1], *settings]
 
 
@@ -83,8 +83,8 @@ def write(runs: Path, results: Path) -> None:
         "recovery tokens",
         *(f"{text}: {when}" for text in texts for when in ("before", "after")),
     ]
-    told = "Perplexity, and correct last words of sentences, before and after recovery; settings in the script."
-    write_table(results / "absorption.md", "Post-norms on Gemma-3-270M", told, columns, lines)
+    caption = "Perplexity, and correct last words of sentences, before and after recovery; settings in the script."
+    write_table(results / "absorption.md", "Post-norms on Gemma-3-270M", caption, columns, lines)
     figures = [{"row": row, "seed": seed} | each for (row, seed), each in found.items()]
     (results / "absorption.json").write_text(json.dumps(figures, indent=1) + "\n")
 
@@ -106,8 +106,8 @@ def _cell(texts: Mapping, text: str, state: str) -> str:
     perplexity, right = (texts[text][state][what] for what in ("perplexity", "next_word"))
     perplexity = infinite(perplexity)
     form = ",.1f" if perplexity < 1000 else ",.0f" if perplexity < 1e7 else ".1e"
-    told = format(perplexity, form)
-    return told if right is None else f"{told}, {right:.0%}"
+    caption = format(perplexity, form)
+    return caption if right is None else f"{caption}, {right:.0%}"
 
 
 if __name__ == "__main__":

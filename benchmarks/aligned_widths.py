@@ -3,8 +3,9 @@
     python benchmarks/aligned_widths.py [--rounds 30] [--threads 1] [--chip 910B1] [--smoke]
 
 A decoder layer's seven matrix products (q, k, v, o, gate, up, down), as transformers computes them, in bfloat16: in
-prefill (512 rows) and in decoding (16 rows). Each aligned layer stands beside layers whose hidden channels or neurons
-are no multiple of the tile; where the channels change, the neurons make up for it, so that the parameters stay equal.
+prefill (512 rows) and in decoding (16 rows). Each aligned layer is compared with layers whose hidden channels or
+neurons are no multiple of the tile; where the channels change, the neurons compensate, so that parameters are
+equal.
 Times are given per weight, relative to the aligned layer. Predicted: `pipeline.costmodel.gemm`, weights in the chip's
 tiled format and row by row, as plain torch keeps them. Measured: passes over several layers' weights, the shapes in
 turn, in another order every round; the figure is the median over rounds of the ratio within a round. It needs a quiet

@@ -1,4 +1,4 @@
-"""What the measuring scripts are asked: types for argparse that refuse a value before any work, by what it must be."""
+"""Arguments of the measuring scripts: types for argparse that refuse a value before any work."""
 
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection
@@ -9,12 +9,12 @@ Value = TypeVar("Value")
 
 
 def described(document: str) -> ArgumentParser:
-    """Give a parser whose help is a script's docstring, as it is written."""
+    """Return a parser whose help is a script's docstring, as it is written."""
     return ArgumentParser(description=document, formatter_class=RawDescriptionHelpFormatter)
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Give the type of a whole number that is no less than `least`."""
+    """Return the type of a whole number that is no less than `least`."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -25,12 +25,12 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def several(kind: Callable[[str], Value]) -> Callable[[str], list[Value]]:
-    """Give the type of several values between commas."""
+    """Return the type of several values between commas."""
     return lambda text: [kind(part) for part in text.split(",")]
 
 
 def some_of(names: Collection[str]) -> Callable[[str], list[str]]:
-    """Give the type of names between commas, each one of `names`."""
+    """Return the type of names between commas, each one of `names`."""
 
     def chosen(text: str) -> list[str]:
         unknown = [name for name in text.split(",") if name not in names]
@@ -42,21 +42,21 @@ def some_of(names: Collection[str]) -> Callable[[str], list[str]]:
 
 
 def percentage(text: str) -> float:
-    """Give a percentage between 0 and 100, both excluded."""
+    """Return a percentage between 0 and 100, both excluded."""
     if not text.replace(".", "", 1).isdecimal() or not 0 < float(text) < 100:
         raise ArgumentTypeError(f"{text!r} is no percentage between 0 and 100")
     return float(text)
 
 
 def existing(text: str) -> Path:
-    """Give the path of a file that exists."""
+    """Return the path of a file that exists."""
     if not Path(text).is_file():
         raise ArgumentTypeError(f"{text!r} is no file; give the path of one that exists")
     return Path(text)
 
 
 def folder_with(*inside: str) -> Callable[[str], Path]:
-    """Give the type of a folder in which something is: files or folders, by their paths."""
+    """Return the type of a folder in which something is: files or folders, by their paths."""
 
     def folder(text: str) -> Path:
         lacking = [name for name in inside if not (Path(text) / name).exists()]

@@ -79,24 +79,24 @@ def main() -> None:
     parser.add_argument("threads", nargs="?", type=at_least(1), default=1)
     parser.add_argument("model_rounds", nargs="?", type=at_least(1), default=18, metavar="rounds-of-models")
     parser.add_argument("chip_file", nargs="?", type=Path, metavar="chip-file", help="where the fitted chip is written")
-    asked = parser.parse_args()
-    if asked.chip_file and not asked.chip_file.parent.is_dir():
-        parser.error(f"chip-file: {asked.chip_file.parent} is no folder; make it, or write the file elsewhere")
-    torch.set_num_threads(asked.threads)
+    options = parser.parse_args()
+    if options.chip_file and not options.chip_file.parent.is_dir():
+        parser.error(f"chip-file: {options.chip_file.parent} is no folder; make it, or write the file elsewhere")
+    torch.set_num_threads(options.threads)
     base = Chip(**yaml.safe_load((ROOT / "conf/device/chip/CPU.yaml").read_text()))
-    found = calibrate(base, base.name, torch.device("cpu"), lambda: None, asked.rounds)
-    origin = f"{processor()}, {asked.threads} thread(s), torch {torch.__version__}, {datetime.date.today()}"
+    found = calibrate(base, base.name, torch.device("cpu"), lambda: None, options.rounds)
+    origin = f"{processor()}, {options.threads} thread(s), torch {torch.__version__}, {datetime.date.today()}"
     print(origin, {name: round(value, 3) for name, value in found.summary().items()})
     for timing in found.held_out:
         error = exp(misfit(found.chip, timing)) - 1
         size = f"{timing.precision} {timing.m:5d} x {timing.n} x {timing.k}"
         print(f"{size}: {1e6 * timing.seconds:8.0f} us {error:+.0%}")
     shapes = {"teacher": TEACHER, **STUDENTS}
-    measured = shortest_passes({name: build(shape) for name, shape in shapes.items()}, asked.model_rounds)
+    measured = shortest_passes({name: build(shape) for name, shape in shapes.items()}, options.model_rounds)
     decoding = measured["teacher", "decode"]
     found = replace(found, chip=with_layer_overhead(found.chip, TEACHER, WORKS["decode"], decoding))
-    if asked.chip_file:
-        write_chip(found, asked.chip_file, origin)
+    if options.chip_file:
+        write_chip(found, options.chip_file, origin)
     rows = []
     for (name, word), seconds in measured.items():
         predicted = pass_seconds(found.chip, shapes[name], WORKS[word])
@@ -113,7 +113,7 @@ def main() -> None:
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
-    rounds = [asked.rounds, asked.model_rounds]
+    rounds = [options.rounds, options.model_rounds]
     report = {"origin": origin, "rounds": rounds, "products": found.summary(), "models": rows}
     (results / "chip_calibration.json").write_text(json.dumps(report, indent=2) + "\n")
 

@@ -12,14 +12,14 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
 def composed(overrides: Sequence[str]) -> dict:
-    """Give the composed configuration, not validated."""
+    """Return the composed configuration, not validated."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
 
 
 def with_settings(parser: ArgumentParser) -> tuple[Namespace, list[str]]:
     """Parse a command line whose end are settings; give the options and the settings, which conf/ is known to have."""
-    asked, settings = parser.parse_known_args()
+    request, settings = parser.parse_known_args()
     options = [word for word in settings if word.startswith("-")]
     if options:
         parser.error(f"unrecognized arguments: {' '.join(options)}; settings of the pipeline are name=value")
@@ -27,4 +27,4 @@ def with_settings(parser: ArgumentParser) -> tuple[Namespace, list[str]]:
         composed(settings)
     except HydraException as fault:
         parser.error(f"settings {' '.join(settings)}: {' '.join(str(fault).split())}")
-    return asked, settings
+    return request, settings

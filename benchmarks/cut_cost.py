@@ -27,16 +27,20 @@ BATCH, SEQUENCE = 8, 512
 def main() -> None:
     parser = described(__doc__)
     parser.add_argument("--tokens", type=at_least(SEQUENCE), default=32768, help="of second moments and the bare pass")
-    asked, settings = with_settings(parser)
+    options, settings = with_settings(parser)
     with tempfile.TemporaryDirectory() as place:
         folders = [f"artifacts={place}/artifacts", f"runs={place}/runs", "run=cost"]
-        tokens = [f"restore.tokens={asked.tokens}", f"rotate.tokens={asked.tokens}", f"calibration.batch_size={BATCH}"]
+        tokens = [
+            f"restore.tokens={options.tokens}",
+            f"rotate.tokens={options.tokens}",
+            f"calibration.batch_size={BATCH}",
+        ]
         command = [sys.executable, "-m", "pipeline", *folders, *tokens, *(settings or ["recipe=best"])]
         _run([*command, "stages=[]"])
         model = load_model(Path(place) / "runs" / "cost" / "teacher", torch.bfloat16, "sdpa").get_decoder()
-        bare = [_bare(model, asked.tokens)]
+        bare = [_bare(model, options.tokens)]
         _run([*command, f"stages=[{','.join(STAGES)}]"])
-        bare.append(_bare(model, asked.tokens))
+        bare.append(_bare(model, options.tokens))
         spent = {}
         for manifest in sorted((Path(place) / "artifacts").glob("*/manifest.json")):
             facts = json.loads(manifest.read_text())
@@ -44,7 +48,7 @@ def main() -> None:
     passes, mean = {stage: spent[stage] for stage in STAGES if stage in spent}, sum(bare) / 2
     for stage, seconds in passes.items():
         print(f"{stage:8} {seconds:7.1f} s  {seconds / mean:5.2f} bare passes")
-    print(f"bare     {bare[0]:7.1f} s before, {bare[1]:.1f} s after, over {asked.tokens} tokens")
+    print(f"bare     {bare[0]:7.1f} s before, {bare[1]:.1f} s after, over {options.tokens} tokens")
     print(f"together {sum(passes.values()):7.1f} s  {sum(passes.values()) / mean:5.2f} bare passes")
 
 

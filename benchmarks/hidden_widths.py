@@ -47,13 +47,13 @@ NONE = "·"
 def main() -> None:
     options = parser(__doc__, ROWS)
     options.add_argument("--texts", type=Path, default=Path("runs/texts"), help="where quality/texts.py wrote")
-    asked, settings = with_settings(options)
-    chosen = {row: row_settings(row, asked.texts, settings) for row in ROWS}
-    run_rows(PREFIX, chosen, asked, lambda: write(asked.runs, asked.results))
+    request, settings = with_settings(options)
+    chosen = {row: row_settings(row, request.texts, settings) for row in ROWS}
+    run_rows(PREFIX, chosen, request, lambda: write(request.runs, request.results))
 
 
 def row_settings(row: str, texts: Path, settings: list[str]) -> list[str]:
-    """Give the settings of a row; those of the command come last and win."""
+    """Return the settings of a row; those of the command come last and win."""
     way, width = ROWS[row]
     return [*COMMON, *unseen(texts, settings), f"shape.hidden={width}", *WAYS[way][1], *settings]
 
@@ -69,8 +69,8 @@ def write(runs: Path, results: Path) -> None:
         cells = [f"{figures['ratios'][text]:.2f}" if text in figures["ratios"] else NONE for text in texts]
         lines.append([str(width), WAYS[way][0], str(seed), inner, *cells])
     columns = ["hidden width", "how", "seed", "parameters without embeddings", *texts]
-    told = "Perplexity over the dense model's, as it was cut; settings in the script."
-    write_table(results / "hidden_widths.md", "The hidden axis alone, SmolLM2-135M", told, columns, lines)
+    caption = "Perplexity over the dense model's, as it was cut; settings in the script."
+    write_table(results / "hidden_widths.md", "The hidden axis alone, SmolLM2-135M", caption, columns, lines)
     figures = [{"row": row, "seed": seed} | each for (row, seed), each in found.items()]
     (results / "hidden_widths.json").write_text(json.dumps(finite(figures), indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""What learns by itself before recovery, and how its error is weighed: an FFN as in stage `blocks`, or more than that.
+"""Local distillation before recovery, by what is trained together and how its error is weighed: an FFN, or more.
 
     python benchmarks/quality/run.py --rows best_no_blocks --removed 25
     python benchmarks/local_learning.py --run runs/quality/best_no_blocks-25-0 --texts a.txt,b.txt
@@ -45,25 +45,27 @@ def main() -> None:
     parser.add_argument("--batch", type=at_least(1), default=1, help="sequences of a step")
     parser.add_argument("--rate", type=float, default=0.015, help="of a matrix's root mean square")
     parser.add_argument("--device", choices=("auto", *BACKENDS), default="auto")
-    asked = parser.parse_args()
-    if asked.device != "auto" and (fault := missing(asked.device)):
-        parser.error(f"--device: {asked.device} cannot run here: {fault}; or leave it auto")
-    place = open_device(asked.device, "auto", False, 0, 0).torch
-    teacher = loaded(asked.run / "teacher", place)
-    texts = {file: encoded(file, asked.run / "teacher") for file in asked.texts}
-    ids = torch.cat(list(beginning(Packed(asked.run / "tokens" / "calibration"), asked.tokens, 1, 0, 1, 0))).to(place)
+    options = parser.parse_args()
+    if options.device != "auto" and (fault := missing(options.device)):
+        parser.error(f"--device: {options.device} cannot run here: {fault}; or leave it auto")
+    place = open_device(options.device, "auto", False, 0, 0).torch
+    teacher = loaded(options.run / "teacher", place)
+    texts = {file: encoded(file, options.run / "teacher") for file in options.texts}
+    ids = torch.cat(list(beginning(Packed(options.run / "tokens" / "calibration"), options.tokens, 1, 0, 1, 0))).to(
+        place
+    )
     dense = measured(teacher, texts)
-    told("as it is cut", measured(loaded(asked.run / "start", place), texts), dense)
-    for way in asked.ways:
+    report("not distilled", measured(loaded(options.run / "start", place), texts), dense)
+    for way in options.ways:
         together, whole, weighed = WAYS[way]
-        student = loaded(asked.run / "start", place)
+        student = loaded(options.run / "start", place)
         metrics = fisher(teacher, ids[:FISHER]) if weighed else None
-        through(teacher, student, ids, together, whole, metrics, asked)
-        told(way, measured(student, texts), dense)
+        through(teacher, student, ids, together, whole, metrics, options)
+        report(way, measured(student, texts), dense)
 
 
-def through(teacher, student, ids: Tensor, together: int, whole: bool, metrics: list[Tensor] | None, asked) -> None:
-    """Let windows of `together` layers learn one after another; both streams are held for all of the text."""
+def through(teacher, student, ids: Tensor, together: int, whole: bool, metrics: list[Tensor] | None, options) -> None:
+    """Train windows of `together` layers one after another; both streams are held for all of the text."""
     pass_on = Layers(teacher, ids.shape[1])
     with torch.no_grad():
         read, wanted = student.model.embed_tokens(ids), teacher.model.embed_tokens(ids)
@@ -73,24 +75,24 @@ def through(teacher, student, ids: Tensor, together: int, whole: bool, metrics: 
         wanted = pass_on.all(teacher.model.layers[first : first + together], wanted)
         learnt = nn.ModuleList(deepcopy(layer).float() for layer in window)
         metric = metrics[first + len(window) - 1] if metrics else None
-        train(learnt, pass_on, read, wanted, matrices(learnt, whole), metric, asked)
+        train(learnt, pass_on, read, wanted, matrices(learnt, whole), metric, options)
         for layer, better in zip(window, learnt, strict=True):
             layer.load_state_dict(better.state_dict())
         read = pass_on.all(window, read)
 
 
 def matrices(layers: nn.ModuleList, whole: bool) -> list[nn.Parameter]:
-    """Give what learns, and let nothing else have a gradient."""
+    """Return what learns, and let nothing else have a gradient."""
     for name, weight in layers.named_parameters():
         weight.requires_grad_(weight.dim() > 1 and (whole or ".mlp." in name))
     return [weight for weight in layers.parameters() if weight.requires_grad]
 
 
-def train(layers, pass_on: "Layers", read: Tensor, wanted: Tensor, learns, metric: Tensor | None, asked) -> None:
+def train(layers, pass_on: "Layers", read: Tensor, wanted: Tensor, learns, metric: Tensor | None, options) -> None:
     """Once through the text, by Adam, at a share of each matrix's root mean square that falls along a cosine."""
-    peaks = [asked.rate * float(weight.detach().square().mean().sqrt()) for weight in learns]
+    peaks = [options.rate * float(weight.detach().square().mean().sqrt()) for weight in learns]
     optimizer = torch.optim.Adam([{"params": [weight]} for weight in learns], betas=BETAS)
-    batches = torch.randperm(len(read), generator=torch.Generator().manual_seed(0)).split(asked.batch)
+    batches = torch.randperm(len(read), generator=torch.Generator().manual_seed(0)).split(options.batch)
     for step, chosen in enumerate(batches):
         share = learning_rate("cosine", step, len(batches), 1.0, WARMUP, FLOOR)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -113,7 +115,7 @@ class Layers:
         self.turns = model.model.rotary_emb(torch.zeros(1, device=model.device, dtype=model.dtype), places)
 
     def one(self, layers, stream: Tensor) -> Tensor:
-        """Give what the layers make of a batch, with gradients where they are on."""
+        """Return what the layers make of a batch, with gradients where they are on."""
         for layer in layers:
             out = layer(stream, position_embeddings=self.turns, attention_mask=None)
             stream = out[0] if isinstance(out, tuple) else out
@@ -121,12 +123,12 @@ class Layers:
 
     @torch.no_grad()
     def all(self, layers, stream: Tensor) -> Tensor:
-        """Give what the layers make of the whole text."""
+        """Return what the layers make of the whole text."""
         return torch.cat([self.one(layers, batch) for batch in stream.split(8)])
 
 
 def fisher(teacher, ids: Tensor) -> list[Tensor]:
-    """Give for each layer [h, h]: half of E[|h|² g gᵀ], mean diagonal one, and half of the identity."""
+    """Return for each layer [h, h]: half of E[|h|² g gᵀ], mean diagonal one, and half of the identity."""
     pass_on, sums = Layers(teacher, ids.shape[1]), [0.0] * len(teacher.model.layers)
     draw = torch.Generator(ids.device).manual_seed(0)
     for row in ids.split(1):
@@ -155,12 +157,12 @@ def encoded(file: Path, teacher: Path) -> Tensor:
 
 
 def measured(model, texts: dict[Path, Tensor]) -> list[float]:
-    """Give the perplexity on each text."""
+    """Return the perplexity on each text."""
     tallies = [tally(model, rows.split(4), 2048) for rows in texts.values()]
     return [math.exp(float(each[0] / each[2])) for each in tallies]
 
 
-def told(name: str, student: list[float], dense: list[float]) -> None:
+def report(name: str, student: list[float], dense: list[float]) -> None:
     ratios = (f"{each / whole:.3f}" for each, whole in zip(student, dense, strict=True))
     print(f"{name:14}", *ratios, flush=True)
 

@@ -42,9 +42,9 @@ COMMON = [
 
 
 def main() -> None:
-    asked, settings = with_settings(parser(__doc__, ROWS))
+    options, settings = with_settings(parser(__doc__, ROWS))
     chosen = {row: [*COMMON, *own, *settings] for row, (_, own) in ROWS.items()}
-    run_rows(PREFIX, chosen, asked, lambda: write(asked.runs, asked.results))
+    run_rows(PREFIX, chosen, options, lambda: write(options.runs, options.results))
 
 
 def write(runs: Path, results: Path) -> None:
@@ -60,8 +60,8 @@ def write(runs: Path, results: Path) -> None:
         ]
         for (row, seed), report in found.items()
     ]
-    told = "Perplexity, lower is better; settings in the script."
-    write_table(results / "reinit_ablation.md", "Re-initialisation, ablated", told, columns, lines)
+    caption = "Perplexity, lower is better; settings in the script."
+    write_table(results / "reinit_ablation.md", "Re-initialisation, ablated", caption, columns, lines)
     figures = [
         {"row": row, "seed": seed, "domain": domain} | report[domain]
         for (row, seed), report in found.items()

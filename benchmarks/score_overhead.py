@@ -22,10 +22,10 @@ def main() -> None:
     parser = described(__doc__)
     parser.add_argument("folder", type=folder_with("config.json"), help="a Hugging Face model")
     parser.add_argument("tokens", nargs="?", type=at_least(SEQUENCE), default=8192)
-    asked = parser.parse_args()
-    anatomy = open_checkpoint(asked.folder).anatomy
-    body = load_model(asked.folder, torch.bfloat16, "sdpa").get_decoder()
-    ids = torch.randint(0, anatomy.sizes.vocabulary, (asked.tokens // SEQUENCE, SEQUENCE))
+    options = parser.parse_args()
+    anatomy = open_checkpoint(options.folder).anatomy
+    body = load_model(options.folder, torch.bfloat16, "sdpa").get_decoder()
+    ids = torch.randint(0, anatomy.sizes.vocabulary, (options.tokens // SEQUENCE, SEQUENCE))
     batches = ids.split(BATCH)
 
     def bare() -> None:
@@ -45,8 +45,8 @@ def main() -> None:
         one, other = _seconds(bare), _seconds(scored)
         ratios.append(other / one)
         print(f"processor seconds: bare {one:.2f}, scored {other:.2f}, ratio {other / one:.3f}", flush=True)
-    told = f"peak memory +{added / 1024:.0f} MiB"
-    print(f"median ratio {statistics.median(ratios):.3f} over {asked.tokens} tokens; {told}")
+    memory = f"peak memory +{added / 1024:.0f} MiB"
+    print(f"median ratio {statistics.median(ratios):.3f} over {options.tokens} tokens; {memory}")
 
 
 def _seconds(work) -> float:

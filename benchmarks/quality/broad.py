@@ -1,4 +1,4 @@
-"""Text of many kinds to calibrate on and recover from: quotations, novels, two manuals, a handbook and a dictionary.
+"""Mixed-domain text to calibrate on and recover from: quotations, novels, two manuals, a handbook and a dictionary.
 
     python benchmarks/quality/texts.py
     python benchmarks/quality/broad.py [--set broad|wide|widest|all] [--out runs/texts] [--folder UNPACKED]
@@ -8,8 +8,8 @@ They come from packages of Debian, fetched with `apt-get download` and unpacked 
 kind about a million characters are taken, evenly over the whole. Passages that share 13 words in a row with a text that
 rows are measured on are left out. Written is broad.jsonl in the folder of texts.py: a record a passage. `wide` is these
 kinds and seven of technical text: marked-up documentation of a kernel, a runtime, a language, a database and an editor,
-modules of source code, and help for users of a desktop. `widest` is these thirteen and six more, of which most are told
-and not explained: what is said in two games of war and of trade, the beings and things of a third, short definitions,
+modules of source code, and help for users of a desktop. `widest` is these thirteen and six more, most of them
+not explained: what is said in two games of war and of trade, the beings and things of a third, short definitions,
 and two manuals in prose, of a program for pictures and of another database. `all` is these nineteen and nine more:
 documentation of six kinds of programs, some of it of Python's, a standard of how to write others, what is said and
 described in a game of survival, and a dictionary that mocks.
@@ -54,12 +54,12 @@ class Kind:
 
 
 def quotations(content: bytes) -> Iterator[str]:
-    """Give a dozen at a time of what `fortune` prints one of; nothing of its indices, which are binary."""
+    """Return a dozen at a time of what `fortune` prints one of; nothing of its indices, which are binary."""
     return _joined([] if b"\0" in content else content.decode(errors="replace").split("\n%\n"), 12)
 
 
 def novels(content: bytes) -> Iterator[str]:
-    """Give the chapters' lines of a lazy-load database of R, 200 at a time; its strings stand behind their lengths."""
+    """Return the chapters' lines of a lazy-load database of R, 200 at a time; its strings follow their lengths."""
     lines = []
     while content:
         opened = zlib.decompressobj()
@@ -72,27 +72,27 @@ def novels(content: bytes) -> Iterator[str]:
 
 
 def sections(begins: str) -> Callable[[bytes], Iterable[str]]:
-    """Give what parts a text at lines that begin so (a pattern), marks included."""
+    """Return what parts a text at lines that begin so (a pattern), marks included."""
     return lambda content: re.split(rf"\n(?={begins})", _plain(content))
 
 
 def spoken(pattern: str) -> Callable[[bytes], Iterable[str]]:
-    """Give the sentences of a game's script, forty at a time: what a pattern finds."""
+    """Return the sentences of a game's script, forty at a time: what a pattern finds."""
     return lambda content: _joined(re.findall(pattern, _plain(content), re.MULTILINE), 40)
 
 
 def page(content: bytes) -> list[str]:
-    """Give a plain text as it is."""
+    """Return a plain text unchanged."""
     return [_plain(content)]
 
 
 def entries(begins: str = r"\S") -> Callable[[bytes], Iterable[str]]:
-    """Give ten entries at a time of a dictionary of dictd, parted at lines that begin so (a pattern): not indented."""
+    """Return ten entries at a time of a dictionary of dictd, split at lines that match `begins`: not indented."""
     return lambda content: _joined(list(sections(begins)(content)), 10)
 
 
 def shown(content: bytes) -> list[str]:
-    """Give what a browser shows of a page."""
+    """Return what a browser shows of a page."""
     reader = _Shown()
     reader.feed(_plain(content))
     return [re.sub(r"\n\s*\n", "\n\n", "".join(reader.parts)).strip()]
@@ -165,28 +165,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/texts"), help="where texts.py wrote")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--set", choices=SETS, default="broad", help="how many kinds; also the name of what is written")
-    asked = parser.parse_args()
-    measured = set().union(*(runs_of_words(text) for text in measured_on(asked.out)))
+    options = parser.parse_args()
+    measured = set().union(*(runs_of_words(text) for text in measured_on(options.out)))
     records = []
     with tempfile.TemporaryDirectory() as scratch:
-        for kind in SETS[asked.set]:
-            files = sorted(unpacked(kind, asked.folder, Path(scratch)).glob(kind.files))
+        for kind in SETS[options.set]:
+            files = sorted(unpacked(kind, options.folder, Path(scratch)).glob(kind.files))
             own = [file for file in files if file.is_file() and not file.is_symlink()]
             passages = [text for file in own for text in kind.passages(file.read_bytes())]
             taken = spread([text for text in passages if len(text) >= SHORTEST], CHARACTERS)
             kept = [text for text in taken if measured.isdisjoint(runs_of_words(text))]
             if not kept:
                 raise SystemExit(f"error: {kind.package} has no text in {kind.files}; this is written for Debian 12")
-            told = f"{sum(map(len, kept)) / 1e6:.2f} MB in {len(kept)} passages"
-            print(f"{kind.package}: {told}, {len(taken) - len(kept)} left out for what they share")
+            amount = f"{sum(map(len, kept)) / 1e6:.2f} MB in {len(kept)} passages"
+            print(f"{kind.package}: {amount}, {len(taken) - len(kept)} left out for what they share")
             records += [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in kept]
-    target = asked.out / f"{asked.set}.jsonl"
+    target = options.out / f"{options.set}.jsonl"
     target.write_text("".join(records))
     os.utime(target, (0, 0))  # one text, one time: runs that read it find each other
 
 
 def measured_on(folder: Path) -> Iterator[str]:
-    """Give the texts that no row may see: files of the folder, or built in."""
+    """Return the texts that no row may see: files of the folder, or built in."""
     for name in UNSEEN:
         files = [file for file in (folder / f"{name}.jsonl", folder / f"{name}.txt") if file.is_file()]
         if not files and name not in BUILTINS:
@@ -195,7 +195,7 @@ def measured_on(folder: Path) -> Iterator[str]:
 
 
 def unpacked(kind: Kind, folder: Path | None, scratch: Path) -> Path:
-    """Give the folder of a package's files, fetched unless there is one."""
+    """Return the folder of a package's files, fetched unless there is one."""
     if folder:
         if not (folder / kind.package).is_dir():
             raise SystemExit(f"error: --folder: {folder / kind.package} does not exist; unpack the package there")
@@ -204,19 +204,19 @@ def unpacked(kind: Kind, folder: Path | None, scratch: Path) -> Path:
 
 
 def spread(passages: list[str], characters: int) -> list[str]:
-    """Give every n-th passage, n the least number that leaves about so many characters."""
+    """Return every n-th passage, n the least number that leaves about so many characters."""
     step = max(1.0, sum(map(len, passages)) / characters)
     return [passages[int(number * step)] for number in range(int(len(passages) / step))]
 
 
 def runs_of_words(text: str) -> set[str]:
-    """Give all runs of SHARED words, without marks and capitals."""
+    """Return all runs of SHARED words, without marks and capitals."""
     words = re.findall(r"\w+", text.lower())
     return {" ".join(words[place : place + SHARED]) for place in range(len(words) - SHARED + 1)}
 
 
 def _plain(content: bytes) -> str:
-    """Give a file's text, unpacked where it is packed."""
+    """Return a file's text, unpacked where it is packed."""
     return (gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content).decode(errors="replace")
 
 

@@ -60,8 +60,8 @@ def draw_bars(found: Sequence[Figures], path: Path) -> None:
             before, after = (ratios(rows, text, state).get(removed) for state in STATES)
             if before:
                 axes.barh(place, min(before, MOST) - 1.0, left=1.0, height=0.62, color=COLOURS[0], alpha=0.55)
-                told = format(before, ".2f" if before < 1e5 else ".0e")
-                axes.text(min(before, MOST), place, f" {told}", va="center", fontsize=7)
+                label = format(before, ".2f" if before < 1e5 else ".0e")
+                axes.text(min(before, MOST), place, f" {label}", va="center", fontsize=7)
             if after:
                 axes.plot(min(after, MOST), place, "o", color=COLOURS[1], markersize=4.5)
         axes.axvline(1.0, color="#6d685f", linewidth=0.8)
@@ -76,13 +76,13 @@ def draw_bars(found: Sequence[Figures], path: Path) -> None:
         axes.set_title(text, fontsize=10)
     panels[0].set_yticks(range(len(names)), [ROWS[name].label for name in names], fontsize=7.5)
     panels[0].invert_yaxis()
-    told = f"perplexity / dense, {removed:g} % removed; bars: before recovery, dots: after"
-    figure.supxlabel(told, fontsize=9)
+    caption = f"perplexity / dense, {removed:g} % removed; bars: before recovery, dots: after"
+    figure.supxlabel(caption, fontsize=9)
     figure.savefig(path, dpi=130)
 
 
 def ratios(found: Sequence[Figures], text: str, state: str) -> dict[float, float]:
-    """Give one row's perplexity over the dense model's, the mean over seeds, by share removed, ascending."""
+    """Return one row's perplexity over the dense model's, the mean over seeds, by share removed, ascending."""
     points: dict[float, list[float]] = {}
     for each in found:
         states = each["texts"].get(text, {})

@@ -5,7 +5,7 @@
     PEERS/bin/python benchmarks/quality/peers.py --teacher FOLDER --peer NAME --keep 0.75 --out FOLDER [--tokens FOLDER]
 
 `--keep` is the share of the teacher's parameters outside the embeddings that stays, at most; what comes out is an
-ordinary Hugging Face model folder as near below it as the tool can be told to go. `--tokens` is a folder of packed
+ordinary Hugging Face model folder as near below it as the tool allows. `--tokens` is a folder of packed
 calibration tokens (int32 rows in .npy files, as this pipeline's stage `tokens` writes them), for the tools that look at
 text. `--drop 3,7` names the layers that a depth cut removes, in place of the tool's own choice.
 
@@ -59,56 +59,56 @@ def calibration(folder: Path | None, tokens: int) -> list[dict[str, torch.Tensor
     return [{"input_ids": some, "attention_mask": torch.ones_like(some)} for some in chosen.split(BATCH)]
 
 
-def optipfair_depth(model: Model, asked: argparse.Namespace) -> Model:
+def optipfair_depth(model: Model, request: argparse.Namespace) -> Model:
     """OptiPFair: the layers that turn the stream least (its own analyse step), removed."""
     import optipfair
 
-    drop = asked.drop
+    drop = request.drop
     if drop is None:
         influence = optipfair.analyze_layer_importance(
-            model, calibration(asked.tokens, asked.tokens_read), show_progress=False
+            model, calibration(request.tokens, request.tokens_read), show_progress=False
         )
-        drop = sorted(sorted(influence, key=influence.get)[: layers_to_drop(model, asked.keep)])
+        drop = sorted(sorted(influence, key=influence.get)[: layers_to_drop(model, request.keep)])
     return optipfair.prune_model(model, pruning_type="DEPTH", layer_indices=list(drop), show_progress=False)
 
 
-def optipfair_width(model: Model, asked: argparse.Namespace, data: bool = False) -> Model:
+def optipfair_width(model: Model, request: argparse.Namespace, data: bool = False) -> Model:
     """OptiPFair: GLU neurons by the peak-to-peak magnitude of their weights, without looking at text."""
     import optipfair
 
     neurons = model.config.intermediate_size
     rows = 3 * model.config.hidden_size * len(model.model.layers)  # weights that one neuron of every layer has
-    kept = neurons - math.ceil((1.0 - asked.keep) * inner(model) / rows)
+    kept = neurons - math.ceil((1.0 - request.keep) * inner(model) / rows)
     return optipfair.prune_model(
         model,
         pruning_type="MLP_GLU",
         neuron_selection_method="MAW",
         pruning_percentage=100.0 * (neurons - kept + 0.5) / neurons,  # it rounds the number that goes down
-        dataloader=calibration(asked.tokens, asked.tokens_read) if data else None,
+        dataloader=calibration(request.tokens, request.tokens_read) if data else None,
         show_progress=False,
     )
 
 
-def optipfair_width_data(model: Model, asked: argparse.Namespace) -> Model:
+def optipfair_width_data(model: Model, request: argparse.Namespace) -> Model:
     """OptiPFair: the same, with the neurons' outputs on calibration text in the score."""
-    return optipfair_width(model, asked, data=True)
+    return optipfair_width(model, request, data=True)
 
 
-def torch_pruning(model: Model, asked: argparse.Namespace) -> Model:
+def torch_pruning(model: Model, request: argparse.Namespace) -> Model:
     """Torch-Pruning: channels, query heads and neurons by group L2 norm, as its LLM example; the least ratio in steps
     of 1/96 that keeps within the budget."""
-    budget, best = asked.keep * inner(model), None
-    near = round(96 * (1.0 - math.sqrt(asked.keep)))  # most weights have two axes, and both are cut by the ratio
+    budget, best = request.keep * inner(model), None
+    near = round(96 * (1.0 - math.sqrt(request.keep)))  # most weights have two axes, and both are cut by the ratio
     low, high = max(1, near - 7), near + 8
     while low <= high:
         middle = (low + high) // 2
-        tried = _cut_by_norms(_load(asked.teacher), middle / 96)
+        tried = _cut_by_norms(_load(request.teacher), middle / 96)
         if inner(tried) <= budget:
             best, high = tried, middle - 1
         else:
             low = middle + 1
     if best is None:
-        raise ValueError(f"torch-pruning finds nothing that keeps {asked.keep}")
+        raise ValueError(f"torch-pruning finds nothing that keeps {request.keep}")
     return best
 
 
@@ -146,7 +146,7 @@ def _cut_by_norms(model: Model, ratio: float) -> Model:
     return model
 
 
-def mergekit(asked: argparse.Namespace) -> None:
+def mergekit(request: argparse.Namespace) -> None:
     """mergekit: a passthrough merge of the slices that stay; by itself the deepest layers but the last go, as people
     who cut depth with it do."""
     import yaml
@@ -154,19 +154,19 @@ def mergekit(asked: argparse.Namespace) -> None:
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
-    model = _load(asked.teacher)
-    layers, count = len(model.model.layers), layers_to_drop(model, asked.keep)
-    drop = set(asked.drop if asked.drop is not None else range(layers - 1 - count, layers - 1))
+    model = _load(request.teacher)
+    layers, count = len(model.model.layers), layers_to_drop(model, request.keep)
+    drop = set(request.drop if request.drop is not None else range(layers - 1 - count, layers - 1))
     edges = [-1, *sorted(drop), layers]
     ranges = [[above + 1, below] for above, below in zip(edges, edges[1:]) if below > above + 1]
-    teacher = str(asked.teacher.resolve())
+    teacher = str(request.teacher.resolve())
     recipe = {
         "merge_method": "passthrough",
-        "dtype": _stored(asked.teacher),
+        "dtype": _stored(request.teacher),
         "slices": [{"sources": [{"model": teacher, "layer_range": each}]} for each in ranges],
     }
-    (asked.out / "mergekit.yml").write_text(yaml.safe_dump(recipe))
-    run_merge(MergeConfiguration.model_validate(recipe), str(asked.out), MergeOptions(write_model_card=False))
+    (request.out / "mergekit.yml").write_text(yaml.safe_dump(recipe))
+    run_merge(MergeConfiguration.model_validate(recipe), str(request.out), MergeOptions(write_model_card=False))
 
 
 CUTS: dict[str, Callable[[Model, argparse.Namespace], Model]] = {
@@ -202,30 +202,35 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path)
     parser.add_argument("--tokens-read", type=at_least(1), default=32768)
     parser.add_argument("--drop", type=several(at_least(0)))
-    asked = parser.parse_args()
-    if importlib.util.find_spec(PEERS[asked.peer]) is None:
-        parser.error(f"--peer: {asked.peer} needs {PEERS[asked.peer]}; run this by a Python that has it, see --help")
-    if not 0.0 < asked.keep < 1.0:
-        parser.error(f"--keep: {asked.keep} is no share between 0 and 1")
-    reads = asked.peer == "optipfair-width-data" or (asked.peer == "optipfair-depth" and asked.drop is None)
-    if reads and not (asked.tokens and any(asked.tokens.glob("*.npy"))):
-        parser.error(f"--tokens: {asked.peer} looks at text; give a folder of packed tokens, not {asked.tokens}")
+    request = parser.parse_args()
+    if importlib.util.find_spec(PEERS[request.peer]) is None:
+        parser.error(
+            f"--peer: {request.peer} needs {PEERS[request.peer]}; run this by a Python that has it, see --help"
+        )
+    if not 0.0 < request.keep < 1.0:
+        parser.error(f"--keep: {request.keep} is no share between 0 and 1")
+    reads = request.peer == "optipfair-width-data" or (request.peer == "optipfair-depth" and request.drop is None)
+    if reads and not (request.tokens and any(request.tokens.glob("*.npy"))):
+        parser.error(f"--tokens: {request.peer} looks at text; give a folder of packed tokens, not {request.tokens}")
     torch.manual_seed(0)
     logging.disable_progress_bar()
-    whole, asked.out = asked.out, asked.out.with_name(asked.out.name + ".partial")  # renamed when it is complete
-    shutil.rmtree(asked.out, ignore_errors=True)
-    asked.out.mkdir(parents=True)
-    if asked.peer == "mergekit":
-        mergekit(asked)
+    whole, request.out = (
+        request.out,
+        request.out.with_name(request.out.name + ".partial"),
+    )  # renamed when it is complete
+    shutil.rmtree(request.out, ignore_errors=True)
+    request.out.mkdir(parents=True)
+    if request.peer == "mergekit":
+        mergekit(request)
     else:
-        model = CUTS[asked.peer](_load(asked.teacher), asked)
-        model.to(getattr(torch, _stored(asked.teacher))).save_pretrained(asked.out)
+        model = CUTS[request.peer](_load(request.teacher), request)
+        model.to(getattr(torch, _stored(request.teacher))).save_pretrained(request.out)
     for pattern in TOKENIZER:
-        for file in asked.teacher.glob(pattern):
-            shutil.copy(file, asked.out / file.name)
-    kept = inner(_load(asked.out)) / inner(_load(asked.teacher))
-    asked.out.rename(whole)
-    print(f"{asked.peer}: {kept:.2%} of the parameters outside the embeddings stay, {whole}")
+        for file in request.teacher.glob(pattern):
+            shutil.copy(file, request.out / file.name)
+    kept = inner(_load(request.out)) / inner(_load(request.teacher))
+    request.out.rename(whole)
+    print(f"{request.peer}: {kept:.2%} of the parameters outside the embeddings stay, {whole}")
 
 
 if __name__ == "__main__":

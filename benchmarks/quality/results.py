@@ -17,13 +17,13 @@ Figures = dict[str, Any]
 
 
 def collect(runs: Path, saved: Path) -> list[Figures]:
-    """Give the figures of every row: those saved before, and in their place those of the runs that are there."""
+    """Return the figures of every row: those saved before, and in their place those of the runs that are there."""
     known = {key(each): each for each in (json.loads(saved.read_text()) if saved.is_file() else [])}
     fresh: dict[tuple, Figures] = {}
     for path in sorted((runs / "quality").glob("*/evaluation.json")):
         name = NAME.fullmatch(path.parent.name)
         run = json.loads((path.parent / "run.json").read_text())
-        if name and "evaluate" in run["stages"]:  # else begun anew, and what was measured is of the run before
+        if name and "evaluate" in run["stages"]:  # else started again, and what was measured is of the run before
             here = figures(path.parent, name, run)
             fresh[key(here)] = merged(fresh.get(key(here)), here)
     found = known | {which: merged(known.get(which), here) for which, here in fresh.items()}
@@ -36,9 +36,9 @@ def key(figures: Figures) -> tuple[str, float, int]:
 
 
 def figures(view: Path, name: re.Match, run: Figures) -> Figures:
-    """Give the figures of one run that was measured.
+    """Return the figures of one run that was measured.
 
-    A run without recovery tells what the model was `before` it. One with recovery tells what it is `after`, and also
+    A run without recovery has the figures `before` it. One with recovery has those `after` it, and also
     what it was before, unless weights were trained before the last cut (rounds, TRSP, a corrected teacher).
     """
     evaluation = json.loads((view / "evaluation.json").read_text())
@@ -85,7 +85,7 @@ def _states(measured: Figures, recovered: bool, trained_early: bool) -> Figures:
 
 
 def _seconds(view: Path, stages: Mapping[str, Figures]) -> dict[str, float]:
-    """Give the seconds that each stage took when it was made, rounds together."""
+    """Return the seconds that each stage took when it was made, rounds together."""
     made = (view / "teacher").resolve().parent
     seconds: dict[str, float] = {}
     for name, stage in stages.items():
@@ -97,17 +97,17 @@ def _seconds(view: Path, stages: Mapping[str, Figures]) -> dict[str, float]:
 
 
 def perplexity(state: Figures) -> float:
-    """Give a state's perplexity; null, as JSON has it, is one beyond all numbers."""
+    """Return a state's perplexity; null, as JSON has it, is one beyond all numbers."""
     return math.inf if state["perplexity"] is None else state["perplexity"]
 
 
 def over_dense(states: Figures, state: str) -> float:
-    """Give a state's perplexity over the dense model's."""
+    """Return a state's perplexity over the dense model's."""
     return perplexity(states[state]) / perplexity(states["dense"])
 
 
 def merged(old: Figures | None, new: Figures) -> Figures:
-    """Give the figures of two runs of one row; where both tell, those with recovery, else the newer."""
+    """Return the figures of two runs of one row; where both have one, that with recovery, else the newer."""
     if old is None:
         return new
     first, last = (new, old) if "recovery_tokens" in old and "recovery_tokens" not in new else (old, new)
@@ -116,7 +116,7 @@ def merged(old: Figures | None, new: Figures) -> Figures:
 
 
 def _with_speeds(models: Figures, others: Figures) -> Figures:
-    """Give models with the speed that others of the row were measured to have, where they were not."""
+    """Return models with the speed that others of the row were measured to have, where they were not."""
     return {who: facts | {"speed": facts["speed"] or others[who]["speed"]} for who, facts in models.items()}
 
 

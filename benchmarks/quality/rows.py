@@ -44,7 +44,7 @@ class Row:
 
     `trains` names the stage that spends the recovery tokens; `peer` is the tool whose start is recovered, or UNCUT.
     Where the teacher `writes` for it, calibration and recovery read that too, in place of as many tokens of the text of
-    all rows. `kinds` is text of many kinds (broad.py) by its name, and its weight beside each of TEXTS.
+    all rows. `kinds` names mixed-domain text (broad.py), and its weight beside each of TEXTS.
     """
 
     label: str
@@ -125,7 +125,7 @@ def _of_all_kinds(label: str, *recovered: str, learnt: tuple[str, ...] = MILLION
 
 
 ROWS: dict[str, Row] = {
-    # the recipes as they stand in conf/recipe
+    # the recipes of conf/recipe, unchanged
     "best": _recipe("best", "best", writes=HALF),
     "pangu_light": _recipe("pangu_light", "Pangu Light"),
     "minitron": _recipe("minitron", "Minitron"),
@@ -216,9 +216,7 @@ ROWS: dict[str, Row] = {
         "distill.global_batch_size=1",
         "distill.micro_batch_size=1",
     ),
-    "best_all_by_layer_corrected_longer": _of_all_kinds(
-        "... on 1M, corrected teacher instead", *CORRECTED
-    ),
+    "best_all_by_layer_corrected_longer": _of_all_kinds("... on 1M, corrected teacher instead", *CORRECTED),
     "best_broad_millions": _ablation(
         "best", "best on 2M tokens from six domains", *TWO_MILLION, writes=QUARTER, kinds=BROAD
     ),

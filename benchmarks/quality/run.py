@@ -10,7 +10,7 @@ are not run twice. Without recovery a run ends with `-start`; it takes seconds t
 Settings at the end hold for every row and win: `evaluate.speed=false` on a busy machine. --peers is the Python of the
 environment that peers.py describes; without it rows of other tools are left out. --written is text that the teacher
 wrote elsewhere (`recipe=generate` on a faster machine); without it the teacher writes it here. A row that fails does
-not stop the others; their names are told at the end, and the command's status is 1.
+not stop the others; their names are printed at the end, and the exit status is 1.
 """
 
 import argparse
@@ -42,25 +42,25 @@ def main() -> None:
     parser.add_argument("--peers", help="the Python that has the other tools")
     parser.add_argument("--written", type=existing, help="text that the teacher wrote")
     parser.add_argument("--no-recovery", action="store_true")
-    asked, settings = with_settings(parser)
-    settings += [f"runs={asked.runs}"]
-    names = asked.rows
-    if asked.peers and not shutil.which(asked.peers):
-        parser.error(f"--peers: {asked.peers} is no program; give the Python that peers.py describes")
-    if not asked.peers and any(ROWS[name].of_a_tool for name in names):
+    options, settings = with_settings(parser)
+    settings += [f"runs={options.runs}"]
+    names = options.rows
+    if options.peers and not shutil.which(options.peers):
+        parser.error(f"--peers: {options.peers} is no program; give the Python that peers.py describes")
+    if not options.peers and any(ROWS[name].of_a_tool for name in names):
         names = [name for name in names if not ROWS[name].of_a_tool]
         print("rows of other tools are left out: --peers names no Python that has them", flush=True)
     failed = []
-    for seed in asked.seeds:
-        for removed in asked.removed:
+    for seed in options.seeds:
+        for removed in options.removed:
             for name in names:
-                run = run_name(name, removed, seed, not asked.no_recovery)
-                common = [*text_settings(asked.texts), f"seed={seed}", *settings]
+                run = run_name(name, removed, seed, not options.no_recovery)
+                common = [*text_settings(options.texts), f"seed={seed}", *settings]
                 start = []
                 if ROWS[name].peer:
-                    start = [f"model.start={peer_start(ROWS[name].peer, removed, asked.runs, asked.peers, common)}"]
-                start += mix(ROWS[name], asked, common)
-                chosen = row_settings(ROWS[name], removed, not asked.no_recovery, [*common, *start])
+                    start = [f"model.start={peer_start(ROWS[name].peer, removed, options.runs, options.peers, common)}"]
+                start += mix(ROWS[name], options, common)
+                chosen = row_settings(ROWS[name], removed, not options.no_recovery, [*common, *start])
                 print(f"== {run}", flush=True)
                 if pipeline(f"run={run}", *chosen).returncode:
                     failed.append(run)
@@ -73,7 +73,7 @@ def run_name(row: str, removed: float, seed: int, recovery: bool) -> str:
 
 
 def text_settings(texts: Path) -> list[str]:
-    """Give the texts of every row."""
+    """Return the texts of every row."""
     read = ",".join(located(name, texts) for name in TEXTS)
     measured = ",".join(located(name, texts) for name in (*UNSEEN, REFERENCE))
     return [
@@ -82,7 +82,7 @@ def text_settings(texts: Path) -> list[str]:
 
 
 def located(name: str, texts: Path) -> str:
-    """Give the path of a text: a file that texts.py wrote, else the one of this installation, if it has one."""
+    """Return the path of a text: a file that texts.py wrote, else the one of this installation, if it has one."""
     files = [texts / f"{name}{ending}" for ending in (".jsonl", ".txt")]
     found = next((str(file) for file in files if file.is_file()), None)
     if found is None and name in FETCHED:
@@ -91,7 +91,7 @@ def located(name: str, texts: Path) -> str:
 
 
 def row_settings(row: Row, removed: float, recovery: bool, settings: Sequence[str]) -> list[str]:
-    """Give the overrides of a row; its line gains the recovery that its recipe lacks, or loses the one it has."""
+    """Return the overrides of a row; its line gains the recovery that its recipe lacks, or loses the one it has."""
     chosen = [*COMMON, *row.settings, *(row.recovered if recovery else row.bare)]
     chosen += [] if row.peer else [f"budget.parameters={1.0 - removed / 100.0:g}"]
     chosen += settings
@@ -107,21 +107,21 @@ def row_settings(row: Row, removed: float, recovery: bool, settings: Sequence[st
 
 
 def own_text(wanted: Written, runs: Path, settings: Sequence[str]) -> Path:
-    """Let the teacher write its text, once."""
-    asked = [f"generate.{name}={getattr(wanted, name)}" for name in ("tokens", "length", "batch")]
+    """Run `recipe=generate`, once."""
+    options = [f"generate.{name}={getattr(wanted, name)}" for name in ("tokens", "length", "batch")]
     name = f"quality/text-{wanted.tokens}"
-    pipeline(f"run={name}", *COMMON, *settings, "recipe=generate", *asked).check_returncode()
+    pipeline(f"run={name}", *COMMON, *settings, "recipe=generate", *options).check_returncode()
     return runs / name / "generated.jsonl"
 
 
-def mix(row: Row, asked: argparse.Namespace, settings: Sequence[str]) -> list[str]:
-    """Give the settings by which calibration and recovery read what a row reads beside the texts of all rows."""
-    weights = {located(name, asked.texts): 1 for name in TEXTS}
+def mix(row: Row, options: argparse.Namespace, settings: Sequence[str]) -> list[str]:
+    """Return the settings by which calibration and recovery read what a row reads beside the texts of all rows."""
+    weights = {located(name, options.texts): 1 for name in TEXTS}
     if row.kinds:
         name, weight = row.kinds
-        weights[located(name, asked.texts)] = weight
+        weights[located(name, options.texts)] = weight
     if row.writes:
-        weights[str(asked.written or own_text(row.writes, asked.runs, settings))] = row.writes.weight
+        weights[str(options.written or own_text(row.writes, options.runs, settings))] = row.writes.weight
     if len(weights) == len(TEXTS):
         return []
     each = (f"path=[{','.join(weights)}]", f"weights=[{','.join(map(str, weights.values()))}]")
@@ -129,7 +129,7 @@ def mix(row: Row, asked: argparse.Namespace, settings: Sequence[str]) -> list[st
 
 
 def peer_start(peer: str, removed: float, runs: Path, python: str, settings: Sequence[str]) -> Path:
-    """Give the folder of a start that another tool cut from this teacher by these tokens, made once; or the teacher."""
+    """Return the folder of the student that another tool cut from this teacher, made once; or the teacher."""
     pipeline("run=quality/teacher", "stages=[]", *COMMON, *settings).check_returncode()
     view = runs / "quality" / "teacher"
     if peer == UNCUT:

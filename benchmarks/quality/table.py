@@ -3,7 +3,7 @@
     python benchmarks/quality/table.py [--runs runs] [--saved benchmarks/results/quality.json] [--docs FILE]
 
 The figures of all runs found are added to the saved ones; from these the part of the document between its markers is
-written anew, and the plots beside it. Without runs it writes the same table from the saved figures alone.
+written again, and the plots beside it. Without runs it writes the same table from the saved figures alone.
 """
 
 import argparse
@@ -31,28 +31,28 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--saved", type=Path, default=ROOT / "benchmarks" / "results" / "quality.json")
     parser.add_argument("--docs", type=document, default=ROOT / "benchmarks" / "results" / "quality.md")
-    asked = parser.parse_args()
-    found = [each for each in collect(asked.runs, asked.saved) if each["row"] in ROWS]
+    options = parser.parse_args()
+    found = [each for each in collect(options.runs, options.saved) if each["row"] in ROWS]
     if not found:
-        raise SystemExit(f"error: --runs: {asked.runs / 'quality'} has no finished row; run.py makes them")
-    asked.saved.parent.mkdir(parents=True, exist_ok=True)
-    asked.saved.write_text(json.dumps(found, indent=1) + "\n")
+        raise SystemExit(f"error: --runs: {options.runs / 'quality'} has no finished row; run.py makes them")
+    options.saved.parent.mkdir(parents=True, exist_ok=True)
+    options.saved.write_text(json.dumps(found, indent=1) + "\n")
     pictures = []
     groups = {name: [each for each in found if ROWS[each["row"]].group == name] for name in GROUPS}
     ablations = groups.pop("ablations")
     others = [each for group in groups.values() for each in group]
     if len({each["removed"] for each in others}) > 1:  # one share is no line
-        draw(others, asked.docs.with_name(LINES))
+        draw(others, options.docs.with_name(LINES))
         pictures.append(f"![recipes: perplexity over the dense model's, by share removed]({LINES})")
     if ablations:
-        draw_bars([*groups["recipes"], *ablations], asked.docs.with_name(BARS))
+        draw_bars([*groups["recipes"], *ablations], options.docs.with_name(BARS))
         pictures.append(f"![one thing changed: perplexity over the dense model's, by row]({BARS})")
-    asked.docs.write_text(between(asked.docs.read_text(), "\n\n".join([*pictures, *tables(found)])))
-    print(f"{asked.docs}: {len(found)} rows, {len(pictures)} plots; {asked.saved}")
+    options.docs.write_text(between(options.docs.read_text(), "\n\n".join([*pictures, *tables(found)])))
+    print(f"{options.docs}: {len(found)} rows, {len(pictures)} plots; {options.saved}")
 
 
 def document(text: str) -> Path:
-    """Give the path of a document that has a part for the table."""
+    """Return the path of a document that has a part for the table."""
     path = existing(text)
     try:
         between(path.read_text(), "")
@@ -62,7 +62,7 @@ def document(text: str) -> Path:
 
 
 def between(written: str, text: str) -> str:
-    """Give a document with the part between its markers replaced; ValueError if it has none."""
+    """Return a document with the part between its markers replaced; ValueError if it has none."""
     before, begin, rest = written.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -71,7 +71,7 @@ def between(written: str, text: str) -> str:
 
 
 def tables(found: Sequence[Figures]) -> list[str]:
-    """Give the parts of the document: for each share removed a heading and a table."""
+    """Return the parts of the document: for each share removed a heading and a table."""
     parts = []
     for removed in sorted({each["removed"] for each in found}):
         parts.append(f"### {removed:g} % removed")
@@ -80,7 +80,7 @@ def tables(found: Sequence[Figures]) -> list[str]:
 
 
 def table(found: Sequence[Figures]) -> str:
-    """Give one table: the dense model, then the rows by group; in every column of perplexities the least is bold."""
+    """Return one table: the dense model, then the rows by group; in every column of perplexities the least is bold."""
     texts = list(dict.fromkeys(text for each in found for text in each["texts"]))
     head = ["", "parameters", "without embeddings", "KV bytes a token", "prefill tokens/s", "decode tokens/s"]
     for text in texts:
@@ -112,7 +112,7 @@ def _dense(found: Sequence[Figures], texts: Sequence[str]) -> list[str]:
 
 
 def _line(seeds: Sequence[Figures], texts: Sequence[str]) -> list[str]:
-    """Give the cells of one row: means over its seeds, ± half of their range."""
+    """Return the cells of one row: means over its seeds, ± half of their range."""
     cells = ["", *_sizes(seeds, "student")]
     for text in texts:
         states = [each["texts"].get(text, {}) for each in seeds]
@@ -144,7 +144,7 @@ def _sizes(seeds: Sequence[Figures], who: str) -> list[str]:
 
 
 def _speed(seeds: Sequence[Figures], who: str, way: str) -> str:
-    """Give tokens a second and, of a student, over those of the dense model that it took turns with."""
+    """Return tokens a second and, of a student, over those of the dense model that it took turns with."""
     timed = [{name: facts["speed"] for name, facts in each["models"].items()} for each in seeds]
     timed = [each for each in timed if all(each.values())]
     if not timed:

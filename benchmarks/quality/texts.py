@@ -37,18 +37,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/texts"))
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--freeze", action="store_true", help="write down the built-in texts too")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        source = (asked.folder or fetched(PACKAGE, Path(scratch))) / INSIDE
+        source = (options.folder or fetched(PACKAGE, Path(scratch))) / INSIDE
         if not source.is_file():
             raise SystemExit(f"error: --folder: {source} does not exist; unpack {PACKAGE} there with dpkg -x")
         text = cleaned(gzip.decompress(source.read_bytes()).decode())
-        asked.out.mkdir(parents=True, exist_ok=True)
-        target = asked.out / "jargon.txt"
+        options.out.mkdir(parents=True, exist_ok=True)
+        target = options.out / "jargon.txt"
         target.write_text(text)
     print(f"{target}: {len(text) / 1e6:.2f} MB, {text.count(chr(10) * 2)} paragraphs, public domain")
-    for name in BUILTINS if asked.freeze else ():
-        print(frozen(name, asked.out))
+    for name in BUILTINS if options.freeze else ():
+        print(frozen(name, options.out))
 
 
 def frozen(name: str, folder: Path) -> Path:
@@ -67,7 +67,7 @@ def fetched(package: str, folder: Path) -> Path:
 
 
 def cleaned(text: str) -> str:
-    """Give the entries of the lexicon as paragraphs, parted by empty lines; ValueError where there are none.
+    """Return the entries of the lexicon as paragraphs, parted by empty lines; ValueError where there are none.
 
     Lines of a paragraph become one line; `:word: /how/, n.` becomes `word, n.`, and `{word}` `word`. The table of
     contents before the first entry and the appendices after the last are left out.

@@ -3,9 +3,9 @@
     python benchmarks/quality/where.py --run runs/quality/best-25-0 [--text readmes] [--model start] [--tokens 16384]
 
 A token is the beginning of a word, the rest of one, a number, a mark or space, and seen or new: seen where the same
-three tokens stood in this order before in the sequence, so that copying tells it. Extra is in nats a token; the shares
-of all kinds add up to one, and all extra together is the logarithm of the perplexity over the dense model's; the error
-told beside that is the standard error over sequences, which the table's 8 sequences a text leave large.
+three tokens stood in this order before in the sequence, so that copying predicts it. Extra is in nats a token; the
+shares of all kinds add up to one, and all extra together is the logarithm of the perplexity over the dense model's; the
+error printed beside it is the standard error over sequences, which the table's 8 sequences a text leave large.
 """
 
 import argparse
@@ -35,23 +35,26 @@ def main() -> None:
     parser.add_argument("--text", default="readmes")
     parser.add_argument("--model", default="start", choices=["start", "student"], help="before or after recovery")
     parser.add_argument("--tokens", type=int, default=16384)
-    asked = parser.parse_args()
-    found = [each for each in (asked.run / "tokens" / "evaluation").glob("*") if each.name[3:] == asked.text]
+    options = parser.parse_args()
+    found = [each for each in (options.run / "tokens" / "evaluation").glob("*") if each.name[3:] == options.text]
     if not found:
-        raise SystemExit(f"error: --text: {asked.run} measured on no text called {asked.text}")
+        raise SystemExit(f"error: --text: {options.run} measured on no text called {options.text}")
     packed = Packed(found[0])
-    rows = torch.tensor([packed[row].tolist() for row in range(max(2, asked.tokens // packed.sequence))[: len(packed)]])
-    tokenizer = load_tokenizer(asked.run / "teacher")
+    rows = torch.tensor(
+        [packed[row].tolist() for row in range(max(2, options.tokens // packed.sequence))[: len(packed)]]
+    )
+    tokenizer = load_tokenizer(options.run / "teacher")
     words = {id_: tokenizer.decode([id_]) for id_ in rows.unique().tolist()}
     losses = [
-        loss_of(load_model(asked.run / each, torch.bfloat16, "sdpa", False), rows) for each in ("teacher", asked.model)
+        loss_of(load_model(options.run / each, torch.bfloat16, "sdpa", False), rows)
+        for each in ("teacher", options.model)
     ]
-    print("\n".join(told(kinds(rows.tolist(), words), *losses)))
+    print("\n".join(table(kinds(rows.tolist(), words), *losses)))
 
 
 @torch.inference_mode()
 def loss_of(model: torch.nn.Module, rows: Tensor) -> Tensor:
-    """Give the negative log-likelihood [n, t - 1] of every token but the first of each of `rows` [n, t], in nats."""
+    """Return the negative log-likelihood [n, t - 1] of every token but the first of each of `rows` [n, t], in nats."""
     found = []
     for row in rows.split(1):
         states = model.base_model(input_ids=row, use_cache=False).last_hidden_state[0, :-1]
@@ -77,8 +80,8 @@ def kind(text: str) -> str:
     return next((name for name, pattern in KINDS if re.fullmatch(pattern, text, re.DOTALL)), ELSE)
 
 
-def told(names: Sequence[str], dense: Tensor, student: Tensor) -> list[str]:
-    """Give the lines of a table, the kind that loses most first, and what all lose together; losses are [n, t - 1]."""
+def table(names: Sequence[str], dense: Tensor, student: Tensor) -> list[str]:
+    """Return the lines of a table, the kind that loses most first, and the sum; losses are [n, t - 1]."""
     extra = student.double() - dense.double()
     lines = []
     for name in set(names):

@@ -47,7 +47,7 @@ def test_every_way_is_measured_on_every_text_and_changes_the_student(run, monkey
     local_learning.main()
     lines = capsys.readouterr().out.splitlines()
     told = {line[:14].strip(): [float(ratio) for ratio in line[14:].split()] for line in lines}
-    assert list(told) == ["as it is cut", *local_learning.WAYS]
+    assert list(told) == ["not distilled", *local_learning.WAYS]
     assert {len(ratios) for ratios in told.values()} == {2}
     assert all(0 < ratio < math.inf for ratios in told.values() for ratio in ratios)
     assert len(set(map(tuple, told.values()))) == len(told), "no way gives what another does, or the cut"
