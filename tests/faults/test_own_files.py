@@ -9,8 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.model.blueprint import Blueprint
+from pipeline.model.shape import Trial
 from pipeline.runtime.artifacts import CLOCK, Store
 from pipeline.runtime.clean import clean
+from pipeline.runtime.ledger import Ledger
 from pipeline.runtime.lock import Lock
 from pipeline.runtime.manifest import damage
 from pipeline.runtime.ranks import Ranks
@@ -149,6 +152,41 @@ def test_any_note_of_a_tracked_run_gives_an_id(tmp_path, text):
     (tmp_path / "wandb_id.json").write_bytes(text)
     first = run_id(tmp_path, {"a": 1})
     assert isinstance(first, str) and run_id(tmp_path, {"a": 1}) == first
+
+
+@fuzz
+@given(TEXTS)
+def test_any_blueprint_is_a_clear_error(tmp_path, text):
+    path = tmp_path / "blueprint.json"
+    path.write_bytes(text)
+    with pytest.raises(ValueError):
+        Blueprint.load(tmp_path)
+
+
+@pytest.mark.parametrize("harm", [*HARMS, "a line of another kind"])
+def test_a_ledger_keeps_what_was_finished_before_its_first_damaged_line(tmp_path, harm, capsys):
+    path, draw = tmp_path / "ledger.jsonl", random.Random(harm)
+    for number in range(5):
+        Ledger(path, Trial).append(Trial((0, number), number / 3))
+    lines = path.read_bytes().splitlines(keepends=True)
+    for _ in range(CASES):
+        number = draw.randrange(5)
+        line = HARMS[harm](lines[number], draw) if harm in HARMS else b'{"kept": [0], "loss": 1.0}\n'
+        path.write_bytes(b"".join([*lines[:number], line, *lines[number + 1 :]]))
+        entries = Ledger(path, Trial).entries
+        whole = number + (harm == "longer")  # what follows a line is not of that line
+        assert entries == [Trial((0, each), each / 3) for each in range(whole)]
+        Ledger(path, Trial).append(Trial((9,), 9.0))
+        assert Ledger(path, Trial).entries == [*entries, Trial((9,), 9.0)]
+    assert "is damaged" in capsys.readouterr().out
+
+
+@fuzz
+@given(TEXTS)
+def test_any_ledger_begins_anew(tmp_path, text):
+    (tmp_path / "ledger.jsonl").write_bytes(text)
+    assert Ledger(tmp_path / "ledger.jsonl", Trial).entries == []
+    assert (tmp_path / "ledger.jsonl").read_bytes() == b""
 
 
 @pytest.mark.parametrize("text", [b"\x00" * 50, b"process 1\non another\nhost\x1b[2J", b"\xff" * 300, b""])
