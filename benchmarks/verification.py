@@ -32,11 +32,15 @@ def seconds(path: Path, update: Callable[[memoryview], object]) -> float:
         return time.process_time() - begin
 
 
-def main(gib: int, folder: str | None) -> None:
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+def main() -> None:
+    parser = described(__doc__)
+    parser.add_argument("--gib", type=at_least(1), default=1, help="size of the file")
+    parser.add_argument("--folder", help="where the file is written (default: the system's temporary folder)")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=chosen.folder) as place:
         path, piece = Path(place) / "weights", os.urandom(PIECE)
         with path.open("wb") as file:
-            for _ in range((gib << 30) // PIECE):
+            for _ in range((chosen.gib << 30) // PIECE):
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())
@@ -52,8 +56,4 @@ def main(gib: int, folder: str | None) -> None:
 
 
 if __name__ == "__main__":
-    parser = described(__doc__)
-    parser.add_argument("--gib", type=at_least(1), default=1, help="size of the file")
-    parser.add_argument("--folder", help="where the file is written (default: the system's temporary folder)")
-    chosen = parser.parse_args()
-    main(chosen.gib, chosen.folder)
+    main()

@@ -1,10 +1,10 @@
 """Kill runs of every recipe at random moments, run them again, and compare what they made with runs left alone.
 
-    python benchmarks/faults/kill_loop.py [--kills 50] [--recipes best,tyr] [--kinds kill,after] [--seed 0] [--folder FOLDER]
+    python benchmarks/faults/kill_loop.py [--kills 50] [--recipes best,tyr] [--kinds kill,after] [--seed 0]
 
 Tiny random models; needs a C compiler. A kill is SIGKILL before or after a random operation on files (kinds `kill`,
-`after`); `enospc` is a full disk and `eio` an error of the disk from one operation on. A walk repeats one command until it
-finishes; walks over the recipes go on until there were as many faults as chosen. Byte-identical: student and artifacts.
+`after`); `enospc` is a full disk from an operation on, `eio` one error of the disk. A walk repeats one command until it
+finishes; walks over the recipes follow until there were enough faults. Compared are student and artifacts.
 """
 
 import random
@@ -58,7 +58,7 @@ def delivered(place: Path) -> dict[str, str]:
     return student_of(student if student.exists() else place / "runs/x/generated.jsonl")
 
 
-def main(folder: Path, kills: int, recipes: list[str], kinds: tuple[str, ...], seed: int) -> int:
+def loop(folder: Path, kills: int, recipes: list[str], kinds: tuple[str, ...], seed: int) -> int:
     draw, world, faults, walks, same = random.Random(seed), make_world(folder / "world"), 0, 0, 0
     references: dict[str, tuple[Path, int]] = {}
 
@@ -77,19 +77,20 @@ def main(folder: Path, kills: int, recipes: list[str], kinds: tuple[str, ...], s
             recipe = recipes[walks % len(recipes)]
             wanted, operations = reference(process, recipe)
             place = folder / f"walk-{walks}"
-            struck = walk(process, command(world, place, recipe), place, kinds, operations // 4, draw)
+            struck = walk(process, command(world, place, recipe), place, kinds, operations // 3, draw)
             equal = (
                 delivered(place) == delivered(wanted)
                 and made_of(place / "artifacts") == made_of(wanted / "artifacts")
                 and not leftovers(place / "artifacts")
             )
             faults, walks, same = faults + len(struck), walks + 1, same + equal
-            print(f"{recipe}: {len(struck)} faults, {'byte-identical' if equal else f'DIFFERENT, see {place}'}", flush=True)
+            result = "byte-identical" if equal else f"DIFFERENT, see {place}"
+            print(f"{recipe}: {len(struck)} faults, {result}", flush=True)
     print(f"{faults} faults, {same} of {walks} runs byte-identical, {time.monotonic() - begin:.0f} s, seed {seed}")
     return 0 if same == walks else 1
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = described(__doc__)
     parser.add_argument("--kills", type=at_least(1), default=50, help="faults, all together")
     parser.add_argument("--recipes", type=some_of(list(RECIPES)), default=list(RECIPES))
@@ -98,5 +99,9 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, help="where runs are made and kept (default: temporary)")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        place = chosen.folder or Path(scratch)
-        sys.exit(main(place, chosen.kills, chosen.recipes, tuple(chosen.kinds), chosen.seed))
+        folder = chosen.folder or Path(scratch)
+        sys.exit(loop(folder, chosen.kills, chosen.recipes, tuple(chosen.kinds), chosen.seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -65,6 +65,10 @@ def clean(arguments: list[str]) -> int:
         if input("Delete them? [y/N] ").strip().lower() not in ("y", "yes"):
             return 1
     freed = sum(each.bytes for each in found if _delete(each.folder, root))
+    for path in (root / PARTIAL).glob("*.lock"):  # of processes that were killed
+        lock = Lock(path)
+        if lock.try_acquire():
+            lock.release()
     print(f"deleted; {size(freed)} freed")
     return 0
 

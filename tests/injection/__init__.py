@@ -101,8 +101,11 @@ def made_of(artifacts: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def leftovers(artifacts: Path) -> list[str]:
-    """Return what interrupted attempts left: partial folders, locks, damaged artifacts, temporary files beside them."""
-    inner = [path for name in (PARTIAL, DAMAGED) for path in artifacts.glob(f"{name}/*")]
+    """Return what interrupted attempts left: partial folders, damaged artifacts, temporary files beside them.
+
+    The file of a lock may be left where its process died between publishing and releasing: nobody holds it.
+    """
+    inner = [path for name in (PARTIAL, DAMAGED) for path in artifacts.glob(f"{name}/*") if path.suffix != ".lock"]
     return sorted(str(path) for path in (*inner, *artifacts.parent.rglob(".*.[0-9]*")))
 
 
