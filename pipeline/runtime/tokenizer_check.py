@@ -7,6 +7,7 @@ PROBE = (
     "Größe, Привет, мир. 你好，世界。 こんにちは 안녕하세요 مرحبا नमस्ते 🙂 \u200b∑ ≤ ½ "
     + "".join(chr(code) for code in range(32, 0x250))
 )
+TOKENS = 20_000  # of a vocabulary whose text is encoded again
 
 
 def check_fits(tokenizer: Any, vocabulary: int) -> None:
@@ -40,7 +41,9 @@ def difference(one: Any, other: Any, vocabulary: int) -> str | None:
         token = min(token for token in first.keys() | second.keys() if first.get(token) != second.get(token))
         ids = [str(vocab.get(token, "none")) for vocab in (first, second)]
         return f"token {token!r:.60} has the id {ids[0]} in one and {ids[1]} in the other"
-    encoded = [each(PROBE, add_special_tokens=False)["input_ids"] for each in (one, other)]
+    ids = sorted(first.values())[:: -(-vocabulary // TOKENS)]
+    text = PROBE + one.decode(ids, skip_special_tokens=True)
+    encoded = [each(text, add_special_tokens=False)["input_ids"] for each in (one, other)]
     if encoded[0] != encoded[1]:
         place = next((i for i, pair in enumerate(zip(*encoded)) if pair[0] != pair[1]), min(map(len, encoded)))
         return f"they split a text differently, from its token {place} on"
