@@ -1,5 +1,6 @@
 """Tiny GGUF files for tests."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,11 @@ import numpy as np
 from tests.tiny import tensors_of
 
 
-def write_gguf(path: Path, model, split: int = 0, without: str = "") -> Path:
+def write_gguf(path: Path, model, split: int = 0, without: str = "", extra: Callable | None = None) -> Path:
     """Write a tiny tied Llama with a byte-level tokenizer as an unquantised GGUF file, and return its path.
 
-    `split` is the number of tensors in a part, 0 for one file; tensors whose names contain `without` are left out.
+    `split` is the number of tensors in a part, 0 for one file; tensors whose names contain `without` are left out;
+    `extra` is called with the writer before it writes.
     """
     import gguf
 
@@ -42,15 +44,16 @@ def write_gguf(path: Path, model, split: int = 0, without: str = "") -> Path:
         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     }  # fmt: skip
     for name, tensor in state.items():
-        if without and without in name:
-            continue
         for ours, theirs in names.items():
             name = name.replace(f".{ours}.", f".{theirs}.")
         name = name.replace("model.layers.", "blk.").replace("model.embed_tokens", "token_embd")
         name = name.replace("model.norm", "output_norm")
         if "attn_q." in name or "attn_k." in name:  # GGUF keeps the two halves of a rotary head interleaved
             tensor = tensor.view(-1, 2, config.head_dim // 2, config.hidden_size).transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(name, tensor.numpy().astype(np.float32))
+        if not without or without not in name:
+            writer.add_tensor(name, tensor.numpy().astype(np.float32))
+    if extra:
+        extra(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

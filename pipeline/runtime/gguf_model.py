@@ -84,6 +84,10 @@ def _check_elements(header: Header, config: dict) -> None:
 
     transformers draws absent weights at random and leaves out tensors it does not know; both change the network.
     """
+    layers = {tensor.name.split(".")[1] for tensor in header.tensors if tensor.name.startswith("blk.")}
+    if len(layers) < config["num_hidden_layers"]:  # before a class of that many layers is built
+        count = config["num_hidden_layers"]
+        raise ValueError(f"{header.path} lacks tensors: those of {len(layers)} of {count} layers are there; fetch it again")
     needed = sum(torch.Size(shape).numel() for shape in class_shapes(config, header.path.parent).values())
     held = sum(tensor.elements for tensor in header.tensors)
     if needed == held:
