@@ -87,7 +87,7 @@ def _check_elements(header: Header, config: dict) -> None:
     layers = {tensor.name.split(".")[1] for tensor in header.tensors if tensor.name.startswith("blk.")}
     if len(layers) < config["num_hidden_layers"]:  # before a class of that many layers is built
         count = config["num_hidden_layers"]
-        raise ValueError(f"{header.path} lacks tensors: it has those of {len(layers)} of {count} layers; fetch it again")
+        raise ValueError(f"{header.path} lacks tensors: {len(layers)} of {count} layers are there; fetch it again")
     needed = sum(torch.Size(shape).numel() for shape in class_shapes(config, header.path.parent).values())
     held = sum(tensor.elements for tensor in header.tensors)
     if needed == held:
