@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.data.overlap import EvaluationRuns, Stretch, covered
+from pipeline.data.overlap import EvaluationRuns, covered
 from pipeline.data.sources import Piece
 
 BLOCK = 1 << 16  # characters tokenised as one string; a longer document is tokenised in parts
@@ -63,11 +63,6 @@ class Block(NamedTuple):
     def ends(self) -> bool:
         return self.pieces[-1].ends
 
-    @property
-    def content(self) -> str | None:
-        """What a chat says beside its template, where the block is one."""
-        return self.pieces[0].content if len(self.pieces) == 1 else None
-
 
 def blocks(pieces: Iterable[Piece]) -> Iterator[Block]:
     """Yield the pieces of documents joined up to BLOCK characters; a longer piece is cut, at white space if it can."""
@@ -121,8 +116,9 @@ def batches(several: Iterable[Block]) -> Iterator[list[Block]]:
 class Encoder:
     """Turns the blocks of one text into tokens.
 
-    With `notes`, an evaluation text is noted there. With `avoids`, pieces that share a run of tokens with evaluation
-    text are left out, and the gap ends a document. A tokenizer without character offsets loses whole blocks then.
+    With `notes`, the runs of an evaluation text are noted there. With `avoids`, pieces that share a run with evaluation
+    text are left out, and the gap ends a document; `count` comes first. A tokenizer without character offsets loses
+    whole blocks then.
     """
 
     def __init__(
@@ -137,7 +133,7 @@ class Encoder:
         self._tokenizer, self._around, self._vocabulary = tokenizer, around, vocabulary
         self._notes, self._avoids = notes, avoids
         self._begins = True  # a document
-        self._stretch = Stretch()
+        self._tail = np.empty(0, dtype=np.int64)  # the last tokens, as many as a run can reach back
 
     def encode(self, several: Iterable[list[Block]]) -> Iterator[np.ndarray]:
         """Yield the tokens, int32, of batches of blocks. Raise ValueError for an id beyond the vocabulary."""
@@ -148,29 +144,52 @@ class Encoder:
         if self._notes is not None:
             self._notes.finish()
 
+    def count(self, several: Iterable[list[Block]]) -> None:
+        """Count, in `avoids`, the pieces of a text that have each run of evaluation text."""
+        passed = 0  # pieces before the block
+        for batch in several:
+            encoded = self._tokenized([block.text for block in batch])
+            for number, block in enumerate(batch):
+                tokens = self._closed(block, encoded["input_ids"][number])
+                joined = self._joined(tokens)
+                if self._avoids.known(joined):
+                    own = passed + _pieces_of(block, len(tokens), encoded, number, 0)
+                    self._avoids.count(joined, np.concatenate([np.full(len(self._tail), own[0]), own]))
+                self._extend(tokens)
+                passed += len(block.pieces)
+
     def _tokenized(self, texts: Sequence[str]) -> Any:
         return self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
 
+    def _joined(self, tokens: np.ndarray) -> np.ndarray:
+        return np.concatenate([self._tail, tokens])
+
+    def _extend(self, tokens: np.ndarray) -> None:
+        overlap = self._notes or self._avoids
+        if overlap is not None:
+            self._tail = self._joined(tokens)[-(overlap.length - 1) :]
+
     def _apart(self, block: Block, encoded: Any, number: int) -> Iterator[np.ndarray]:
         """Yield the tokens of a block, or of those of its pieces that evaluation text does not share."""
-        waiting = [(block, encoded, number)]
+        waiting: list[tuple[Block | None, Any, int]] = [(block, encoded, number)]
         while waiting:
-            block, encoded, number = waiting.pop()
-            if block is None:  # a gap
+            part, encoded, number = waiting.pop()
+            if part is None:  # a gap
                 yield from self._close()
                 continue
             ids = encoded["input_ids"][number]
             skipped = int(self._begins and ids[:1] == [self._around.first])  # every row has it
-            tokens = self._closed(block, ids[skipped:])
-            shared = self._shared(block, tokens, encoded, number, skipped) if self._avoids is not None else set()
+            tokens = self._closed(part, ids[skipped:])
+            shared = self._shared(part, tokens, encoded, number, skipped)
             if not shared:
-                yield self._emit(block, tokens)
+                yield self._emit(part, tokens)
                 continue
-            self._leave_out(block, shared)
-            rest = [(part, self._tokenized([part.text]) if part else None, 0) for part in _without(block, shared)]
-            waiting += reversed(rest)
+            self._leave_out(part, shared)
+            rest = _without(part, shared)
+            waiting += [(each, self._tokenized([each.text]) if each else None, 0) for each in reversed(rest)]
 
     def _closed(self, block: Block, ids: list[int]) -> np.ndarray:
+        """Return the tokens of a block, EOS after a document that does not bring it."""
         closes = block.ends and not block.text.rstrip().endswith(self._around.closing)
         tokens = np.asarray(ids + [self._around.after] if closes else ids, dtype=np.int64)
         if len(tokens) and tokens.max() >= self._vocabulary:
@@ -183,10 +202,9 @@ class Encoder:
         self.counts.bytes += sum(len(piece.text.encode()) for piece in block.pieces)
         self.counts.tokens += len(tokens)
         if self._notes is not None:
-            compared = tokens if block.content is None else self._content(block)
-            self._notes.add(compared, block.ends)
+            self._notes.add(self._joined(tokens))
         self._begins = block.ends
-        self._stretch.extend(tokens)
+        self._extend(tokens)
         return tokens.astype(np.int32)
 
     def _close(self) -> Iterator[np.ndarray]:
@@ -196,30 +214,38 @@ class Encoder:
             self.counts.documents += 1
             self.counts.tokens += 1
             end = np.asarray([self._around.after], dtype=np.int64)
-            self._stretch.extend(end)
+            self._extend(end)
             yield end.astype(np.int32)
-
-    def _content(self, block: Block) -> np.ndarray:
-        return np.asarray(self._tokenized([block.content])["input_ids"][0], dtype=np.int64)
 
     def _shared(self, block: Block, tokens: np.ndarray, encoded: Any, number: int, skipped: int) -> set[int]:
         """Return the numbers of a block's pieces that share a run with evaluation text."""
-        everything = set(range(len(block.pieces)))
-        if block.content is not None:
-            return everything if self._avoids.hits(self._content(block)).any() else set()
-        joined = self._stretch.joined(tokens)
+        if self._avoids is None:
+            return set()
+        joined = self._joined(tokens)
         hits = self._avoids.hits(joined)
         if not hits.any():
             return set()
         if encoded.encodings is None:
-            return everything
-        marks = covered(hits, len(joined))[len(joined) - len(tokens) :]
-        starts = np.asarray([start for start, _ in encoded.encodings[number].offsets[skipped:]], dtype=np.int64)
-        starts = starts[marks[: len(starts)]]
-        edges = np.cumsum([len(piece.text) for piece in block.pieces])
-        return set(np.searchsorted(edges, starts, side="right").clip(max=len(edges) - 1).tolist())
+            return set(range(len(block.pieces)))
+        marks = covered(hits, self._avoids.length)[len(joined) - len(tokens) :]
+        return set(_pieces_of(block, len(tokens), encoded, number, skipped)[marks].tolist())
 
     def _leave_out(self, block: Block, shared: set[int]) -> None:
         texts = [block.pieces[number].text for number in sorted(shared)]
         self.counts.left_out_pieces += len(texts)
         self.counts.left_out_tokens += sum(map(len, self._tokenized(texts)["input_ids"]))
+
+
+def _pieces_of(block: Block, count: int, encoded: Any, number: int, skipped: int) -> np.ndarray:
+    """Return the number of the piece that each of `count` tokens of a block begins in, [count]; EOS is of the last.
+
+    A tokenizer without character offsets has all its tokens in the first.
+    """
+    last = len(block.pieces) - 1
+    if encoded.encodings is None:
+        return np.zeros(count, dtype=np.int64)
+    starts = np.asarray([start for start, _ in encoded.encodings[number].offsets[skipped:]], dtype=np.int64)
+    edges = np.cumsum([len(piece.text) for piece in block.pieces])
+    pieces = np.full(count, last, dtype=np.int64)
+    pieces[: len(starts)] = np.searchsorted(edges, starts, side="right").clip(max=last)[:count]
+    return pieces

@@ -1,38 +1,44 @@
-"""Decontamination: text that shares runs of RUN tokens with evaluation text is kept out of calibration and recovery.
+"""Decontamination: text that shares runs of tokens with evaluation text is kept out of calibration and recovery.
 
-The rule is the n-gram rule of GPT-3 (2005.14165, appendix C) on the model's own tokens: what is compared is what is
-learnt from and what is measured. A run that recurs in many documents of one evaluation text, such as a system prompt, a
-licence or the frame of an instruction, is no leak and is ignored.
+The rule is the n-gram rule of GPT-3 (2005.14165, appendix C) on the model's own tokens: a piece of text is left out if
+any run of 13 of its tokens stands in evaluation text too, unless that run stands in more than ten pieces, as a system
+prompt, a licence or the frame of an instruction does. Tokenizers of small vocabularies cut text so finely that 13 of
+their tokens are a word or two: their runs are longer, see `run_length`.
 """
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import numpy as np
 
-RUN = 13  # tokens
-COMMON_DOCUMENTS = 10  # a run in so many documents of an evaluation text ...
-COMMON_SHARE = 0.1  # ... and in such a share of them is ignored
+RUN = 13  # tokens, at least
+RUN_BYTES = 40  # of text that a run has, on average
+COMMON = 10  # pieces; a run in more of them is no leak
 
-_ODD = np.array([(0x9E3779B97F4A7C15 * (2 * place + 1)) % 2**64 | 1 for place in range(RUN)], dtype=np.uint64)
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
-def runs(tokens: np.ndarray) -> np.ndarray:
-    """Return a hash, uint64 [n - RUN + 1], of every run of RUN tokens; empty for fewer tokens."""
-    count = max(0, len(tokens) - RUN + 1)
+def run_length(tokens: int, size: int) -> int:
+    """Return the tokens of a run where `tokens` tokens are `size` bytes of text."""
+    return max(RUN, math.ceil(RUN_BYTES * tokens / max(1, size)))
+
+
+def runs(tokens: np.ndarray, length: int) -> np.ndarray:
+    """Return a hash, uint64 [n - length + 1], of every run of `length` tokens; empty for fewer tokens."""
+    count = max(0, len(tokens) - length + 1)
     hashes = np.zeros(count, dtype=np.uint64)
     mixed = _mixed(tokens.astype(np.uint64))
-    for place in range(RUN if count else 0):
-        hashes += mixed[place : place + count] * _ODD[place]
+    for place in range(length if count else 0):
+        hashes += mixed[place : place + count] * np.uint64(_GOLDEN * (2 * place + 1) % 2**64)
     return _mixed(hashes)
 
 
-def covered(hits: np.ndarray, tokens: int) -> np.ndarray:
-    """Return which of `tokens` tokens belong to a run that is hit, bool [tokens]; hits are by a run's first token."""
-    edges = np.zeros(tokens + 1, dtype=np.int64)
+def covered(hits: np.ndarray, length: int) -> np.ndarray:
+    """Return which tokens belong to a run that is hit, bool [n]; hits, bool [n - length + 1], are by first token."""
+    edges = np.zeros(len(hits) + length, dtype=np.int64)
     first = np.flatnonzero(hits)
     np.add.at(edges, first, 1)
-    np.add.at(edges, first + RUN, -1)
+    np.add.at(edges, first + length, -1)
     return np.cumsum(edges[:-1]) > 0
 
 
@@ -43,56 +49,49 @@ def _mixed(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-@dataclass
-class Stretch:
-    """The tokens that came before, as far as a run can reach back into them."""
-
-    tail: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-
-    def joined(self, tokens: np.ndarray) -> np.ndarray:
-        """Return the tail and the tokens."""
-        return np.concatenate([self.tail, tokens])
-
-    def extend(self, tokens: np.ndarray) -> None:
-        """Let tokens follow."""
-        self.tail = self.joined(tokens)[-(RUN - 1) :].astype(np.int64)
-
-
 class EvaluationRuns:
-    """The runs of all evaluation texts, and which of them were met in calibration or recovery text.
+    """The runs of `length` tokens of all evaluation texts.
 
-    Memory: 8 bytes, and while it is filled 16, for every distinct run.
+    Memory: 13 bytes for every distinct run, and 16 more for those of a text while it is added.
     """
 
-    def __init__(self):
+    def __init__(self, length: int):
+        self.length = length
         self._known = np.empty(0, dtype=np.uint64)  # sorted
-        self._met = np.empty(0, dtype=bool)
-        self._documents: list[np.ndarray] = []  # of the text under way: the runs of each document, none twice
-        self._parts: list[np.ndarray] = []  # of the document under way
-        self._stretch = Stretch()
+        self._pieces = np.empty(0, dtype=np.int32)  # of calibration or recovery text that have each
+        self._met = np.empty(0, dtype=bool)  # in what was left out
+        self._parts: list[np.ndarray] = []
 
-    def add(self, tokens: np.ndarray, ends: bool) -> None:
-        """Note the next tokens of an evaluation text; `ends`: their document ends with them."""
-        self._parts.append(runs(self._stretch.joined(tokens)))
-        self._stretch.extend(tokens)
-        if ends:
-            self._documents.append(np.unique(np.concatenate(self._parts)))
-            self._parts = []
+    def add(self, tokens: np.ndarray) -> None:
+        """Note the next tokens of an evaluation text, the end of those before it joined to them."""
+        self._parts.append(np.unique(runs(tokens, self.length)))
 
     def finish(self) -> None:
-        """End an evaluation text: its runs that are not common to many of its documents are known from here on."""
-        documents = [*self._documents, *([np.unique(np.concatenate(self._parts))] if self._parts else [])]
-        self._documents, self._parts, self._stretch = [], [], Stretch()
-        if not documents:
-            return
-        found, counts = np.unique(np.concatenate(documents), return_counts=True)
-        common = (counts >= COMMON_DOCUMENTS) & (counts >= COMMON_SHARE * len(documents))
-        self._known = np.union1d(self._known, found[~common])
+        """End the evaluation text: its runs are known from here on."""
+        self._known = np.unique(np.concatenate([self._known, *self._parts]))
+        self._parts = []
         self._met = np.zeros(len(self._known), dtype=bool)
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget how many pieces have each run."""
+        self._pieces = np.zeros(len(self._known), dtype=np.int32)
+
+    def count(self, tokens: np.ndarray, pieces: np.ndarray) -> None:
+        """Count the pieces that have each run; `pieces` [n] are the numbers of the pieces of tokens [n]."""
+        known, places = self._found(tokens)
+        if known.any():
+            pairs = np.unique(np.stack([places[known], pieces[: len(known)][known]]), axis=1)
+            np.add.at(self._pieces, pairs[0], 1)
+
+    def known(self, tokens: np.ndarray) -> bool:
+        """Return whether any run of tokens is known, common ones included."""
+        return bool(self._found(tokens)[0].any())
 
     def hits(self, tokens: np.ndarray) -> np.ndarray:
-        """Return which runs of tokens are known, bool [n - RUN + 1], and note that they were met."""
+        """Return which runs of tokens are known and not common, bool [n - length + 1], and note that they were met."""
         known, places = self._found(tokens)
+        known[known] = self._pieces[places[known]] <= COMMON
         self._met[places[known]] = True
         return known
 
@@ -102,13 +101,13 @@ class EvaluationRuns:
         for tokens in stretches:
             known, places = self._found(tokens)
             known[known] = self._met[places[known]]
-            shared += int(covered(known, len(tokens)).sum())
+            shared += int(covered(known, self.length).sum()) if known.any() else 0
             total += len(tokens)
         return shared, total
 
     def _found(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return which runs are known, and where; the places of the others mean nothing."""
-        hashes = runs(tokens)
+        hashes = runs(tokens, self.length)
         if not len(self._known):
             return np.zeros(len(hashes), dtype=bool), np.zeros(len(hashes), dtype=np.int64)
         places = np.searchsorted(self._known, hashes).clip(max=len(self._known) - 1)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.encoding import Encoder, Frame, batches, blocks
-from pipeline.data.overlap import RUN, EvaluationRuns
+from pipeline.data.overlap import EvaluationRuns
 from pipeline.data.sources import Piece
 
 INDEX = "index.json"
@@ -69,7 +69,7 @@ def build(
 def _too_short(name: str, tokens: int, left_out: int, sequence: int) -> str:
     fault = f"{name} has {tokens} tokens, fewer than one sequence of {sequence}"
     if left_out:
-        return f"{fault}: {left_out} were left out that share runs of {RUN} with evaluation text; give another text"
+        return f"{fault}: {left_out} were left out, in pieces that evaluation text shares; give another text"
     return f"{fault}; give a longer text, a larger share, or a smaller data.sequence_length"
 
 

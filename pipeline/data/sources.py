@@ -23,14 +23,10 @@ HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<configuration>[\w.-]+))?(@(?P<sp
 
 
 class Piece(NamedTuple):
-    """A part of a document; `ends` says that its document ends with it.
-
-    `content` is what a chat says beside its template and system prompts; None for a text, all of which it says.
-    """
+    """A part of a document; `ends` says that its document ends with it."""
 
     text: str
     ends: bool
-    content: str | None = None
 
 
 @dataclass(frozen=True)
@@ -169,12 +165,8 @@ def _pieces(corpus: Corpus, field: str, template: ChatTemplate) -> Iterator[Piec
         if type(value) is not first:
             fault = f"{place} holds {HELD[type(value)]}, and records before it {HELD[first]}: {value!r:.80}"
             raise ValueError(f"{fault}; give them as two paths")
-        if isinstance(value, str):
-            yield Piece(_characters(value, place), True)
-            continue
-        chat = turns(value, place)
-        content = "\n\n".join(turn["content"] for turn in chat if turn["role"] not in ("system", "developer"))
-        yield Piece(_characters(template.render(chat, place), place), True, content)
+        text = value if isinstance(value, str) else template.render(turns(value, place), place)
+        yield Piece(_characters(text, place), True)
 
 
 def _value(place: str, value: Value) -> Value:

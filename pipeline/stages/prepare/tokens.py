@@ -2,15 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
 from pipeline.data import sources, split
 from pipeline.data.builtin import version
-from pipeline.data.encoding import frame
-from pipeline.data.overlap import RUN, EvaluationRuns
+from pipeline.data.encoding import Encoder, batches, blocks, frame
+from pipeline.data.overlap import EvaluationRuns, run_length
 from pipeline.data.packing import Domain, Packed, build
 from pipeline.runtime.checkpoint import load_tokenizer, read_config
 from pipeline.runtime.hashing import fingerprint
@@ -88,15 +88,17 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     _check_positions(data.sequence_length, model)
     tokenizer = load_tokenizer(inputs["teacher"], config.model.trust_remote_code)
     _check_texts(config, lambda: tokenizer)
-    around, parts, runs = frame(tokenizer), _parts(config), EvaluationRuns()
+    around, parts = frame(tokenizer), _parts(config)
+    row, vocabulary, progress = data.sequence_length, model["vocab_size"], machine.progress
     for line in _splits(parts):
         machine.say(line)
 
+    def passages(part: split.Part) -> Iterator[sources.Piece]:
+        return split.passages(part, data.text_field, tokenizer)
+
     def pack(purpose: str, folder: str, several, weights, **overlap: EvaluationRuns) -> dict:
-        pieces = [split.passages(part, data.text_field, tokenizer) for part in several]
-        domains = [Domain(*each) for each in zip(map(str, several), pieces, weights or [None] * len(several))]
+        domains = [Domain(*each) for each in zip(map(str, several), map(passages, several), weights)]
         shutil.rmtree(out / folder, ignore_errors=True)  # of an interrupted attempt
-        row, vocabulary, progress = data.sequence_length, model["vocab_size"], machine.progress
         try:
             index = build(
                 out / folder, domains, tokenizer, around, row, vocabulary, SHARD_BYTES, progress, **overlap
@@ -105,11 +107,16 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
             raise ValueError(f"data.{purpose}.path: {fault}") from fault
         return {key: index[key] for key in ("sequences", "tokens", "domains")}
 
+    runs = EvaluationRuns(_run_length(tokenizer, passages(parts["evaluation"][0])))
     record = {"sequence": data.sequence_length, "after": around.after, "first": around.first, "evaluation": {}}
     for name, part in zip(_names(parts["evaluation"]), parts["evaluation"]):
-        record["evaluation"][name] = pack("evaluation", f"evaluation/{name}", [part], None, notes=runs)
+        record["evaluation"][name] = pack("evaluation", f"evaluation/{name}", [part], [None], notes=runs)
     for purpose in ("calibration", "recovery"):
-        weights = getattr(data, purpose).weights
+        runs.forget()
+        for part in parts[purpose]:
+            encoder = Encoder(tokenizer, around, vocabulary, avoids=runs)
+            encoder.count(progress(batches(blocks(passages(part))), None, f"overlap {part}"))
+        weights = getattr(data, purpose).weights or [None] * len(parts[purpose])
         record[purpose] = pack(purpose, purpose, parts[purpose], weights, avoids=runs)
     record["left_out"] = _left_out(record, runs, out, machine)
     record["parts"] = {
@@ -118,17 +125,23 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     (out / "tokens.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
+def _run_length(tokenizer: Any, pieces: Iterator[sources.Piece]) -> int:
+    """Return the tokens of a run that counts as shared, by the beginning of a text."""
+    text = "".join(block.text for block in next(batches(blocks(pieces)), []))
+    return run_length(len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]), len(text.encode()))
+
+
 def _left_out(record: dict, runs: EvaluationRuns, out: Path, machine: Machine) -> dict:
     """Return, and report, what was left out of calibration and recovery, and how much of evaluation it had."""
-    counts: dict[str, Any] = {"run": RUN}
+    counts: dict[str, Any] = {"run": runs.length}
     for purpose in ("calibration", "recovery"):
         domains = record[purpose]["domains"]
         pieces, tokens = (sum(each[f"left_out_{kind}"] for each in domains) for kind in ("pieces", "tokens"))
         counts[purpose] = {"pieces": pieces, "tokens": tokens}
         if pieces:
             share = tokens / (tokens + sum(each["tokens"] for each in domains))
-            fault = f"they share runs of {RUN} tokens with evaluation text"
-            machine.say(f"data: {pieces} pieces of {purpose} left out, {tokens} tokens ({share:.1%}): {fault}")
+            reason = f"they share runs of {runs.length} tokens with evaluation text"
+            machine.say(f"data: {pieces} pieces of {purpose} left out, {tokens} tokens ({share:.1%}): {reason}")
     counts["evaluation"] = {}
     for name in record["evaluation"]:
         packed = Packed(out / "evaluation" / name)
