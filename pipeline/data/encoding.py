@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.data.overlap import EvaluationRuns, covered
+from pipeline.data.overlap import EvaluationRuns
 from pipeline.data.sources import Piece
 
 BLOCK = 1 << 16  # characters tokenised as one string; a longer document is tokenised in parts
@@ -117,8 +117,8 @@ class Encoder:
     """Turns the blocks of one text into tokens.
 
     With `notes`, the runs of an evaluation text are noted there. With `avoids`, pieces that share a run with evaluation
-    text are left out, and the gap ends a document; `count` comes first. A tokenizer without character offsets loses
-    whole blocks then.
+    text are left out, with `copies` those alone that are copies, and the gap ends a document; `count` comes first. A
+    tokenizer without character offsets loses whole blocks then.
     """
 
     def __init__(
@@ -128,10 +128,11 @@ class Encoder:
         vocabulary: int,
         notes: EvaluationRuns | None = None,
         avoids: EvaluationRuns | None = None,
+        copies: bool = False,
     ):
         self.counts = Counts()
         self._tokenizer, self._around, self._vocabulary = tokenizer, around, vocabulary
-        self._notes, self._avoids = notes, avoids
+        self._notes, self._avoids, self._copies = notes, avoids, copies
         self._begins = True  # a document
         self._tail = np.empty(0, dtype=np.int64)  # the last tokens, as many as a run can reach back
 
@@ -152,9 +153,8 @@ class Encoder:
             for number, block in enumerate(batch):
                 tokens = self._closed(block, encoded["input_ids"][number])
                 joined = self._joined(tokens)
-                if self._avoids.known(joined):
-                    own = passed + _pieces_of(block, len(tokens), encoded, number, 0)
-                    self._avoids.count(joined, np.concatenate([np.full(len(self._tail), own[0]), own]))
+                own = passed + _pieces_of(block, len(tokens), encoded, number, 0)
+                self._avoids.count(joined, np.concatenate([np.full(len(self._tail), passed), own]))
                 self._extend(tokens)
                 passed += len(block.pieces)
 
@@ -221,14 +221,11 @@ class Encoder:
         """Return the numbers of a block's pieces that share a run with evaluation text."""
         if self._avoids is None:
             return set()
-        joined = self._joined(tokens)
-        hits = self._avoids.hits(joined)
-        if not hits.any():
-            return set()
-        if encoded.encodings is None:
-            return set(range(len(block.pieces)))
-        marks = covered(hits, self._avoids.length)[len(joined) - len(tokens) :]
-        return set(_pieces_of(block, len(tokens), encoded, number, skipped)[marks].tolist())
+        own = _pieces_of(block, len(tokens), encoded, number, skipped)
+        own[len(encoded["input_ids"][number]) - skipped :] = -1  # EOS
+        pieces = np.concatenate([np.full(len(self._tail), -1), own])
+        shared = self._avoids.shared(self._joined(tokens), pieces, self._copies)
+        return set(range(len(block.pieces))) if shared and encoded.encodings is None else shared
 
     def _leave_out(self, block: Block, shared: set[int]) -> None:
         texts = [block.pieces[number].text for number in sorted(shared)]

@@ -1,9 +1,10 @@
-"""Decontamination: text that shares runs of tokens with evaluation text is kept out of calibration and recovery.
+"""Decontamination: pieces of text that evaluation text shares are kept out of calibration and recovery.
 
-The rule is the n-gram rule of GPT-3 (2005.14165, appendix C) on the model's own tokens: a piece of text is left out if
-any run of 13 of its tokens stands in evaluation text too, unless that run stands in more than ten pieces, as a system
-prompt, a licence or the frame of an instruction does. Tokenizers of small vocabularies cut text so finely that 13 of
-their tokens are a word or two: their runs are longer, see `run_length`.
+The rule is the n-gram rule of GPT-3 (2005.14165, appendix C) on the model's own tokens: a piece is left out if a run of
+13 of its tokens stands in evaluation text too. As there, a run that stands in more than ten pieces is common, such as a
+system prompt or a licence, and no leak; nor is a run of which such text is more than half. A piece is a copy, and left
+out however common its runs are, if four in five of them stand in evaluation text. A tokenizer of bytes cuts text so
+finely that 13 of its tokens are a word or two: its runs are longer, see `run_length`.
 """
 
 import math
@@ -11,16 +12,18 @@ from collections.abc import Iterable
 
 import numpy as np
 
-RUN = 13  # tokens, at least
-RUN_BYTES = 40  # of text that a run has, on average
+RUN = 13  # tokens
+FINE = 2.5  # bytes per token; a tokenizer below it has runs of FINE_RUN bytes, about as long as 13 tokens of others
+FINE_RUN = 64
 COMMON = 10  # pieces; a run in more of them is no leak
+COPY = 0.8  # of the runs of a piece; with more of them in evaluation text it is a copy
 
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def run_length(tokens: int, size: int) -> int:
     """Return the tokens of a run where `tokens` tokens are `size` bytes of text."""
-    return max(RUN, math.ceil(RUN_BYTES * tokens / max(1, size)))
+    return RUN if size >= FINE * tokens else math.ceil(FINE_RUN * tokens / size)
 
 
 def runs(tokens: np.ndarray, length: int) -> np.ndarray:
@@ -84,16 +87,27 @@ class EvaluationRuns:
             pairs = np.unique(np.stack([places[known], pieces[: len(known)][known]]), axis=1)
             np.add.at(self._pieces, pairs[0], 1)
 
-    def known(self, tokens: np.ndarray) -> bool:
-        """Return whether any run of tokens is known, common ones included."""
-        return bool(self._found(tokens)[0].any())
+    def shared(self, tokens: np.ndarray, pieces: np.ndarray, copies: bool) -> set[int]:
+        """Return the pieces that are to be left out; with `copies`, copies alone.
 
-    def hits(self, tokens: np.ndarray) -> np.ndarray:
-        """Return which runs of tokens are known and not common, bool [n - length + 1], and note that they were met."""
+        `pieces` [n] are the numbers of the pieces of tokens [n], -1 for those of no piece.
+        """
         known, places = self._found(tokens)
-        known[known] = self._pieces[places[known]] <= COMMON
-        self._met[places[known]] = True
-        return known
+        if not known.any():
+            return set()
+        first, last = pieces[: len(known)], pieces[self.length - 1 :]
+        inside = (first == last) & (first >= 0)
+        windows, alike = (np.bincount(first[which], minlength=len(pieces)) for which in (inside, inside & known))
+        result = np.flatnonzero((windows > 0) & (alike >= COPY * windows))
+        met = known & inside & np.isin(first, result)
+        if not copies:
+            common = known & (self._pieces[places] > COMMON)
+            own = np.concatenate([[0], np.cumsum(~covered(common, self.length))])
+            leaks = known & ~common & (2 * (own[self.length :] - own[: -self.length]) >= self.length)
+            result = np.union1d(result, pieces[covered(leaks, self.length)])
+            met |= leaks
+        self._met[places[met]] = True
+        return set(result[result >= 0].tolist())
 
     def met(self, stretches: Iterable[np.ndarray]) -> tuple[int, int]:
         """Return how many tokens of evaluation text belong to runs that were met elsewhere, and how many it has."""

@@ -14,6 +14,7 @@ from pipeline.data.overlap import EvaluationRuns
 from pipeline.data.sources import Piece
 
 INDEX = "index.json"
+STRETCH = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,17 @@ class Domain:
     name: str
     pieces: Iterable[Piece]
     weight: float | None
+
+
+class TooShort(ValueError):
+    """A text has not one whole sequence."""
+
+    def __init__(self, name: str, tokens: int, left_out: int, sequence: int):
+        self.left_out = left_out  # tokens, as evaluation text shares them
+        remedy = "give a longer text, a larger share, or a smaller data.sequence_length"
+        shared = f": {left_out} were left out, which evaluation text shares" if left_out else ""
+        remedy = "give another text" if left_out else remedy
+        super().__init__(f"{name} has {tokens} tokens, fewer than one sequence of {sequence}{shared}; {remedy}")
 
 
 def build(
@@ -36,11 +48,12 @@ def build(
     progress: Callable[[Iterable, int | None, str], Iterable],
     notes: EvaluationRuns | None = None,
     avoids: EvaluationRuns | None = None,
+    copies: bool = False,
 ) -> dict:
     """Tokenise and pack domains into `folder`, one after the other, and return its index.
 
     Rows are int32 [sequence]; what is left of a domain after its last whole row is dropped. The index is written last,
-    so a folder with one is whole. `notes` and `avoids` as for `Encoder`. Memory: one shard and a batch of text. Raise
+    so a folder with one is whole. `notes`, `avoids` and `copies` as for `Encoder`. Memory: one shard and a batch of text. Raise
     ValueError where a domain has not one row, or the tokenizer gives an id that is not in the model's `vocabulary`.
     """
     folder.mkdir(parents=True)
@@ -48,13 +61,13 @@ def build(
     entries = []
     for domain in domains:
         start = shards.rows
-        encoder = Encoder(tokenizer, around, vocabulary, notes, avoids)
+        encoder = Encoder(tokenizer, around, vocabulary, notes, avoids, copies)
         tokens = encoder.encode(progress(batches(blocks(domain.pieces)), None, f"tokens {domain.name}"))
         for rows in _rows(tokens, sequence, around.first):
             shards.append(rows)
         counts = encoder.counts
         if shards.rows == start:
-            raise ValueError(_too_short(domain.name, counts.tokens, counts.left_out_tokens, sequence))
+            raise TooShort(domain.name, counts.tokens, counts.left_out_tokens, sequence)
         entry = {"name": domain.name, "weight": domain.weight, "sequences": shards.rows - start}
         entries.append(entry | asdict(counts))
     files = shards.close()
@@ -64,13 +77,6 @@ def build(
     unfinished.write_text(json.dumps(index, indent=1), encoding="utf-8")
     unfinished.rename(folder / INDEX)
     return index
-
-
-def _too_short(name: str, tokens: int, left_out: int, sequence: int) -> str:
-    fault = f"{name} has {tokens} tokens, fewer than one sequence of {sequence}"
-    if left_out:
-        return f"{fault}: {left_out} were left out, in pieces that evaluation text shares; give another text"
-    return f"{fault}; give a longer text, a larger share, or a smaller data.sequence_length"
 
 
 def _rows(tokens: Iterable[np.ndarray], sequence: int, first: int | None) -> Iterator[np.ndarray]:
@@ -150,6 +156,14 @@ class Packed:
             raise IndexError(f"row {row} of {len(self)}")
         shard = int(np.searchsorted(self._ends, row, side="right"))
         return self._shard(shard)[row - self._ends[shard]]  # a negative index: counted from the shard's end
+
+    def stretches(self) -> Iterator[np.ndarray]:
+        """Yield the text of consecutive rows, up to STRETCH tokens at once, without the token that opens every row."""
+        opened = int(self.index["first"] is not None)
+        rows = max(1, STRETCH // self.sequence)
+        for start in range(0, len(self), rows):
+            stop = min(start + rows, len(self))
+            yield np.concatenate([self[row][opened:] for row in range(start, stop)])
 
     def _open(self, shard: int) -> np.ndarray:
         return np.load(self.folder / self.index["shards"][shard]["file"], mmap_mode="r")

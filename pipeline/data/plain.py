@@ -17,7 +17,7 @@ def paragraphs(path: Path) -> Iterator[str]:
         with open(path, encoding="utf-8-sig") as file:
             while line := file.readline(PIECE):
                 if "\0" in line:
-                    raise ValueError(f"{path}:{number} is not text: it has NUL bytes; give text, .jsonl or .parquet")
+                    raise ValueError(f"{path} is not text: it has NUL bytes in line {number}; give plain text")
                 number += line.endswith("\n")
                 if paragraph and (blank and line.strip() or size + len(line) > PIECE):
                     yield "".join(paragraph)
@@ -26,8 +26,8 @@ def paragraphs(path: Path) -> Iterator[str]:
                 size += len(line)
                 blank = not line.strip()
     except UnicodeDecodeError as fault:
-        place = f"{path}:{_undecodable_line(path)}"
-        raise ValueError(f"{place} is not UTF-8 text ({fault.reason}); convert it to UTF-8") from None
+        reason = f"line {_undecodable_line(path)}: {fault.reason}"
+        raise ValueError(f"{path} is not UTF-8 text ({reason}); convert it, or give .jsonl or .parquet") from None
     if paragraph:
         yield "".join(paragraph)
 

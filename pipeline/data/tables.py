@@ -48,7 +48,7 @@ def _damage() -> tuple[type[Exception], ...]:
 
 def _refuse_parquet(path: Path, fault: Exception, where: str) -> NoReturn:
     reason = " ".join(str(fault).split())
-    raise ValueError(f"{path} is not a whole parquet file{where} ({reason:.120}); fetch it again") from None
+    raise ValueError(f"{path} is not a whole parquet file{where}; fetch it again ({reason:.120})") from None
 
 
 def saved(folder: str, given: str, field: str) -> Any:
@@ -58,7 +58,7 @@ def saved(folder: str, given: str, field: str) -> Any:
     try:
         table = datasets.load_from_disk(folder)
     except Exception as fault:  # whatever its files hold is read by the library
-        raise ValueError(f"{given} is not a whole saved data set ({_one_line(fault)}); save it again") from None
+        raise ValueError(f"{given} is not a whole saved data set; save it again ({_one_line(fault)})") from None
     return _checked(given, field, table)
 
 

@@ -20,10 +20,14 @@ TEMPLATES = {  # a template that writes no special token, one that ends in EOS a
     "closed": "{% for m in messages %}" + TURN + "<{{ m.role }}> {{ m.content }}{{ eos_token }}\n{% endfor %}",
     "opened": "{{ bos_token }}{% for m in messages %}" + TURN + "<{{ m.role }}> {{ m.content }}\n{% endfor %}",
 }
-CHATS = [
-    [{"role": "user", "content": f"Say {i}, é."}, {"role": "assistant", "content": f"{i}" + " again" * i}]
-    for i in range(9)
-]
+
+
+def chat_of(number):
+    answer = {"role": "assistant", "content": f"{number}" + " again" * (number % 9)}
+    return [{"role": "user", "content": f"Say {number}, é."}, answer]
+
+
+CHATS = [chat_of(number) for number in range(9)]
 SHAREGPT = [[{"from": who, "value": t["content"]} for who, t in zip(("human", "gpt"), chat)] for chat in CHATS]
 
 
@@ -76,7 +80,7 @@ def test_sharegpts_spelling_is_the_same_chat(tmp_path):
 
 
 def test_chats_are_split_between_purposes_as_texts_are(tmp_path):
-    path = written(tmp_path / "a.parquet", CHATS * 9)
+    path = written(tmp_path / "a.parquet", [chat_of(number) for number in range(81)])
     given = [f"data.{purpose}.path={path}" for purpose in tokens.PURPOSES]
     record = run_tokens(configured(*given, "data.text_field=messages"), tmp_path, talking())
     assert [part["stop"] for purpose in tokens.PURPOSES for part in record["parts"][purpose]] == [0.4, 1.0, 0.1]

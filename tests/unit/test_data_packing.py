@@ -79,7 +79,7 @@ def test_text_longer_than_blocks_and_batches_is_kept_whole(tmp_path):
     lines = [Piece(f"line {i} of a very long document without an end\n", False) for i in range(count)]
     packed = pack(tmp_path / "packed", [*lines, Piece("the end", True)], tokenizer, 64)
     assert packed.domains[0]["bytes"] > BATCH + BLOCK
-    text = "".join(piece.text for piece in lines)
+    text = "".join(piece.text for piece in lines) + "the end"
     assert text.startswith(tokenizer.decode(rows(packed).ravel()))
     assert len(packed) * 64 > 0.9 * packed.domains[0]["tokens"] and packed.domains[0]["documents"] == 1
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 
 import pytest
 
+from pipeline.data.overlap import COMMON
 from pipeline.data.packing import Packed
 from pipeline.stages.prepare import tokens
 from tests.tiny_text import byte_tokenizer, configured, run_tokens
@@ -35,7 +37,7 @@ def test_a_text_of_all_purposes_is_split_said_and_recorded(tmp_path, capsys):
     assert max(evaluated) < min(calibrated) <= max(calibrated) < min(recovered)
     shares = "evaluation 0% to 20%, calibration 20% to 50%, recovery 50% to 100%"
     assert f"{path} is split, contiguously: {shares}" in capsys.readouterr().out
-    assert {purpose: (part["initial_student"], part["stop"]) for purpose, (part,) in record["parts"].items()} == {
+    assert {purpose: (part["start"], part["stop"]) for purpose, (part,) in record["parts"].items()} == {
         "evaluation": (0, 0.2),
         "calibration": (0.2, 0.5),
         "recovery": (0.5, 1),
@@ -93,15 +95,59 @@ def test_a_folder_of_another_name_is_another_text_as_reports_tell_names(tmp_path
     assert tokens.settings(configured(f"data.evaluation.path={tmp_path}/new")) != before
 
 
-def test_an_evaluated_paragraph_is_left_out_of_a_copy_of_the_text(tmp_path, capsys):
-    long = "words that stand nowhere else, in a paragraph long enough to be told apart from headings"
-    for name, numbers in {"part": range(40, 60), "copy": range(100)}.items():
-        (tmp_path / f"{name}.txt").write_text("\n\n".join(f"paragraph {i}: {long}" for i in numbers))
-    given = [f"data.evaluation.path={tmp_path}/part.txt", f"data.recovery.path={tmp_path}/copy.txt"]
-    record = run_tokens(configured(*given), tmp_path)
-    assert paragraphs(tmp_path / "out/recovery").isdisjoint(range(40, 60))
-    assert record["left_out"] == 20
-    assert "20 passages of calibration and recovery left out" in capsys.readouterr().out
+def words(*seeds, count=40):
+    """Return a text of random words for each seed."""
+    texts = []
+    for seed in seeds:
+        draw = random.Random(seed)
+        texts.append(" ".join("".join(draw.choices("abcdefghij", k=draw.randint(3, 8))) for _ in range(count)))
+    return texts
+
+
+def packed_text(folder):
+    return " ".join(text_of(folder).split())
+
+
+@pytest.mark.parametrize("purpose", ["calibration", "recovery"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_pieces_that_share_a_run_with_evaluation_are_left_out_of_a_text_and_counted(tmp_path, capsys, purpose, kind):
+    """A quotation inside a longer piece, in other lines than in evaluation, is found; what is not shared stays."""
+    own, evaluated = words(*range(30)), words(*range(100, 110), count=60)
+    quoting = [own[3] + " " + " ".join(evaluated[4].split()[20:50]) + " " + own[4], own[20] + " " + evaluated[7]]
+    pieces = [*own[:10], quoting[0], *own[10:20], quoting[1], *own[21:]]
+    (tmp_path / "evaluation.txt").write_text("\n\n".join(evaluated))
+    if kind == "txt":
+        (tmp_path / "own.txt").write_text("\n\n".join(pieces))
+    else:
+        (tmp_path / "own.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in pieces))
+    config = configured(f"data.evaluation.path={tmp_path}/evaluation.txt", f"data.{purpose}.path={tmp_path}/own.{kind}")
+    record = run_tokens(config, tmp_path)
+    other = "recovery" if purpose == "calibration" else "calibration"
+    assert record["left_out"][other] == {"pieces": 0, "tokens": 0}
+    counts = record["left_out"][purpose]
+    assert counts["pieces"] == 2
+    assert counts["tokens"] == pytest.approx(sum(len(byte_tokenizer()(text)["input_ids"]) for text in quoting), abs=8)
+    text = packed_text(tmp_path / "out" / purpose)
+    assert own[0] in text and own[12] in text and evaluated[4].split()[30] not in text.split()
+    shared = record["left_out"]["evaluation"]["00-evaluation"]
+    assert 0 < shared["shared_tokens"] < shared["tokens"]
+    assert f"2 pieces of {purpose} left out" in capsys.readouterr().out
+
+
+def test_runs_of_many_pieces_are_no_leak(tmp_path):
+    """As the system prompt of a chat template, which every record has; one that few pieces have is a leak."""
+    frame, records = words(7, count=30)[0], words(*range(200, 240))
+    for name, texts in {"evaluation": records[:8], "recovery": records[8:]}.items():
+        lines = [json.dumps({"text": f"{frame} {text}"}) + "\n" for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    paths = [f"data.{name}.path={tmp_path}/{name}.jsonl" for name in ("evaluation", "recovery")]
+    assert run_tokens(configured(*paths), tmp_path)["left_out"]["recovery"]["pieces"] == 0
+    few = (tmp_path / "recovery.jsonl").read_text().splitlines(keepends=True)[:COMMON]
+    unlike = [json.dumps({"text": text}) + "\n" for text in words(*range(300, 330))]
+    (tmp_path / "recovery.jsonl").write_text("".join([*few, *unlike]))
+    record = run_tokens(configured(*paths), tmp_path / "few")
+    assert record["left_out"]["recovery"]["pieces"] == COMMON
+    assert record["recovery"]["domains"][0]["documents"] == 30
 
 
 def test_an_attempt_that_was_cut_off_leaves_nothing_behind(tmp_path):

@@ -11,7 +11,7 @@ from pipeline.data import sources, split
 from pipeline.data.builtin import version
 from pipeline.data.encoding import Encoder, batches, blocks, frame
 from pipeline.data.overlap import EvaluationRuns, run_length
-from pipeline.data.packing import Domain, Packed, build
+from pipeline.data.packing import Domain, Packed, TooShort, build
 from pipeline.runtime.checkpoint import load_tokenizer, read_config
 from pipeline.runtime.hashing import fingerprint
 from pipeline.runtime.machine import Machine
@@ -19,6 +19,7 @@ from pipeline.runtime.model_source import model_folder
 from pipeline.stages.stage import Inputs, Stage
 
 PURPOSES = ("calibration", "recovery", "evaluation")
+MOST = 0.9  # of a text that may be left out because evaluation text shares it; see `run`
 SMALL = 1 << 20  # bytes of files that are read through before any work
 SHARD_BYTES = 1 << 26  # a shard is also what packing holds in memory
 
@@ -82,7 +83,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """Write calibration/, recovery/, evaluation/<nn-name>/ and tokens.json.
 
     Pieces of calibration and recovery text that share a run of tokens with evaluation text are left out; `left_out`
-    of tokens.json counts them, and the evaluated tokens that they had.
+    of tokens.json counts them, and the evaluated tokens that they had. Where that is over MOST of a purpose's text, the
+    texts are alike by their nature, and only copies are left out.
     """
     data, model = config.data, read_config(inputs["teacher"])
     _check_positions(data.sequence_length, model)
@@ -96,13 +98,17 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     def passages(part: split.Part) -> Iterator[sources.Piece]:
         return split.passages(part, data.text_field, tokenizer)
 
-    def pack(purpose: str, folder: str, several, weights, **overlap: EvaluationRuns) -> dict:
+    def pack(purpose: str, folder: str, several, weights, **overlap: Any) -> dict:
         domains = [Domain(*each) for each in zip(map(str, several), map(passages, several), weights)]
         shutil.rmtree(out / folder, ignore_errors=True)  # of an interrupted attempt
         try:
             index = build(
                 out / folder, domains, tokenizer, around, row, vocabulary, SHARD_BYTES, progress, **overlap
             )
+        except TooShort as fault:
+            if fault.left_out and not overlap.get("copies", True):
+                return {}
+            raise ValueError(f"data.{purpose}.path: {fault}") from None
         except ValueError as fault:
             raise ValueError(f"data.{purpose}.path: {fault}") from fault
         return {key: index[key] for key in ("sequences", "tokens", "domains")}
@@ -117,12 +123,28 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
             encoder = Encoder(tokenizer, around, vocabulary, avoids=runs)
             encoder.count(progress(batches(blocks(passages(part))), None, f"overlap {part}"))
         weights = getattr(data, purpose).weights or [None] * len(parts[purpose])
-        record[purpose] = pack(purpose, purpose, parts[purpose], weights, avoids=runs)
+        packed = pack(purpose, purpose, parts[purpose], weights, avoids=runs, copies=False)
+        copies = _share_left_out(packed) > MOST
+        if copies:
+            machine.say(
+                f"data: {purpose} text is like evaluation text: over {MOST:.0%} of it shares runs of {runs.length} "
+                "tokens. Copies alone are left out; what is measured says little about unlike text"
+            )
+            packed = pack(purpose, purpose, parts[purpose], weights, avoids=runs, copies=True)
+        record[purpose] = packed | {"left_out": "copies" if copies else "shared runs"}
     record["left_out"] = _left_out(record, runs, out, machine)
     record["parts"] = {
         purpose: [_record(part) | {"path": part.corpus.given} for part in several] for purpose, several in parts.items()
     }
     (out / "tokens.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _share_left_out(packed: dict) -> float:
+    """Return the share of a purpose's tokens that was left out; 1 where no sequence remains of one of its texts."""
+    if not packed:
+        return 1.0
+    left_out = sum(domain["left_out_tokens"] for domain in packed["domains"])
+    return left_out / (left_out + sum(domain["tokens"] for domain in packed["domains"]))
 
 
 def _run_length(tokenizer: Any, pieces: Iterator[sources.Piece]) -> int:
@@ -139,13 +161,12 @@ def _left_out(record: dict, runs: EvaluationRuns, out: Path, machine: Machine) -
         pieces, tokens = (sum(each[f"left_out_{kind}"] for each in domains) for kind in ("pieces", "tokens"))
         counts[purpose] = {"pieces": pieces, "tokens": tokens}
         if pieces:
-            share = tokens / (tokens + sum(each["tokens"] for each in domains))
+            share = _share_left_out(record[purpose])
             reason = f"they share runs of {runs.length} tokens with evaluation text"
             machine.say(f"data: {pieces} pieces of {purpose} left out, {tokens} tokens ({share:.1%}): {reason}")
     counts["evaluation"] = {}
     for name in record["evaluation"]:
-        packed = Packed(out / "evaluation" / name)
-        shared, tokens = runs.met(packed[row] for row in range(len(packed)))
+        shared, tokens = runs.met(Packed(out / "evaluation" / name).stretches())
         counts["evaluation"][name] = {"shared_tokens": shared, "tokens": tokens}
         if shared:
             machine.say(f"data: {shared / tokens:.1%} of the tokens of evaluation/{name} stood in what was left out")
