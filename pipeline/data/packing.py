@@ -53,8 +53,9 @@ def build(
     """Tokenise and pack domains into `folder`, one after the other, and return its index.
 
     Rows are int32 [sequence]; what is left of a domain after its last whole row is dropped. The index is written last,
-    so a folder with one is whole. `notes`, `avoids` and `copies` as for `Encoder`. Memory: one shard and a batch of text. Raise
-    ValueError where a domain has not one row, or the tokenizer gives an id that is not in the model's `vocabulary`.
+    so a folder with one is whole. `notes`, `avoids` and `copies` are those of `Encoder`. Memory: one shard and a batch
+    of text. Raise ValueError where a domain has not one row (TooShort), or the tokenizer gives an id that is not in the
+    model's `vocabulary`.
     """
     folder.mkdir(parents=True)
     shards = _Shards(folder, sequence, max(1, shard_bytes // (4 * sequence)))
