@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cli.boundary import Boundary
+from pipeline.cli.registered import check_registered
 from pipeline.cli.words import Command, parsed
 from pipeline.config import Config, validate
 
@@ -99,14 +100,20 @@ def configurations(command: Command) -> list[tuple[Config, dict[str, Any]]]:
     places = (command.config_dir, command.source)
     if not command.multirun:
         values = composed(command.settings, *places)
-        return [(validate(values), values)]
+        return [(_validated(values), values)]
     found = []
     for number, (name, point) in enumerate(sweep(command.settings, *places)):
         values = compose_point(point, *places)
         values["track"]["group"] = values["track"]["group"] or values["run"]
         values["run"] = f"{values['run']}/{run_name(name) or number}"
-        found.append((validate(values), values))
+        found.append((_validated(values), values))
     return found
+
+
+def _validated(values: dict[str, Any]) -> Config:
+    config = validate(values)
+    check_registered(config)
+    return config
 
 
 def run_name(swept: str) -> str:

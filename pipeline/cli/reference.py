@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.cli.registered import registered
 from pipeline.config import SETTINGS
 from pipeline.config.names import unknown_key
 from pipeline.config.schema import expected
@@ -54,7 +55,10 @@ class Entry:
     @property
     def accepts(self) -> str:
         """What the setting accepts, in words; empty for any text."""
-        words = expected(SETTINGS[self.key]) if self.key in SETTINGS else ""
+        names = registered(self.key)
+        if names:
+            return f"{', '.join(names[:-1])} or {names[-1]}"
+        words = expected(SETTINGS[self.key]) if self.key in SETTINGS else ""  # device.chip is a group
         return "" if words == "text" else words
 
 

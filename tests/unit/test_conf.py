@@ -10,8 +10,10 @@ from pipeline.cli import reference
 from pipeline.cli.command import with_found_chip
 from pipeline.cli.compose import CONF
 from pipeline.cli.compose import composed as compose
+from pipeline.cli.registered import REGISTRIES, check_registered, registered
 from pipeline.config import SETTINGS, names, unknown_key, validate
-from pipeline.config.schema import expected
+from pipeline.config.schema import choices, expected
+from pipeline.distill.divergences import DIVERGENCES
 from pipeline.graph import STAGES
 from pipeline.runtime.device import chip_model, open_device
 from tests.composing import ROOT, composed, validated
@@ -63,6 +65,17 @@ def test_the_help_holds_every_setting_and_its_choices():
     assert "device.chip.cube_cores" in reference.help_text("device/chip")
     with pytest.raises(ValueError, match="'distill.lr'; did you mean 'distill.learning_rate'"):
         reference.help_text("distill.lr")
+
+
+def test_the_names_that_are_read_from_registries_are_those_of_the_stages():
+    of_stages = {setting: tuple(words) for stage in STAGES.values() for setting, words in stage.choices.items()}
+    of_stages["distill.loss.kind"] = tuple(DIVERGENCES)
+    assert {setting: registered(setting) for setting in REGISTRIES} == of_stages
+    for setting, words in of_stages.items():
+        assert expected(SETTINGS[setting]) == "text" or set(words) == set(choices(SETTINGS[setting]))
+    config = validated("score.kind=activations")
+    with pytest.raises(ValueError, match="^score.kind: unknown value 'activations'; did you mean 'activation'"):
+        check_registered(config)
 
 
 def test_what_a_setting_accepts_is_described():
