@@ -1,4 +1,4 @@
-"""Disks: whether there is room for what is to be written, and whether a folder takes files and locks."""
+"""Disks: free space, and whether files can be written and locked in a folder."""
 
 import fcntl
 import os
@@ -9,43 +9,43 @@ from pathlib import Path
 
 
 def need_space(folder: Path, needed: int) -> None:
-    """ValueError where the disk that holds (or will hold) the folder has fewer than `needed` bytes for it.
+    """Raise ValueError where the disk that holds, or will hold, the folder has fewer than `needed` bytes for it.
 
-    What an earlier attempt left in the folder counts as free: it is a part of what is needed, or makes room for it.
+    What an interrupted attempt left in the folder counts as free: it is reused or overwritten.
     """
     room = space_free(folder) + _stored(folder)
     if room < needed:
         raise ValueError(
-            f"{folder} needs {size(needed)} and its disk has {size(room)} for it; set artifacts=<another disk>"
+            f"artifacts: {folder} needs {size(needed)} and its disk has {size(room)}; set artifacts to another disk"
         )
 
 
 def space_free(folder: Path) -> int:
-    """Bytes free on the disk that holds, or will hold, the folder."""
+    """Return the bytes free on the disk that holds, or will hold, the folder."""
     return shutil.disk_usage(existing(folder)).free
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    there = Path(folder).absolute()
-    while not there.exists():
-        there = there.parent
-    return there
+    """Return the folder, or the nearest one above it that exists."""
+    path = Path(folder).absolute()
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 def probe(folder: Path) -> None:
-    """Return where the folder, or what will hold it, takes files and locks, and leave nothing; OSError elsewhere."""
+    """Raise OSError where files cannot be written and locked in the folder, or in the one that will hold it."""
     with tempfile.TemporaryFile(dir=existing(folder)) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def size(count: int) -> str:
-    """Bytes as a person reads them."""
+    """Return a number of bytes as text, in GB or MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _stored(folder: Path) -> int:
-    """Bytes of the files under a folder, where another rank may be at work; 0 where there is none."""
+    """Return the bytes of the files under a folder, which another rank may be writing; 0 where there is none."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:

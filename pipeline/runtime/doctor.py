@@ -134,8 +134,8 @@ def _folders(runs: Path, artifacts: Path) -> Iterator[Row]:
     for name, folder in (("runs", runs), ("artifacts", artifacts)):
         try:
             probe(folder)
-        except OSError as fault:
-            yield Row(name, f"{folder}: {fault.strerror}", FAILS, f"set {name} to a folder where files can be locked")
+        except OSError as error:
+            yield Row(name, f"{folder}: {error.strerror}", FAILS, f"set {name} to a folder where files can be locked")
             continue
         free = space_free(folder)
         state = OK if free >= DISK or name == "runs" else WARNING

@@ -1,4 +1,4 @@
-"""What a stage may touch of the machine: one value that carries its device, its ranks, its output and its tracker."""
+"""The machine as a stage uses it: one value with its device, its ranks, its output and its tracker."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine as a stage sees it."""
+    """Device, ranks and tracker of this process."""
 
     device: Device
     ranks: Ranks
     track: Track
 
     def progress(self, iterable: Iterable[T], total: int | None, label: str) -> Iterator[T]:
-        """Pass the items through, showing progress and time left on rank 0's standard error."""
+        """Yield the items and show progress and the time left on rank 0's standard error."""
         return log.progress(iterable, total, label, self.ranks.rank)
 
     def say(self, line: str) -> None:

@@ -213,7 +213,7 @@ def test_what_an_earlier_attempt_left_is_a_part_of_the_disk_that_is_needed(tmp_p
     (tmp_path / "teacher").symlink_to(tmp_path / "checkpoints" / "weights")
     monkeypatch.setattr(disk, "space_free", lambda folder: 10**6)
     need_space(tmp_path, 2 * 10**6)
-    with pytest.raises(ValueError, match="needs 2.1 MB and its disk has 2.0 MB for it"):
+    with pytest.raises(ValueError, match="needs 2.1 MB and its disk has 2.0 MB"):
         need_space(tmp_path, 2_100_000)
 
 

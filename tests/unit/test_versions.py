@@ -96,5 +96,5 @@ def test_the_lock_has_every_dependency_in_a_version_that_pyproject_admits():
     named = requirements([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]])
     for name, requirement in named.items():
         version = locked.get(name.lower().replace("_", "-"))
-        assert version is not None, name
+        assert version is not None, f"{name}: make the lock again with requirements/lock.py"
         assert requirement.specifier.contains(version, prereleases=True), name
