@@ -24,7 +24,7 @@ def check(config: Config) -> None:
 def settings(config: Config) -> dict:
     """Return what determines the teacher: the digest of its files, and whether its tokenizer's code is copied."""
     trusted = {"trust_remote_code": True} if config.model.trust_remote_code else {}
-    return trusted | {"files": _located(config).digest(), "allow_pickle": config.model.allow_pickle}
+    return trusted | {"files": _located(config).digest()}
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:

@@ -1,0 +1,141 @@
+"""Every recipe runs to its end on a tiny model; no stage reads a setting that its artifact does not name."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline import runner
+from pipeline.graph import STAGES
+from tests.recording import Record
+from tests.tiny_text import CONF, configured
+from tests.world import make_world, settings
+
+SMALL = {"evaluate__speed": "false", "evaluate__words": 8, "report__samples": 1, "report__sample_tokens": 2}
+WIDTHS = {"shape__layers": None, "shape__neurons": None}  # a budget chooses the shape
+ANY = {"budget.parameters": 0.7, "plan.depth_tokens": 128}
+# By recipe: what is changed for a tiny model, and the file that the run ends with.
+RECIPES: dict[str, tuple[dict[str, object], str]] = {
+    "pangu_light": ({"teacher_correction.tokens": 512}, "report.html"),
+    "minitron": ({}, "report.html"),
+    "best": ({"local_distill.tokens": 512, "local_distill.epochs": 1, "plan.depth_tokens": 128}, "report.html"),
+    "adapt_pruner": (ANY | {"recipe.rounds": 2, "plan.amplitude": 0.01}, "report.html"),
+    "flap": (ANY, "report.html"),
+    "trsp": (ANY | {"layer_gates.tokens": 128, "regularize.tokens": 512}, "report.html"),
+    "tyr": (ANY | {"supernet.generations": 2, "supernet.offspring": 2, "supernet.multiple": 4}, "report.html"),
+    "generate": (
+        {"self_generate.tokens": 64, "self_generate.length": 16, "self_generate.batch_size": 2},
+        "generated.jsonl",
+    ),
+    "recover": ({}, "evaluation.json"),
+}
+# Stages and branches that no recipe selects by default: (recipe, stages, what is changed).
+SHORT = "importance,shape,plan,cut"
+VARIANTS: dict[str, tuple[str, str, dict[str, object]]] = {
+    "search": (
+        "pangu_light",
+        "importance,shape_search,plan,cut",
+        {"recipe.shape": "search", "device/chip": "CPU", "shape_search.candidates": 2, "shape_search.tokens": 64}
+        | {"budget.parameters": 0.7, "shape.layers": "null", "shape.neurons": "null"},
+    ),
+    "rotate": (
+        "pangu_light",
+        "importance,shape,rotate,plan,cut",
+        {"rotate.kind": "principal", "plan.channels": "leading", "rotate.tie": "keep", "shape.hidden": 24}
+        | {"rotate.own_axes": 4},
+    ),
+    "rotate_best": (
+        "best",
+        "importance,shape,hessian,obs_order,rotate,plan,cut,local_distill",
+        {"rotate.kind": "principal", "plan.channels": "leading", "shape.hidden": 24, "plan.depth": "influence"}
+        | {"local_distill.tokens": 256, "local_distill.epochs": 1},
+    ),
+    "sequential": (
+        "pangu_light",
+        "importance,shape,sequential,plan,cut",
+        {"restore.sequential": "true", "plan.clap": "false"},
+    ),
+    "sensitivity": (
+        "pangu_light",
+        "importance,shape,hessian,obs_order,sensitivity,plan,cut",
+        {"plan.widths": "measured", "restore.outputs": "true", "restore.order": "obs", "plan.clap": "false"}
+        | {"sensitivity.levels": "[0.5]", "plan.depth_tokens": 128, "shape.layers": "null", "shape.neurons": "null"},
+    ),
+    "evolved": (
+        "pangu_light",
+        "importance,shape,layer_loss,plan,cut",
+        {"plan.depth": "evolved", "layer_loss.generations": 1, "layer_loss.offspring": 1, "plan.depth_tokens": 128},
+    ),
+    "random": ("pangu_light", SHORT, {"plan.heads": "random", "plan.neurons": "random", "plan.channels": "random"}),
+    "taylor": ("pangu_light", SHORT, {"score.kind": "taylor"}),
+    "magnitude": ("pangu_light", SHORT, {"score.kind": "magnitude"}),
+}
+
+
+@pytest.fixture(scope="module")
+def record():
+    """What the stages of all runs in this module read."""
+    record = Record()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, stage in STAGES.items():
+            patch.setitem(STAGES, name, record.watched(stage))
+        yield record
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("recipes"), "llama-tied")
+
+
+def run(world: Path, name: str, *overrides: str, **changed: object) -> Path:
+    """Run a configuration in this process; return its run folder."""
+    chosen = settings(world, run=name, **SMALL | changed)
+    runner.run(configured(*chosen, *overrides), "a test")
+    return world / "runs" / name
+
+
+def dotted(values: dict[str, object]) -> list[str]:
+    return [f"{name}={value}" for name, value in values.items()]
+
+
+def test_every_recipe_is_tested():
+    assert set(RECIPES) == {path.stem for path in (CONF / "recipe").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_runs_to_its_last_stage(record, world, recipe):
+    changed, last = RECIPES[recipe]
+    widths = WIDTHS if "budget.parameters" in changed else {}
+    if recipe == "recover":
+        changed = {"model.start": run(world, "start", f"recipe.stages=[{SHORT}]") / "initial_student"}
+    folder = run(world, recipe, f"recipe={recipe}", *dotted(changed), **widths)
+    assert (folder / last).is_file()
+    if last == "report.html":
+        report = json.loads((folder / "report.json").read_text())
+        assert report["parameters"]["student"] < report["parameters"]["teacher"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_runs_to_its_last_stage(record, world, variant):
+    recipe, stages, changed = VARIANTS[variant]
+    folder = run(world, variant, f"recipe={recipe}", f"recipe.stages=[{stages}]", *dotted(changed))
+    assert (folder / "initial_student").is_dir()
+
+
+@pytest.mark.parametrize("absorb", ["auto", "fitted", "removed"])
+def test_norms_are_absorbed(record, tmp_path, absorb):
+    folder = run(
+        make_world(tmp_path, "glm4"),
+        absorb,
+        f"recipe.stages=[{SHORT},absorb_norms]",
+        f"reinit.absorb={absorb}",
+        "reinit.absorb_tokens=256",
+    )
+    assert (folder / "initial_student").is_dir()
+
+
+def test_no_stage_reads_a_setting_that_its_artifact_does_not_name(record):
+    """After all runs of this module: settings named by the stage, or by one behind its inputs, or neutral."""
+    assert record.ran == set(STAGES)
+
+    assert record.violations() == {}
