@@ -21,7 +21,6 @@ from pipeline.distill.holdout import hold_out, share_out
 from pipeline.distill.loop import HELD_OUT, Course, train
 from pipeline.distill.schedule import learning_rate
 from pipeline.distill.selection import Selection
-from pipeline.model.families import HEAD
 from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import Checkpoint, load_model, write_checkpoint
 from pipeline.runtime.disk import need_space
@@ -297,8 +296,9 @@ def _tensors(engine: Engine, origin: Checkpoint) -> Iterator[tuple[str, Tensor]]
 
     A stored copy of a tied output matrix is left out, as it would be the old one.
     """
-    trained = {HEAD} if origin.config.get("tie_word_embeddings") else set()
-    for name, tensor in engine.student_state():
+    trained = {origin.anatomy.head} if origin.config.get("tie_word_embeddings") else set()
+    for parameter, tensor in engine.student_state():
+        name = origin.anatomy.family.stored(parameter)
         trained.add(name)
         yield name, tensor
     yield from ((name, origin[name]) for name in origin.anatomy.shapes() if name not in trained)

@@ -1,4 +1,4 @@
-"""Tiny random models of the real classes: every weight random, also gains and biases, so that nothing hides in ones."""
+"""Tiny random models of the real classes: every parameter random, also gains and biases, so that none hides in ones."""
 
 import json
 from collections import Counter
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import AutoConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from pipeline.model.anatomy import Anatomy, Sizes
 from pipeline.model.families import FAMILIES
@@ -23,35 +25,123 @@ BASE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+WINDOWS = ["sliding_attention", "full_attention"] * 2
+GEMMA = {"query_pre_attn_scalar": 8, "sliding_window": 8}
+
+# Config fields beside BASE of every type with a table, by model_type, and of further settings as `model_type-setting`.
+TINY: dict[str, dict] = {
+    "llama": {},
+    "llama-biases": {"attention_bias": True, "mlp_bias": True},
+    "llama-tied": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": GEMMA,
+    "gemma3_text": {**GEMMA, "layer_types": WINDOWS},
+    "glm": {"attention_bias": True},
+    "glm4": {"attention_bias": True},
+    "olmo2": {},
+    "phi3": {},
+    "phi3-longrope": {
+        "original_max_position_embeddings": 32,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.5, 2.0, 2.5],
+            "long_factor": [1.0] * 4,
+        },
+    },
+    "gemma": {},
+    "vaultgemma": {**GEMMA, "layer_types": WINDOWS},
+    "ministral": {"sliding_window": 8, "layer_types": WINDOWS},
+    "ministral3": {},
+    "smollm3": {"no_rope_layers": [1, 0, 1, 0]},
+    "seed_oss": {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+    "ernie4_5": {"use_bias": True},
+    "granite": {
+        "attention_bias": True,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 5.0,
+    },
+    "granite_swa": {"logits_scaling": 5.0, "sliding_window": 8},
+    "cwm": {"sliding_window": 8, "layer_types": WINDOWS},
+    "internlm3": {},
+    "iquestcoder": {},
+    "exaone": {},
+    "hyperclovax": {"logits_scaling": 0.3, "residual_multiplier": 0.4},
+    "hyperclovax-no-post-norms": {"use_post_norm": False},
+    "exaone4": {"sliding_window": 8, "layer_types": WINDOWS},
+    "olmo3": {"sliding_window": 8, "layer_types": WINDOWS},
+    "hunyuan_v1_dense": {"attention_bias": True},
+    "helium": {"attention_bias": True},
+    "arcee": {"mlp_bias": True},
+    "starcoder2": {},
+    "nemotron": {},
+    "jais2": {},
+    "stablelm": {"use_qkv_bias": True},
+    "stablelm-parallel": {"use_parallel_residual": True},
+    "phi": {},
+    "persimmon": {},
+    "gpt_neox": {},
+    "bloom": {},
+    "gpt2": {"n_inner": 24},
+    "gpt-sw3": {},
+    "gpt_bigcode": {"n_inner": 24},
+    "gpt_bigcode-heads": {"n_inner": 24, "multi_query": False},
+    "gptj": {"n_inner": 24, "rotary_dim": 4},
+    "codegen": {"n_inner": 24, "rotary_dim": 4},
+    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 32},
+    "biogpt": {},
+    "xglm": {"ffn_dim": 24},
+    "ctrl": {"dff": 24},
+    "mpt": {},
+    "falcon": {"ffn_hidden_size": 24},
+    "falcon-groups": {"ffn_hidden_size": 24, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon-one-norm": {
+        "ffn_hidden_size": 24,
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "num_ln_in_parallel_attn": 1,
+    },
+    "falcon-serial": {"ffn_hidden_size": 24, "multi_query": False, "parallel_attn": False},
+    "olmo": {},
+    "nanochat": {"final_logit_softcapping": 5.0},
+    "apertus": {},
+    "apertus1p5_text": {},
+    "cohere": {"logit_scale": 0.3, "use_qk_norm": True},
+    "cohere2": {"logit_scale": 0.3, "sliding_window": 8, "layer_types": WINDOWS},
+    "doge": {},
+}
+FLOAT32 = {"xglm"}  # whose class overflows in float64
+REPRESENTATIVE = tuple(TINY)[:12]  # the kinds on which every method is tested
+
+
+def model_type(kind: str) -> str:
+    """Return the model_type of a kind."""
+    return kind if kind in FAMILIES else kind.partition("-")[0]
+
+
 CLASSES = {
-    "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
-    "llama-biases": ("LlamaConfig", "LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
-    "llama-tied": ("LlamaConfig", "LlamaForCausalLM", {"tie_word_embeddings": True}),
-    "mistral": ("MistralConfig", "MistralForCausalLM", {"sliding_window": None}),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
-    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {"query_pre_attn_scalar": 8, "sliding_window": 8}),
-    "gemma3_text": (
-        "Gemma3TextConfig",
-        "Gemma3ForCausalLM",
-        {"query_pre_attn_scalar": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    ),
-    "glm": ("GlmConfig", "GlmForCausalLM", {"attention_bias": True}),
-    "glm4": ("Glm4Config", "Glm4ForCausalLM", {"attention_bias": True}),
-    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
-    "phi3": ("Phi3Config", "Phi3ForCausalLM", {}),
+    kind: (type(AutoConfig.for_model(model_type(kind))).__name__, FAMILIES[model_type(kind)].architecture)
+    for kind in REPRESENTATIVE
 }
 
 
 def tiny_config(kind: str, **changed):
-    config_class, _, special = CLASSES[kind]
-    return getattr(transformers, config_class)(**{**BASE, **special, **changed}, attn_implementation="eager")
+    """Return the config of a tiny model of a kind, with some fields changed."""
+    config_class = type(AutoConfig.for_model(model_type(kind)))
+    fields = {**BASE, **TINY[kind], **changed}
+    if FAMILIES[model_type(kind)].field("head_size") is None:
+        del fields["head_dim"]
+    return config_class(**fields, attn_implementation="eager")
 
 
 def tiny_model(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **changed):
-    """Give a tiny model of a kind, in evaluation mode, every parameter drawn from a normal of deviation 0.3."""
-    config = tiny_config(kind, **changed)
-    model = getattr(transformers, CLASSES[kind][1])(config).to(dtype).eval()
+    """Return a tiny model of a kind, in evaluation mode, every parameter drawn from a normal of deviation 0.3."""
+    model = getattr(transformers, FAMILIES[model_type(kind)].architecture)(tiny_config(kind, **changed))
+    model = model.to(torch.float32 if kind in FLOAT32 else dtype).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -66,17 +156,17 @@ def save_tiny(model, folder: Path) -> Path:
 
 
 def anatomy_with(sizes: Sizes, kind: str = "llama", tied: bool = True) -> Anatomy:
-    """Give the anatomy of a family's model of these sizes, with the weights of its table alone."""
+    """Return the anatomy of a family's model of these sizes, with the weights of its table alone."""
     family = FAMILIES[kind]
     weights = frozenset(name for name in family.layer if name.endswith(".weight"))
     return Anatomy(family, sizes, weights, tied, ("full_attention",) * len(sizes.layers))
 
 
 def tensors_of(model) -> dict[str, torch.Tensor]:
-    """Give the checkpoint tensors of a model: its state without the tied copy."""
-    state = model.state_dict()
+    """Return the checkpoint tensors of a model: its state without the tied copy."""
+    state = revert_weight_conversion(model, model.state_dict())
     if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight")
+        state.pop(f"{FAMILIES[model.config.model_type].head}.weight")
     return state
 
 

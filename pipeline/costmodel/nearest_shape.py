@@ -31,8 +31,12 @@ def possible_near(
     wanted = {axis: requested.get(axis) or getattr(teacher, axis) for axis in AXES}
     floor = least.axes() if least else dict.fromkeys(AXES, 1)
     clipped = {axis: min(max(value, floor[axis]), getattr(teacher, axis)) for axis, value in wanted.items()}
+    for axis in teacher.fixed:
+        clipped[axis] = getattr(teacher, axis)
     queries = range(floor["heads"] // floor["groups"], teacher.heads // teacher.groups + 1)
     pairs = [(k * each, k) for k in range(floor["groups"], teacher.groups + 1) for each in queries]
+    if {"heads", "groups"} & teacher.fixed.keys():
+        pairs = [(teacher.heads, teacher.groups)]
     wide = [replace(teacher, **{**clipped, "heads": heads, "groups": groups}) for heads, groups in pairs]
     shapes = [shape for each in wide for shape in _accepted_near(each, floor["hidden"], teacher.hidden)]
     shapes.sort(
@@ -57,6 +61,11 @@ def _accepted_near(shape: ModelShape, least: int, most: int) -> Iterator[ModelSh
     if shape.accepted:
         yield shape
         return
+    if shape.whole_heads:
+        other = replace(shape, hidden=shape.heads * shape.head_size)
+        if least <= other.hidden <= most:
+            yield other
+        return
     steps = {lcm(heads, gcd(shape.hidden, WIDTHS[-1])) for heads in shape.said_heads}
     around = {(shape.hidden // step + up) * step for step in steps for up in (0, 1)}
     for hidden in sorted(around | {least, most}):
@@ -69,12 +78,19 @@ def _fault(teacher: ModelShape, values: Mapping[str, int]) -> str | None:
     for axis, value in values.items():
         if not 1 <= value <= getattr(teacher, axis):
             return f"shape.{axis} is {value}, outside 1..{getattr(teacher, axis)} (the teacher's)"
+        if axis in teacher.fixed and value != getattr(teacher, axis):
+            return f"shape.{axis} is {value}; this model type keeps its {axis}: {teacher.fixed[axis]}"
     heads, groups, queries = values["heads"], values["groups"], teacher.heads // teacher.groups
     if heads % groups:
         return f"shape.heads is {heads}, not a multiple of shape.groups ({groups})"
     if heads // groups > queries:
         return f"shape.heads is {heads} for {groups} groups; a group has at most the teacher's {queries} query heads"
     shape = replace(teacher, **values)
+    if shape.whole_heads and not shape.accepted:
+        return (
+            f"shape.hidden is {shape.hidden}; the student's class computes the head size as hidden size / heads, so it "
+            f"must be {shape.heads} heads x {shape.head_size}"
+        )
     if not shape.accepted:
         said = " or ".join(map(str, sorted(shape.said_heads)))
         return f"shape.hidden is {shape.hidden}; the student's class takes only multiples of its query heads ({said})"

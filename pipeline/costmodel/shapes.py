@@ -1,7 +1,7 @@
 """The shapes a student can have: what they weigh, which are possible, and the one that suits a parameter budget."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -21,7 +21,9 @@ class ModelShape:
     """A Llama-like decoder in plain numbers: SwiGLU, grouped queries, two norms a layer, one at the end, no biases.
 
     Where layers differ, `own` says what each of the teacher has; of that a student keeps no more than the five numbers.
-    `even_heads`: the student's config class refuses hidden sizes that are no multiple of its query heads.
+    `even_heads`: the student's config class refuses hidden sizes that are no multiple of its query heads;
+    `whole_heads`: it computes the head size as their quotient. `fixed` axes, each with its reason, are the teacher's in
+    every student.
     """
 
     layers: int
@@ -34,6 +36,8 @@ class ModelShape:
     tied: bool
     own: tuple[LayerSizes, ...] = ()  # empty where all layers are alike
     even_heads: bool = False
+    whole_heads: bool = False
+    fixed: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def of(anatomy: Anatomy, biased: bool = False) -> "ModelShape":
@@ -54,6 +58,8 @@ class ModelShape:
             tied=anatomy.tied,
             own=() if sizes.uniform else sizes.layers,
             even_heads=needs_even_heads(anatomy, biased),
+            whole_heads=anatomy.whole_heads,
+            fixed=anatomy.family.fixed,
         )
 
     def changed(self, axes: Mapping[str, int]) -> "ModelShape":
@@ -75,6 +81,8 @@ class ModelShape:
     @property
     def accepted(self) -> bool:
         """Return whether the student's config class takes these widths."""
+        if self.whole_heads:
+            return self.hidden == self.heads * self.head_size
         return not self.even_heads or any(self.hidden % heads == 0 for heads in self.said_heads)
 
     def non_embedding_parameters(self) -> int:
@@ -136,11 +144,16 @@ def possible_values(teacher: ModelShape, multiples: Multiples) -> dict[str, tupl
         if teacher.groups % groups == 0:
             pairs = ((groups * each, groups) for each in range(1, queries + 1))
             attention.update(pair for pair in pairs if multiples.admits(*pair))
+    if {"heads", "groups"} & teacher.fixed.keys():
+        attention = {(teacher.heads, teacher.groups)}
+    hidden = _steps(teacher.hidden, multiples.hidden)
+    if teacher.whole_heads:
+        hidden = tuple(sorted({heads * teacher.head_size for heads, _ in attention}))
     return {
-        "layers": tuple(range(1, teacher.layers + 1)),
-        "hidden": _steps(teacher.hidden, multiples.hidden),
+        "layers": (teacher.layers,) if "layers" in teacher.fixed else tuple(range(1, teacher.layers + 1)),
+        "hidden": (teacher.hidden,) if "hidden" in teacher.fixed else hidden,
         "attention": tuple(sorted(attention)),
-        "neurons": _steps(teacher.neurons, multiples.neurons),
+        "neurons": (teacher.neurons,) if "neurons" in teacher.fixed else _steps(teacher.neurons, multiples.neurons),
     }
 
 

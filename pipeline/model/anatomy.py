@@ -1,15 +1,24 @@
-"""A model seen as named axes: which tensors it has, and what each dimension of each of them runs over."""
+"""A model as named axes: which tensors it has, and what each dimension of each of them runs over."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from pipeline.model.families import EMBEDDING, FINAL_NORM, HEAD, LAYER, Family, family_of
+from pipeline.model.families import Family, family_for
 
-Axis = str  # "v", "h", "f", "d", "n d" or "k d"
+Axis = str  # letters that share a dimension: "v", "h", "f", "d", "n d", "k q+2 d"
 Segment = tuple[Axis, ...]
+
+PER_LAYER_LISTS = (
+    "layer_types",
+    "no_rope_layers",
+    "mlp_layer_types",
+    "layer_rope_theta",
+)  # config fields with one entry a layer
+IGNORED = (r"rotary_emb\.inv_freq$", r"rotary_pos_emb\.inv_freq$")  # checkpoint names that every class ignores
 
 
 @dataclass(frozen=True)
@@ -21,7 +30,7 @@ class LayerSizes:
     neurons: int
 
     def within(self, own: "LayerSizes") -> "LayerSizes":
-        """Give these widths where a layer has as much, else its own: KV groups, query heads of each, neurons."""
+        """Return these widths, bounded by those of a layer: KV groups, query heads per group, neurons."""
         groups = min(self.groups, own.groups)
         each = min(self.heads // self.groups, own.heads // own.groups)
         return LayerSizes(groups * each, groups, min(self.neurons, own.neurons))
@@ -35,125 +44,232 @@ class Sizes:
     hidden: int
     head_size: int
     layers: tuple[LayerSizes, ...]
+    carried: Mapping[str, int] = field(default_factory=dict)  # lengths of a family's own axes, never cut
 
     @property
     def uniform(self) -> bool:
         return len(set(self.layers)) <= 1
 
     def length(self, axis: Axis, layer: int) -> int:
-        """Give the length of an axis in a layer."""
+        """Return the length of an axis in a layer: the product of its letters'."""
         widths = self.layers[layer]
-        return {
+        lengths = {
             "v": self.vocabulary,
             "h": self.hidden,
             "d": self.head_size,
             "f": widths.neurons,
-            "n d": widths.heads * self.head_size,
-            "k d": widths.groups * self.head_size,
-        }[axis]
+            "n": widths.heads,
+            "k": widths.groups,
+            "q+2": widths.heads // widths.groups + 2,
+            **self.carried,
+        }
+        return math.prod(int(letter) if letter.isdigit() else lengths[letter] for letter in axis.split())
 
 
 def parse(pattern: str) -> tuple[Segment, ...]:
-    """Give the segments of an axes pattern: `f h + f h` is two segments of the axes `f` and `h`."""
+    """Return the segments of an axes pattern: `f h + f h` is two segments of the axes `f` and `h`."""
     return tuple(
-        tuple(group or single for group, single in re.findall(r"\(([a-z ]+)\)|([a-z])", part))
-        for part in pattern.split("+")
+        tuple(group or single for group, single in re.findall(r"\(([^)]+)\)|(\w)", part))
+        for part in re.split(r"\s\+\s", pattern)
     )
+
+
+def joint(segments: tuple[Segment, ...]) -> int:
+    """Return the dimension along which segments are concatenated: the first in which they differ, or the rows."""
+    return next((i for i, axes in enumerate(zip(*segments)) if len(set(axes)) > 1), 0)
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A family's table applied to one checkpoint: its sizes, the tensors it really has, the type of each layer."""
+    """A family's table applied to one checkpoint: its sizes, the tensors it has, the type of each layer."""
 
     family: Family
     sizes: Sizes
-    optional: frozenset[str]  # the table's layer tensors that this checkpoint has
+    optional: frozenset[str]  # the table's layer tensors that this checkpoint has in any layer
     tied: bool
-    layer_types: tuple[str, ...]
+    layer_types: tuple[str, ...]  # layers of one type are interchangeable: their per-layer config entries agree
+    lacking: Mapping[str, frozenset[str]] = field(default_factory=dict)  # type: optional prefixes its layers lack
+    outer: frozenset[str] = frozenset()  # further tensors outside the layers that this checkpoint has
+    whole_heads: bool = False  # the class takes hidden sizes only that are query heads x head size
 
     @cached_property
     def layer_tensors(self) -> dict[str, tuple[Segment, ...]]:
-        """Give the layer tensors of this checkpoint, by name with a `{layer}` place."""
-        return {LAYER + n: parse(axes) for n, axes in self.family.layer.items() if n in self.optional}
+        """Return the layer tensors of this checkpoint, by name with a `{layer}` place."""
+        return {self.family.prefix + n: parse(axes) for n, axes in self.family.layer.items() if n in self.optional}
 
     @cached_property
     def outer_tensors(self) -> dict[str, tuple[Segment, ...]]:
-        """Give the tensors outside the layers; a tied output matrix is no tensor of its own."""
-        outer = {EMBEDDING: parse("v h"), FINAL_NORM: parse("h")}
-        return outer if self.tied else outer | {HEAD: parse("v h")}
+        """Return the tensors outside the layers; a tied output matrix is no tensor of its own."""
+        outer = {self.embedding: parse("v h")}
+        if not self.family.gainless:
+            outer[self.final_norm] = parse("h")
+        outer |= {name: parse(axes) for name, axes in self.family.outer.items() if name in self.outer}
+        return outer if self.tied else outer | {self.head: parse("v h")}
+
+    @property
+    def embedding(self) -> str:
+        return f"{self.family.embedding}.weight"
+
+    @property
+    def head(self) -> str:
+        return f"{self.family.head}.weight"
+
+    @property
+    def final_norm(self) -> str:
+        return f"{self.family.final_norm}.weight"
 
     @cached_property
     def norms(self) -> tuple[str, ...]:
-        """Give the gains over hidden channels: `{layer}` names of pre- and post-norms, then the final norm."""
-        names = (*self.family.pre_norms, *self.family.post_norms)
-        return (*(f"{LAYER}{name}.weight" for name in names), FINAL_NORM)
+        """Return the gains over hidden channels: `{layer}` names of pre- and post-norms, then the final norm."""
+        names = (f"{name}.weight" for name in (*self.family.pre_norms, *self.family.post_norms))
+        gains = tuple(self.family.prefix + name for name in names if name in self.optional)
+        return (*gains, *((self.final_norm,) if self.final_norm in self.outer_tensors else ()))
+
+    def has(self, name: str, layer: int) -> bool:
+        """Whether a layer has a tensor of the table, by its name with a `{layer}` place."""
+        own = name.removeprefix(self.family.prefix)
+        return own in self.optional and not own.startswith(tuple(self.lacking.get(self.layer_types[layer], ())))
 
     def layer_module(self, axes: str) -> str:
-        """Give the `{layer}` module name of the one projection with these axes, such as `h (n d)` for W_O."""
-        (name,) = (n for n, a in self.family.layer.items() if a == axes and n.endswith(".weight"))
-        return LAYER + name.removesuffix(".weight")
+        """Return the `{layer}` module name of the one projection with these axes, such as `h (n d)` for W_O.
+
+        ValueError if the family has none, or several.
+        """
+        names = [n for n, a in self.family.layer.items() if a == axes and n.endswith(".weight")]
+        if len(names) != 1:
+            raise ValueError(f"model_type {self.family.model_type!r} has no single projection of axes {axes!r}")
+        return self.family.prefix + names[0].removesuffix(".weight")
+
+    def writer(self, axis: Axis) -> str | None:
+        """Return the `{layer}` module name of the projection from an axis (`n d`, `f`) to the hidden channels.
+
+        None if the family has no single one: its heads, or its neurons, are carried whole.
+        """
+        written = f"({axis})" if " " in axis else axis
+        axes = f"{written} h" if self.family.transposed else f"h {written}"
+        names = [n for n, a in self.family.layer.items() if a == axes and n.endswith(".weight")]
+        return self.family.prefix + names[0].removesuffix(".weight") if len(names) == 1 else None
 
     def shape(self, segments: tuple[Segment, ...], layer: int, sizes: Sizes | None = None) -> tuple[int, ...]:
-        """Give the shape of a tensor of these segments in a layer."""
+        """Return the shape of a tensor of these segments in a layer."""
         sizes = sizes or self.sizes
-        rows = sum(sizes.length(segment[0], layer) for segment in segments)
-        return (rows, *(sizes.length(axis, layer) for axis in segments[0][1:]))
+        along = joint(segments)
+        return tuple(
+            sum(sizes.length(segment[along], layer) for segment in segments)
+            if i == along
+            else sizes.length(axis, layer)
+            for i, axis in enumerate(segments[0])
+        )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Give the name and shape of every tensor of the checkpoint."""
+        """Return the name and shape of every tensor of the checkpoint."""
         shapes = {name: self.shape(segments, 0) for name, segments in self.outer_tensors.items()}
         for layer in range(len(self.sizes.layers)):
             for name, segments in self.layer_tensors.items():
-                shapes[name.format(layer=layer)] = self.shape(segments, layer)
+                if self.has(name, layer):
+                    shapes[name.format(layer=layer)] = self.shape(segments, layer)
         return shapes
 
     def parameters(self) -> tuple[int, int]:
-        """Give the number of parameters, all and without the embedding and output matrices."""
-        counts = {name: _product(shape) for name, shape in self.shapes().items()}
-        return sum(counts.values()), sum(n for name, n in counts.items() if name not in (EMBEDDING, HEAD))
+        """Return the number of parameters: all, and without the embedding and output matrices."""
+        counts = {name: math.prod(shape) for name, shape in self.shapes().items()}
+        inner = sum(count for name, count in counts.items() if name not in (self.embedding, self.head))
+        return sum(counts.values()), inner
 
     def narrowed(self, sizes: Sizes, layer_types: tuple[str, ...]) -> "Anatomy":
-        """Give the anatomy of a student of these sizes."""
+        """Return the anatomy of a student of these sizes."""
         return replace(self, sizes=sizes, layer_types=layer_types)
 
 
-def _product(shape: Iterable[int]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total
-
-
 def anatomy_of(config: Mapping[str, Any], names: Iterable[str]) -> Anatomy:
-    """Give the anatomy of a checkpoint from its `config.json` and its tensor names.
+    """Return the anatomy of a checkpoint from its `config.json` and its tensor names.
 
     ValueError for an unknown family, a tensor the table does not know, or a missing weight.
     """
-    family = family_of(config["model_type"])
+    family = family_for(config)
     names = set(names)
-    count = config["num_hidden_layers"]
-    heads = config["num_attention_heads"]
-    widths = LayerSizes(heads, config.get("num_key_value_heads") or heads, config["intermediate_size"])
-    per_layer = config.get("pruned", {}).get("layers")
-    layers = tuple(LayerSizes(**entry) for entry in per_layer) if per_layer else (widths,) * count
-    sizes = Sizes(
-        config["vocab_size"], config["hidden_size"], config.get("head_dim") or config["hidden_size"] // heads, layers
+    sizes = sizes_of(config, family)
+    count = len(sizes.layers)
+    present = [frozenset(n for n in family.layer if family.prefix.format(layer=i) + n in names) for i in range(count)]
+    absent = [
+        frozenset(prefix for prefix in family.optional if not any(n.startswith(prefix) for n in own)) for own in present
+    ]
+    types, lacking = _types(config, absent)
+    anatomy = Anatomy(
+        family=family,
+        sizes=sizes,
+        optional=frozenset().union(*present),
+        tied=f"{family.head}.weight" not in names,
+        layer_types=types,
+        lacking=lacking,
+        outer=frozenset(family.outer) & names,
+        whole_heads=family.whole_heads or _rope_type(config) in family.whole_heads_ropes,
     )
-    prefix = LAYER.format(layer=0)
-    optional = frozenset(n.removeprefix(prefix) for n in names if n.startswith(prefix)) & set(family.layer)
-    anatomy = Anatomy(family, sizes, optional, HEAD not in names, _layer_types(config, count))
     expected = set(anatomy.shapes())
-    wanted = {prefix + n for n in family.layer if n.endswith(".weight")}
+    required = (n for n in family.layer if not n.endswith(".bias"))
+    wanted = {
+        family.prefix.format(layer=i) + n
+        for n in required
+        for i, gone in enumerate(absent)
+        if not n.startswith(tuple(gone))
+    }
     missing = sorted((expected | wanted) - names)
-    strange = sorted(n for n in names - expected if not n.endswith("rotary_emb.inv_freq"))
-    if missing or strange:
+    ignored = re.compile("|".join((*IGNORED, *family.left_out)))
+    unknown = sorted(n for n in names - expected if not ignored.search(n))
+    if missing or unknown:
         raise ValueError(
             f"checkpoint of model_type {family.model_type!r} does not match its table: "
-            f"missing {missing[:3] or 'nothing'}, unknown {strange[:3] or 'nothing'}"
+            f"missing {missing[:3] or 'nothing'}, unknown {unknown[:3] or 'nothing'}"
         )
     return anatomy
 
 
-def _layer_types(config: Mapping[str, Any], count: int) -> tuple[str, ...]:
-    types = config.get("layer_types")
-    return tuple(types) if types else ("full_attention",) * count
+def sizes_of(config: Mapping[str, Any], family: Family) -> Sizes:
+    """Return the widths that a `config.json` states, each layer's own where it has a `pruned` section."""
+    hidden, heads = family.width(config, "hidden"), family.width(config, "heads")
+    groups = family.groups or family.width(config, "groups") or heads
+    neurons = family.width(config, "neurons") or (family.neurons_per_channel or 0) * hidden
+    per_layer = config.get("pruned", {}).get("layers")
+    widths = LayerSizes(heads, groups, neurons)
+    layers = (
+        tuple(LayerSizes(**entry) for entry in per_layer) if per_layer else (widths,) * family.width(config, "layers")
+    )
+    carried = {
+        axis: sum(int(name) if name.isdigit() else config[name] for name in fields)
+        for axis, fields in family.lengths.items()
+    }
+    head_size = family.width(config, "head_size") or hidden // heads
+    return Sizes(family.width(config, "vocabulary"), hidden, head_size, layers, carried)
+
+
+def _types(
+    config: Mapping[str, Any], absent: list[frozenset[str]]
+) -> tuple[tuple[str, ...], dict[str, frozenset[str]]]:
+    """Return a type for each layer, and which optional prefixes the layers of a type lack.
+
+    Layers have one type where all their per-layer config entries agree and they have the same tensors. It is the entry
+    of `layer_types`, followed by what else tells layers apart.
+    """
+    count = len(absent)
+    types = config.get("layer_types") or ["full_attention"] * count
+    labels = [[str(kind)] for kind in types]
+    for name in PER_LAYER_LISTS:
+        values = config.get(name)
+        if name != "layer_types" and isinstance(values, list) and len(values) == count:
+            _distinguish(labels, [f"{name} {value}" for value in values])
+    _distinguish(labels, [f"without {' '.join(sorted(gone))}" if gone else "" for gone in absent])
+    joined = tuple(", ".join(filter(None, label)) for label in labels)
+    return joined, dict(zip(joined, absent))
+
+
+def _distinguish(labels: list[list[str]], values: list[str]) -> None:
+    """Append the values to the labels where equal labels have different values."""
+    pairs = {(tuple(label), value) for label, value in zip(labels, values)}
+    if len(pairs) > len({label for label, _ in pairs}):
+        for label, value in zip(labels, values):
+            label.append(value)
+
+
+def _rope_type(config: Mapping[str, Any]) -> str | None:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return rope.get("rope_type") or rope.get("type")

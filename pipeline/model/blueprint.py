@@ -1,6 +1,7 @@
 """A student described by what it takes from its source: the plan as a value, JSON on disk."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from pipeline.model.anatomy import Anatomy, LayerSizes, Sizes
@@ -36,19 +37,20 @@ class Blueprint(Stored):
     layers: tuple[LayerPlan, ...]
 
     def sizes(self, source: Sizes) -> Sizes:
-        """Give the widths of the student."""
+        """Return the widths of the student."""
         widths = (LayerSizes(sum(len(g.heads) for g in p.groups), len(p.groups), len(p.neurons)) for p in self.layers)
-        return Sizes(source.vocabulary, len(self.channels), source.head_size, tuple(widths))
+        return replace(source, hidden=len(self.channels), layers=tuple(widths))
 
     def student(self, anatomy: Anatomy) -> Anatomy:
-        """Give the anatomy of the student; ValueError if the plan does not fit the source."""
+        """Return the anatomy of the student; ValueError if the plan does not fit the source."""
         self.check(anatomy)
         types = tuple(anatomy.layer_types[plan.host] for plan in self.layers)
         return anatomy.narrowed(self.sizes(anatomy.sizes), types)
 
     def check(self, anatomy: Anatomy) -> None:
-        """Raise ValueError where an index is out of range or repeated, a donor has another attention type, or the
-        groups of a layer differ in their number of heads (repeat-KV attention needs them equal)."""
+        """Raise ValueError where an index is out of range or repeated, an axis is cut that the family keeps whole, a
+        donor has another layer type, or the groups of a layer differ in their number of heads (repeat-KV attention
+        needs them equal)."""
         _distinct("channels", self.channels, anatomy.sizes.hidden)
         for place, plan in enumerate(self.layers):
             at = f"blueprint layer {place}"
@@ -71,6 +73,8 @@ class Blueprint(Stored):
                         f"{at}: donor layer {group.layer} is {anatomy.layer_types[group.layer]} and host layer "
                         f"{plan.host} is {anatomy.layer_types[plan.host]}; a donor must have its host's type"
                     )
+        for axis in _cut_axes(self, anatomy.sizes):
+            check_axis(anatomy, axis)
 
 
 @dataclass(frozen=True)
@@ -80,21 +84,49 @@ class Step(Blueprint):
     FILE: ClassVar[str] = "step.json"
 
 
+def check_axis(anatomy: Anatomy, axis: str) -> None:
+    """Raise ValueError if a model of this family cannot have fewer of an axis (`layers`, `hidden`, `heads`, ...)."""
+    if axis in anatomy.family.fixed:
+        raise ValueError(
+            f"shape.{axis}: model_type {anatomy.family.model_type!r} keeps its {axis}: {anatomy.family.fixed[axis]}; "
+            f"leave shape.{axis} unset"
+        )
+
+
+def _cut_axes(blueprint: Blueprint, sizes: Sizes) -> Iterator[str]:
+    """Yield the axes of which the student does not have all; donated groups count as cut groups."""
+    if len(blueprint.layers) != len(sizes.layers):
+        yield "layers"
+    if blueprint.channels != tuple(range(sizes.hidden)):
+        yield "hidden"
+    for plan in blueprint.layers:
+        whole = whole_layer(sizes, plan.host)
+        if len(plan.groups) != len(whole.groups) or any(group.layer != plan.host for group in plan.groups):
+            yield "groups"
+        if plan.groups != whole.groups:
+            yield "heads"
+        if len(plan.neurons) != len(whole.neurons):
+            yield "neurons"
+
+
 def everything(sizes: Sizes) -> Blueprint:
-    """Give the plan that keeps the whole model."""
-    plans = []
-    for layer, widths in enumerate(sizes.layers):
-        each = widths.heads // widths.groups
-        groups = tuple(Group(layer, kv, tuple(range(kv * each, (kv + 1) * each))) for kv in range(widths.groups))
-        plans.append(LayerPlan(layer, groups, tuple(range(widths.neurons))))
-    return Blueprint(tuple(range(sizes.hidden)), tuple(plans))
+    """Return the plan that keeps the whole model."""
+    return Blueprint(tuple(range(sizes.hidden)), tuple(whole_layer(sizes, layer) for layer in range(len(sizes.layers))))
+
+
+def whole_layer(sizes: Sizes, layer: int) -> LayerPlan:
+    """Return the plan of a layer that keeps the whole source layer."""
+    widths = sizes.layers[layer]
+    each = widths.heads // widths.groups
+    groups = tuple(Group(layer, kv, tuple(range(kv * each, (kv + 1) * each))) for kv in range(widths.groups))
+    return LayerPlan(layer, groups, tuple(range(widths.neurons)))
 
 
 def compose(first: Blueprint, second: Blueprint) -> Blueprint:
-    """Give one plan, in the indices of the first's source, of what `second` takes from what `first` made.
+    """Return one plan, in the indices of the first's source, of what `second` takes from the student of `first`.
 
-    Cutting by it equals cutting twice; but for a gain over the head size (QK-norm) of a layer with donated groups,
-    which follows one source layer each time anew.
+    Cutting by it equals cutting twice, except for a gain over the head size (QK-norm) of a layer with donated groups,
+    which follows one source layer at each cut.
     """
     return Blueprint(
         tuple(first.channels[channel] for channel in second.channels),
@@ -107,7 +139,7 @@ def _composed(first: Blueprint, plan: LayerPlan) -> LayerPlan:
     groups = []
     for taken in plan.groups:
         group = first.layers[taken.layer].groups[taken.kv]
-        begin = taken.kv * len(group.heads)  # heads of a layer stand in the order of its groups
+        begin = taken.kv * len(group.heads)  # heads of a layer are ordered by group
         groups.append(Group(group.layer, group.kv, tuple(group.heads[head - begin] for head in taken.heads)))
     return LayerPlan(host.host, tuple(groups), tuple(host.neurons[neuron] for neuron in plan.neurons))
 

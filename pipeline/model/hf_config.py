@@ -1,46 +1,55 @@
 """`config.json` of a student: the source's, edited field by field where a width, the depth or the class changed."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from pipeline.model.anatomy import Anatomy, LayerSizes, Sizes
+from pipeline.model.anatomy import PER_LAYER_LISTS, Anatomy, LayerSizes
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.families import FAMILIES
 
-PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
-
 
 def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Blueprint) -> dict[str, Any]:
-    """Give the student's config.json: stock where its layers are equal, with a `pruned` section where they are not.
+    """Return the student's config.json: a stock one where its layers are equal, else with a `pruned` section.
 
     Raises ValueError if the family's config class would refuse the widths.
     """
     student = blueprint.student(source)
     hosts = [plan.host for plan in blueprint.layers]
-    said = _said(source, student)
-    edited = dict(config)
-    edited |= {
-        "num_hidden_layers": len(hosts),
-        "hidden_size": student.sizes.hidden,
-        "num_attention_heads": said.heads,
-        "num_key_value_heads": said.groups,
-        "intermediate_size": said.neurons,
-        "head_dim": student.sizes.head_size,
-    }
+    edited = dict(config) | stated_widths(student, _stated(source, student))
     for field in PER_LAYER_LISTS:
         if isinstance(config.get(field), list):
             edited[field] = [config[field][host] for host in hosts]
-    for field in ("pruned", "auto_map"):  # of the source, where it was a student of its own form
+    for field in ("pruned", "auto_map"):  # of a source that was a student itself
         edited.pop(field, None)
     edited |= class_fields(edited, student)
     pruned = _pruned(config, edited, student)
     return edited | ({"pruned": pruned} if pruned else {})
 
 
-def _said(source: Anatomy, student: Anatomy) -> LayerSizes:
-    """Give the widths for the fields that say one for all layers: the widest layer's.
+def stated_widths(student: Anatomy, widths: LayerSizes) -> dict[str, int]:
+    """Return the config fields of a student's widths, `widths` being those stated for all layers."""
+    family, sizes = student.family, student.sizes
+    values = {
+        "layers": len(sizes.layers),
+        "hidden": sizes.hidden,
+        "heads": widths.heads,
+        "groups": widths.groups,
+        "neurons": widths.neurons,
+        "head_size": sizes.head_size,
+    }
+    kept = {"heads", "groups", "head_size"} if "heads" in family.fixed else set()
+    kept |= {axis for axis in ("neurons", "hidden") if axis in family.fixed}
+    fields = {family.field(width): value for width, value in values.items() if width not in kept}
+    fields |= {field: values[width] for field, width in family.follows.items()}
+    return {field: value for field, value in fields.items() if field is not None}
 
-    Where layers differ each has its own, and these need only be what the class accepts: other layers' or the source's.
+
+def _stated(source: Anatomy, student: Anatomy) -> LayerSizes:
+    """Return the widths for the config fields that hold one value for all layers: those of the widest layer.
+
+    Where layers differ each has its own, and these need only be values that the class accepts: of another layer, or of
+    the source.
     """
     ranked = sorted(student.sizes.layers, key=lambda widths: (widths.heads, widths.groups, widths.neurons))[::-1]
     choices = ranked if student.sizes.uniform else (*ranked, *source.sizes.layers)
@@ -49,14 +58,16 @@ def _said(source: Anatomy, student: Anatomy) -> LayerSizes:
 
 def accepts_heads(student: Anatomy, hidden: int, heads: int) -> bool:
     """Whether the family's config class, or that of the same network under another name, takes this many heads."""
+    if student.whole_heads:
+        return hidden == heads * student.sizes.head_size
     return not needs_even_heads(student) or hidden % heads == 0
 
 
 def needs_even_heads(student: Anatomy, biased: bool = False) -> bool:
-    """Whether the family's config class refuses hidden sizes that are no multiple of the heads, and no other class has
-    the same network; `biased`: as the network will be with every bias its class can have."""
+    """Whether hidden sizes must be a multiple of the heads: the family's config class refuses others, and no other
+    class has the same network; `biased`: as the network will be with every bias its class can have."""
     family = student.family
-    return family.even_heads and (family.uneven is None or biased or _biased(student))
+    return student.whole_heads or (family.even_heads and (family.uneven is None or biased or _biased(student)))
 
 
 def _biased(student: Anatomy) -> bool:
@@ -64,72 +75,90 @@ def _biased(student: Anatomy) -> bool:
 
 
 def class_fields(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any]:
-    """Give the class fields: the family's own, or the same network under a name that accepts the widths."""
+    """Return the class fields: the family's own, or those of the same network under a name that accepts the widths."""
     family = student.family
-    if family.even_heads and config["hidden_size"] % config["num_attention_heads"]:
-        if not accepts_heads(student, config["hidden_size"], config["num_attention_heads"]):
-            raise ValueError(
-                f"shape.hidden is {config['hidden_size']}, not a multiple of shape.heads "
-                f"({config['num_attention_heads']}): "
-                f"{family.architecture}{' with biases' if _biased(student) else ''} refuses it; choose a multiple"
-            )
-        family = FAMILIES[family.uneven]
-        return {"model_type": family.model_type, "architectures": [family.architecture], "sliding_window": None}
-    return {"architectures": [family.architecture]}
+    hidden, heads = family.width(config, "hidden"), family.width(config, "heads")
+    if accepts_heads(student, hidden, heads) and not (family.even_heads and hidden % heads):
+        return {"architectures": [family.architecture]}
+    if student.whole_heads:
+        raise ValueError(
+            f"shape.hidden is {hidden} and shape.heads {heads}: {family.architecture} computes the head size as hidden "
+            f"size / heads, which must stay {student.sizes.head_size}; change both together"
+        )
+    if not accepts_heads(student, hidden, heads):
+        raise ValueError(
+            f"shape.hidden is {hidden}, not a multiple of shape.heads ({heads}): "
+            f"{family.architecture}{' with biases' if _biased(student) else ''} refuses it; choose a multiple"
+        )
+    family = FAMILIES[family.uneven]
+    return {"model_type": family.model_type, "architectures": [family.architecture], "sliding_window": None}
 
 
 def _pruned(config: Mapping[str, Any], edited: Mapping[str, Any], student: Anatomy) -> dict[str, Any] | None:
-    """Give what a stock class cannot say: layers of their own widths, and post-norms frozen to scales."""
-    pruned = {} if student.sizes.uniform else per_layer(edited, student)
+    """Return what a stock class cannot represent: layers of their own widths, and post-norms frozen to scales."""
+    pruned = {} if student.sizes.uniform and not own_shapes(edited, student) else per_layer(edited, student)
     if config.get("pruned", {}).get("scales"):
         pruned["scales"] = frozen_modules(student)
     return {"base": edited["architectures"][0], **pruned} if pruned else None
 
 
 def per_layer(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any]:
-    """Give the entries of a `pruned` section that tell each layer's widths, where `config` says one for all."""
+    """Return the entries of a `pruned` section that hold each layer's widths, where `config` has one for all.
+
+    ValueError if the family's attention takes its heads from more than the fields of its config.
+    """
+    family = student.family
+    if family.field("groups") is None and len({w.heads for w in student.sizes.layers}) > 1:
+        raise ValueError(
+            f"plan.widths: {family.architecture} has one number of heads for all layers; set plan.widths=uniform"
+        )
+    if family.modules:
+        raise ValueError(
+            f"plan.widths: the names {', '.join(family.modules)} are read by {family.architecture} only, which has one "
+            "width for all layers; set plan.widths=uniform"
+        )
     return {
         "layers": [vars(widths) for widths in student.sizes.layers],
         "shapes": own_shapes(config, student),
         "attention": {
-            f"model.layers.{i}.self_attn": {"num_attention_heads": w.heads, "num_key_value_heads": w.groups}
+            f"{family.prefix}{family.attention}".format(layer=i): {
+                "num_attention_heads": w.heads,
+                "num_key_value_heads": w.groups,
+            }
             for i, w in enumerate(student.sizes.layers)
+            if family.field("groups") is not None
         },
     }
 
 
 def own_shapes(config: Mapping[str, Any], student: Anatomy) -> dict[str, list[int]]:
-    """Give the tensors whose shape differs from what the config's single widths would make."""
-    widths = LayerSizes(config["num_attention_heads"], config["num_key_value_heads"], config["intermediate_size"])
-    stock = student.narrowed(
-        Sizes(
-            student.sizes.vocabulary,
-            student.sizes.hidden,
-            student.sizes.head_size,
-            (widths,) * len(student.sizes.layers),
-        ),
-        student.layer_types,
-    ).shapes()
+    """Return the tensors whose shape differs from what the class makes of the widths that `config` states."""
+    family = student.family
+    heads = family.width(config, "heads")
+    neurons = family.width(config, "neurons") or (family.neurons_per_channel or 0) * student.sizes.hidden
+    widths = LayerSizes(heads, family.groups or family.width(config, "groups") or heads, neurons)
+    sizes = replace(student.sizes, layers=(widths,) * len(student.sizes.layers))
+    stock = student.narrowed(sizes, student.layer_types).shapes()
     return {name: list(shape) for name, shape in student.shapes().items() if stock[name] != shape}
 
 
 def frozen_modules(anatomy: Anatomy) -> list[str]:
-    """Give the names of all post-norm modules."""
+    """Return the names of all post-norm modules."""
     return [
-        f"model.layers.{layer}.{norm}"
+        f"{anatomy.family.prefix}{norm}".format(layer=layer)
         for layer in range(len(anatomy.sizes.layers))
         for norm in anatomy.family.post_norms
     ]
 
 
 def with_scales(config: Mapping[str, Any], anatomy: Anatomy) -> dict[str, Any]:
-    """Give the config of the same model with every post-norm frozen to a static scale."""
+    """Return the config of the same model with every post-norm frozen to a static scale."""
     pruned = config.get("pruned", {}) | {"base": anatomy.family.architecture, "scales": frozen_modules(anatomy)}
     return dict(config) | {"pruned": pruned}
 
 
 def folded_config(config: Mapping[str, Any], anatomy: Anatomy) -> dict[str, Any]:
-    """Give the config of the model whose static scales were folded into the projections before them.
+    """Return the config of the model whose static scales were folded into the projections before them.
 
     Raises ValueError if the family has no class without post-norms.
     """

@@ -1,7 +1,7 @@
-"""Gains that span all heads of a layer (OLMo-2's norms of queries and keys), where some heads are only zeros.
+"""Gains that span all heads of a layer (OLMo-2's norms of queries and keys) when some heads are zero.
 
-Rows of zeros would lower the mean square. With the other rows times s = sqrt(rows / rows that are not zero), and the
-gain over s, such a norm gives what it would over those rows alone, whatever its epsilon.
+Rows of zeros lower the mean square. With the other rows multiplied by s = sqrt(rows / rows that are not zero), and the
+gain divided by s, such a norm returns what it returns over those rows only, whatever its epsilon.
 """
 
 import math
@@ -16,24 +16,29 @@ GAIN = "_norm.weight"
 
 
 def spans(anatomy: Anatomy) -> dict[str, tuple[Axis, int]]:
-    """Give the gains over all heads of a layer and the projections that write what they normalise, biases too.
+    """Return the gains over all heads of a layer and the projections that write what they normalise, biases included.
 
     By name with a `{layer}` place: the axis, `n d` or `k d`, and the power of s that the tensor is multiplied by. Empty
     for a family that has no such gain.
     """
-    found = {}
-    for gain, ((axis, *_), *_) in anatomy.layer_tensors.items():
-        if gain.endswith(GAIN) and axis in ("n d", "k d"):
+    result = {}
+    for gain, segments in anatomy.layer_tensors.items():
+        if gain.endswith(GAIN) and segments in ((("n d",),), (("k d",),)):
+            axis = segments[0][0]
             rows = (f"{gain.removesuffix(GAIN)}_proj.{kind}" for kind in ("weight", "bias"))
-            found |= {name: (axis, 1) for name in rows if name in anatomy.layer_tensors} | {gain: (axis, -1)}
-    return found
+            result |= {name: (axis, 1) for name in rows if name in anatomy.layer_tensors} | {gain: (axis, -1)}
+    return result
 
 
 def rescaled(anatomy: Anatomy, pattern: str, tensor: Tensor, shares: Mapping[Axis, float]) -> Tensor:
-    """Give a layer's tensor for a layer of `shares` times as many rows, by axis, the others zero; most as they are."""
-    if pattern not in (found := spans(anatomy)):
+    """Return a layer's tensor for a layer with `shares` times as many rows, by axis, the new rows zero.
+
+    Tensors that no such gain concerns are returned unchanged.
+    """
+    spanned = spans(anatomy)
+    if pattern not in spanned:
         return tensor
-    axis, power = found[pattern]
+    axis, power = spanned[pattern]
     offset = anatomy.family.norm_offset if power < 0 else 0.0
     exact = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     return ((exact + offset) * math.sqrt(shares[axis]) ** power - offset).to(tensor.dtype)
@@ -42,10 +47,10 @@ def rescaled(anatomy: Anatomy, pattern: str, tensor: Tensor, shares: Mapping[Axi
 def alone(
     anatomy: Anatomy, layer: int, heads: Sequence[int] | Tensor, source: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield, by name, what a layer's norms need to see some query heads and their KV groups alone; the others are zero.
+    """Yield, by name, the tensors with which a layer's norms see some query heads and their KV groups only.
 
-    So a layer whose W_O reads these heads alone is the one that `cut` makes. Nothing is yielded where no gain spans
-    heads, or no head is left; `source` gives the whole layer's tensors by name.
+    The other rows are zero, so a layer whose W_O reads these heads only is the one that `cut` makes. Nothing is yielded
+    where no gain spans heads, or no head is left. `source` maps a name to the whole layer's tensor.
     """
     own, size = anatomy.sizes.layers[layer], anatomy.sizes.head_size
     there = torch.zeros(own.groups, own.heads // own.groups, dtype=torch.bool)

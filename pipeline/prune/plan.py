@@ -124,7 +124,8 @@ def _competes(anatomy: Anatomy, donor: int, host: int, width: LayerSizes) -> boo
     """Return whether a dropped layer's KV groups can take the places of a host of this width."""
     own = anatomy.sizes.layers[donor]
     alike = anatomy.layer_types[donor] == anatomy.layer_types[host]
-    return alike and own.heads // own.groups >= width.heads // width.groups
+    movable = not {"heads", "groups"} & anatomy.family.fixed.keys()
+    return movable and alike and own.heads // own.groups >= width.heads // width.groups
 
 
 def _groups(

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from pipeline.model import decilm
-from pipeline.model.anatomy import Anatomy, anatomy_of
-from pipeline.model.families import EMBEDDING, FAMILIES, HEAD, family_of
-from pipeline.model.hf_config import PER_LAYER_LISTS, frozen_modules, per_layer
+from pipeline.model.anatomy import PER_LAYER_LISTS, Anatomy, anatomy_of
+from pipeline.model.families import FAMILIES, family_of
+from pipeline.model.hf_config import frozen_modules, per_layer
 from pipeline.runtime.described import check_file, read_config, stored_config
 from pipeline.runtime.modelling import HEADS, pruned_class
 from pipeline.runtime.weight_files import FLOATING, INDEX, SINGLE, Tensors
@@ -25,7 +26,7 @@ from pipeline.runtime.weight_names import canonical_names
 TOKENIZER = ("tokeniz*", "vocab*", "merges.txt", "*.model")
 GENERATION = "generation_config.json"
 CARRIED = (*TOKENIZER, "special_tokens_map.json", "added_tokens.json", "chat_template*", GENERATION)
-FROM_CLASS = ("head_dim", "num_key_value_heads", "tie_word_embeddings", *PER_LAYER_LISTS)  # where config.json is silent
+FROM_CLASS = ("head_size", "groups", "neurons", "layers", "hidden", "heads")  # widths, where config.json is silent
 
 logging.disable_progress_bar()  # the pipeline shows its own
 
@@ -49,9 +50,11 @@ class Checkpoint(Mapping[str, Tensor]):
             self.config = self._plain_decilm()
         if self.config.get("model_type") in FAMILIES:
             whole = stock_config(self.config, self.folder)
+            family = family_of(self.config["model_type"])
+            fields = (family.field(width) for width in FROM_CLASS)
             self.config |= {
                 field: value
-                for field in FROM_CLASS
+                for field in ("tie_word_embeddings", *PER_LAYER_LISTS, *filter(None, fields))
                 if self.config.get(field) is None and (value := getattr(whole, field, None)) is not None
             }
             self._stored, left_out = canonical_names(self._tensors, self.config)
@@ -120,14 +123,16 @@ class Checkpoint(Mapping[str, Tensor]):
         """
         if not self.config.get("tie_word_embeddings"):
             return
-        if HEAD in self._stored and EMBEDDING not in self._stored:
-            self._stored[EMBEDDING] = self._stored.pop(HEAD)
-        elif HEAD in self._stored and self._equal(HEAD, EMBEDDING):
-            del self._stored[HEAD]
-        elif HEAD in self._stored:
+        family = family_of(self.config["model_type"])
+        head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
+        if head in self._stored and embedding not in self._stored:
+            self._stored[embedding] = self._stored.pop(head)
+        elif head in self._stored and self._equal(head, embedding):
+            del self._stored[head]
+        elif head in self._stored:
             self.config["tie_word_embeddings"] = False
             self.notes.append(
-                "config.json ties the output matrix to the embedding, but a different lm_head.weight is stored; it is "
+                "config.json ties the output matrix to the embedding, but a different output matrix is stored; it is "
                 "used, as transformers does"
             )
 
@@ -201,7 +206,10 @@ def class_shapes(config: Mapping[str, Any], folder: Path) -> dict[str, tuple[int
             f"{folder / 'config.json'} is refused by {config['architectures'][0]} ({_reason(fault)}); correct that "
             "field, or fetch it again"
         ) from fault
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # a tied one comes once
+    tensors = dict(model.named_parameters())  # a tied one comes once
+    doubled = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= {name: buffer for name, buffer in model.state_dict().items() if name not in doubled}
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, tensors).items()}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

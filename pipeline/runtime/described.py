@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.model.anatomy import PER_LAYER_LISTS
 from pipeline.model.families import FAMILIES
-from pipeline.model.hf_config import PER_LAYER_LISTS
 
 PANGU = "PanguEmbedded"  # openPangu-Embedded 1B and 7B: a Llama with biases under a name of its own
 OWN_TYPE = "pruned_"  # before the model_type of a network that the stock class of that type would compute wrongly
@@ -18,13 +18,13 @@ MIB = 1 << 20
 SIZES = {"config.json": 4 * MIB, "tokenizer.json": 256 * MIB}  # largest files that are read; of other JSON:
 SIZE = 32 * MIB
 LIMITS = {  # the largest value of each count that is believed before the weights confirm it
-    "vocab_size": 1 << 24,
-    "hidden_size": 1 << 18,
-    "num_hidden_layers": 1 << 12,
-    "num_attention_heads": 1 << 14,
-    "intermediate_size": 1 << 22,
+    "vocabulary": 1 << 24,
+    "hidden": 1 << 18,
+    "layers": 1 << 12,
+    "heads": 1 << 14,
+    "neurons": 1 << 22,
 }
-OPTIONAL = {"num_key_value_heads": 1 << 14, "head_dim": 1 << 14}
+OPTIONAL = {"groups": 1 << 14, "head_size": 1 << 14}
 WIDTHS = {"heads": 1 << 14, "groups": 1 << 14, "neurons": 1 << 22}  # of a layer of its own widths
 # Fields that would choose code, files or kernels when transformers reads them. `dtype` replaces `torch_dtype`.
 DROPPED = ("auto_map", "attn_implementation", "experts_implementation", "transformers_weights", "torch_dtype")
@@ -61,11 +61,12 @@ def checked_config(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if config.get("model_type") not in FAMILIES:  # refused where its anatomy is built
         return config
     config.setdefault("architectures", [FAMILIES[config["model_type"]].architecture])
-    for field, limit in LIMITS.items():
-        _check_count(field, config.get(field), limit, path)
-    for field, limit in OPTIONAL.items():
-        if config.get(field) is not None:
-            _check_count(field, config[field], limit, path)
+    family = FAMILIES[config["model_type"]]
+    for width, limit in (LIMITS | OPTIONAL).items():
+        field = family.field(width)
+        optional = width in OPTIONAL or (width == "neurons" and family.neurons_per_channel)
+        if field is not None and not (optional and config.get(field) is None):
+            _check_count(field, config.get(field), limit, path)
     _check_layers(config, path)
     if config.get("quantization_config"):
         raise ValueError(f"{path} has a quantization_config; give the model's unquantised weights, or its GGUF")
@@ -92,19 +93,20 @@ def _check_count(field: str, value: Any, limit: int, path: Path) -> None:
 
 def _check_layers(config: Mapping[str, Any], path: Path) -> None:
     """Raise ValueError where a list with an entry for each layer has another length, or an entry is malformed."""
-    count, tied = config["num_hidden_layers"], config.get("tie_word_embeddings")
+    field = FAMILIES[config["model_type"]].field("layers")
+    count, tied = config[field], config.get("tie_word_embeddings")
     if tied is not None and not isinstance(tied, bool):
         raise ValueError(f"{path}: tie_word_embeddings is {json.dumps(tied):.60}, not true or false; fetch it again")
     pruned = config.get("pruned", {})
-    lists = {field: config.get(field) for field in PER_LAYER_LISTS} | {"pruned.layers": pruned.get("layers")}
-    for field, entries in lists.items():
+    lists = {name: config.get(name) for name in PER_LAYER_LISTS} | {"pruned.layers": pruned.get("layers")}
+    for name, entries in lists.items():
         if entries is None:
             continue
         if not isinstance(entries, list):
-            raise ValueError(f"{path}: {field} is {json.dumps(entries):.60}, not a list; fetch it again")
+            raise ValueError(f"{path}: {name} is {json.dumps(entries):.60}, not a list; fetch it again")
         if len(entries) != count:
             raise ValueError(
-                f"{path}: {field} has {len(entries)} entries and num_hidden_layers is {count}; keep the entries of the "
+                f"{path}: {name} has {len(entries)} entries and {field} is {count}; keep the entries of the "
                 "layers that the weights have"
             )
     attention = pruned.get("attention", {})

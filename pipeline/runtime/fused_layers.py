@@ -53,21 +53,25 @@ def forwards_of(model: nn.Module, chosen: Operators) -> dict[nn.Module, Callable
     family = FAMILIES.get(model.config.model_type)
     if family is None or not chosen:
         return {}
-    body, forwards = model.base_model, {}
-    parts = [(layer, name) for layer in body.layers for name in _norm_names(family)]
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    body = model.get_decoder()
+    *_, stack = family.prefix.removesuffix(".{layer}.").rpartition(".")
+    layers = getattr(body, stack)
+    final = _submodule(body, family.final_norm.removeprefix(f"{family.decoder}."))
+    parts = [(layer, name) for layer in layers for name in _norm_names(family)]
     norms = [_submodule(layer, name) for layer, name in parts]
     if "rms_norm" in chosen:
-        for norm in (*norms, body.norm):
-            if norm is not None and type(norm).__name__.endswith("RMSNorm"):
+        for norm in (*norms, final):
+            if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "weight"):
                 forwards[norm] = partial(_norm, chosen["rms_norm"], norm, _epsilon(norm), family.norm_offset)
-    for layer in body.layers:
+    for layer in layers:
         ffn, attention = _submodule(layer, "mlp"), _submodule(layer, "self_attn")
         if ffn is not None and _is_silu(ffn):
             if "swiglu" in chosen and hasattr(ffn, "gate_proj"):
                 forwards[ffn] = partial(_ffn, chosen["swiglu"], ffn)
             elif "swiglu_packed" in chosen and hasattr(ffn, "gate_up_proj"):
                 forwards[ffn] = partial(_packed_ffn, chosen["swiglu_packed"], ffn)
-        if "rotary" in chosen and attention is not None:
+        if "rotary" in chosen and attention is not None and family.rotary != "class":
             forward = inspect.unwrap(type(attention).forward)
             if ROTARY in forward.__globals__:
                 turn = partial(_rotary, chosen["rotary"], family.rotary)

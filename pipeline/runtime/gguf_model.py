@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from pipeline.model.families import HEAD
+from pipeline.model.families import family_of
 from pipeline.runtime.checkpoint import class_shapes, load_whole, write_checkpoint
 from pipeline.runtime.described import checked_config
 from pipeline.runtime.gguf_header import Header, concatenate, join, read_header
@@ -104,6 +104,7 @@ def _check_elements(header: Header, config: dict) -> None:
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights in bfloat16; a tied output matrix is left out."""
+    head = f"{family_of(model.config.model_type).head}.weight"
     for name, tensor in model.state_dict().items():
-        if name != HEAD or not model.config.tie_word_embeddings:
+        if name != head or not model.config.tie_word_embeddings:
             yield name, tensor.to(torch.bfloat16)

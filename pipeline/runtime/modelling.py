@@ -9,6 +9,7 @@ import copy
 import torch
 import transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 HEADS = ("num_attention_heads", "num_key_value_heads")  # what a layer of attention may have of its own
 
@@ -33,6 +34,8 @@ def narrow(model, pruned):
         setattr(module, kind, nn.Parameter(torch.empty(shape, dtype=old.dtype, device=old.device)))
         if isinstance(module, nn.Linear) and kind == "weight":
             module.out_features, module.in_features = shape
+        elif isinstance(module, Conv1D) and kind == "weight":
+            module.nf = shape[1]
     for name, heads in pruned.get("attention", {}).items():
         module = model.get_submodule(name)
         module.config = copy.copy(module.config)

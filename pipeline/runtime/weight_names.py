@@ -4,10 +4,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pipeline.model.families import HEAD, LAYER
+from pipeline.model.families import family_for
 
-BASE = LAYER.partition(".")[0] + "."  # what a base model saved alone leaves out
-BUFFERS = "rotary_emb.inv_freq"  # stored by old versions, computed by the class
+BUFFERS = r"rotary_emb\.inv_freq$"  # stored by old versions, computed by the class
 PREDICTION = re.compile(r"(^|[._])mtp([._]|$)")  # multi-token prediction, by name
 NUMBERED = re.compile(r"(?:model\.)?layers\.(\d{1,6})\.(.+)")
 MARKS = ("eh_proj", "enorm", "hnorm")  # modules that only a layer of multi-token prediction has
@@ -17,15 +16,18 @@ def canonical_names(stored: Iterable[str], config: Mapping[str, Any]) -> tuple[d
     """Return the stored name by the table's name of each tensor, and the names of those that are left out.
 
     Left out are buffers that the class computes and layers of multi-token prediction, which transformers' classes do
-    not have. A base model saved alone lacks the prefix `model.`, which is added.
+    not have. A base model saved alone lacks the prefix of its module (`model.`), which is added.
     """
     stored = list(stored)
-    beyond = _prediction_layers(stored, config["num_hidden_layers"])
-    buffers = {name for name in stored if name.endswith(BUFFERS)}
+    family = family_for(config)
+    beyond = _prediction_layers(stored, family.width(config, "layers"))
+    ignored = re.compile("|".join((BUFFERS, *family.left_out)))
+    buffers = {name for name in stored if ignored.search(name)}
     left_out = [name for name in stored if name not in buffers and (PREDICTION.search(name) or _layer(name) in beyond)]
     kept = [name for name in stored if name not in buffers and name not in set(left_out)]
-    bare = not any(name.startswith(BASE) for name in kept)
-    names = {BASE + name if bare and name != HEAD else name: name for name in kept}
+    base = family.prefix.partition(".")[0] + "."
+    bare = not any(name.startswith(base) for name in kept)
+    names = {base + name if bare and not name.startswith(f"{family.head}.") else name: name for name in kept}
     return names, left_out
 
 

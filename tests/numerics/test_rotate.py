@@ -75,10 +75,8 @@ def test_the_view_has_the_tensors_of_its_anatomy_with_gains_of_one(kind):
 
 
 def test_gains_stored_as_one_more_are_ones_in_the_view():
-    """No known family stores 1+w without post-norms: Gemma's table with its post-norms taken away stands for one."""
-    _, anatomy, source = parts("gemma2")
-    bare = replace(anatomy, family=replace(anatomy.family, post_norms={}))
-    turned = rotate(bare, orthogonal(), source)
+    _, anatomy, source = parts("gemma")
+    turned = rotate(anatomy, orthogonal(), source)
     assert (turned["model.layers.0.input_layernorm.weight"] == 0.0).all()
     weight = source["model.layers.0.self_attn.q_proj.weight"]
     wanted = (weight * (1.0 + source["model.layers.0.input_layernorm.weight"])) @ orthogonal()

@@ -1,25 +1,24 @@
-"""Laws of the tables: for every family, on a tiny random model of the real class, in float64."""
+"""Laws of the tables: for every type with one, on a tiny random model of the real class, in float64."""
 
 import pytest
 import torch
 
+import fused
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
-from pipeline.model.families import family_of
+from pipeline.model.families import AXES, FAMILIES, family_of
 from pipeline.model.hf_config import student_config
 from pipeline.prune.surgery.cut import cut
+from pipeline.prune.surgery.reinit import stabilise_gains
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
-from tests.tiny import CLASSES, config_of, save_tiny, tensors_of, tiny_model, tokens
+from pipeline.runtime.fused_layers import LAYER_OPERATORS, fused_layers
+from tests.laws import mask, plan_of
+from tests.tiny import TINY, config_of, model_type, save_tiny, tensors_of, tiny_model, tokens
 
 
 def assert_close(one, other):
-    """Equal up to the float32 in which the classes' norms and softmax compute, even inside a float64 model."""
+    """Assert equality up to the float32 in which the classes' norms and softmax compute, also inside float64 models."""
     assert (one - other).norm() / other.norm() < 1e-5, (one - other).abs().max()
-
-
-@pytest.fixture(params=CLASSES)
-def model(request):
-    return tiny_model(request.param)
 
 
 def logits(model):
@@ -27,111 +26,135 @@ def logits(model):
         return model(tokens()).logits
 
 
+def anatomy(model):
+    return anatomy_of(config_of(model), tensors_of(model))
+
+
 def export(model, blueprint, folder):
-    anatomy = anatomy_of(config_of(model), tensors_of(model))
-    config = student_config(config_of(model), anatomy, blueprint)
-    write_checkpoint(folder, config, cut(anatomy, blueprint, tensors_of(model)), 20_000)
+    config = student_config(config_of(model), anatomy(model), blueprint)
+    write_checkpoint(folder, config, cut(anatomy(model), blueprint, tensors_of(model)), 20_000)
     return folder
 
 
-def narrow_plan(sizes, layers=(0, 1, 2, 3)):
-    """Half of the heads of every group, two thirds of the neurons: no hidden channel goes."""
-    plans = tuple(
-        LayerPlan(i, (Group(i, 0, (1,)), Group(i, 1, (2,))), tuple(n for n in range(24) if n % 3)) for i in layers
-    )
-    return Blueprint(tuple(range(sizes.hidden)), plans)
+def student_of(model, blueprint, folder):
+    """Return the student as its class loads it, which refuses missing and unexpected tensors."""
+    return load_model(export(model, blueprint, folder), model.dtype, "eager")
 
 
-def test_keeping_everything_is_bit_identical(model):
-    anatomy = anatomy_of(config_of(model), tensors_of(model))
-    kept = dict(cut(anatomy, everything(anatomy.sizes), tensors_of(model)))
-    assert kept.keys() == tensors_of(model).keys()
-    for name, tensor in tensors_of(model).items():
+def test_every_type_with_a_table_has_a_tiny_model():
+    assert {model_type(kind) for kind in TINY} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_keeping_everything_is_bit_identical_and_the_table_counts_the_parameters_of_the_class(kind):
+    model = tiny_model(kind)
+    of, source = anatomy(model), tensors_of(model)
+    kept = dict(cut(of, everything(of.sizes), source))
+    assert kept.keys() == source.keys()
+    for name, tensor in source.items():
         assert torch.equal(kept[name], tensor), name
+    assert of.shapes() == {name: tuple(tensor.shape) for name, tensor in source.items()}
+    buffers = sum(tensor.numel() for name, tensor in source.items() if name in dict(model.named_buffers()))
+    assert of.parameters()[0] - buffers == model.num_parameters()
 
 
-def test_the_table_counts_the_parameters_of_the_class(model):
-    anatomy = anatomy_of(config_of(model), tensors_of(model))
-    assert anatomy.parameters()[0] == model.num_parameters()
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("axis", [*AXES, "all"])
+def test_cutting_equals_masking_and_the_stock_class_reloads_it(kind, axis, tmp_path):
+    model = tiny_model(kind)
+    of = anatomy(model)
+    if axis in of.family.fixed:
+        with pytest.raises(ValueError, match=r"shape\.(\w+): .*keeps its \1"):
+            everything_but(of, axis).check(of)
+        return
+    blueprint = plan_of(of, axis)
+    student = student_of(model, blueprint, tmp_path / "s")
+    stock = "pruned" not in config_of(student)
+    assert stock != of_own_form(of, axis) and (type(student) is type(model)) == stock
+    assert open_checkpoint(tmp_path / "s").anatomy.sizes == blueprint.sizes(of.sizes)
+    mask(model, of, blueprint)
+    assert_close(logits(student), logits(model))
 
 
-def test_a_cut_folder_reloads_with_no_missing_or_unexpected_key(model, tmp_path):
-    anatomy = anatomy_of(config_of(model), tensors_of(model))
-    folder = export(model, narrow_plan(anatomy.sizes, (0, 2)), tmp_path / "student")
-    assert len(list(folder.glob("*.safetensors"))) > 1
-    student = load_model(folder, torch.float64, "eager")
-    assert student.config.num_hidden_layers == 2
-    assert student.config.num_attention_heads == 2
-    assert student.config.intermediate_size == 16
-    assert torch.isfinite(logits(student)).all()
+def of_own_form(of, axis):
+    """Whether the stock class cannot represent the student: its neurons follow from its channels."""
+    return of.family.field("neurons") is None and axis != "layers"
 
 
-def test_cutting_heads_and_neurons_equals_masking_them(model, tmp_path):
-    anatomy = anatomy_of(config_of(model), tensors_of(model))
-    if model.config.model_type == "olmo2":
-        pytest.skip("its QK-norm spans the heads: see test_olmo2_heads")
-    blueprint = narrow_plan(anatomy.sizes)
-    student = load_model(export(model, blueprint, tmp_path / "s"), torch.float64, "eager")
-    with torch.no_grad():
-        for layer in model.model.layers:
-            columns = layer.self_attn.o_proj.weight.view(32, 4, 8)
-            columns[:, [0, 3]] = 0.0
-            layer.mlp.down_proj.weight[:, [n for n in range(24) if n % 3 == 0]] = 0.0
-    assert_close(logits(model), logits(student))
+def everything_but(of, axis):
+    """Return a blueprint that has fewer of an axis that the family keeps."""
+    whole = everything(of.sizes)
+    first, *rest = whole.layers
+    if axis == "layers":
+        return Blueprint(whole.channels, tuple(rest))
+    if axis == "hidden":
+        return Blueprint(whole.channels[1:], whole.layers)
+    if axis == "neurons":
+        return Blueprint(whole.channels, (LayerPlan(0, first.groups, first.neurons[1:]), *rest))
+    several = len(first.groups[0].heads) > 1
+    groups = tuple(Group(g.layer, g.kv, g.heads[1:]) for g in first.groups) if several else first.groups[1:]
+    groups = first.groups[1:] if axis == "groups" else groups
+    return Blueprint(whole.channels, (LayerPlan(0, groups, first.neurons), *rest))
 
 
-def test_cutting_a_kv_group_equals_masking_its_heads(model, tmp_path):
-    if model.config.model_type == "olmo2":
-        pytest.skip("its QK-norm spans the heads: see test_olmo2_heads")
-    plans = tuple(LayerPlan(i, (Group(i, 1, (2, 3)),), tuple(range(24))) for i in range(4))
-    blueprint = Blueprint(tuple(range(32)), plans)
-    student = load_model(export(model, blueprint, tmp_path / "s"), torch.float64, "eager")
-    assert student.config.num_key_value_heads == 1
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.view(32, 4, 8)[:, :2] = 0.0
-    assert_close(logits(model), logits(student))
+@pytest.mark.parametrize("kind", TINY)
+def test_layers_of_their_own_widths_equal_masking_and_reload(kind, tmp_path):
+    model = tiny_model(kind)
+    of = anatomy(model)
+    family, whole = of.family, everything(of.sizes)
+    heads = not of.whole_heads and "heads" not in family.fixed and "groups" not in family.fixed
+    plans = []
+    for layer, plan in enumerate(whole.layers):
+        groups = (plan.groups, plan.groups[:1], plan.groups[1:], plan.groups)[layer % 4] if heads else plan.groups
+        neurons = plan.neurons if "neurons" in family.fixed else plan.neurons[: (24, 8, 16, 24)[layer % 4]]
+        plans.append(LayerPlan(layer, groups, neurons))
+    blueprint = Blueprint(whole.channels, tuple(plans))
+    if family.modules:
+        with pytest.raises(ValueError, match="plan.widths"):
+            export(model, blueprint, tmp_path / "s")
+        return
+    student = student_of(model, blueprint, tmp_path / "s")
+    mask(model, of, blueprint)
+    assert_close(logits(student), logits(model))
+    assert open_checkpoint(tmp_path / "s").anatomy.shapes() == {
+        n: tuple(t.shape) for n, t in tensors_of(student).items()
+    }
 
 
-def test_olmo2_heads_cut_equals_masking_with_the_norm_taken_over_the_kept_rows(tmp_path):
-    model = tiny_model("olmo2", rms_norm_eps=0.0)
-    anatomy = anatomy_of(config_of(model), tensors_of(model))
-    student = load_model(export(model, narrow_plan(anatomy.sizes), tmp_path / "s"), torch.float64, "eager")
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.weight.view(4, 8, 32)[[0, 3]] = 0.0
-            layer.self_attn.q_norm.weight.mul_(0.5**0.5)  # half of the rows carry the whole mean square
-            layer.self_attn.o_proj.weight.view(32, 4, 8)[:, [0, 3]] = 0.0
-            layer.mlp.down_proj.weight[:, [n for n in range(24) if n % 3 == 0]] = 0.0
-    assert_close(logits(model), logits(student))
+@pytest.mark.parametrize("kind", TINY)
+def test_the_operators_of_kernels_compute_what_the_class_computes(kind):
+    model = tiny_model(kind)
+    plain = logits(model)
+    with fused_layers(model, {name: fused.op(name, "cpu") for name in LAYER_OPERATORS}):
+        assert_close(logits(model), plain)
 
 
-def test_layers_of_their_own_widths_equal_masking_and_reload(model, tmp_path):
-    if model.config.model_type == "olmo2":
-        pytest.skip("its QK-norm spans the heads")
-    full = (Group(0, 0, (0, 1)), Group(0, 1, (2, 3)))
-    plans = (
-        LayerPlan(0, full, tuple(range(24))),
-        LayerPlan(1, (Group(1, 0, (0, 1)),), tuple(range(8))),
-        LayerPlan(2, (Group(2, 0, (1,)), Group(2, 1, (3,))), tuple(range(16))),
-        LayerPlan(3, (Group(3, 1, (2,)),), tuple(range(24))),
-    )
-    folder = export(model, Blueprint(tuple(range(32)), plans), tmp_path / "s")
-    student = load_model(folder, torch.float64, "eager")
-    gone_heads, gone_neurons = [[], [2, 3], [0, 2], [0, 1, 3]], [24, 8, 16, 24]
-    with torch.no_grad():
-        for layer, heads, neurons in zip(model.model.layers, gone_heads, gone_neurons):
-            layer.self_attn.o_proj.weight.view(32, 4, 8)[:, heads] = 0.0
-            layer.mlp.down_proj.weight[:, neurons:] = 0.0
-    assert_close(logits(model), logits(student))
-    assert open_checkpoint(folder).anatomy.parameters()[0] == student.num_parameters()
+@pytest.mark.parametrize("kind", TINY)
+def test_slnp_keeps_the_l2_norm_of_every_gain(kind):
+    model = tiny_model(kind)
+    of, source = anatomy(model), tensors_of(model)
+    if "hidden" in of.family.fixed:
+        pytest.skip("its hidden channels are kept")
+    blueprint, offset = plan_of(of, "hidden"), of.family.norm_offset
+    plain = dict(cut(of, blueprint, source))
+    stable = dict(stabilise_gains(of, blueprint, source, plain.items()))
+    gains = {name.format(layer=layer) for name in of.norms for layer in range(len(of.sizes.layers))}
+    # a tied Gemma output matrix takes the embedding's sqrt(h / h') back in the final gain, on top of SLNP
+    scale = (len(blueprint.channels) / of.sizes.hidden) ** 0.5 if of.family.embedding_times_root_hidden else 1.0
+    for name, tensor in stable.items():
+        if name in gains:
+            wanted = (source[name] + offset).norm() * (scale if name == of.final_norm and of.tied else 1.0)
+            assert torch.isclose((tensor + offset).norm(), wanted, rtol=1e-12), name
+        else:
+            assert torch.equal(tensor, plain[name]), name
+    assert of.family.gainless or gains & stable.keys()
 
 
 def test_gemma_narrowed_embedding_keeps_its_magnitude(tmp_path):
     for kind in ("gemma2", "gemma3_text"):
         model = tiny_model(kind, num_attention_heads=2, num_key_value_heads=1)
-        anatomy = anatomy_of(config_of(model), tensors_of(model))
-        whole = everything(anatomy.sizes)
+        of = anatomy(model)
+        whole = everything(of.sizes)
         blueprint = Blueprint(tuple(range(16)), whole.layers)
         student = load_model(export(model, blueprint, tmp_path / kind), torch.float64, "eager")
         x = tokens()
@@ -147,9 +170,9 @@ def test_gemma_narrowed_embedding_keeps_its_magnitude(tmp_path):
 
 def test_a_llama_whose_heads_do_not_divide_its_width_is_saved_as_mistral(tmp_path):
     model = tiny_model("llama")
-    anatomy = anatomy_of(config_of(model), tensors_of(model))
-    whole = everything(anatomy.sizes)
-    blueprint = Blueprint(tuple(range(30)), narrow_plan(anatomy.sizes).layers[:3] + (whole.layers[3],))
+    of = anatomy(model)
+    whole = everything(of.sizes)
+    blueprint = Blueprint(tuple(range(30)), plan_of(of, "neurons").layers[:3] + (whole.layers[3],))
     uniform = Blueprint(tuple(range(30)), whole.layers)
     student = load_model(export(model, uniform, tmp_path / "s"), torch.float64, "eager")
     assert type(student).__name__ == "MistralForCausalLM" and student.config.sliding_window is None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.anatomy import Anatomy
-from pipeline.model.families import FINAL_NORM, LAYER
+from pipeline.model.families import family_of
 from pipeline.model.forwards import replaced_forward
 from pipeline.model.scores import Scores
 
@@ -94,21 +94,21 @@ def _scored_norms(anatomy: Anatomy, norms: str) -> list[str]:
     family = anatomy.family
     post = family.post_norms if norms == "all" or not family.pre_norms else ()
     layers = range(len(anatomy.sizes.layers))
-    inner = [f"{LAYER}{norm}".format(layer=layer) for layer in layers for norm in (*family.pre_norms, *post)]
-    return [*inner, FINAL_NORM.removesuffix(".weight")]
+    inner = [f"{family.prefix}{norm}".format(layer=layer) for layer in layers for norm in (*family.pre_norms, *post)]
+    return [*inner, family.final_norm]
 
 
 def _watch(model: nn.Module, anatomy: Anatomy, sums: Sums, scored: list[str], hooks: ExitStack) -> None:
-    modules = dict(model.named_modules(prefix="model"))
-    attention_out, ffn_out = anatomy.layer_module("h (n d)"), anatomy.layer_module("h f")
+    modules = dict(model.named_modules(prefix=anatomy.family.decoder))
+    writers = {anatomy.writer("n d"): partial(_heads, anatomy.sizes.head_size), anatomy.writer("f"): _neurons}
     for name, total in zip(scored, sums.channels):
         hooks.callback(modules[name].register_forward_hook(partial(_channels, sums, total)).remove)
     for layer in range(len(anatomy.sizes.layers)):
-        into = modules[attention_out.format(layer=layer)]
-        hooks.callback(into.register_forward_pre_hook(partial(_heads, sums, layer, anatomy.sizes.head_size)).remove)
-        down = modules[ffn_out.format(layer=layer)]
-        hooks.callback(down.register_forward_pre_hook(partial(_neurons, sums, layer)).remove)
-        block = modules[f"model.layers.{layer}"]
+        for module, measured in writers.items():
+            if module is not None and module.format(layer=layer) in modules:
+                hook = partial(measured, sums, layer)
+                hooks.callback(modules[module.format(layer=layer)].register_forward_pre_hook(hook).remove)
+        block = modules[anatomy.family.prefix.format(layer=layer).rstrip(".")]
         hooks.callback(block.register_forward_hook(partial(_influence, sums, layer)).remove)
 
 
@@ -116,7 +116,7 @@ def _channels(sums: Sums, total: Tensor, module: nn.Module, inputs: tuple, outpu
     _add(sums, total, output.abs())
 
 
-def _heads(sums: Sums, layer: int, size: int, module: nn.Module, inputs: tuple) -> None:
+def _heads(size: int, sums: Sums, layer: int, module: nn.Module, inputs: tuple) -> None:
     heads = inputs[0].unflatten(-1, (-1, size))  # [batch, sequence, n, d]
     _add(sums, sums.heads[layer], torch.linalg.vector_norm(heads, dim=-1, dtype=_sum_type(heads)))
 
@@ -150,7 +150,7 @@ def inverse_rms(model: nn.Module, modules: Iterable[str], batches: Iterable[Tens
     Sums add over ranks; their quotient is s of post-RMSNorm absorption (Pangu Light), a mean of inverses.
     """
     device = next(model.parameters()).device
-    named = dict(model.named_modules(prefix="model"))
+    named = dict(model.named_modules(prefix=family_of(model.config.model_type).decoder))
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in modules}
 
     def add(name: str, module: nn.Module, inputs: tuple) -> None:
@@ -173,8 +173,10 @@ def only_layers(model: nn.Module, total: int, kept: Collection[int]) -> Iterator
     Within the context it is the model that `cut` makes of these hosts without donations.
     """
 
-    def passing(hidden_states: Tensor, *rest, **named) -> Tensor:
-        return hidden_states
+    tuples = family_of(model.config.model_type).tuples
+
+    def passing(hidden_states: Tensor, *rest, **named) -> Tensor | tuple[Tensor, None]:
+        return (hidden_states, None) if tuples else hidden_states
 
     with replaced_forward({layer_of(model, index): passing for index in set(range(total)) - set(kept)}):
         yield
@@ -182,7 +184,7 @@ def only_layers(model: nn.Module, total: int, kept: Collection[int]) -> Iterator
 
 def layer_of(model: nn.Module, index: int) -> nn.Module:
     """Return a layer of a causal model."""
-    return model.get_submodule(LAYER.format(layer=index).rstrip("."))
+    return model.get_submodule(family_of(model.config.model_type).prefix.format(layer=index).rstrip("."))
 
 
 def _sum_type(values: Tensor) -> torch.dtype:

@@ -39,7 +39,7 @@ class Moments:
 def moments(model: nn.Module, anatomy: Anatomy, batches: Iterable[Tensor]) -> Moments:
     """Return the sums over batches of ids [batch, sequence]; `model` maps ids to hidden states."""
     device = next(model.parameters()).device
-    modules = dict(model.named_modules(prefix="model"))
+    modules = dict(model.named_modules(prefix=anatomy.family.decoder))
     sums = Moments({}, torch.zeros(1, dtype=torch.float64))
     with ExitStack() as hooks:
         for layer in range(len(anatomy.sizes.layers)):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.anatomy import Anatomy
-from pipeline.model.families import LAYER
 from pipeline.model.forwards import replaced_forward
 
 
@@ -86,8 +85,9 @@ def in_step(
     """
     batches = list(batches)
     home = next(student[0].parameters()).device
-    modules = dict(student[0].named_modules(prefix="model"))
-    large, small = layers_of(dict(teacher[0].named_modules(prefix="model")), teacher[1]), layers_of(modules, student[1])
+    modules = dict(student[0].named_modules(prefix=student[1].family.decoder))
+    small = layers_of(modules, student[1])
+    large = layers_of(dict(teacher[0].named_modules(prefix=teacher[1].family.decoder)), teacher[1])
     dense, thin = recorded(teacher[0], large, batches), recorded(student[0], small, batches)
     shared, after = torch.tensor(channels, device=home), 0
     none = next(student[0].parameters()).new_empty(0, len(channels))  # all that a rank without a batch has
@@ -144,7 +144,7 @@ def _gathered(steps: Sequence[Step], channels: Tensor | slice, none: Tensor) -> 
 
 def ffn_modules(anatomy: Anatomy, layer: int) -> tuple[str, ...]:
     """Return the names of a layer's FFN and of the norms before and after it, if any, in the order of the stream."""
-    prefix = LAYER.format(layer=layer)
+    prefix = anatomy.family.prefix.format(layer=layer)
     down = anatomy.layer_module("h f").format(layer=layer).removeprefix(prefix)
     ffn = down.rpartition(".")[0]
     before = (norm for norm, readers in anatomy.family.pre_norms.items() if readers[0].startswith(f"{ffn}."))
@@ -154,7 +154,8 @@ def ffn_modules(anatomy: Anatomy, layer: int) -> tuple[str, ...]:
 
 def layers_of(modules: Mapping[str, nn.Module], anatomy: Anatomy) -> list[nn.Module]:
     """Return the layers among modules named as in the checkpoint."""
-    return [modules[LAYER.format(layer=layer).rstrip(".")] for layer in range(len(anatomy.sizes.layers))]
+    prefix = anatomy.family.prefix.rstrip(".")
+    return [modules[prefix.format(layer=layer)] for layer in range(len(anatomy.sizes.layers))]
 
 
 def _moved(value: Any, place: torch.device) -> Any:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.anatomy import Anatomy
-from pipeline.model.families import FINAL_NORM, LAYER
 
 BLOCK = 384  # columns of a product that are multiplied with all that follow them
 CHUNK = 4096  # rows whose products add in float32 before they join the float64 total
@@ -67,8 +66,18 @@ def gram(
 
 
 def projections(anatomy: Anatomy) -> dict[str, str]:
-    """Return the `{layer}` module names of the two projections that write to the stream, by the axis they read."""
-    return {axis: anatomy.layer_module(f"h {written}") for axis, written in (("n d", "(n d)"), ("f", "f"))}
+    """Return the `{layer}` module names of the projections that write to the stream, by the axis they read: W_O (`n d`)
+    and W_down (`f`), without that of an axis which the family carries whole.
+
+    ValueError for a family whose matrices are stored [in, out].
+    """
+    if anatomy.family.transposed:
+        raise ValueError(
+            f"model_type {anatomy.family.model_type!r} stores its matrices [in, out], which Hessians, FLAP and bias "
+            "compensation do not read; choose score.kind=activation or taylor without them"
+        )
+    writers = {axis: anatomy.writer(axis) for axis in ("n d", "f")}
+    return {axis: module for axis, module in writers.items() if module is not None}
 
 
 def with_float64(place: torch.device) -> torch.device:
@@ -89,14 +98,15 @@ def add_products(total: Tensor, rows: Tensor) -> None:
 
 
 def _watch(model: nn.Module, anatomy: Anatomy, grams: Grams, hooks: ExitStack) -> None:
-    modules = dict(model.named_modules(prefix="model"))
+    modules = dict(model.named_modules(prefix=anatomy.family.decoder))
     for name, total in grams.inputs.items():
         hooks.callback(modules[name].register_forward_pre_hook(partial(_input, total)).remove)
     if grams.stream is None:
         return
     layers = range(len(anatomy.sizes.layers))
-    readers = [f"{LAYER}{norm}".format(layer=layer) for layer in layers for norm in anatomy.family.pre_norms]
-    last = FINAL_NORM.removesuffix(".weight")
+    prefixes = [anatomy.family.prefix.format(layer=layer) for layer in layers]
+    readers = [f"{prefix}{norm}" for prefix in prefixes for norm in anatomy.family.pre_norms]
+    last = anatomy.family.final_norm
     for name, totals in (*((name, [grams.stream]) for name in readers), (last, [grams.stream, grams.final])):
         hooks.callback(modules[name].register_forward_pre_hook(partial(_direction, totals)).remove)
 

@@ -40,7 +40,7 @@ def prune_in_sequence(
     one layer and one batch, on the model's own device the stream of all batches.
     """
     home = next(model.parameters()).device
-    modules = dict(model.named_modules(prefix="model"))
+    modules = dict(model.named_modules(prefix=anatomy.family.decoder))
     layers = layers_of(modules, anatomy)
     steps = recorded(model, layers, batches)
     for index in range(len(layers)) if kept is None else kept:

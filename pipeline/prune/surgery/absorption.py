@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.anatomy import Anatomy
-from pipeline.model.families import LAYER
 from pipeline.model.forwards import replaced_forward
 from pipeline.prune.passes.layerwise import Step, layers_of, recorded
 from pipeline.prune.surgery.reinit import post_norm_modules
@@ -36,13 +35,13 @@ def fitted_scales(
     Memory: on `place` one layer and one batch; on the model's own device four streams of all batches.
     """
     home = next(model.parameters()).device
-    modules = dict(model.named_modules(prefix="model"))
+    modules = dict(model.named_modules(prefix=anatomy.family.decoder))
     layers = layers_of(modules, anatomy)
     steps = recorded(model, layers, batches)
     whole = [step.twin() for step in steps]  # the model as it came
     for index, layer in enumerate(layers):
         layer.to(place)
-        norms = [f"{LAYER}{norm}".format(layer=index) for norm in anatomy.family.post_norms]
+        norms = [f"{anatomy.family.prefix}{norm}".format(layer=index) for norm in anatomy.family.post_norms]
         wanted = [_outputs(step, layer, index, [modules[name] for name in norms], place) for step in whole]
         with ExitStack() as undo:
             for position, name in enumerate(norms):

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
-from pipeline.model.families import LAYER
 from pipeline.prune.second_order.hessian import projections
 from pipeline.prune.second_order.restore import own_columns
 from pipeline.prune.surgery.reinit import Stream
@@ -21,7 +20,7 @@ def biased_anatomy(anatomy: Anatomy) -> Anatomy:
     Raise ValueError if W_O or W_down cannot have one.
     """
     table = anatomy.family.layer
-    required = [f"{module.removeprefix(LAYER)}.bias" for module in projections(anatomy).values()]
+    required = [f"{module.removeprefix(anatomy.family.prefix)}.bias" for module in projections(anatomy).values()]
     missing = [name for name in required if name not in table]
     if missing:
         raise ValueError(

@@ -4,22 +4,20 @@ Depth, hidden width, query heads, KV groups, neurons and cross-layer donation ar
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from pipeline.model.anatomy import Anatomy, Segment
-from pipeline.model.blueprint import Blueprint, LayerPlan
-from pipeline.model.families import EMBEDDING, FINAL_NORM
+from pipeline.model.anatomy import Anatomy, Axis, Segment, Sizes, joint
+from pipeline.model.blueprint import Blueprint, Group, LayerPlan
 
 Donate = Callable[[str, Tensor, int, int], Tensor]  # (name with {layer}, donated rows, donor layer, host layer) -> rows
 
 
 def as_it_is(name: str, rows: Tensor, donor: int, host: int) -> Tensor:
-    """Give donated rows unchanged."""
+    """Return donated rows unchanged."""
     return rows
 
 
@@ -30,29 +28,33 @@ def cut(
 
     `source` may be lazy: a tensor is read when it is needed and not kept. Raises ValueError if the blueprint does not
     fit. Where the model multiplies embeddings by sqrt(h), the narrowed embedding is scaled by sqrt(h / h') and, if it
-    is the output matrix too, the final gain by sqrt(h' / h), so that narrowing changes no magnitude.
+    is the output matrix too, the final norm by sqrt(h' / h), so that narrowing changes no magnitude.
     """
-    blueprint.check(anatomy)
+    student = blueprint.student(anatomy)
     channels = torch.tensor(blueprint.channels)
     scale = math.sqrt(anatomy.sizes.hidden / len(channels)) if anatomy.family.embedding_times_root_hidden else 1.0
     for name, (segment,) in anatomy.outer_tensors.items():
         kept = _on_hidden(source[name], segment, channels)
-        if name == EMBEDDING:
+        if name == anatomy.embedding:
             kept = _scaled(kept, scale, 0.0)
-        elif name == FINAL_NORM and anatomy.tied:
+        elif name == anatomy.final_norm and anatomy.tied:
             kept = _scaled(kept, 1.0 / scale, anatomy.family.norm_offset)
+        elif name == f"{anatomy.family.final_norm}.bias" and anatomy.tied:
+            kept = _scaled(kept, 1.0 / scale, 0.0)
         yield name, kept
     for place, plan in enumerate(blueprint.layers):
         for name, segments in anatomy.layer_tensors.items():
+            if not student.has(name, place):
+                continue
             parts = [
                 _on_hidden(_part(anatomy, source, name, i, plan, donate), segment, channels)
                 for i, segment in enumerate(segments)
             ]
-            yield name.format(layer=place), parts[0] if len(parts) == 1 else torch.cat(parts)
+            yield name.format(layer=place), parts[0] if len(parts) == 1 else torch.cat(parts, joint(segments))
 
 
 def principal_layer(plan: LayerPlan) -> int:
-    """Give the source layer of most of a layer's KV groups, its host if that is one of them.
+    """Return the source layer of most of a layer's KV groups, its host if that is one of them.
 
     Gains over the head size (QK-norm) are shared by all heads of a layer, so they can follow one source only.
     """
@@ -60,41 +62,62 @@ def principal_layer(plan: LayerPlan) -> int:
     return max(counts, key=lambda layer: (counts[layer], layer == plan.host, -layer))
 
 
+def of_heads(axis: Axis) -> bool:
+    """Whether an axis runs over query heads or KV groups."""
+    return not {"n", "k"}.isdisjoint(axis.split())
+
+
 def _part(
     anatomy: Anatomy, source: Mapping[str, Tensor], name: str, index: int, plan: LayerPlan, donate: Donate
 ) -> Tensor:
-    """Give segment `index` of a layer tensor with heads, groups and neurons cut, hidden channels still whole."""
-    segments = anatomy.layer_tensors[name]
-    segment = segments[index]
-    if "n d" in segment or "k d" in segment:
+    """Return segment `index` of a layer tensor with heads, groups and neurons cut, hidden channels still whole."""
+    segment = anatomy.layer_tensors[name][index]
+    along = next((i for i, axis in enumerate(segment) if of_heads(axis)), None)
+    if along is not None:
         pieces = []
         for layer, groups in groupby(plan.groups, key=lambda group: group.layer):
-            rows = _attention_rows(anatomy, _segment(anatomy, source, name, index, layer), segment, list(groups))
+            kept = units(segment[along], anatomy.sizes, layer, list(groups))
+            rows = _segment(anatomy, source, name, index, layer).index_select(along, kept)
             pieces.append(rows if layer == plan.host else donate(name, rows, layer, plan.host))
-        axis = next(i for i, axis in enumerate(segment) if axis in ("n d", "k d"))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, along)
     layer = principal_layer(plan) if segment == ("d",) else plan.host
     tensor = _segment(anatomy, source, name, index, layer)
-    if "f" in segment:
-        tensor = tensor.index_select(segment.index("f"), torch.tensor(plan.neurons))
+    for i, axis in enumerate(segment):
+        if "f" in axis.split():
+            each = anatomy.sizes.length(axis, layer) // anatomy.sizes.layers[layer].neurons
+            fastest = axis.split()[-1] == "f"  # "2 f": whole blocks of all neurons; "f 2": pairs, neuron by neuron
+            grid = torch.arange(tensor.shape[i]).view((each, -1) if fastest else (-1, each))
+            tensor = tensor.index_select(i, grid.index_select(int(fastest), torch.tensor(plan.neurons)).flatten())
     return tensor
+
+
+def units(axis: Axis, sizes: Sizes, layer: int, groups: Sequence[Group]) -> Tensor:
+    """Return the positions on a head axis (`n`, `n d`, `k d`, `k q+2 d`) of some bundles of a layer, in their order."""
+    letters, widths = axis.split(), sizes.layers[layer]
+    each = widths.heads // widths.groups
+    if letters[0] == "n":
+        kept = torch.tensor([head for group in groups for head in group.heads])
+    elif "q+2" in letters:
+        kept = torch.tensor(
+            [
+                group.kv * (each + 2) + row
+                for group in groups
+                for row in (*(head - group.kv * each for head in group.heads), each, each + 1)
+            ]
+        )
+    else:
+        kept = torch.tensor([group.kv for group in groups])
+    total = {"n": widths.heads, "k": widths.groups * (each + 2 if "q+2" in letters else 1)}[letters[0]]
+    return torch.arange(sizes.length(axis, layer)).view(total, -1)[kept].flatten()
 
 
 def _segment(anatomy: Anatomy, source: Mapping[str, Tensor], name: str, index: int, layer: int) -> Tensor:
     segments = anatomy.layer_tensors[name]
     tensor = source[name.format(layer=layer)]
-    lengths = [anatomy.sizes.length(segment[0], layer) for segment in segments]
-    return tensor if len(segments) == 1 else tensor.split(lengths)[index]
-
-
-def _attention_rows(anatomy: Anatomy, tensor: Tensor, segment: Segment, groups: list) -> Tensor:
-    """Give the rows (or columns) of the heads, or of the KV groups, of some bundles of one layer, in their order."""
-    axis = next(i for i, axis in enumerate(segment) if axis in ("n d", "k d"))
-    kept = [head for g in groups for head in g.heads] if segment[axis] == "n d" else [g.kv for g in groups]
-    size = anatomy.sizes.head_size
-    if axis == 0:
-        return rearrange(rearrange(tensor, "(u d) ... -> u d ...", d=size)[kept], "u d ... -> (u d) ...")
-    return rearrange(rearrange(tensor, "h (u d) -> h u d", d=size)[:, kept], "h u d -> h (u d)")
+    if len(segments) == 1:
+        return tensor
+    along = joint(segments)
+    return tensor.split([anatomy.sizes.length(segment[along], layer) for segment in segments], along)[index]
 
 
 def _on_hidden(tensor: Tensor, segment: Segment, channels: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Padding: layers widened with zero heads, KV groups and neurons, so that nothing they compute changes.
 
-A padded query head, or a head of a padded group, meets zero columns of W_O; a padded neuron's gate and up rows are zero
-and meets zero columns of W_down.
+A padded query head, or a head of a padded group, is multiplied by zero columns of W_O; a padded neuron by zero columns
+of W_down.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from pipeline.model.anatomy import Anatomy, LayerSizes, Sizes
+from pipeline.model.anatomy import Anatomy, Axis, LayerSizes, Sizes, joint
 from pipeline.prune.head_norms import rescaled
 
 Grid = tuple[int, ...]
@@ -19,8 +19,8 @@ Grid = tuple[int, ...]
 def pad(anatomy: Anatomy, wide: Sizes, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yield a checkpoint with every layer widened to `wide`, groups and heads of a group keeping their first places.
 
-    Each layer needs at least as many groups, heads per group and neurons as it has. Gains that span all heads of a
-    layer and what they normalise are rescaled, so that zeros change no mean square (`spans`).
+    `wide` has at least the groups, heads per group and neurons of every layer. Gains that span all heads of a layer and
+    what they normalise are rescaled, so that zeros change no mean square (`spans`).
     """
     places = {
         name.format(layer=layer): (name, layer) for name in anatomy.layer_tensors for layer in range(len(wide.layers))
@@ -39,24 +39,31 @@ def pad(anatomy: Anatomy, wide: Sizes, stream: Iterable[tuple[str, Tensor]]) -> 
 def _widened(anatomy: Anatomy, pattern: str, tensor: Tensor, narrow: LayerSizes, wider: LayerSizes) -> Tensor:
     segments, sizes = anatomy.layer_tensors[pattern], anatomy.sizes
     grids = [[[_grid(axis, sizes, widths) for axis in segment] for widths in (narrow, wider)] for segment in segments]
-    parts = tensor.split([math.prod(old[0]) for old, _ in grids])
-    return torch.cat([_embedded(part, old, new) for part, (old, new) in zip(parts, grids)])
+    along = joint(segments)
+    if not segments[0]:
+        return tensor
+    parts = tensor.split([math.prod(old[along]) for old, _ in grids], along)
+    return torch.cat([_embedded(part, old, new) for part, (old, new) in zip(parts, grids)], along)
 
 
-def _grid(axis: str, sizes: Sizes, widths: LayerSizes) -> Grid:
-    """Give an axis of a layer as the grid its units lie in: query heads are [group, head of the group, head size]."""
-    return {
+def _grid(axis: Axis, sizes: Sizes, widths: LayerSizes) -> Grid:
+    """Return the lengths of an axis' letters: query heads are [group, head of the group]."""
+    if "q+2" in axis and widths.heads != widths.groups:
+        raise ValueError("export.form is padded: query heads, keys and values share rows by group; set export.form=own")
+    lengths = {
         "h": (sizes.hidden,),
         "d": (sizes.head_size,),
         "f": (widths.neurons,),
-        "k d": (widths.groups, sizes.head_size),
-        "n d": (widths.groups, widths.heads // widths.groups, sizes.head_size),
-    }[axis]
+        "k": (widths.groups,),
+        "n": (widths.groups, widths.heads // widths.groups),
+        "q+2": (widths.heads // widths.groups + 2,),
+    }
+    lengths |= {letter: (length,) for letter, length in sizes.carried.items()}
+    return sum(((int(letter),) if letter.isdigit() else lengths[letter] for letter in axis.split()), ())
 
 
 def _embedded(tensor: Tensor, old: list[Grid], new: list[Grid]) -> Tensor:
-    """Give a tensor whose axes lie in the grids `old` in the low corner of zeros in the grids `new`."""
+    """Return zeros of the grids `new` with a tensor of the grids `old` in their low corner."""
     zeros = tensor.new_zeros(sum(new, ()))
     zeros[tuple(slice(length) for length in sum(old, ()))] = tensor.reshape(sum(old, ()))
     return zeros.reshape([math.prod(grid) for grid in new])
-

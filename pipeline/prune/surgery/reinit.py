@@ -1,4 +1,5 @@
-"""Re-initialisation: what is kept is rescaled so that training starts from a calm network (Pangu Light, 2505.20155)."""
+"""Re-initialisation: kept weights are rescaled so that training starts from a stable network (Pangu Light,
+2505.20155)."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
@@ -7,13 +8,13 @@ from torch import Tensor
 
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
-from pipeline.model.families import FINAL_NORM, LAYER
+from pipeline.prune.surgery.cut import Donate, as_it_is
 
 Stream = Iterable[tuple[str, Tensor]]
 
 
 def stabilising_factor(kept: Tensor, original: Tensor) -> Tensor:
-    """Give the SLNP factor c = |original| / |kept| of effective gains [h'] and [h] (Pangu Light, eq. 6)."""
+    """Return the SLNP factor c = |original| / |kept| of effective gains [h'] and [h] (Pangu Light, eq. 6)."""
     return original.norm() / kept.norm()
 
 
@@ -26,8 +27,8 @@ def stabilise_gains(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield a cut stream with every gain over hidden channels stabilised (SLNP), also where 1+w is stored.
 
-    The factor is the source's: norm of the whole gain over norm of its kept channels. The modules `scales` of the
-    source are static scales by now (absorption), no norms: what is narrow does not change them.
+    The factor is the source's: norm of the whole gain over norm of its kept channels. The biases of LayerNorm stay.
+    The modules `scales` of the source are static scales (absorption), not norms, and stay as they are.
     """
     gains = _gain_factors(anatomy, blueprint, source)
     factors = {name: factor for name, origin, factor in gains if origin.removesuffix(".weight") not in scales}
@@ -44,11 +45,12 @@ def _gain_factors(
     channels = torch.tensor(blueprint.channels)
     for pattern in anatomy.norms:
         places = (
-            [(FINAL_NORM, FINAL_NORM)]
-            if pattern == FINAL_NORM
+            [(pattern, pattern)]
+            if pattern == anatomy.final_norm
             else [
                 (pattern.format(layer=place), pattern.format(layer=plan.host))
                 for place, plan in enumerate(blueprint.layers)
+                if anatomy.has(pattern, plan.host)
             ]
         )
         for student, origin in places:
@@ -56,22 +58,30 @@ def _gain_factors(
             yield student, origin, stabilising_factor(gain[channels], gain)
 
 
-def compensate_gain(anatomy: Anatomy, source: Mapping[str, Tensor]):
-    """Give a donation rule for `cut`: donated query, key and value rows are rescaled by donor gain / host gain.
+def compensate_gain(anatomy: Anatomy, source: Mapping[str, Tensor]) -> Donate:
+    """Return a donation rule for `cut`: donated query, key and value rows are rescaled by donor gain / host gain.
 
-    Donated rows then see the host's normalised input as their own layer saw it. ValueError if a host gain is zero.
+    Donated rows then read the host's normalised input as they read their own layer's. ValueError if a host gain is
+    zero, or if the norm has a bias.
     """
-    norm, readers = next(iter(anatomy.family.pre_norms.items()), (None, ()))
+    norm, readers = next(iter(anatomy.family.pre_norms.items()), ("", ()))
+    if f"{norm}.bias" in anatomy.optional:
+        raise ValueError(f"reinit.gain_compensation: {norm} has a bias, which no factor compensates; set it to false")
+    gain = f"{anatomy.family.prefix}{norm}.weight"
+    if gain not in anatomy.norms:
+        return as_it_is
 
     def donate(name: str, rows: Tensor, donor: int, host: int) -> Tensor:
-        module, _, kind = name.removeprefix(LAYER).rpartition(".")
+        module, _, kind = name.removeprefix(anatomy.family.prefix).rpartition(".")
         if module not in readers or kind != "weight":
             return rows
-        gains = [_wide(source[f"{LAYER}{norm}.weight".format(layer=i)]) for i in (donor, host)]
-        donor_gain, host_gain = (gain + anatomy.family.norm_offset for gain in gains)
+        gains = [_wide(source[gain.format(layer=i)]) for i in (donor, host)]
+        donor_gain, host_gain = (each + anatomy.family.norm_offset for each in gains)
         if (host_gain == 0).any():
-            raise ValueError(f"reinit.gain_compensation: layer {host} has a gain of zero in {norm}; switch it off")
-        return (_wide(rows) * (donor_gain / host_gain)).to(rows.dtype)
+            raise ValueError(f"reinit.gain_compensation: layer {host} has a gain of zero in {norm}; set it to false")
+        ratio = donor_gain / host_gain
+        columns = anatomy.layer_tensors[name][0].index("h") == 1
+        return (_wide(rows) * (ratio if columns else ratio[:, None])).to(rows.dtype)
 
     return donate
 
@@ -81,7 +91,7 @@ def absorb_post_norms(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the checkpoint with post-norm gains replaced by static scales s * gain (post-RMSNorm absorption).
 
-    `inverse_rms` gives s, the mean over tokens of 1/rms(x), by post-norm module name.
+    `inverse_rms` holds s, the mean over tokens of 1/rms(x), by post-norm module name.
     """
     gains = {module: _wide(source[f"{module}.weight"]) + anatomy.family.norm_offset for module in inverse_rms}
     return with_static_scales(anatomy, source, {module: gain * inverse_rms[module] for module, gain in gains.items()})
@@ -92,7 +102,8 @@ def with_static_scales(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the checkpoint with scales [h], by post-norm module name, in the place of post-norm gains.
 
-    A scale keeps the norm's tensor name and holds the whole factor (no 1+w): the module at that place multiplies by it.
+    A scale keeps the norm's tensor name and holds the whole factor (not 1+w): the module at that place multiplies by
+    it.
     """
     for name in anatomy.shapes():
         tensor = source[name]
@@ -101,9 +112,10 @@ def with_static_scales(
 
 
 def post_norm_modules(anatomy: Anatomy) -> dict[str, str]:
-    """Give every post-norm module of the model with the projection it follows."""
+    """Return every post-norm module of the model with the projection it follows."""
+    prefix = anatomy.family.prefix
     return {
-        f"{LAYER}{norm}".format(layer=layer): f"{LAYER}{projection}".format(layer=layer)
+        f"{prefix}{norm}".format(layer=layer): f"{prefix}{projection}".format(layer=layer)
         for layer in range(len(anatomy.sizes.layers))
         for norm, projection in anatomy.family.post_norms.items()
     }
@@ -115,9 +127,9 @@ def fold_scales(anatomy: Anatomy, source: Mapping[str, Tensor]) -> Iterator[tupl
     W'[j, :] = scale[j] * W[j, :] for W_O and W_down [h, ...], in float32 or better, cast once.
     """
     scales = {projection: f"{norm}.weight" for norm, projection in post_norm_modules(anatomy).items()}
-    gone = set(scales.values())
+    removed = set(scales.values())
     for name in anatomy.shapes():
-        if name in gone:
+        if name in removed:
             continue
         tensor = source[name]
         module = name.rpartition(".")[0]

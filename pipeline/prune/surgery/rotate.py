@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from pipeline.model.anatomy import Anatomy
-from pipeline.model.families import EMBEDDING, FINAL_NORM, HEAD, LAYER
 
 UNSEEN = 0.1  # what a token that calibration never met counts in the fit of a tied gain
 CHUNK = 8192  # rows of the embedding in float64 at once
@@ -123,6 +122,18 @@ def check_rotatable(anatomy: Anatomy) -> None:
             f"model_type {family.model_type!r} has post-norms ({', '.join(family.post_norms)}), whose gains do not "
             "commute with a rotation; absorb and fold them first, or keep hidden channels as they are"
         )
+    if family.layer_norm:
+        raise ValueError(
+            f"model_type {family.model_type!r} has LayerNorm, which subtracts the mean of the channels and does not "
+            "commute with a rotation; select hidden channels by score instead"
+        )
+    other = [
+        name
+        for name, segments in anatomy.layer_tensors.items()
+        if segments == (("h",),) and name not in anatomy.norms and not name.endswith(".bias")
+    ]
+    if other:
+        raise ValueError(f"model_type {family.model_type!r} multiplies channels by {other[0]}; select them by score")
     if not family.pre_norms:
         raise ValueError(f"model_type {family.model_type!r} has no pre-norms: its stream cannot be rotated")
 
@@ -136,7 +147,7 @@ class Rotated(Mapping[str, Tensor]):
         self.basis, self.final = basis.to(torch.float64), final  # final: effective gain of a tied view
         self._names = (rotated_anatomy(anatomy) if final is None else anatomy).shapes()
         self._norm_of = {
-            f"{LAYER}{reader}": f"{LAYER}{norm}.weight"
+            f"{anatomy.family.prefix}{reader}": f"{anatomy.family.prefix}{norm}.weight"
             for norm, readers in anatomy.family.pre_norms.items()
             for reader in readers
         }
@@ -148,17 +159,17 @@ class Rotated(Mapping[str, Tensor]):
         return len(self._names)
 
     def __getitem__(self, name: str) -> Tensor:
-        stored = self.source[EMBEDDING if name == HEAD and self.anatomy.tied else name]
+        stored = self.source[self.anatomy.embedding if name == self.anatomy.head and self.anatomy.tied else name]
         return self._turned(name, stored.to(torch.float64)).to(stored.dtype)
 
     def _turned(self, name: str, tensor: Tensor) -> Tensor:
-        if name == EMBEDDING:
+        if name == self.anatomy.embedding:
             return tensor @ self.basis
-        if name == HEAD:
-            return (tensor * self._gain(FINAL_NORM)) @ self.basis
-        if name == FINAL_NORM and self.final is not None:
+        if name == self.anatomy.head:
+            return (tensor * self._gain(self.anatomy.final_norm)) @ self.basis
+        if name == self.anatomy.final_norm and self.final is not None:
             return self.final.to(tensor) - self.anatomy.family.norm_offset
-        layer, pattern = _place(name)
+        layer, pattern = self._place(name)
         if pattern in self.anatomy.norms:
             return torch.full_like(tensor, 1.0 - self.anatomy.family.norm_offset)
         module = pattern.rpartition(".")[0]
@@ -169,14 +180,16 @@ class Rotated(Mapping[str, Tensor]):
             return self.basis.T @ tensor
         return tensor
 
-    def _gain(self, name: str) -> Tensor:
+    def _gain(self, name: str) -> Tensor | float:
+        if self.anatomy.family.gainless:
+            return 1.0
         return self.source[name].to(torch.float64) + self.anatomy.family.norm_offset
 
-
-def _place(name: str) -> tuple[int | None, str]:
-    """Give the layer of a tensor name and the name with a `{layer}` place; None and the name outside the layers."""
-    start, _, end = LAYER.partition("{layer}")
-    if not name.startswith(start):
-        return None, name
-    layer, _, rest = name.removeprefix(start).partition(end)
-    return int(layer), LAYER + rest
+    def _place(self, name: str) -> tuple[int | None, str]:
+        """Return the layer of a tensor and its name with a `{layer}` place; None and its name outside the layers."""
+        prefix = self.anatomy.family.prefix
+        start, _, end = prefix.partition("{layer}")
+        if not name.startswith(start):
+            return None, name
+        layer, _, rest = name.removeprefix(start).partition(end)
+        return int(layer), prefix + rest

@@ -121,7 +121,7 @@ def _branch(
     The matrices are those of the checkpoint, not rounded to the type that the student computes in.
     """
     names = ffn_modules(student[1], layer)
-    modules = dict(student[0].named_modules(prefix="model"))
+    modules = dict(student[0].named_modules(prefix=student[1].family.decoder))
     branch = nn.Sequential(*(deepcopy(modules[name]).float() for name in names))
     matrices = {
         f"{name}.{inner}": weight
@@ -136,7 +136,7 @@ def _branch(
 
 def _copy(branch: nn.Sequential, student: tuple[nn.Module, Anatomy], layer: int) -> None:
     """Copy the weights of a trained branch into the student."""
-    modules = dict(student[0].named_modules(prefix="model"))
+    modules = dict(student[0].named_modules(prefix=student[1].family.decoder))
     for name, part in zip(ffn_modules(student[1], layer), branch, strict=True):
         modules[name].load_state_dict(part.state_dict())
 

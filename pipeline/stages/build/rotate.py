@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.model.families import EMBEDDING, FINAL_NORM
 from pipeline.model.shape import Shape, StreamEnergy
 from pipeline.prune.second_order.hessian import gram
 from pipeline.prune.surgery.rotate import (
@@ -74,10 +73,10 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     if ranks.rank:
         return
     if keeps_tie:
-        gain = source[FINAL_NORM].to(torch.float64) + anatomy.family.norm_offset
+        gain = source[anatomy.final_norm].to(torch.float64) + anatomy.family.norm_offset
         kept = Shape.load(inputs["shape"]).hidden
         basis = tied_basis(grams.stream, gain, section.own_axes)
-        fitted = tied_gain(basis, kept, gain, source[EMBEDDING], counts, grams.final)
+        fitted = tied_gain(basis, kept, gain, source[anatomy.embedding], counts, grams.final)
         rotated, tied = rotate_tied(anatomy, basis, fitted, source), True
     else:
         basis = principal_basis(grams.stream)

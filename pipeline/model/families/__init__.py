@@ -1,0 +1,51 @@
+"""The model types this project knows, as tables. A family is data: no code asks which family it handles.
+
+To add a type whose parts are known: one entry in a file of this package, one tiny model in `tests/tiny.py`, and
+`docs/models.md`, which `tests/unit/test_models_page.py` generates.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.model.families.dense import DENSE
+from pipeline.model.families.other import OTHER
+from pipeline.model.families.refused import REFUSED
+from pipeline.model.families.table import AXES, Family
+
+__all__ = ["AXES", "FAMILIES", "REFUSED", "Family", "family_for", "family_of"]
+
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENSE, *OTHER)}
+
+
+def family_of(model_type: str) -> Family:
+    """Return the table of a `config.json` model_type. ValueError if there is none, with the reason if one is known."""
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type in REFUSED:
+        raise ValueError(f"model_type {model_type!r} has no table: {REFUSED[model_type]}; see docs/models.md")
+    raise ValueError(
+        f"model_type {model_type!r} has no table; docs/models.md lists those that have one. A new table needs, in "
+        "pipeline/model/families: the names of a layer's tensors with their axes (v h n k d f), which projections each "
+        "norm feeds or follows, and whether gains are stored as 1+w"
+    )
+
+
+def family_for(config: Mapping[str, Any]) -> Family:
+    """Return the table for a config: that of its model_type, in the variant for its settings.
+
+    ValueError for an unknown type, and for a setting that no variant was made for.
+    """
+    family = family_of(config["model_type"])
+    tables = (family, *family.variants)
+    for table in tables:
+        if all(config.get(name) in values for name, values in table.requires.items()):
+            return table
+    names = sorted(
+        {name for table in tables for name in table.requires if config.get(name) not in table.requires[name]}
+    )
+    name = names[0]
+    values = sorted({str(value) for table in tables for value in table.requires.get(name, ()) if value is not None})
+    raise ValueError(
+        f"config.json: {name} is {config.get(name)!r}; model_type {family.model_type!r} is supported with "
+        f"{name} {' or '.join(values)} only"
+    )

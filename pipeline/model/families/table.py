@@ -1,0 +1,132 @@
+"""The table of a model family: every checkpoint tensor with the named axes of its shape, and the facts of its class.
+
+Axes are letters: `v` vocabulary, `h` hidden channels, `n` query heads, `k` key/value heads, `d` head size, `f` FFN
+neurons. A family may name further axes in `lengths`; they are carried whole. Letters in parentheses share a dimension,
+the last letter running fastest: `(n d) h` is a matrix whose rows run over heads and head size and whose columns run
+over hidden channels. `q+2` counts the query heads of a KV group, its key and its value: `(k q+2 d) h` is a fused
+projection interleaved by group. A number is a dimension of that length. Blocks joined by `+` are concatenated along the
+first dimension in which they differ, or along the rows: `(n d) h + (k d) h + (k d) h`. An empty pattern is a scalar.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+AXES = ("layers", "hidden", "heads", "groups", "neurons")  # that a student may have fewer of
+FIELDS: Mapping[str, str | None] = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "groups": "num_key_value_heads",
+    "neurons": "intermediate_size",
+    "head_size": "head_dim",
+    "vocabulary": "vocab_size",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model type as data. Names of layer tensors and modules are relative to `prefix`.
+
+    Every `.weight` of the table must be in a checkpoint unless `optional` covers it; a `.bias` may be absent, in all
+    layers alike. Tensors under one prefix of `optional` are there together or not at all, layer by layer.
+    """
+
+    model_type: str
+    architecture: str
+    layer: Mapping[str, str]  # tensor names inside a layer: axes
+    pre_norms: Mapping[str, tuple[str, ...]]  # norm: the projections that read it, attention's norm first
+    post_norms: Mapping[str, str] = field(default_factory=dict)  # norm: the projection whose output it normalises
+
+    prefix: str = "model.layers.{layer}."
+    embedding: str = "model.embed_tokens"  # module names
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    attention: str = "self_attn"
+    modules: Mapping[str, str] = field(default_factory=dict)  # tensor name: the parameter's name in the class, if other
+    outer: Mapping[str, str] = field(default_factory=dict)  # further tensors outside the layers, where present
+    optional: tuple[str, ...] = ()  # prefixes of layer tensors that some checkpoints or layers lack
+    left_out: tuple[str, ...] = ()  # patterns of checkpoint names that the class ignores
+
+    fields: Mapping[str, str | None] = field(
+        default_factory=dict
+    )  # config fields other than FIELDS; None: no such field
+    lengths: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # own axes: config fields whose sum is the length
+    follows: Mapping[str, str] = field(default_factory=dict)  # config fields that repeat a width of FIELDS
+    requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # config values this table holds for
+    variants: tuple["Family", ...] = ()  # tables of the same type for other config values
+    fixed: Mapping[str, str] = field(default_factory=dict)  # of AXES: those that cannot be cut, with the reason
+
+    norm_offset: float = 0.0  # the checkpoint stores gain - offset
+    transposed: bool = False  # matrices are stored [in, out]
+    tuples: bool = False  # its layers return a tuple whose first entry is the hidden state
+    gainless: bool = False  # norms over hidden channels have no weights
+    layer_norm: bool = False  # norms over hidden channels subtract the mean
+    # Pairs of elements that a rotation mixes: half (i, i + d/2) | interleave (2i, 2i + 1) | class (in a way of its own,
+    # which no operator computes)
+    rotary: str = "half"
+    embedding_times_root_hidden: bool = False  # the model multiplies embeddings by sqrt(hidden size)
+    folded: str | None = None  # model_type without post-norms, once they are absorbed
+    even_heads: bool = False  # its config class refuses hidden sizes that are no multiple of the query heads
+    uneven: str | None = None  # model_type of the same network, without biases, that accepts them
+    whole_heads: bool = False  # its class computes the head size as hidden size / query heads
+    whole_heads_ropes: tuple[str, ...] = ()  # rope types under which that holds
+    neurons_per_channel: int | None = None  # neurons / channels where the config does not state the neurons
+    groups: int | None = None  # KV groups, where the class has that many whatever its config states
+    logit_scale: str | None = None  # config field that multiplies the logits
+    logit_divisor: str | None = None  # config field that divides the logits
+    logit_cap: str | None = "final_logit_softcapping"  # config field c: logits are c tanh(logits / c)
+
+    @property
+    def sandwich(self) -> bool:
+        """Whether every sublayer is normalised before and after (Pangu Ultra's sandwich norm, Gemma 2/3, GLM-4)."""
+        return bool(self.pre_norms and self.post_norms)
+
+    def stored(self, parameter: str) -> str:
+        """Return the checkpoint name of a parameter of the class."""
+        return next((name for name, module in self.modules.items() if module == parameter), parameter)
+
+    @property
+    def decoder(self) -> str:
+        """Return the name of the module that holds the layers: `model` for `model.layers.{layer}.`."""
+        return self.prefix.rsplit(".", 3)[0]
+
+    def field(self, width: str) -> str | None:
+        """Return the config field of a width of FIELDS; None where the class has none."""
+        return self.fields.get(width, FIELDS[width])
+
+    def width(self, config: Mapping[str, Any], width: str) -> Any:
+        """Return a width as the config states it; None where it does not."""
+        name = self.field(width)
+        return None if name is None else config.get(name)
+
+
+ATTENTION = {
+    "self_attn.q_proj.weight": "(n d) h",
+    "self_attn.k_proj.weight": "(k d) h",
+    "self_attn.v_proj.weight": "(k d) h",
+    "self_attn.o_proj.weight": "h (n d)",
+}
+ATTENTION_BIASES = {
+    "self_attn.q_proj.bias": "(n d)",
+    "self_attn.k_proj.bias": "(k d)",
+    "self_attn.v_proj.bias": "(k d)",
+    "self_attn.o_proj.bias": "h",
+}
+GATED = {"mlp.gate_proj.weight": "f h", "mlp.up_proj.weight": "f h", "mlp.down_proj.weight": "h f"}
+GATED_BIASES = {"mlp.gate_proj.bias": "f", "mlp.up_proj.bias": "f", "mlp.down_proj.bias": "h"}
+GATED_FUSED = {"mlp.gate_up_proj.weight": "f h + f h", "mlp.down_proj.weight": "h f"}
+PLAIN = {"mlp.up_proj.weight": "f h", "mlp.down_proj.weight": "h f"}
+PLAIN_BIASES = {"mlp.up_proj.bias": "f", "mlp.down_proj.bias": "h"}
+QK_NORM = {"self_attn.q_norm.weight": "d", "self_attn.k_norm.weight": "d"}
+QK_NORM_ALL = {"self_attn.q_norm.weight": "(n d)", "self_attn.k_norm.weight": "(k d)"}
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+PRE = {"input_layernorm": QKV, "post_attention_layernorm": GATE_UP}
+NORMS = {"input_layernorm.weight": "h", "post_attention_layernorm.weight": "h"}
+NORM_BIASES = {"input_layernorm.bias": "h", "post_attention_layernorm.bias": "h"}
+POST = {"post_attention_layernorm": "self_attn.o_proj", "post_feedforward_layernorm": "mlp.down_proj"}
+POST_NORMS = {"post_attention_layernorm.weight": "h", "post_feedforward_layernorm.weight": "h"}
+LLAMA = ATTENTION | ATTENTION_BIASES | GATED | GATED_BIASES | NORMS
