@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -319,6 +320,21 @@ def load_whole(loader: Any, folder: Path, **options: Any) -> PreTrainedModel:
     if faults:
         raise ValueError(f"{folder} does not fit {type(model).__name__}: {faults}")
     return model
+
+
+def model_of(config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model in memory from a config.json and the tensors of a checkpoint, in evaluation mode, on the CPU.
+
+    Raise ValueError where the tensors are not those that the class needs.
+    """
+    name = family_of(config["model_type"]).architecture
+    loader = pruned_class(name) if "pruned" in config else getattr(transformers, name)
+    model = loader._from_config(loader.config_class(**config), dtype=dtype)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = set(model.all_tied_weights_keys) if config.get("tie_word_embeddings") else set()
+    if set(missing) - tied or unexpected:
+        raise ValueError(f"weights: do not fit {name}: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}")
+    return model.eval()
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False):
