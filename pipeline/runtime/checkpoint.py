@@ -322,18 +322,21 @@ def load_whole(loader: Any, folder: Path, **options: Any) -> PreTrainedModel:
     return model
 
 
-def model_of(config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
+def model_of(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype, attention: str
+) -> PreTrainedModel:
     """Return a model in memory from a config.json and the tensors of a checkpoint, in evaluation mode, on the CPU.
 
     Raise ValueError where the tensors are not those that the class needs.
     """
     name = family_of(config["model_type"]).architecture
     loader = pruned_class(name) if "pruned" in config else getattr(transformers, name)
-    model = loader._from_config(loader.config_class(**config), dtype=dtype)
+    model = loader._from_config(loader.config_class(**config), dtype=dtype, attn_implementation=attention)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = set(model.all_tied_weights_keys) if config.get("tie_word_embeddings") else set()
     if set(missing) - tied or unexpected:
-        raise ValueError(f"weights: do not fit {name}: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}")
+        strange = f"missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}"
+        raise ValueError(f"weights: do not fit {name}: {strange}; give all that its checkpoint holds")
     return model.eval()
 
 

@@ -36,7 +36,11 @@ def test_a_student_cut_in_memory_is_an_ordinary_checkpoint(model, tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     blueprint = api.plan(model, api.measure(model, [tokens(4, 16)]), layers=3, neurons=16, hidden=24)
     student = api.cut(model, blueprint)
-    assert (student.config.num_hidden_layers, student.config.intermediate_size, student.config.hidden_size) == (3, 16, 24)
+    assert (student.config.num_hidden_layers, student.config.intermediate_size, student.config.hidden_size) == (
+        3,
+        16,
+        24,
+    )
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     student.save_pretrained(tmp_path / "student")
     again = load_model(tmp_path / "student", student.dtype, "auto")

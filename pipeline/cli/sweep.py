@@ -1,0 +1,49 @@
+"""Run a sweep by Hydra's own sweeper and launcher, so that its plugins (Optuna, submitit, joblib and others) work."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.cli.compose import CONF, QUOTES, checked, groups
+
+Job = Callable[[dict[str, Any], str], Mapping[str, Path]]  # (configuration, swept settings) -> artifacts by name
+
+
+def run_sweep(settings: Sequence[str], config_dir: Path | None, job: Job) -> None:
+    """Run `job` for each point that the sweeper chooses: its configuration, and its swept settings as one name.
+
+    `settings` are those of the command, `hydra/sweeper=NAME` and the like among them. Sweepers that search see the
+    objective of a point, see `objective`.
+    """
+    words = [str(setting) for setting in checked(settings, groups(config_dir), multirun=True)]
+
+    def point(config: DictConfig) -> float | None:
+        chosen = HydraConfig.get().overrides.task
+        name = ",".join(word.translate(QUOTES) for word in chosen if word not in words)
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        return objective(job(values, name))
+
+    own = ["--config-dir", str(config_dir)] if config_dir is not None else []
+    sys.argv[1:] = ["--multirun", *own, *words]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the caller as they are
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(point)()
+
+
+def objective(artifacts: Mapping[str, Path]) -> float | None:
+    """Return the geometric mean over the evaluation texts of perplexity over the reference's: lower is better.
+
+    None where the run measured nothing.
+    """
+    if "evaluation" not in artifacts:
+        return None
+    texts = json.loads((artifacts["evaluation"] / "evaluation.json").read_text(encoding="utf-8"))["texts"]
+    ratios = [each["student"]["perplexity"] / each["teacher"]["perplexity"] for each in texts.values()]
+    return math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
