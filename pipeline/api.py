@@ -169,7 +169,9 @@ def cut(
     source, tensors = anatomy(model), _tensors(model)
     config = model.config.to_dict()
     weights = begun(source, blueprint, tensors, config, slnp=slnp, gain_compensation=gain_compensation)
-    return model_of(student_config(config, source, blueprint), dict(weights), model.dtype, model.config._attn_implementation)
+    return model_of(
+        student_config(config, source, blueprint), dict(weights), model.dtype, model.config._attn_implementation
+    )
 
 
 def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ def checked(settings: Sequence[str], known: dict[str, set[str]], multirun: bool)
         setting = quoted(setting, multirun)
         if setting.key in ("stages", "recipe.stages", "recipe.repeat"):
             _check_stages(setting)
-        if _parsed(setting).is_sweep_override() and not multirun:
+        if swept(setting) and not multirun:
             raise ValueError(
                 f"{setting.key}: {setting.value} is several values; write {setting.key}=[{setting.value}] for a list, "
                 "or add --multirun for a sweep"
@@ -131,6 +131,11 @@ def _check_stages(setting: Setting) -> None:
             meant = STAGES.get(name) or suggested_word(name, names)
             hint = f"did you mean {meant!r}?" if meant else f"choose from {', '.join(sorted(names - {'__init__'}))}"
             raise ValueError(f"{setting.key}: there is no stage {name!r}; {hint}")
+
+
+def swept(setting: Setting) -> bool:
+    """Return whether a setting has several values."""
+    return not setting.key.startswith(HYDRA) and _parsed(setting).is_sweep_override()
 
 
 def _parsed(setting: Setting) -> Override:

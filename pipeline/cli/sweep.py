@@ -12,7 +12,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.cli.compose import CONF, QUOTES, checked, groups
+from pipeline.cli.compose import CONF, QUOTES, checked, groups, swept
+from pipeline.cli.words import Setting
 
 Job = Callable[[dict[str, Any], str], Mapping[str, Path]]  # (configuration, swept settings) -> artifacts by name
 
@@ -23,16 +24,17 @@ def run_sweep(settings: Sequence[str], config_dir: Path | None, job: Job) -> Non
     `settings` are those of the command, `hydra/sweeper=NAME` and the like among them. Sweepers that search see the
     objective of a point, see `objective`.
     """
-    words = [str(setting) for setting in checked(settings, groups(config_dir), multirun=True)]
+    typed = checked(settings, groups(config_dir), multirun=True)
+    fixed = {setting.key for setting in typed if not swept(setting)}
 
     def point(config: DictConfig) -> float | None:
         chosen = HydraConfig.get().overrides.task
-        name = ",".join(word.translate(QUOTES) for word in chosen if word not in words)
+        name = ",".join(word.translate(QUOTES) for word in chosen if Setting.of(word).key not in fixed)
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         return objective(job(values, name))
 
     own = ["--config-dir", str(config_dir)] if config_dir is not None else []
-    sys.argv[1:] = ["--multirun", *own, *words]
+    sys.argv[1:] = ["--multirun", *own, *map(str, typed)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the caller as they are
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(point)()
 

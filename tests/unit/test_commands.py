@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import runner
 from pipeline.cli.command import COMMANDS, configurations
+from pipeline.cli.compose import checked, groups
+from pipeline.cli.sweep import objective
 from pipeline.cli.words import parsed
 from pipeline.config import Config
 from tests.composing import ROOT
@@ -179,3 +181,19 @@ def test_a_run_can_be_repeated_from_its_record(tmp_path):
             configurations(parsed(again))
     with pytest.raises(ValueError, match="--from: "):
         configurations(parsed(["--from", str(tmp_path / "none.json")]))
+
+
+def test_settings_of_hydras_own_sweepers_pass_to_hydra():
+    words = ["hydra/sweeper=basic", "hydra.sweeper.max_batch_size=2", "shape.hidden=448,512"]
+    assert [str(setting) for setting in checked(words, groups(), multirun=True)] == words
+    with pytest.raises(ValueError, match="hydra"):
+        checked(words[:1], groups(), multirun=False)
+
+
+def test_the_objective_of_a_point_is_the_geometric_mean_of_perplexity_ratios(tmp_path):
+    measured = {
+        name: {"teacher": {"perplexity": before}, "student": {"perplexity": after}}
+        for name, (before, after) in {"a": (10.0, 20.0), "b": (10.0, 80.0)}.items()
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps({"texts": measured}))
+    assert objective({"evaluation": tmp_path}) == pytest.approx(4.0) and objective({}) is None
