@@ -22,7 +22,7 @@ STEPS = 8
 TRAINED = {  # from what; what falls
     "distill": ("initial_student", "held_out_kl"),
     "regularize": ("subject", "held_out_change"),
-    "teacher_correction": ("subject", "held_out_cross_entropy"),
+    "teacher_correction": ("teacher", "held_out_cross_entropy"),
 }
 
 
@@ -30,6 +30,7 @@ def prepare(folder: Path) -> None:
     """A sandwich-norm teacher; a start whose post-norms are scales; text; a plan that keeps all; a choice of layers."""
     save_tiny(tiny_model("glm4", dtype=torch.float32, vocab_size=300), folder / "teacher")
     byte_tokenizer().save_pretrained(folder / "teacher")
+    (folder / "subject").symlink_to(folder / "teacher")
     teacher = open_checkpoint(folder / "teacher")
     with_scales_config = with_scales(teacher.config, teacher.anatomy)
     write_checkpoint(folder / "initial_student", with_scales_config, teacher.items(), 20_000, folder / "teacher")
