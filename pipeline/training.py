@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Config
+from pipeline.config.neutral import TRAINING_NEUTRAL
 from pipeline.config.training import Training
 from pipeline.costmodel.training_cost import state_bytes
 from pipeline.data.packing import Packed
@@ -30,12 +31,9 @@ from pipeline.runtime.layer_streaming import need_memory
 from pipeline.runtime.machine import Machine
 
 METRICS = "metrics.jsonl"
-RECOVERY = "recovery.json"  # what `Selection.facts` returns
 CHECKPOINTS = "checkpoints"
 STATE_BYTES = 12  # of a parameter in a resumable checkpoint: a float32 weight and two moments
 WEIGHT_BYTES = 4
-# Settings that change speed and memory, not the weights.
-NEUTRAL = {"micro_batch_size", "save_steps", "save_total_limit", "gradient_checkpointing"}
 LAST = Selection(metric="", best=False, patience=None)  # export the last state, train to the end
 
 
@@ -88,16 +86,8 @@ def train_model(
         elif done:
             machine.say(f"{section}: resumes after step {first + done} of {steps}")
         tokens = options.global_batch_size * text.sequence
-        course = Course(
-            section,
-            last - first,
-            count,
-            tokens,
-            options.eval_steps,
-            options.save_steps,
-            options.save_total_limit,
-            config.seed + first,
-        )
+        every = (options.eval_steps, options.save_steps, options.save_total_limit)
+        course = Course(section, last - first, count, tokens, *every, config.seed + first)
         read = skipped + (first + done) * options.global_batch_size
         peak, warmup, floor = options.learning_rate, options.warmup_ratio, options.min_lr_ratio
 
@@ -126,7 +116,7 @@ def train_model(
     for line in selection.messages(section, first):
         machine.say(line)
     if selection.metric and ranks.rank == 0:
-        write_atomically(out / RECOVERY, json.dumps(selection.facts(first), indent=1) + "\n")
+        selection.facts(first).save(out)
     ranks.wait(f"{section} written")
     if ranks.rank == 0:
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
@@ -134,7 +124,8 @@ def train_model(
 
 def settings_of(config: Config, options: Training, without: set[str]) -> dict[str, Any]:
     """Return what determines the trained weights, but the fields `without`; the number of ranks is not part of it."""
-    return options.model_dump(exclude=NEUTRAL | without) | {"seed": config.seed, "deepspeed": config.deepspeed.extra}
+    own = options.model_dump(exclude=TRAINING_NEUTRAL | without)
+    return own | {"seed": config.seed, "deepspeed": config.deepspeed.extra}
 
 
 def accumulation(section: str, options: Training, world: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.distill.loss import linear_distillation
-from pipeline.distill.next_token import next_tokens
+from pipeline.distill.next_token import next_tokens, recompute_activations
 from pipeline.model.logits import logit_form
 
 EMBEDDING = -1  # the place of the embedding output among the layers' outputs
@@ -73,7 +73,7 @@ class Distiller(nn.Module):
             self._student_states = _watch(self.student, places + [ours for ours, _ in pairs])
             self._teacher_states = _watch(self.teacher, places + [theirs for _, theirs in pairs])
         if gradient_checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(student)
 
     def train(self, mode: bool = True) -> "Distiller":
         super().train(mode)

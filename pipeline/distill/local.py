@@ -1,8 +1,8 @@
-"""One FFN at a time learns to bring the student's stream back to its teacher's (after Puzzle's blockwise local
-distillation, 2411.19146): no loss of the whole model and no gradient beyond the FFN, so a step costs little.
+"""Local FFN distillation: one FFN at a time is trained to bring the student's stream to its teacher's (after Puzzle's
+blockwise local distillation, 2411.19146), without a loss or a gradient beyond the FFN, so a step costs little.
 
-In Puzzle a block reads its teacher's stream; here it reads that of the student, whose earlier layers have learnt, and
-so also makes up for what they, and the layers that went, did not give.
+In Puzzle a block reads its teacher's stream; here it reads the student's, whose earlier layers are trained already, and
+so it also compensates for what they and the removed layers lack.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from pipeline.distill.schedule import learning_rate
 
-HELD_OUT = 16  # one token in so many is only measured
+HELD_OUT = 16  # one token in so many is held out
 BETAS = (0.9, 0.99)
 WARMUP, FLOOR = 0.05, 0.01  # of the steps, of the rate
 Add = Callable[[list[Tensor]], None]  # adds tensors over ranks, in place
@@ -22,7 +22,7 @@ Add = Callable[[list[Tensor]], None]  # adds tensors over ranks, in place
 
 @dataclass(frozen=True)
 class Lessons:
-    """How long a module learns, on how many tokens a step of all ranks, and how fast; `seed` orders the tokens."""
+    """How a module is trained: epochs, tokens a step over all ranks, learning rate; `seed` orders the tokens."""
 
     epochs: int
     batch: int
@@ -33,7 +33,7 @@ class Lessons:
 
 @dataclass(frozen=True)
 class Rows:
-    """This rank's tokens: the stream as it is read and as it is wanted, and their places among those of all ranks."""
+    """This rank's tokens: input stream, target stream, and their indices among those of all ranks."""
 
     read: Tensor    # [tokens, h]
     wanted: Tensor  # [tokens, h]
@@ -43,9 +43,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class Learnt:
-    """The squared distance from the wanted stream over its square, a mean over held-out tokens, before and after.
+    """The squared distance from the target stream over its square, a mean over held-out tokens, before and after.
 
-    They are equal where nothing was gained.
+    They are equal where training did not help.
     """
 
     before: float
@@ -53,13 +53,13 @@ class Learnt:
 
 
 def learn(module: nn.Module, rows: Rows, lessons: Lessons, add: Add) -> Learnt:
-    """Train the matrices of a module of float32 weights so that x + module(x) is the wanted stream for x as it is read.
+    """Train the matrices of a module of float32 weights so that x + module(x) equals the target stream for its input x.
 
-    The loss is the mean over tokens of the squared distance over the square of the wanted stream: what comes next
-    reads it behind a norm, and else the few tokens with massive activations would be all that counts.
-    Adam's rate of each matrix is a share of its root mean square, so that one setting suits models of any scale; it
-    falls along a cosine. Which tokens a step sees does not depend on the number of ranks: each takes those that are its
-    own, and gradients add. Where the distance on held-out tokens does not fall, the weights are put back.
+    The loss is the mean over tokens of the squared distance over the square of the target stream: the next layer reads
+    it after a norm, and a plain distance would depend on the few tokens with massive activations alone. Adam's learning
+    rate of a matrix is a fraction of its root mean square, so that one setting suits models of any scale; it falls
+    along a cosine. The tokens of a step do not depend on the number of ranks: each rank uses its own, and gradients are
+    added. Where the distance on held-out tokens does not fall, the weights are restored.
     """
     for weight in module.parameters():
         weight.requires_grad_(weight.dim() > 1)
@@ -90,9 +90,9 @@ def learn(module: nn.Module, rows: Rows, lessons: Lessons, add: Add) -> Learnt:
 
 
 def _chosen(rows: Rows, seen: Tensor, lessons: Lessons) -> Iterator[tuple[Tensor, int]]:
-    """Give for each step this rank's rows of a batch, and the tokens of the batch over all ranks.
+    """Yield for each step this rank's rows of a batch, and the tokens of the batch over all ranks.
 
-    The rows of an epoch go to the device at once: a copy a step would make the host wait for every step.
+    The rows of an epoch are moved to the device at once: a copy a step would make the host wait for every step.
     """
     draw = torch.Generator().manual_seed(lessons.seed)
     own = torch.full((rows.total,), -1)
@@ -106,7 +106,7 @@ def _chosen(rows: Rows, seen: Tensor, lessons: Lessons) -> Iterator[tuple[Tensor
 
 @torch.no_grad()
 def _measured(module: nn.Module, rows: Rows, lessons: Lessons, add: Add) -> float:
-    """Give the mean distance of held-out tokens."""
+    """Return the mean distance of held-out tokens."""
     held = (rows.places % HELD_OUT == HELD_OUT - 1).nonzero().flatten().to(rows.read.device)
     sums = torch.zeros(2, dtype=torch.float64)
     for part in held.split(lessons.batch):
@@ -116,7 +116,7 @@ def _measured(module: nn.Module, rows: Rows, lessons: Lessons, add: Add) -> floa
 
 
 def _distances(module: nn.Module, rows: Rows, chosen: Tensor, lessons: Lessons) -> Tensor:
-    """Give the sum over tokens of |x + module(x) - y|² / |y|²."""
+    """Return the sum over tokens of |x + module(x) - y|² / |y|²."""
     read, wanted = rows.read[chosen], rows.wanted[chosen].float()
     weights = {name: weight.to(lessons.precision) for name, weight in module.named_parameters()}
     added = functional_call(module, weights, (read.to(lessons.precision),))

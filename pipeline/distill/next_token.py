@@ -27,7 +27,7 @@ class LanguageModel(nn.Module):
         self.model = model.base_model
         self.head = LanguageHead(model, chunk)
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(model)
 
     def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters by their names in the checkpoint, tied ones once."""
@@ -58,6 +58,12 @@ class LanguageHead(nn.Module):
         """Return the mean over labels [batch, sequence], in nats, of final hidden states [batch, sequence, h]."""
         flat = hidden.flatten(0, 1)
         return _CrossEntropy.apply(flat, self.weight, self.bias, labels.flatten(), self._form, self._chunk)
+
+
+def recompute_activations(model: Any) -> None:
+    """Keep only the inputs of a model's layers for the backward pass, and recompute the rest there."""
+    old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"  # the name changed between releases
+    getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
 
 
 def next_tokens(tokens: Tensor) -> Tensor:

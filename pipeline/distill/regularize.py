@@ -1,7 +1,7 @@
-"""Settling: training until the layers that will go, still switched on, write little (TRSP 2505.18232, stage 2).
+"""Regularization before layer removal: train until the layers to remove contribute little (TRSP 2505.18232, stage 2).
 
 The loss is LM + weight * sum over the picked layers of |X_out - X_in|, the l1 or l2 norm over channels, a mean over
-tokens. What the picked layers did moves into the others; then they are deleted, and nothing is trained afterwards.
+tokens. The other layers take over the function of the picked ones, which are then deleted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,16 +18,16 @@ ORDERS = {"l1": 1, "l2": 2}
 
 
 class Settling(nn.Module):
-    """A causal language model and the loss that empties its picked layers.
+    """A causal language model and the loss that shrinks the contribution of its picked layers.
 
-    In training mode `forward(tokens)` gives that loss and its parts; in evaluation mode the parts alone count:
+    In training mode `forward(tokens)` returns that loss and its parts; in evaluation mode the parts alone count:
     `cross_entropy`, the next-token loss in nats, and `change`, the sum of the norms.
     """
 
     def __init__(
         self, model: Any, picked: Sequence[int], weight: float, norm: str, chunk: int, gradient_checkpointing: bool
     ):
-        """Take over a Hugging Face causal language model; `chunk`: tokens whose logits exist at once."""
+        """Wrap a Hugging Face causal language model; `chunk`: tokens whose logits exist at once."""
         super().__init__()
         self.language = LanguageModel(model, chunk, gradient_checkpointing)
         self._picked, self._weight, self._order = tuple(picked), weight, ORDERS[norm]
@@ -36,7 +36,7 @@ class Settling(nn.Module):
             self.language.model.layers[layer].register_forward_hook(partial(self._keep, layer), with_kwargs=True)
 
     def parameters_by_name(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Give the parameters by their names in the checkpoint, tied ones once."""
+        """Yield the parameters by their names in the checkpoint, tied ones once."""
         return self.language.parameters_by_name()
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

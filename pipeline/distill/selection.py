@@ -3,7 +3,26 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
+
+from pipeline.model.stored import Stored
+
+
+@dataclass(frozen=True)
+class RecoveryFacts(Stored):
+    """What a training did to its held-out measurements, and which state is exported."""
+
+    FILE: ClassVar[str] = "recovery.json"
+
+    metric: str
+    first: float         # before the first step
+    last: float
+    last_step: int
+    exported: float
+    exported_step: int
+    stopped_early: bool
+    helped: bool         # the exported state has a lower value than the first
+    rose: bool           # the last state has a higher value than the first
 
 
 @dataclass(frozen=True)
@@ -44,20 +63,21 @@ class Selection:
         """The step whose state is exported; None for that of the last step."""
         return self.lowest_step if self.best else None
 
-    def facts(self, offset: int) -> dict[str, Any]:
-        """Return what is reported, steps counted from `offset`: held-out values, the exported state, what it gained."""
-        step, value = (self.lowest_step, self.lowest) if self.exported is not None else (self.last_step, self.last)
-        return {
-            "metric": self.metric,
-            "first": self.first,
-            "last": self.last,
-            "last_step": offset + self.last_step,
-            "exported": value,
-            "exported_step": offset + (step or 0),
-            "stopped_early": self.stops,
-            "helped": value < self.first,
-            "rose": self.last > self.first,
-        }
+    def facts(self, offset: int) -> RecoveryFacts:
+        """Return what is reported, steps counted from `offset`."""
+        best = self.exported is not None
+        step, value = (self.lowest_step or 0, self.lowest) if best else (self.last_step, self.last)
+        return RecoveryFacts(
+            metric=self.metric,
+            first=self.first,
+            last=self.last,
+            last_step=offset + self.last_step,
+            exported=value,
+            exported_step=offset + step,
+            stopped_early=self.stops,
+            helped=value < self.first,
+            rose=self.last > self.first,
+        )
 
     def messages(self, section: str, offset: int) -> list[str]:
         """Return lines for the user: training stopped early, did not help, or exports an earlier state."""
@@ -65,17 +85,17 @@ class Selection:
             return []
         facts, lines = self.facts(offset), []
         name = self.metric.replace("_", " ").replace("kl", "KL").replace("held out", "held-out")
-        if facts["stopped_early"]:
+        if facts.stopped_early:
             lines.append(
-                f"{section}: stopped after step {facts['last_step']}: {self.patience} measurements without a lower "
+                f"{section}: stopped after step {facts.last_step}: {self.patience} measurements without a lower "
                 f"{name} ({section}.patience)"
             )
-        exported = f"the state of step {facts['exported_step']}, {name} {facts['exported']:.4f}"
-        if facts["rose"] or not facts["helped"]:
+        exported = f"the state of step {facts.exported_step}, {name} {facts.exported:.4f}"
+        if facts.rose or not facts.helped:
             lines.append(
-                f"{section}: WARNING: training did not lower the {name}: {facts['first']:.4f} before it, "
-                f"{facts['last']:.4f} after it; exported is {exported}; lower {section}.learning_rate or use more text"
+                f"{section}: WARNING: training did not lower the {name}: {facts.first:.4f} before it, "
+                f"{facts.last:.4f} after it; exported is {exported}; lower {section}.learning_rate or use more text"
             )
-        elif facts["exported_step"] != facts["last_step"]:
-            lines.append(f"{section}: exported is {exported}; the last state has {facts['last']:.4f}")
+        elif facts.exported_step != facts.last_step:
+            lines.append(f"{section}: exported is {exported}; the last state has {facts.last:.4f}")
         return lines

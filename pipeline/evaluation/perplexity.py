@@ -23,13 +23,13 @@ class Quality:
     """How well a model predicts a text. `loss` is the mean negative log-likelihood of a token in nats."""
 
     loss: float
-    perplexity: float  # infinite where it is beyond all floats, or the loss is no number
-    accuracy: float  # share of tokens that are the model's first choice
+    perplexity: float  # infinite where it overflows, or the loss is NaN
+    accuracy: float  # fraction of tokens that are the model's first choice
     bits_per_byte: float
 
 
 def tally(model: torch.nn.Module, batches: Iterable[Tensor], chunk: int) -> Tensor:
-    """Give [3] float64 on the CPU: summed negative log-likelihood in nats, correct first choices, predicted tokens.
+    """Return [3] float64 on the CPU: summed negative log-likelihood in nats, correct first choices, predicted tokens.
 
     Arguments as of `tallies`. Tallies of disjoint batches add up.
     """
@@ -38,7 +38,7 @@ def tally(model: torch.nn.Module, batches: Iterable[Tensor], chunk: int) -> Tens
 
 @torch.inference_mode()
 def tallies(model: torch.nn.Module, batches: Iterable[Tensor], chunk: int) -> Iterator[Tensor]:
-    """Give for each batch the tally of each of its sequences, [b, 3] float64 on the CPU.
+    """Yield for each batch the tally of each of its sequences, [b, 3] float64 on the CPU.
 
     `batches` are token ids [b, t]. The log-softmax runs in float32 (or better) over `chunk` tokens at once, so the full
     logits [b, t, v] never exist.
@@ -54,7 +54,7 @@ def tallies(model: torch.nn.Module, batches: Iterable[Tensor], chunk: int) -> It
 
 
 def _found(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Give [tokens, 2]: the negative log-likelihood of each, and whether it is the first choice."""
+    """Return [tokens, 2]: the negative log-likelihood of each, and whether it is the first choice."""
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = torch.nn.functional.cross_entropy(exact, wanted, reduction="none")
     return torch.stack([losses, (logits.argmax(-1) == wanted).to(losses.dtype)], 1)
@@ -64,7 +64,7 @@ def _found(logits: Tensor, wanted: Tensor) -> Tensor:
 class Over:
     """A model's perplexity over that of another on the same sequences, and its standard error over them.
 
-    Infinite where they are beyond all floats, or no numbers.
+    Infinite where they overflow or are NaN.
     """
 
     times: float
@@ -72,12 +72,10 @@ class Over:
 
 
 def over(losses: Sequence[float | None], others: Sequence[float | None]) -> Over | None:
-    """Compare mean losses in nats by sequence, equally long sequences in the same order; none of a single sequence.
+    """Compare mean losses in nats by sequence, equally long sequences in the same order; None for a single sequence.
 
-    A loss of null is no number (`finite`).
-
-    Sequences that are hard are so for both models, so the error is that of the mean of differences, carried through
-    exp: e^d s / sqrt(n), s the deviation of the n differences and d their mean.
+    A loss of None is NaN (`finite`). Sequences that are hard are so for both models, so the standard error is that of
+    the mean difference, propagated through exp: e^d s / sqrt(n), s the deviation of the n differences, d their mean.
     """
     if len(losses) < 2:
         return None
@@ -89,16 +87,16 @@ def over(losses: Sequence[float | None], others: Sequence[float | None]) -> Over
 
 
 def quality(total: Tensor, text_bytes: int) -> Quality:
-    """Turn a tally [3] and the UTF-8 length of the predicted text into numbers; ValueError if nothing was predicted."""
+    """Return the figures of a tally [3] and the UTF-8 length of the predicted text; ValueError without a token."""
     nats, hits, tokens = total.tolist()
     if not tokens or not text_bytes:
-        raise ValueError("evaluation text has no predicted token; data.evaluation must hold one sequence at least")
+        raise ValueError("data.evaluation: the text has no predicted token; use at least one sequence")
     loss = nats / tokens
     return Quality(loss, _exp(loss), hits / tokens, nats / math.log(2) / text_bytes)
 
 
 def finite(figures: Any) -> Any:
-    """Give figures as JSON can hold them: null in the place of every number that is infinite or none."""
+    """Return figures as JSON can hold them: None in place of every number that is infinite or NaN."""
     if isinstance(figures, Mapping):
         return {name: finite(each) for name, each in figures.items()}
     if isinstance(figures, list | tuple):

@@ -1,4 +1,4 @@
-"""Prefill and decode speed of several models, measured in turn so that a drifting machine touches all alike."""
+"""Prefill and decode speed of several models, measured in turn, so that drift of the machine affects all alike."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ def speeds(
 def _time(model: torch.nn.Module, prompt: Tensor, decode: int, synchronise: Callable[[], None]) -> tuple[float, float]:
     steps = continuation(model, prompt)
     synchronise()
-    begun = perf_counter()
+    began = perf_counter()
     next(steps)
     synchronise()
     filled = perf_counter()
@@ -56,7 +56,7 @@ def _time(model: torch.nn.Module, prompt: Tensor, decode: int, synchronise: Call
         pass
     synchronise()
     ended = perf_counter()
-    return prompt.shape[1] / (filled - begun), decode / (ended - filled)
+    return prompt.shape[1] / (filled - began), decode / (ended - filled)
 
 
 def _summary(turns: list[tuple[float, float]]) -> Speed:

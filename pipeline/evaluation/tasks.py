@@ -13,30 +13,30 @@ BOOTSTRAP = 1000  # resamples for the standard error of a metric that is no plai
 
 
 def installed() -> bool:
-    """Whether the harness can be imported here."""
+    """Return whether the harness can be imported here."""
     return find_spec("lm_eval") is not None
 
 
 def check(tasks: Sequence[str]) -> None:
-    """Raise ValueError if tasks are asked for that cannot be run: the extra is missing, a file, or a name."""
+    """Raise ValueError for tasks that cannot run: the extra or a task file is missing, or a name is unknown."""
     if tasks and not installed():
         raise ValueError(
-            f"evaluate.tasks is {list(tasks)}, but the package lm_eval is missing; "
+            f"evaluate.tasks: {list(tasks)} needs the package lm_eval, which is missing; "
             "install the extra: pip install '.[eval]'"
         )
     for task in tasks:
         if is_file(task) and not Path(task).is_file():
-            raise ValueError(f"evaluate.tasks names the task file {task}, which does not exist")
+            raise ValueError(f"evaluate.tasks: the task file {task} does not exist; correct the path")
     named = [task for task in tasks if not is_file(task)]
     unknown = [task for task in named if task not in _known()]
     if unknown:
         near = [name for task in unknown for name in get_close_matches(task, _known(), n=3)]
-        told = f"; near: {', '.join(near)}" if near else "; `lm_eval ls tasks` lists what it knows"
-        raise ValueError(f"evaluate.tasks names {unknown}, which the installed lm_eval does not know{told}")
+        remedy = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists the known ones"
+        raise ValueError(f"evaluate.tasks: the installed lm_eval has no {unknown}; {remedy}")
 
 
 def measure(model: torch.nn.Module, tokenizer: Any, tasks: Sequence[str], batch: int) -> dict[str, dict[str, float]]:
-    """Give the metrics of each task by the names the harness gives them (`acc`, ...), and `questions`, their number."""
+    """Return the metrics of each task by the harness's names (`acc`, ...), and `questions`, their number."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -48,18 +48,18 @@ def measure(model: torch.nn.Module, tokenizer: Any, tasks: Sequence[str], batch:
 
 
 def is_file(task: str) -> bool:
-    """Whether a task is given as a file of its own rather than by the harness's name."""
+    """Return whether a task is a file of its own rather than a name of the harness."""
     return task.endswith((".yaml", ".yml"))
 
 
 def _known() -> list[str]:
-    """The names of the installed harness's tasks."""
+    """Return the names of the installed harness's tasks."""
     return _manager(include_defaults=True).all_tasks
 
 
 @cache
 def _manager(include_defaults: bool) -> Any:
-    """The harness's index of its tasks, made once a process: that of its own tasks takes seconds."""
+    """Return the harness's index of tasks, made once a process: indexing its own tasks takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=include_defaults)

@@ -23,7 +23,7 @@ class Question:
 def questions(
     texts: Iterable[str], encode: Callable[[str], Sequence[int]], limit: int, context: int
 ) -> list[Question]:
-    """Give at most `limit` questions, spread evenly over the sentences of `texts`.
+    """Return at most `limit` questions, spread evenly over the sentences of `texts`.
 
     A context is at most the `context` characters before the word, cut at a space. A word whose ids are not a plain
     continuation of its context's ids is left out, as is a sentence with less than half a context before it.
@@ -41,16 +41,16 @@ def questions(
 
 
 @torch.inference_mode()
-def right(model: torch.nn.Module, asked: Sequence[Question], batch: int) -> Tensor:
-    """Give [2] float64 on the CPU: questions whose whole word is the model's greedy continuation, and questions asked.
+def right(model: torch.nn.Module, given: Sequence[Question], batch: int) -> Tensor:
+    """Return [2] float64 on the CPU: the questions whose whole word is the greedy continuation, and all of them.
 
     Contexts and words run through the model together, padded on the right: with causal attention padding changes
     nothing before it, and a word is the greedy continuation exactly when each of its ids is the first choice.
     """
     device = next(model.parameters()).device
     hits = 0
-    for start in range(0, len(asked), batch):
-        some = asked[start : start + batch]
+    for start in range(0, len(given), batch):
+        some = given[start : start + batch]
         width = max(len(q.context) + len(q.word) for q in some)
         ids = torch.zeros(len(some), width, dtype=torch.int64)
         for row, q in zip(ids, some):
@@ -60,4 +60,4 @@ def right(model: torch.nn.Module, asked: Sequence[Question], batch: int) -> Tens
             first, last = len(q.context) - 1, len(q.context) + len(q.word) - 1
             choices = logits_of(model, row[first:last]).argmax(-1).tolist()
             hits += choices == list(q.word)
-    return torch.tensor([hits, len(asked)], dtype=torch.float64)
+    return torch.tensor([hits, len(given)], dtype=torch.float64)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from pipeline.report.comparison import MINUS, count, percent, rate, size, unsteady, whole
 from pipeline.report.drawing import COLOURS, Drawing, svg
@@ -253,7 +254,22 @@ def _recovery(report: Report, drawings: Mapping[str, Drawing]) -> str:
     if "rounds" in report:
         taught = "corrected" if "correction" in report else "original"
         told = f"After every cut the student was trained on the predictions of the {taught} teacher; dashed, the cuts."
+    told += _selected((report["recovery"] or {}).get("selection"))
     return _training("Recovery", told, RECOVERY, drawings)
+
+
+def _selected(selection: Mapping[str, Any] | None) -> str:
+    """Say which state is exported, where it is not the last, and whether recovery lowered the held-out KL."""
+    if not selection:
+        return ""
+    values = f"{selection['first']:.4f} before recovery, {selection['last']:.4f} after it"
+    sentence = f" Warning: recovery did not lower the held-out KL ({values})." if selection["rose"] else ""
+    if selection["exported_step"] != selection["last_step"]:
+        sentence += (
+            f" Exported is the state of step {selection['exported_step']} with the lowest held-out KL,"
+            f" {selection['exported']:.4f}."
+        )
+    return sentence
 
 
 def _costs(report: Report, drawings: Mapping[str, Drawing]) -> str:

@@ -1,7 +1,7 @@
 """Modelling code that travels inside an exported checkpoint: layers of unequal width and absorbed post-norms.
 
-Needs torch and transformers only. The stock class builds the network; then the modules that `config.pruned` names are
-given their own widths, and post-norms that were absorbed become a multiplication by a static scale.
+Needs torch and transformers only. The stock class builds the network; then the modules that `config.pruned` names
+get their own widths, and post-norms that were absorbed become a multiplication by a static scale.
 """
 
 import copy
@@ -26,7 +26,7 @@ class StaticScale(nn.Module):
 
 
 def narrow(model, pruned):
-    """Give the named modules of a stock model their own widths, in place."""
+    """Set the widths of the named modules of a stock model, in place."""
     for name, shape in pruned.get("shapes", {}).items():
         module_name, _, kind = name.rpartition(".")
         module = model.get_submodule(module_name)

@@ -1,7 +1,7 @@
 """Ranks: the processes of one run, how they add tensors and how they wait for each other.
 
-Small facts and waiting go through the key-value store, never through an accelerator collective: a wait in the store can
-name who is missing, and does not hold a device queue that a watchdog would shoot down during a long single-rank stage.
+Small values and waits use the key-value store, never an accelerator collective: a wait in the store can name the
+missing rank, and holds no device queue that a watchdog would end during a long single-rank stage.
 """
 
 import atexit
@@ -36,13 +36,13 @@ class Ranks:
     rank: int
     world: int
     local_rank: int
-    timeout: float = 0.0  # seconds without a sign of life after which a rank counts as dead
+    timeout: float = 0.0  # seconds without a heartbeat after which a rank counts as dead
     device: torch.device = field(default=torch.device("cpu"), repr=False)
     store: dist.Store | None = field(default=None, repr=False)
     calls: Iterator[int] = field(default_factory=count, repr=False, compare=False)
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its sum over ranks; the result is the same on every rank, digit for digit.
+        """Replace each tensor by its sum over ranks; the result is the same on every rank, bit for bit.
 
         Host tensors under an accelerator's backend, and float64 under HCCL, which cannot add it, travel as bits and are
         added on the host in their own type.
@@ -59,7 +59,7 @@ class Ranks:
                     _sum_on_device(tensor)
 
     def share(self, value: Any) -> Any:
-        """Give rank 0's value, anything JSON can hold, to every rank."""
+        """Return rank 0's value, anything JSON can hold, on every rank."""
         if self.world == 1:
             return json.loads(json.dumps(value))
         key = f"share/{next(self.calls)}"
@@ -72,9 +72,9 @@ class Ranks:
         return json.loads(self.store.get(key))
 
     def wait(self, name: str) -> None:
-        """Return when every rank has called this. PeerFailed, naming who is missing, when a rank failed or fell silent.
+        """Return when every rank has called this; PeerFailed, naming the missing ranks, where one failed or died.
 
-        A rank that is alive and busy is waited for however long it takes.
+        A rank that is alive and busy is waited for without a limit.
         """
         if self.world == 1:
             return
@@ -125,7 +125,7 @@ class Ranks:
             silent = [rank for rank in missing if time.monotonic() - heard[rank] > self.timeout]
             if silent:
                 raise PeerFailed(
-                    f"{_names(missing)} did not reach {what}, and {_names(silent)} gave no sign of life for"
+                    f"{_names(missing)} did not reach {what}, and {_names(silent)} sent no heartbeat for"
                     f" {self.timeout:g} s; see the output of that process"
                 )
             time.sleep(pause)
@@ -160,7 +160,7 @@ _pulse: Pulse | None = None
 
 
 def place() -> tuple[int, int, int]:
-    """This process's (rank, world, local rank) from torchrun's environment; (0, 1, 0) where there is none."""
+    """Return this process's (rank, world, local rank) from torchrun's environment; (0, 1, 0) without one."""
     present = [name for name in TORCHRUN if name in os.environ]
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(present):
         return 0, 1, 0
@@ -174,10 +174,10 @@ def place() -> tuple[int, int, int]:
 
 
 def join(device, timeout: float) -> Ranks:
-    """Make this process a member of the run's process group, once; later calls give the same Ranks.
+    """Make this process a member of the run's process group, once; later calls return the same Ranks.
 
-    `device`: this rank's Device; `timeout`: seconds of silence after which another rank counts as dead, also the limit
-    of one collective. Without torchrun the group has one member and opens no port.
+    `device`: this rank's Device; `timeout`: seconds without a heartbeat after which another rank counts as dead,
+    also the limit of one collective. Without torchrun the group has one member and opens no port.
     """
     global _joined, _pulse
     if _joined is not None and dist.is_initialized():
@@ -199,11 +199,11 @@ def join(device, timeout: float) -> Ranks:
 
 
 def _of_this_attempt(store: dist.Store, rank: int, world: int, timeout: float) -> dist.Store:
-    """Give a view of the store that no earlier attempt wrote to, the same one on every rank.
+    """Return a view of the store that no earlier attempt wrote to, the same one on every rank.
 
-    torchrun keeps one store over its restarts, and counts them per node: no number that it gives names the attempt. So
-    every process leaves a name of its own, rank 0 calls the roll under its name until all have answered, and a process
-    answers a roll that it stands in: those of earlier attempts hold other names.
+    torchrun keeps one store over its restarts and counts them per node: none of its numbers names the attempt. So every
+    process stores a name of its own, rank 0 stores the list of names under its name until all have answered, and a
+    process answers a list that holds its name: those of earlier attempts hold other names.
     """
     name, deadline = uuid.uuid4().hex, time.monotonic() + timeout
     store.set(f"name/{rank}", name)

@@ -1,6 +1,5 @@
 """Resumable checkpoints of a training: folders step-<n> with a digest of every file, and which of them are sound."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -9,12 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.runtime.checkpoint import Checkpoint, Tensors, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from pipeline.runtime.described import read_config
+from pipeline.runtime.hashing import file_digest
+from pipeline.runtime.weight_files import Tensors
 
-DIGESTS = "digests.json"   # file name -> BLAKE2b of its content
+DIGESTS = "digests.json"   # file name -> digest of its content
 SHARD_BYTES = 1 << 30      # also what the rank that writes holds in memory
-READ_BYTES = 1 << 24       # read at once for a digest
 Usable = Callable[[int, Callable[[int], bool]], bool]  # (step, whether the checkpoint of a step is sound)
 
 
@@ -29,7 +29,7 @@ def write(folder: Path, step: int, tensors: Iterable[tuple[str, Tensor]]) -> Pat
     final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
     write_checkpoint(partial, {"step": step}, tensors, SHARD_BYTES)
-    digests = {path.name: _digest(path) for path in sorted(partial.iterdir())}
+    digests = {path.name: file_digest(path) for path in sorted(partial.iterdir())}
     (partial / DIGESTS).write_text(json.dumps(digests, indent=1), encoding="utf-8")
     for path in partial.iterdir():
         _sync(path)
@@ -58,7 +58,7 @@ def damage(path: Path, shapes: Mapping[str, tuple[int, ...]], steps: int) -> str
         names = {each.name for each in path.iterdir()} - {DIGESTS}
         if not isinstance(digests, dict) or set(digests) != names:
             return "its files are not those it was written with"
-        changed = next((name for name in sorted(names) if _digest(path / name) != digests[name]), None)
+        changed = next((name for name in sorted(names) if file_digest(path / name) != digests[name]), None)
         if changed is not None:
             return f"{changed} is not as it was written"
         saved, step = Tensors(path, allow_pickle=False), read_config(path).get("step")
@@ -103,14 +103,6 @@ def opened(folder: Path, step: int) -> Checkpoint:
 
 class _AnotherModel(ValueError):
     """A sound checkpoint of another model: deleting it is for the user to decide."""
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=32)
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

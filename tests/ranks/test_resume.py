@@ -72,6 +72,11 @@ def ran(request, tmp_path_factory):
     (half / "part-0.safetensors").write_bytes(b"cut off")
     with (folder / "killed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
+    if request.param == "distill":  # and the newest checkpoint is damaged: the one before is resumed from
+        damaged = folder / "killed" / "checkpoints" / "step-00000004" / "model.safetensors"
+        content = bytearray(damaged.read_bytes())
+        content[-1] ^= 1
+        damaged.write_bytes(content)
     launch(2, SCRIPT, str(folder), request.param, "killed", "straight")
     return folder, left, steps, request.param
 

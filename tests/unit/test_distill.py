@@ -273,8 +273,8 @@ def test_the_best_state_is_saved_when_it_is_measured_and_exported():
     run(engine, selection=BEST, validate_every=1, save_every=4)
     assert [step for step, _ in engine.saved] == [1, 3, 4] and engine.best == 3
     facts = engine.selection.facts(10)
-    assert facts["exported"] == 2.0 and facts["exported_step"] == 13 and facts["last"] == 8.0 and facts["first"] == 5.0
-    assert facts["helped"] and facts["rose"] and not facts["stopped_early"]
+    assert facts.exported == 2.0 and facts.exported_step == 13 and facts.last == 8.0 and facts.first == 5.0
+    assert facts.helped and facts.rose and not facts.stopped_early
     assert any(
         "WARNING" in line and "distill.learning_rate" in line for line in engine.selection.messages("distill", 0)
     )
@@ -283,7 +283,7 @@ def test_the_best_state_is_saved_when_it_is_measured_and_exported():
 def test_a_training_that_never_lowers_the_kl_exports_its_beginning_and_says_so():
     engine = Curve(1.0, 1.5, 1.2)
     run(engine, selection=BEST, validate_every=3)
-    assert engine.selection.exported == 0 and not engine.selection.facts(0)["helped"]
+    assert engine.selection.exported == 0 and not engine.selection.facts(0).helped
     assert any("WARNING" in line for line in engine.selection.messages("distill", 0))
 
 
@@ -291,7 +291,7 @@ def test_the_last_state_is_exported_where_that_is_asked_and_a_worse_one_is_repor
     engine = Curve(1.0, 1.5, 1.2)
     run(engine, selection=replace(BEST, best=False), validate_every=3, save_every=3)
     assert engine.selection.exported is None and engine.saved[-1][0] == 3 and engine.best is None
-    assert engine.selection.facts(0)["exported"] == 1.2 and engine.selection.facts(0)["rose"]
+    assert engine.selection.facts(0).exported == 1.2 and engine.selection.facts(0).rose
 
 
 def test_a_training_that_helped_to_its_end_says_nothing():
@@ -305,7 +305,7 @@ def test_patience_counts_measurements_without_a_lower_value(patience, last):
     engine = Curve(5.0, 4.0, 4.5, 3.0, 3.0, 3.1, 1.0)
     kept = run(engine, selection=replace(BEST, patience=patience), validate_every=1)
     assert kept[-1]["step"] == last and engine.selection.last_step == last
-    assert engine.selection.facts(0)["stopped_early"] == (patience is not None)
+    assert engine.selection.facts(0).stopped_early == (patience is not None)
 
 
 @pytest.mark.parametrize("fault", [float("nan"), float("inf")])

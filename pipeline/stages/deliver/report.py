@@ -16,6 +16,7 @@ from pipeline.config import Config
 from pipeline.config.neutral import determining
 from pipeline.costmodel.search_result import SearchResult
 from pipeline.distill.layer_errors import LayerErrors
+from pipeline.distill.selection import RecoveryFacts
 from pipeline.evaluation.results import Evaluation
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
@@ -72,6 +73,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         stages,
         _made_with(config, inputs),
     )
+    if "recovered" in inputs and (inputs["recovered"] / RecoveryFacts.FILE).is_file():
+        report["recovery"]["selection"] = RecoveryFacts.load(inputs["recovered"]).to_json()
     drawings = cut_figures(sizes, blueprint, scores)
     if "shape" in inputs and (inputs["shape"] / SearchResult.FILE).is_file():
         report["search"] = SearchResult.load(inputs["shape"]).to_json()
