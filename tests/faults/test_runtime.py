@@ -43,7 +43,7 @@ def test_a_killed_rank_is_named_when_its_sign_of_life_stops(tmp_path):
     first, second, third = on_ranks(die_before_a_wait, tmp_path, world=3, timeout=1.5)
     assert second is None
     assert first == third
-    assert first.startswith("PeerFailed: rank 1 did not reach `the end of a stage`, and rank 1 gave no sign of life")
+    assert first.startswith("PeerFailed: rank 1 did not reach `the end of a stage`, and rank 1 sent no heartbeat")
 
 
 def die_before_a_sum(ranks: Ranks) -> None:

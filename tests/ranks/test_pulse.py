@@ -30,4 +30,4 @@ def test_a_rank_that_waits_for_a_frozen_one_in_a_collective_ends_and_says_why():
             rank.kill()
             rank.wait()
     assert ranks[0].returncode == GAVE_UP
-    assert "error: rank 0 stops: rank 1 gave no sign of life for 2 s" in said
+    assert "error: rank 0 stops: rank 1 sent no heartbeat for 2 s" in said
