@@ -147,7 +147,7 @@ def fisher(teacher, ids: Tensor) -> list[Tensor]:
 
 
 def loaded(folder: Path, place: torch.device):
-    model = load_model(folder, torch.bfloat16, "sdpa", False).to(place)
+    model = load_model(folder, torch.bfloat16, "sdpa").to(place)
     return model.requires_grad_(False)
 
 

@@ -46,8 +46,7 @@ def main() -> None:
     tokenizer = load_tokenizer(options.run / "teacher")
     words = {id_: tokenizer.decode([id_]) for id_ in rows.unique().tolist()}
     losses = [
-        loss_of(load_model(options.run / each, torch.bfloat16, "sdpa", False), rows)
-        for each in ("teacher", options.model)
+        loss_of(load_model(options.run / each, torch.bfloat16, "sdpa"), rows) for each in ("teacher", options.model)
     ]
     print("\n".join(table(kinds(rows.tolist(), words), *losses)))
 
