@@ -1,5 +1,6 @@
 """From pieces of text to tokens: tokenised in blocks, special tokens between documents, evaluation text kept out."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,6 +13,7 @@ from pipeline.data.sources import Piece
 
 BLOCK = 1 << 16  # characters tokenised as one string; a longer document is tokenised in parts
 BATCH = 1 << 18  # characters given to the tokenizer at once
+PARAGRAPH = re.compile(r"\n[ \t]*\n+")  # the end of one
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Block(NamedTuple):
 
 
 def blocks(pieces: Iterable[Piece]) -> Iterator[Block]:
-    """Yield the pieces of documents joined up to BLOCK characters; a longer piece is cut, at white space if it can."""
+    """Yield paragraphs of documents, and chats whole, joined up to BLOCK characters; longer ones are cut."""
     held: list[Piece] = []
     size = 0
     for piece in pieces:
@@ -87,17 +89,16 @@ def _without(block: Block, shared: set[int]) -> list[Block | None]:
 
 
 def _cut(piece: Piece) -> Iterator[Piece]:
-    if len(piece.text) <= BLOCK:
-        yield piece
-        return
-    start, text = 0, piece.text
-    while len(text) - start > BLOCK:
-        stop = start + BLOCK
-        space = max(text.rfind(white, start + BLOCK // 2, stop) for white in "\n ")
-        stop = space if space > start else stop
-        yield Piece(text[start:stop], False)
-        start = stop
-    yield Piece(text[start:], piece.ends)
+    """Yield the paragraphs of a piece with the blank lines after them, in parts of at most BLOCK characters."""
+    edges = [] if piece.whole else [match.end() for match in PARAGRAPH.finditer(piece.text)]
+    edges = [edge for edge in edges if edge < len(piece.text)]
+    for start, stop in zip([0, *edges], [*edges, len(piece.text)], strict=True):
+        while stop - start > BLOCK:
+            space = max(piece.text.rfind(white, start + BLOCK // 2, start + BLOCK) for white in "\n ")
+            middle = space if space > start else start + BLOCK
+            yield Piece(piece.text[start:middle], False, piece.whole)
+            start = middle
+        yield Piece(piece.text[start:stop], piece.ends and stop == len(piece.text), piece.whole)
 
 
 def batches(several: Iterable[Block]) -> Iterator[list[Block]]:

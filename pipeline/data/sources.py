@@ -23,10 +23,14 @@ HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<configuration>[\w.-]+))?(@(?P<sp
 
 
 class Piece(NamedTuple):
-    """A part of a document; `ends` says that its document ends with it."""
+    """A part of a document.
+
+    `ends`: its document ends with it. `whole`: no part of it stays alone, as of a chat.
+    """
 
     text: str
     ends: bool
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,8 +169,9 @@ def _pieces(corpus: Corpus, field: str, template: ChatTemplate) -> Iterator[Piec
         if type(value) is not first:
             fault = f"{place} holds {HELD[type(value)]}, and records before it {HELD[first]}: {value!r:.80}"
             raise ValueError(f"{fault}; give them as two paths")
-        text = value if isinstance(value, str) else template.render(turns(value, place), place)
-        yield Piece(_characters(text, place), True)
+        chat = not isinstance(value, str)
+        text = template.render(turns(value, place), place) if chat else value
+        yield Piece(_characters(text, place), True, chat)
 
 
 def _value(place: str, value: Value) -> Value:
