@@ -39,7 +39,7 @@ PHRASES = {  # regular expression, matched without regard to case: what to write
     r"makes? (it )?good for|made good for": "compensates for",
     r"(text|tokens) of (all|many|more) kinds|of more kinds": "mixed-domain text",
     r"learns? by (itself|themselves)": "local distillation",
-    r"the whole line|the recipe's line|a line's|its line ends": "the pipeline, the recipe's stages",
+    r"the whole line|the recipe's line|its line ends": "the pipeline, the recipe's stages",
     r"(gives?|gave) no sign of life": "sent no heartbeat",
 }
 NAMES = ("told", "asked")  # local names of no meaning
