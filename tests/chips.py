@@ -15,7 +15,7 @@ NAMES = sorted(path.stem for path in (CONF / "device" / "chip").glob("*.yaml"))
 
 @cache
 def chip(name: str) -> Chip:
-    """Give a chip by the name of its file."""
+    """Return a chip by the name of its file."""
     with initialize_config_dir(str(CONF), version_base=None):
         values = OmegaConf.to_container(compose("config", overrides=[f"device/chip={name}"]), resolve=True)
     return Chip(**config.Chip.model_validate(values["device"]["chip"]).model_dump())

@@ -41,7 +41,7 @@ class Image:
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
-    """Give (INSTRUCTION, rest) in order, comments dropped and continued lines joined."""
+    """Return (INSTRUCTION, rest) in order, comments dropped and continued lines joined."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
     pairs = [line.split(None, 1) for line in joined.splitlines() if line.strip()]
@@ -117,18 +117,18 @@ def main() -> None:
     root = a.root.resolve()
     inside_namespace(root, a.bind)
     given, lent = (dict(pair.split("=", 1) for pair in pairs) for pairs in (a.build_arg, a.env))
-    image, told = Image(root, given, {"PATH": BASE_PATH, "HOME": "/root", **lent}), []
+    image, result = Image(root, given, {"PATH": BASE_PATH, "HOME": "/root", **lent}), []
     for name, rest in instructions(a.file.read_text()):
         began = time.monotonic()
         apply(image, name, rest)
-        told.append({"step": f"{name} {rest}", "seconds": round(time.monotonic() - began, 2)})
+        result.append({"step": f"{name} {rest}", "seconds": round(time.monotonic() - began, 2)})
     for arguments in (image.command, a.command):
         if arguments is None:
             continue
         began = time.monotonic()
         run(image, [*image.entry, *arguments], image.environment)
-        told.append({"step": shlex.join([*image.entry, *arguments]), "seconds": round(time.monotonic() - began, 2)})
-    print(json.dumps(told))
+        result.append({"step": shlex.join([*image.entry, *arguments]), "seconds": round(time.monotonic() - began, 2)})
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ DOCUMENTS = [f"Document {i} says {'again and ' * (i % 5)}hello.\n\nAnd ends, é.
 
 
 def byte_tokenizer(bos: bool = False, eos: bool = True, entries: int = 300) -> PreTrainedTokenizerFast:
-    """Give a byte-level BPE tokenizer that tokenises any text; one with BOS opens texts with it."""
+    """Return a byte-level BPE tokenizer that tokenises any text; one with BOS opens texts with it."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special, alphabet = ["<s>"] * bos + ["</s>"] * eos, pre_tokenizers.ByteLevel.alphabet()
@@ -34,7 +34,7 @@ def byte_tokenizer(bos: bool = False, eos: bool = True, entries: int = 300) -> P
 
 
 def configured(*overrides: str) -> Config:
-    """Give the default configuration with short sequences and what is overridden."""
+    """Return the default configuration with short sequences and what is overridden."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         composed = compose("config", ["data.sequence_length=32", *overrides])
     return validate(OmegaConf.to_container(composed, resolve=True))

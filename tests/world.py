@@ -17,7 +17,7 @@ WORDS = VOICES.split()
 
 
 def text(sentences: int, seed: int) -> str:
-    """Give paragraphs of random sentences: enough structure for a tokenizer, none to remember."""
+    """Return paragraphs of random sentences: enough structure for a tokenizer, none to remember."""
     generator = torch.Generator().manual_seed(seed)
     lines = []
     for _ in range(sentences):
@@ -38,7 +38,7 @@ def make_world(folder: Path, kind: str = "llama", **changed) -> Path:
 
 
 def settings(world: Path, **changed) -> list[str]:
-    """Give the overrides of a small run in a world; `changed` replaces or adds, with __ for a dot."""
+    """Return the overrides of a small run in a world; `changed` replaces or adds, with __ for a dot."""
     values = {
         "runs": world / "runs",
         "artifacts": world / "artifacts",
@@ -82,7 +82,7 @@ def environment() -> dict[str, str]:
 
 
 def losses(artifacts: Path) -> list[float]:
-    """Give the loss of every step of the one recovery among artifacts."""
+    """Return the loss of every step of the one recovery among artifacts."""
     (folder,) = artifacts.glob("distill-*")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]

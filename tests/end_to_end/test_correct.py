@@ -40,7 +40,7 @@ def inputs(folder):
     return json.loads((folder / "manifest.json").read_text())["inputs"]
 
 
-def told(world, run, name="report.json"):
+def result(world, run, name="report.json"):
     return json.loads((world / "runs" / run / name).read_text())
 
 
@@ -62,7 +62,7 @@ def test_what_cuts_and_teaches_reads_the_corrected_teacher_and_what_compares_the
     for stage in ("dense", "evaluation", "report"):
         assert inputs(corrected[stage])["reference"] == given, stage
     assert corrected["reference_evaluation"] == plain["reference_evaluation"] and corrected["tokens"] == plain["tokens"]
-    assert dense_of(told(world, "corrected")) == dense_of(told(world, "plain"))
+    assert dense_of(result(world, "corrected")) == dense_of(result(world, "plain"))
     view = world / "runs" / "corrected"
     assert (view / "teacher").resolve().name == given and (view / "corrected_teacher").resolve().name == new
     assert not (world / "runs" / "plain" / "corrected_teacher").exists()
@@ -81,14 +81,14 @@ def test_the_correction_lowers_the_next_token_loss_and_the_report_shows_it(world
     losses = [row["held_out_cross_entropy"] for row in rows(corrected["teacher"]) if "held_out_cross_entropy" in row]
     assert losses[-1] < losses[0] - 0.1
     view = world / "runs" / "corrected"
-    report, page = told(world, "corrected"), (view / "report.html").read_text()
+    report, page = result(world, "corrected"), (view / "report.html").read_text()
     assert report["correction"]["curves"]["held_out_cross_entropy"] == {"first": losses[0], "last": losses[-1]}
     assert report["correction"]["tokens"] == CORRECTED and "teacher_correction" in report["stages"]
     assert "Correcting the teacher</h2>" in page and (view / "figures" / "correction.png").is_file()
 
 
 def test_without_a_correction_there_is_no_word_of_it(world, plain):
-    assert "correction" not in told(world, "plain")
+    assert "correction" not in result(world, "plain")
     assert "Correcting" not in (world / "runs" / "plain" / "report.html").read_text()
 
 
@@ -131,9 +131,9 @@ def test_a_teacher_with_code_of_its_own_keeps_it(world, tmp_path):
 
 
 def test_a_line_without_the_stage_is_as_without_its_tokens(world, plain, tmp_path):
-    """Where nothing is cut, nothing is asked of the stage, and recovery reads its text from the beginning."""
+    """Where nothing is cut, the stage has nothing to do, and recovery reads its text from the beginning."""
     given = {"model__start": plain["initial_student"], "recipe": "recover"}
-    asked = [
+    requested = [
         made(
             world,
             f"recover-{tokens}",
@@ -143,7 +143,7 @@ def test_a_line_without_the_stage_is_as_without_its_tokens(world, plain, tmp_pat
         )
         for tokens in (0, CORRECTED)
     ]
-    assert asked[0]["student"] == asked[1]["student"]
+    assert requested[0]["student"] == requested[1]["student"]
 
 
 def test_right_before_recovery_it_teaches_alone(world, plain):

@@ -41,15 +41,15 @@ def views(tmp_path_factory):
 
 def test_own_and_padded_load_with_transformers_alone_and_give_the_logits_of_what_was_cut(views, tmp_path):
     """Padded to three heads, which do not divide 32 channels, the stock class is Mistral's."""
-    asked = {"own": "code", "padded": ""}
-    folders = [part for form, code in asked.items() for part in (views[form] / "student", tmp_path / form, code)]
+    requested = {"own": "code", "padded": ""}
+    folders = [part for form, code in requested.items() for part in (views[form] / "student", tmp_path / form, code)]
     classes = fresh(READ, tmp_path, json.dumps(IDS), *folders)
     assert classes == ["PrunedForCausalLM", "MistralForCausalLM"]
-    for form, name in zip(asked, classes, strict=True):
+    for form, name in zip(requested, classes, strict=True):
         same(tmp_path / form, views[form])
-        told, student = exported(views[form]), open_checkpoint(views[form] / "student").anatomy
-        assert (told["form"], told["class"]) == (form, name) and student.sizes.uniform == (form == "padded")
-        assert (told["padded"] is None) == (form == "own")
+        result, student = exported(views[form]), open_checkpoint(views[form] / "student").anatomy
+        assert (result["form"], result["class"]) == (form, name) and student.sizes.uniform == (form == "padded")
+        assert (result["padded"] is None) == (form == "own")
 
 
 def test_the_decilm_form_is_read_by_its_rules_with_the_logits_of_what_was_cut(views, tmp_path):

@@ -1,4 +1,4 @@
-"""The real command on tiny models: the whole line, a second run, a changed setting, a sweep, several ranks."""
+"""The real command on tiny models: the whole pipeline, a second run, a changed setting, a sweep, several ranks."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Rounds of pruning and recovery on a tiny model through the whole line: Adapt-Pruner, straight and interrupted."""
+"""Rounds of pruning and recovery on a tiny model through the whole pipeline: Adapt-Pruner, straight and interrupted."""
 
 import json
 from html import unescape
@@ -95,8 +95,8 @@ def test_one_schedule_one_text_and_one_curve_run_through_all_rounds(world, strai
     report = json.loads((view(world) / "report.json").read_text())
     assert report["recovery"]["tokens"] == STEPS * TOKENS
     assert report["recovery"]["curves"]["held_out_kl"] == {"first": held[0][1], "last": held[-1][1]}
-    told = json.loads((view(world) / "run.json").read_text())["stages"]
-    assert {"importance, round 1", "distill, round 1", "importance", "distill", "report"} <= set(told)
+    result = json.loads((view(world) / "run.json").read_text())["stages"]
+    assert {"importance, round 1", "distill, round 1", "importance", "distill", "report"} <= set(result)
     both = [json.loads((f / "manifest.json").read_text())["seconds"] for f in recovered(world)]
     assert report["stages"]["distill"]["seconds"] == pytest.approx(sum(both))
     assert report["cut"]["layers"] == 4 and report["cut"]["neurons"] == 512

@@ -11,7 +11,7 @@ from tests.world import make_world, pipeline, settings
 STAGES = "stages=[shape,layer_gates,regularize]"
 
 
-def asked(world, **changed):
+def requested(world, **changed):
     small = {
         "recipe": "trsp",
         "shape__neurons": None,
@@ -38,7 +38,7 @@ def rounds(world, artifacts):
 
 
 def test_one_command_deletes_the_picked_layers_of_the_settled_model_and_reports(world):
-    said = pipeline("run=trsp", *asked(world), cwd=world).stdout
+    said = pipeline("run=trsp", *requested(world), cwd=world).stdout
     view = world / "runs" / "trsp"
     depth, report = (json.loads((view / f"{name}.json").read_text()) for name in ("layer_loss", "report"))
     assert depth["kept"] == depth["tried"][-1]["kept"] and len(depth["kept"]) == 3 and 0 in depth["kept"]
@@ -67,9 +67,9 @@ def test_one_command_deletes_the_picked_layers_of_the_settled_model_and_reports(
 
 
 def test_two_ranks_pick_and_settle_as_one(world):
-    """The gates' batch of 3 is shared unevenly; settling runs under ZeRO-3."""
+    """The gates' batch of 3 is shared unevenly; regularisation runs under ZeRO-3."""
     for name, ranks, micro in (("one", 0, 8), ("two", 2, 4)):
-        chosen = asked(world, artifacts=world / name, regularize__micro_batch_size=micro, shape__layers=2)
+        chosen = requested(world, artifacts=world / name, regularize__micro_batch_size=micro, shape__layers=2)
         pipeline(f"run={name}", *chosen, "deepspeed=zero3", STAGES, cwd=world, ranks=ranks)
     for one, two in zip(rounds(world, "one"), rounds(world, "two"), strict=True):
         assert one["picked"] == two["picked"]

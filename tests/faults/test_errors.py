@@ -116,7 +116,7 @@ def test_a_disk_that_fills_up_is_one_line_that_names_the_folder(world, tmp_path,
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A boundary's run folder; no rank and no traceback on the console are asked for."""
+    """A boundary's run folder; without ranks, and without a traceback on the console."""
     for name in ("RANK", "LOCAL_RANK", "PIPELINE_TRACEBACK"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "runs" / "x"
@@ -201,13 +201,13 @@ def test_an_interrupt_is_one_line_and_an_exit_status_of_its_own(world, tmp_path)
         while not (tmp_path / ".partial").exists() and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=60)
-    assert process.returncode == 130 and told.count("\n") == 1 and "same command" in told
-    assert "Traceback" not in told
+        _, expected = process.communicate(timeout=60)
+    assert process.returncode == 130 and expected.count("\n") == 1 and "same command" in expected
+    assert "Traceback" not in expected
 
 
 def edited(**fields):
-    """Give a harm: fields of config.json changed, or taken away where None."""
+    """Return a harm: fields of config.json changed, or taken away where None."""
 
     def harm(folder):
         config = json.loads((folder / "config.json").read_text()) | fields
@@ -254,9 +254,9 @@ IMPOSSIBLE = {
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
 def test_what_the_teacher_cannot_give_is_refused_before_any_work(world, case):
-    changes, told = IMPOSSIBLE[case]
+    changes, expected = IMPOSSIBLE[case]
     chosen = dict(pair.split("=", 1) for pair in (*settings(world, run="x"), *changes))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=expected):
         runner.check(configured(*[f"{key}={value}" for key, value in chosen.items()]))
 
 
@@ -290,7 +290,7 @@ TOKENIZERS = {
 
 @pytest.mark.parametrize("case", HARMS | TOKENIZERS)
 def test_a_damaged_folder_is_refused_in_one_line_before_any_work(world, case, tmp_path):
-    harm, told = (HARMS | TOKENIZERS)[case]
+    harm, expected = (HARMS | TOKENIZERS)[case]
     shutil.copytree(world / "model", tmp_path / "hurt")
     harm(tmp_path / "hurt")
     fields = {"model.path": []} | ({"model.start": ["recipe=recover"]} if case in HARMS else {})
@@ -298,7 +298,7 @@ def test_a_damaged_folder_is_refused_in_one_line_before_any_work(world, case, tm
         with pytest.raises(ValueError) as fault:
             runner.check(configured(*settings(world, run="x"), *chosen, f"{field}={tmp_path / 'hurt'}"))
         message = str(fault.value)
-        assert message.startswith(f"{field}: ") and str(tmp_path / "hurt") in message and told in message, message
+        assert message.startswith(f"{field}: ") and str(tmp_path / "hurt") in message and expected in message, message
         assert "\n" not in message
 
 
@@ -316,7 +316,7 @@ def test_a_recipe_whose_stages_are_in_no_possible_order_is_refused_before_any_wo
 
 
 @pytest.mark.parametrize(
-    ("argument", "told"),
+    ("argument", "expected"),
     [
         ("calibrate.roundz=1", "error: unknown key 'calibrate.roundz'; did you mean 'calibrate.rounds'?"),
         ("--strange", "error: "),
@@ -324,12 +324,12 @@ def test_a_recipe_whose_stages_are_in_no_possible_order_is_refused_before_any_wo
         ("calibrate.rounds=0", "error: calibrate.rounds: "),
     ],
 )
-def test_calibration_tells_what_it_cannot_take_in_one_line(argument, told, monkeypatch, capsys):
+def test_calibration_tells_what_it_cannot_take_in_one_line(argument, expected, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pipeline", "calibrate-chip", argument])
     with pytest.raises(SystemExit, match="2"):
         main()
     text = capsys.readouterr().err
-    assert text.startswith(told) and text.count("\n") == 1
+    assert text.startswith(expected) and text.count("\n") == 1
 
 
 def test_calibration_says_how_it_is_asked_for(monkeypatch, capsys):

@@ -1,5 +1,5 @@
-"""The whole line on an accelerator, an NPU where there is one, else a GPU: every stage runs there and computes what it
-computes on the CPU. On an NPU no operator may fall back to the CPU."""
+"""The whole pipeline on an accelerator, an NPU where there is one, else a GPU: every stage runs there and computes
+what it computes on the CPU. On an NPU no operator may fall back to the CPU."""
 
 import json
 import shutil

@@ -69,7 +69,7 @@ def _counts() -> bool:
 
 
 def outcome(attempt) -> str | None:
-    """Give the error's one line; null when the attempt went through."""
+    """Return the error's one line; null when the attempt went through."""
     try:
         attempt()
     except (RuntimeError, TypeError, AssertionError) as fault:

@@ -67,7 +67,7 @@ def run(source: Path, arguments: list[str], said: Path) -> int:
         assert Path(sys.modules["pipeline"].__file__).is_relative_to(source)
         main()
         code = 0
-    except BaseException as fault:  # whatever ends the run ends this child, and is told
+    except BaseException as fault:  # whatever ends the run ends this child, and is reported
         code = fault.code if isinstance(fault, SystemExit) else 1
         print(f"\n{type(fault).__name__}: {fault}", flush=True)
     sys.stdout.flush()
@@ -83,11 +83,11 @@ if __name__ == "__main__":
     from tests.world import make_world, settings
 
     with tempfile.TemporaryDirectory() as scratch:
-        world, told = make_world(Path(scratch) / "world"), {}
+        world, result = make_world(Path(scratch) / "world"), {}
         for place, (name, fault) in enumerate(FAULTS.items()):
             folder = Path(scratch) / str(place)
             places = {"runs": folder / "runs", "artifacts": folder / "artifacts"}
             own = settings(world, **places, device="npu", distill__tokens=512)
             code = run(copied(folder, fault), ["run=sabotaged", *own, STAGES], Path(scratch) / f"{place}.txt")
-            told[name] = {"exit": code, "said": (Path(scratch) / f"{place}.txt").read_text()[-2000:]}
-    print(json.dumps(told))
+            result[name] = {"exit": code, "said": (Path(scratch) / f"{place}.txt").read_text()[-2000:]}
+    print(json.dumps(result))

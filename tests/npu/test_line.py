@@ -1,4 +1,4 @@
-"""The whole line on the simulated NPU: every stage runs there, and computes what it computes on the CPU."""
+"""The whole pipeline on the simulated NPU: every stage runs there, and computes what it computes on the CPU."""
 
 import json
 import shutil
@@ -20,14 +20,14 @@ pytestmark = [
 ]
 
 
-def on_npu(*arguments: str, cwd: Path, ranks: int = 1, **told: str) -> str:
-    """Run the pipeline as tests/npu/run.py, `told` in its environment; give all it said."""
+def on_npu(*arguments: str, cwd: Path, ranks: int = 1, **variables: str) -> str:
+    """Run the pipeline as tests/npu/run.py, `variables` in its environment; return its output."""
     start = [sys.executable, str(RUN)]
     if ranks > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         start = [*torchrun, str(RUN)]
     done = subprocess.run(
-        [*start, *arguments], cwd=cwd, env=environment() | told, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [*start, *arguments], cwd=cwd, env=environment() | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, f"{' '.join(arguments)}\nexit {done.returncode}\n{done.stdout[-6000:]}"
@@ -35,7 +35,7 @@ def on_npu(*arguments: str, cwd: Path, ranks: int = 1, **told: str) -> str:
 
 
 def errors(artifacts: Path) -> torch.Tensor:
-    """Give the distance of every FFN before and after it learnt [layer, 2]."""
+    """Return the distance of every FFN before and after its training [layer, 2]."""
     (folder,) = artifacts.glob("local_distill-*")
     return torch.tensor([[row["before"], row["after"]] for row in json.loads((folder / "blocks.json").read_text())])
 
@@ -75,13 +75,13 @@ def test_ffns_learn_the_same_where_the_models_do_not_fit_on_the_npu(tmp_path):
         "local_distill.batch_tokens=64",
         "stages=[importance,shape,layer_loss,plan,cut,local_distill]",
     )
-    told = {}
+    result = {}
     for name, memory in (("whole", 64 << 30), ("by-layer", 1 << 10)):
         chosen = settings(world, artifacts=world / name, device="npu")
         on_npu(f"run={name}", *chosen, *learn, cwd=world, SIMULATED_NPU_MEMORY=str(memory))
-        told[name] = errors(world / name)
-    assert (told["whole"][:, 1] < told["whole"][:, 0]).all()
-    torch.testing.assert_close(told["whole"], told["by-layer"], rtol=1e-6, atol=0)
+        result[name] = errors(world / name)
+    assert (result["whole"][:, 1] < result["whole"][:, 0]).all()
+    torch.testing.assert_close(result["whole"], result["by-layer"], rtol=1e-6, atol=0)
 
 
 def test_where_no_chip_is_chosen_the_student_is_made_for_the_npu_found(tmp_path):

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="building th
 
 
 def answer(*arguments: str, seconds: int):
-    """Give the JSON that a script prints on its last line; its standard error when it fails."""
+    """Return the JSON that a script prints on its last line; its standard error when it fails."""
     ran = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True, timeout=seconds,

@@ -18,7 +18,7 @@ SIZES = dict(
 
 
 def tiny(family: str, attention: str):
-    """Give a freshly seeded model of `family`; tied embeddings in the Llama, sandwich norms in the GLM-4."""
+    """Return a freshly seeded model of `family`; tied embeddings in the Llama, sandwich norms in the GLM-4."""
     from transformers import Glm4Config, Glm4ForCausalLM, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -33,7 +33,7 @@ def batches(steps: int) -> list[torch.Tensor]:
 
 
 def losses(family: str, attention: str, device: str, steps: int = 4) -> list[float]:
-    """Give the loss before each AdamW step."""
+    """Return the loss before each AdamW step."""
     model = tiny(family, attention).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     curve = []

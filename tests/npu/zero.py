@@ -18,7 +18,7 @@ from tests.npu.train import batches, tiny  # noqa: E402
 
 
 def losses(stage: int, device: str, rank: int, steps: int = 3) -> list[float]:
-    """Give the loss, averaged over ranks, before each step; every rank trains on its own row of each batch."""
+    """Return the loss, averaged over ranks, before each step; every rank trains on its own row of each batch."""
     import deepspeed
 
     model = tiny("llama", "eager")

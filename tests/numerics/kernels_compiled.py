@@ -33,7 +33,7 @@ POINTERS = {
 
 
 def compile_all(dtype: str) -> list[dict]:
-    """A record per variant: its kernel and flags, the `size` of the code for its `target`, and what its tiles tell.
+    """A record per variant: its kernel and flags, the `size` of the code for its `target`, and what its tiles hold.
 
     `live`: bytes per element of the tiles alive at once. `compares`: integer tiles compared in a loop over blocks.
     """

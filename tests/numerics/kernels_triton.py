@@ -203,11 +203,15 @@ def test_the_gradients_by_the_kernel_are_autograds_in_float64(kind, weight):
     log_q, log_p = log_q.log_softmax(-1), log_p.log_softmax(-1)
     q, p = log_q.exp(), log_p.exp()
     log_m = (0.3 * p + 0.7 * q).log()
-    divergence = {
-        "forward_kl": p * (log_p - log_q),
-        "reverse_kl": q * (log_q - log_p),
-        "jsd": 0.3 * p * (log_p - log_m) + 0.7 * q * (log_q - log_m),
-    }[kind].sum(-1).mean()
+    divergence = (
+        {
+            "forward_kl": p * (log_p - log_q),
+            "reverse_kl": q * (log_q - log_p),
+            "jsd": 0.3 * p * (log_p - log_m) + 0.7 * q * (log_q - log_m),
+        }[kind]
+        .sum(-1)
+        .mean()
+    )
     loss = temperature**2 * divergence + weight * torch.nn.functional.cross_entropy(z, labels, ignore_index=-100)
     (1.7 * loss).backward()
     for one, other in zip((ours[0], *ours[-3:]), (loss, hidden.grad, matrix.grad, bias.grad), strict=True):
@@ -228,9 +232,9 @@ def test_plain_logits_are_worked_on_where_the_products_lie():
 
 def test_the_triton_loss_refuses_float64():
     hidden, matrix = torch.randn(3, 4).double(), torch.randn(9, 4).double()
-    asked = {"kind": "jsd", "beta": 0.5, "temperature": 1.0, "cross_entropy": 0.0, "labels": None, "chunk": 2}
+    requested = {"kind": "jsd", "beta": 0.5, "temperature": 1.0, "cross_entropy": 0.0, "labels": None, "chunk": 2}
     with pytest.raises(ValueError, match="float64; choose reference"):
-        linear_distillation(hidden, matrix, hidden, matrix, kernel="triton", **asked)
+        linear_distillation(hidden, matrix, hidden, matrix, kernel="triton", **requested)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has another number of cores")

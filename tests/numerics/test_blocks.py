@@ -31,7 +31,7 @@ def rows(read: torch.Tensor, wanted: torch.Tensor) -> Rows:
 
 
 def taught(tokens: int = 512, seed: int = 1) -> tuple[Gated, Rows]:
-    """Give the module that keeps 16 of 24 neurons, and the stream before and behind the whole one."""
+    """Return the module that keeps 16 of 24 neurons, and the stream before and behind the whole one."""
     whole, part = Gated(12, 24), Gated(12, 16)
     for kind in ("gate", "up"):
         getattr(part, kind).weight.data.copy_(getattr(whole, kind).weight[:16])
@@ -55,21 +55,21 @@ def test_what_it_learns_holds_on_tokens_that_no_step_saw():
     part, known = taught()
     _, fresh = taught(256, 2)
     start = error(part, fresh.read, fresh.wanted)
-    told = learn(part, known, Lessons(20, 32, 0.02, 0), alone)
-    assert told.after < told.before
+    result = learn(part, known, Lessons(20, 32, 0.02, 0), alone)
+    assert result.after < result.before
     assert error(part, fresh.read, fresh.wanted) < 0.9 * start
 
 
 def test_the_errors_told_are_those_of_every_sixteenth_token():
     part, known = taught()
     before = error(part, known.read[15::16], known.wanted[15::16])
-    told = learn(part, known, LESSONS, alone)
-    assert told.before == pytest.approx(before, rel=1e-5)
-    assert told.after == pytest.approx(error(part, known.read[15::16], known.wanted[15::16]), rel=1e-5)
+    result = learn(part, known, LESSONS, alone)
+    assert result.before == pytest.approx(before, rel=1e-5)
+    assert result.after == pytest.approx(error(part, known.read[15::16], known.wanted[15::16]), rel=1e-5)
 
 
 def test_held_out_tokens_teach_nothing():
-    """In another order among themselves they would be learnt from at other steps."""
+    """In another order among themselves they would be trained on at other steps."""
     one, known = taught()
     two, read, wanted = deepcopy(one), known.read.clone(), known.wanted.clone()
     for each in (read, wanted):
@@ -84,8 +84,8 @@ def test_weights_that_got_worse_are_put_back(rate):
     """A rate far too high, and one that ends in no number."""
     part, known = taught()
     before = deepcopy(part.state_dict())
-    told = learn(part, known, Lessons(1, 64, rate, 0), alone)
-    assert told.after == told.before
+    result = learn(part, known, Lessons(1, 64, rate, 0), alone)
+    assert result.after == result.before
     for name, weight in part.state_dict().items():
         assert torch.equal(weight, before[name]), name
 
@@ -112,6 +112,7 @@ def test_a_rate_suits_weights_of_any_size():
 
 def test_a_token_with_a_long_stream_counts_as_much_as_any():
     """What it adds to the gradient is the same for a stream twice as long that is as far off, relatively."""
+
     class Shift(nn.Module):
         def __init__(self):
             super().__init__()
@@ -147,10 +148,10 @@ def test_two_ranks_learn_what_one_learns():
         return learn(learners[rank], Rows(known.read[own], known.wanted[own], own, 512), LESSONS, add)
 
     with ThreadPoolExecutor(2) as ranks:
-        told = list(ranks.map(work, range(2)))
+        result = list(ranks.map(work, range(2)))
     whole = learn(part, known, LESSONS, alone)
-    assert told[0] == told[1]
-    assert told[0].before == pytest.approx(whole.before) and told[0].after == pytest.approx(whole.after, rel=1e-4)
+    assert result[0] == result[1]
+    assert result[0].before == pytest.approx(whole.before) and result[0].after == pytest.approx(whole.after, rel=1e-4)
     for one, two, each in zip(*(learner.parameters() for learner in (*learners, part)), strict=True):
         assert torch.equal(one, two)
         torch.testing.assert_close(one, each, rtol=1e-3, atol=1e-4)

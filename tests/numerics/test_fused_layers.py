@@ -16,7 +16,7 @@ from tests.tiny import CLASSES, tiny_model, tokens
 
 
 def counted(names=LAYER_OPERATORS):
-    """The references, counting their calls: what an accelerator's operators stand for on this machine."""
+    """The references, counting their calls: in the place of an accelerator's operators."""
     calls = Counter()
 
     def of(name):

@@ -1,4 +1,4 @@
-"""Laws of TRSP: what gates do to a model, what their objective is, which layers they pick, what settling does."""
+"""Laws of TRSP: what gates do to a model, what their objective is, which layers they pick, what regularisation does."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def logits(model, gates=None, form="residual"):
 
 
 def exact(model):
-    """Let Llama's norms and softmax compute in the type of their input, as the class itself does not."""
+    """Make Llama's norms and softmax compute in the type of their input, as the class itself does not."""
     model.set_attn_implementation("sdpa")
     for module in model.modules():
         if hasattr(module, "variance_epsilon"):
@@ -115,11 +115,11 @@ def test_gated_layers_compute_the_formula_unrolled(form, tuples):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_gradient_of_the_objective_is_its_slope_penalty_and_all(form, penalty):
     model, ids = exact(tiny_model("llama")), tokens()
-    head, live, asked = LanguageHead(model, 7), (0, 1, 3), Learning(form, penalty, 0.1)
+    head, live, requested = LanguageHead(model, 7), (0, 1, 3), Learning(form, penalty, 0.1)
     place = values(0.9, -0.4, 1.0, 0.6).requires_grad_()
 
     def value(gates):
-        return objective(model, head, gates, live, ids, asked)[0]
+        return objective(model, head, gates, live, ids, requested)[0]
 
     gradient = torch.autograd.grad(value(place), place)[0]
     for layer in range(LAYERS):
@@ -154,8 +154,8 @@ def with_an_idle_layer():
 
 def test_the_layer_that_writes_nothing_is_picked_first(with_an_idle_layer):
     model, ids = with_an_idle_layer
-    asked, ones = Learning("residual", 5e-3, 1e-2), torch.ones(LAYERS)
-    gates, loss = learn(model, LanguageHead(model, 64), ones, range(LAYERS), [(ids, 1.0)] * 25, asked, lambda x: x)
+    requested, ones = Learning("residual", 5e-3, 1e-2), torch.ones(LAYERS)
+    gates, loss = learn(model, LanguageHead(model, 64), ones, range(LAYERS), [(ids, 1.0)] * 25, requested, lambda x: x)
     assert loss < 2.0, "the others must have something to lose"
     assert ascending(gates, range(1, LAYERS))[0] == 2
 
@@ -169,10 +169,10 @@ def test_layers_are_ordered_by_the_size_of_their_gates():
 def test_the_penalty_alone_moves_the_gates_towards_0_by_the_rate_a_step():
     """Where nothing else pulls, Adam takes steps of its rate: a picked layer, which passes the stream, has no slope."""
     model = tiny_model("llama").requires_grad_(False)
-    asked, start = Learning("residual", 5e-3, 1e-2), torch.ones(LAYERS, dtype=torch.float64)
+    requested, start = Learning("residual", 5e-3, 1e-2), torch.ones(LAYERS, dtype=torch.float64)
     with only_layers(model, LAYERS, (0, 1, 3)):
-        gates, _ = learn(model, LanguageHead(model, 64), start, range(4), [(tokens(), 1.0)] * 5, asked, lambda x: x)
-        left, _ = learn(model, LanguageHead(model, 64), start, (0, 1, 3), [(tokens(), 1.0)] * 5, asked, lambda x: x)
+        gates, _ = learn(model, LanguageHead(model, 64), start, range(4), [(tokens(), 1.0)] * 5, requested, lambda x: x)
+        left, _ = learn(model, LanguageHead(model, 64), start, (0, 1, 3), [(tokens(), 1.0)] * 5, requested, lambda x: x)
     assert float(gates[2]) == pytest.approx(0.95, abs=1e-6)
     assert float(left[2]) == 1.0 and torch.equal(start, torch.ones_like(start))
 
@@ -234,7 +234,7 @@ def test_settling_with_gradient_checkpointing_has_the_same_gradients(checkpointi
 
 
 def test_a_large_weight_empties_the_picked_layers_and_forces_no_other():
-    told = {}
+    result = {}
     for weight in (0.0, 3.0):
         module, model = settled("l2", weight)
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -243,6 +243,6 @@ def test_a_large_weight_empties_the_picked_layers_and_forces_no_other():
             optimizer.zero_grad()
             module(tokens())[0].backward()
             optimizer.step()
-        told[weight] = [float(after / first) for after, first in zip(changes(model, "l2"), before)]
-    assert all(told[3.0][layer] < 0.5 * told[0.0][layer] for layer in (1, 3))
-    assert all(told[3.0][layer] > 0.7 * told[0.0][layer] for layer in (0, 2))
+        result[weight] = [float(after / first) for after, first in zip(changes(model, "l2"), before)]
+    assert all(result[3.0][layer] < 0.5 * result[0.0][layer] for layer in (1, 3))
+    assert all(result[3.0][layer] > 0.7 * result[0.0][layer] for layer in (0, 2))

@@ -84,9 +84,9 @@ def test_values_and_gradients_are_those_of_the_plain_formula(kind, softcap, kern
     forms = (LogitForm(1.3, softcap), LogitForm(0.8, softcap and 5.0))
     for temperature, weight, chunk in itertools.product((1.0, 2.5), (0.0, 0.7), (5, 100)):
         ours, theirs = leaves(student), leaves(student)
-        asked = {"kind": kind, "beta": 0.3, "temperature": temperature, "cross_entropy": weight}
-        loss, parts = fused(ours, teacher, labels, forms, chunk=chunk, kernel=kernel, **asked)
-        wanted = plain(theirs, teacher, labels=labels, forms=forms, **asked)
+        requested = {"kind": kind, "beta": 0.3, "temperature": temperature, "cross_entropy": weight}
+        loss, parts = fused(ours, teacher, labels, forms, chunk=chunk, kernel=kernel, **requested)
+        wanted = plain(theirs, teacher, labels=labels, forms=forms, **requested)
         (1.7 * loss).backward()
         (1.7 * wanted).backward()
         assert abs(loss - wanted) < 1e-10
@@ -99,7 +99,7 @@ def test_values_and_gradients_are_those_of_the_plain_formula(kind, softcap, kern
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_gradient_entry_is_the_finite_difference_of_the_loss(kind):
     student, teacher, labels = case()
-    asked = {
+    requested = {
         "kind": kind,
         "temperature": 1.5,
         "cross_entropy": 0.4,
@@ -107,7 +107,7 @@ def test_every_gradient_entry_is_the_finite_difference_of_the_loss(kind):
         "forms": (LogitForm(1.0, 4.0), PLAIN),
     }
     ours = leaves(student)
-    fused(ours, teacher, labels, **asked)[0].backward()
+    fused(ours, teacher, labels, **requested)[0].backward()
     with torch.no_grad():
         for place, tensor in enumerate(student):
             slopes = torch.zeros_like(tensor)
@@ -116,7 +116,7 @@ def test_every_gradient_entry_is_the_finite_difference_of_the_loss(kind):
                 for step in (1e-5, -1e-5):
                     moved = [each.clone() for each in student]
                     moved[place].view(-1)[entry] += step
-                    ends.append(fused(moved, teacher, labels, **asked)[0])
+                    ends.append(fused(moved, teacher, labels, **requested)[0])
                 slopes.view(-1)[entry] = (ends[0] - ends[1]) / 2e-5
             assert (slopes - ours[place].grad).abs().max() < 1e-9
 

@@ -22,7 +22,7 @@ def problem(width=24, out=10, rows=200, seed=0):
 
 
 def output_error(weight, columns, moments, kept):
-    """Give tr((W - W') H (W - W')ᵀ) for W' [out, in] that has these columns [out, kept] and zeros elsewhere."""
+    """Return tr((W - W') H (W - W')ᵀ) for W' [out, in] that has these columns [out, kept] and zeros elsewhere."""
     gap = weight.to(torch.float64, copy=True)
     gap[:, torch.as_tensor(kept)] -= columns.to(gap)
     return float(((gap @ moments.to(torch.float64)) * gap).sum())

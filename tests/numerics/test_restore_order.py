@@ -133,7 +133,7 @@ def test_units_that_do_not_fit_are_refused():
 
 def test_a_gram_matrix_without_rank_is_told_and_never_ordered_by_noise():
     """Rank 3 and next to no damping: rounding makes blocks of the inverse negative on the way."""
-    told = 0
+    result = 0
     for seed in range(10):
         torch.manual_seed(seed)
         x, weight = torch.randn(3, 40, dtype=torch.float64), torch.randn(8, 40, dtype=torch.float64)
@@ -141,7 +141,7 @@ def test_a_gram_matrix_without_rank_is_told_and_never_ordered_by_noise():
             errors = obs_order(x.T @ x, weight, 1, 38, damping=1e-16).errors
         except ValueError as fault:
             assert "raise restore.damping" in str(fault)
-            told += 1
+            result += 1
         else:
             assert errors.isfinite().all()
-    assert told
+    assert result

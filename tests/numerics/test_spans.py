@@ -37,12 +37,12 @@ def anatomy(model):
 
 
 def read_by(weight, size):
-    """Give the units of `size` columns that a weight reads."""
+    """Return the units of `size` columns that a weight reads."""
     return weight.unflatten(1, (-1, size)).ne(0).any(2).any(0).nonzero().flatten().tolist()
 
 
 def cut_logits(model, source, folder):
-    """Give the logits of the cut to what the W_O and W_down of a model read, all else dense."""
+    """Return the logits of the cut to what the W_O and W_down of a model read, all else dense."""
     whole, solved, plans = anatomy(model), dict(source), []
     for layer in range(4):
         output, down = (pattern.format(layer) for pattern in (OUTPUT, DOWN))

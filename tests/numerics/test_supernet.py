@@ -116,7 +116,7 @@ def names_in(stored):
 
 
 def test_accumulation_lowers_the_error_of_the_whole_model():
-    """Candidates that saw what those before them leave mend some of it; those solved for the dense model do not."""
+    """Candidates that saw what those before them leave compensate for some of it; those solved alone do not."""
     text = [tokens(8, 24, seed=seed) for seed in range(6)]
     for seed in range(3):
         found = []

@@ -52,7 +52,7 @@ def flip(path):
 
 
 def reshape(path):
-    """Give a tensor another shape and the digests of that: a sound file that is not of this training."""
+    """Return a tensor another shape and the digests of that: a sound file that is not of this training."""
     tensors = dict(open_checkpoint(path).items())
     name = next(name for name, tensor in tensors.items() if tensor.dim() == 2)
     tensors[name] = tensors[name].T.contiguous()
@@ -75,13 +75,13 @@ class Laws:
     def __init__(self, folder, device, ranks):
         self.folder, self.device, self.ranks, self.facts = folder, device, ranks, {}
 
-    def engine(self, stage, bf16, model="llama-tied", seed=1, checkpointing=False, decay=0.1, extra=None, **asked):
+    def engine(self, stage, bf16, model="llama-tied", seed=1, checkpointing=False, decay=0.1, extra=None, **requested):
         from pipeline.distill.distiller import Distiller, Match, Objective
         from pipeline.runtime.engine import Engine
         from tests.tiny import tiny_model
 
         terms = {"kind": "forward_kl", "beta": 0.5, "temperature": 1.0, "cross_entropy": 0.0, "hidden": 0.0}
-        objective = Objective(**{**terms, "embedding": 0.0, "chunk": 16, "kernel": "auto", **asked})
+        objective = Objective(**{**terms, "embedding": 0.0, "chunk": 16, "kernel": "auto", **requested})
         teacher = tiny_model(model, 0, torch.float32, **WIDE)
         student = tiny_model(model, seed, torch.float32, **(WIDE | {"intermediate_size": 21} | ODD))
         match = Match(((0, 1), (1, 3)), tuple(range(2, 29)))
@@ -103,15 +103,15 @@ class Laws:
         """Train; give loss, gradient norm and held-out KL of every step."""
         from tests.tiny import tokens
 
-        told = []
+        result = []
         for step in range(first, last):
             batch = tokens(GLOBAL, LENGTH, VOCABULARY, step)
             loss = 0.0
             for half in batch.split(GLOBAL // 2):
                 loss += engine.average(engine.backward(half[self.ranks.rank :: self.ranks.world]))["loss"] / 2
             norm = engine.step(1e-2)
-            told.append([loss, norm, engine.average(engine.measure(tokens(1, LENGTH, VOCABULARY, 1000)))["kl"]])
-        return told
+            result.append([loss, norm, engine.average(engine.measure(tokens(1, LENGTH, VOCABULARY, 1000)))["kl"]])
+        return result
 
     def resume(self, stage, bf16):
         """Train straight; train from the checkpoint of the middle in an engine that was built from other weights."""

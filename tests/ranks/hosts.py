@@ -41,7 +41,7 @@ class Host:
 
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Give two hosts that reach each other, and nothing else; they are gone afterwards."""
+    """Return two hosts that reach each other, and nothing else; they are gone afterwards."""
     hosts = [Host(f"pangu-{os.getpid()}-{i}", f"{NETWORK}.{i + 1}") for i in range(2)]
     try:
         for host in hosts:

@@ -57,8 +57,8 @@ def main(folder: Path, stage: str, name: str) -> None:
 
 
 if __name__ == "__main__":
-    for asked in sys.argv[3:]:
-        out, _, step = asked.partition(":")
+    for requested in sys.argv[3:]:
+        out, _, step = requested.partition(":")
         DIES = int(step) if step else None
         main(Path(sys.argv[1]), sys.argv[2], out)
     leave()

@@ -69,16 +69,16 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_device_holds_its_half_and_one_parameter_at_most(ranks, kind):
-    for told in (rank[kind] for rank in ranks):
-        optimizer = 16 * told["trained"]  # float32 weights, gradients and two moments, shared out as well
-        assert told["peak"] < (told["whole"] + optimizer) / 2 + told["largest"] < told["whole"]
+    for result in (rank[kind] for rank in ranks):
+        optimizer = 16 * result["trained"]  # float32 weights, gradients and two moments, shared out as well
+        assert result["peak"] < (result["whole"] + optimizer) / 2 + result["largest"] < result["whole"]
 
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_partitioned_weights_are_those_that_came_bit_for_bit_and_buffers_are_on_the_device(ranks, kind):
-    for told in (rank[kind] for rank in ranks):
-        assert told["left"] == []
-        assert told["same"] and told["types"] == [str(TYPES[kind])]
+    for result in (rank[kind] for rank in ranks):
+        assert result["left"] == []
+        assert result["same"] and result["types"] == [str(TYPES[kind])]
 
 
 def test_the_dry_run_knows_how_many_parameters_deepspeed_gathers(ranks):

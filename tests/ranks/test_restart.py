@@ -1,4 +1,4 @@
-"""launch/local.sh --max-restarts: a killed process is started again with the others, and the run goes on."""
+"""launch/local.sh --max-restarts: a killed process is started again with the others, and the run resumes."""
 
 import json
 import os
@@ -20,12 +20,12 @@ STEPS = 24
 def test_a_killed_rank_is_started_again_and_the_recovery_goes_on_from_its_checkpoint(tmp_path):
     world = make_world(tmp_path)
     chosen = settings(world, distill__micro_batch_size=4, distill__tokens=STEPS * 8 * 32, device__timeout=60)
-    told = environment() | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    result = environment() | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     command = [str(ROOT / "launch/local.sh"), "--nproc-per-node", "2", "--max-restarts", "1"]
     with (world / "log").open("w") as log:
         run = subprocess.Popen(
             [*command, *chosen, "run=again", "stages=[importance,shape,plan,cut,distill]"],
-            cwd=world, env=told, stdout=log, stderr=subprocess.STDOUT,
+            cwd=world, env=result, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:
         for _ in range(1200):  # until the recovery has left its first checkpoint

@@ -58,9 +58,9 @@ def test_a_row_that_is_not_there_is_refused_by_its_name(module, capsys):
 def report(place, state, tokens=4096):
     """A run's report as far as the tables read it: a perplexity and a share of words for every model."""
     place.mkdir(parents=True)
-    told = {who: {"perplexity": value, "next_word": share} for who, (value, share) in state.items()}
+    result = {who: {"perplexity": value, "next_word": share} for who, (value, share) in state.items()}
     (place / "report.json").write_text(
-        json.dumps({"perplexity": {"topics": told}, "recovery": {"tokens": float(tokens)}})
+        json.dumps({"perplexity": {"topics": result}, "recovery": {"tokens": float(tokens)}})
     )
 
 

@@ -119,17 +119,17 @@ def test_greedy_takes_the_best_layer_each_time_and_keeps_the_first():
 
 
 def test_evolution_finds_the_best_set_never_measures_one_twice_and_repeats_itself():
-    loss, asked = pairwise(4, 8), []
+    loss, requested = pairwise(4, 8), []
 
     def counted(kept):
-        asked.append(kept)
+        requested.append(kept)
         return loss(kept)
 
     best = min(((0, *rest) for rest in itertools.combinations(range(1, 8), 4)), key=loss)
     start = (0, 1, 2, 3, 4)
     found = evolved_depth(8, 5, counted, 1, start, 40, 8, seed=0)
     assert found.kept == best and found.loss == loss(best)
-    assert len(asked) == len(set(asked)) == len(found.tried)
+    assert len(requested) == len(set(requested)) == len(found.tried)
     assert found == evolved_depth(8, 5, loss, 1, start, 40, 8, seed=0)
 
 

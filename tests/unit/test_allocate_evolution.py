@@ -14,7 +14,7 @@ ASKED = {"offspring": 8, "survivors": [4, 1], "swaps": 3, "seed": 1}
 
 
 def weights_of(places, widths):
-    """Give the parameters of a choice."""
+    """Return the parameters of a choice."""
     return sum(place.weights * width for place, width in zip(places, widths, strict=True))
 
 

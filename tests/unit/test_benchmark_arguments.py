@@ -1,4 +1,4 @@
-"""Measuring scripts on the command line: --help tells what each is, a wrong argument ends in one line, before work."""
+"""Measuring scripts on the command line: --help describes each, a wrong argument ends in one line, before work."""
 
 import importlib
 import subprocess
@@ -87,11 +87,11 @@ def test_help_tells_what_a_script_is(name, monkeypatch, capsys):
     assert first in capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize(("name", "arguments", "told"), WRONG)
-def test_a_wrong_argument_is_told_before_any_work(name, arguments, told, run, monkeypatch, capsys):
+@pytest.mark.parametrize(("name", "arguments", "message"), WRONG)
+def test_a_wrong_argument_is_told_before_any_work(name, arguments, message, run, monkeypatch, capsys):
     before = sorted(run.rglob("*"))
     code = ended(name, arguments.replace("{}", str(run)).split(), monkeypatch)
     written = capsys.readouterr().err + (code if isinstance(code, str) else "")  # Python prints such a code itself
     (line,) = [line for line in written.splitlines() if "error: " in line]
-    assert told in line and (code == 2 or isinstance(code, str))
+    assert message in line and (code == 2 or isinstance(code, str))
     assert sorted(run.rglob("*")) == before

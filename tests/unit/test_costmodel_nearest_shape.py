@@ -1,4 +1,4 @@
-"""Shapes that are asked for: refused by name where they cannot be, with the nearest that can."""
+"""Requested shapes: refused by name where they cannot be, with the nearest that can."""
 
 from dataclasses import replace
 

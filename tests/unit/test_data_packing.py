@@ -31,9 +31,9 @@ def test_rows_are_the_documents_tokens_joined_by_eos_and_the_remainder_dropped(t
     count = len(expected) // 16
     assert len(packed) == count and packed[0].dtype == np.int32
     assert rows(packed).ravel().tolist() == expected[: count * 16]
-    told = packed.domains[0]
-    assert (told["documents"], told["tokens"], told["sequences"]) == (len(DOCUMENTS), len(expected), count)
-    assert told["bytes"] == sum(len(text.encode()) for text in DOCUMENTS)
+    result = packed.domains[0]
+    assert (result["documents"], result["tokens"], result["sequences"]) == (len(DOCUMENTS), len(expected), count)
+    assert result["bytes"] == sum(len(text.encode()) for text in DOCUMENTS)
 
 
 def test_a_tokenizer_that_opens_with_bos_opens_every_row_with_it(tmp_path):

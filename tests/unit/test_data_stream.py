@@ -52,7 +52,7 @@ def test_every_epoch_has_every_row_once_in_a_new_order(tmp_path):
     assert (np.sort(order, axis=1) == np.arange(23)).all()
     assert len({tuple(epoch) for epoch in order}) == 5
     domains = np.searchsorted([11, 16], order, side="right")
-    assert len({tuple(epoch) for epoch in domains}) == 5, "domains must mix, anew in every epoch"
+    assert len({tuple(epoch) for epoch in domains}) == 5, "domains must mix, differently in every epoch"
     assert all(len(set(epoch[:11])) > 1 for epoch in domains)
 
 

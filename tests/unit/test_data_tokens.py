@@ -1,4 +1,4 @@
-"""The tokens stage keeps evaluation apart, tells what it split, and starts afresh when a text changes."""
+"""The tokens stage keeps evaluation apart, prints what it split, and starts afresh when a text changes."""
 
 import json
 import os

@@ -106,8 +106,8 @@ def test_a_chip_with_a_model_is_described_by_it(kind, name, file):
     [("npu", "Ascend310P3", "910B3"), ("cuda", "NVIDIA A30", "H100"), ("cpu", "Intel(R) Xeon(R) CPU", "CPU")],
 )
 def test_a_chip_without_a_model_is_said_to_have_a_stand_in(kind, name, file):
-    taken, told = chip_model(kind, name)
-    assert taken == file and told.startswith(f"chip model: {file} stands in for {name}; choose device/chip=NAME")
+    taken, result = chip_model(kind, name)
+    assert taken == file and result.startswith(f"chip model: {file} stands in for {name}; choose device/chip=NAME")
 
 
 def test_every_chip_model_is_a_file_of_the_configuration():

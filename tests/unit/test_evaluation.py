@@ -65,9 +65,9 @@ def test_a_perplexity_beyond_all_numbers_is_infinite_and_null_in_json(nats):
     found = quality(torch.tensor([nats * 4, 0.0, 4.0], dtype=torch.float64), 10)
     compared = over([nats, nats + 1.0], [0.0, 0.5])
     assert found.perplexity == compared.times == compared.error == math.inf
-    told = json.dumps(finite({"q": asdict(found), "losses": [nats, 2.0]}), allow_nan=False)
-    assert json.loads(told)["q"]["perplexity"] is None and json.loads(told)["losses"][1] == 2.0
-    assert over([2.0, 3.0], json.loads(told)["losses"]).times >= 0.0 and over([700.0, 700.0], [0.0, 0.0]).error == 0.0
+    result = json.dumps(finite({"q": asdict(found), "losses": [nats, 2.0]}), allow_nan=False)
+    assert json.loads(result)["q"]["perplexity"] is None and json.loads(result)["losses"][1] == 2.0
+    assert over([2.0, 3.0], json.loads(result)["losses"]).times >= 0.0 and over([700.0, 700.0], [0.0, 0.0]).error == 0.0
 
 
 def test_a_text_without_a_predicted_token_is_refused():
@@ -117,14 +117,14 @@ def test_models_are_timed_in_turn_and_the_medians_are_of_their_runs():
 
 def test_a_word_is_right_exactly_when_it_is_the_models_greedy_continuation():
     model = tiny_model("llama")
-    asked = []
+    requested = []
     for seed, length in enumerate((5, 9, 6, 11, 7)):
         context = tokens(1, length, seed=seed)
         word = continue_greedily(model, context, 1 + seed % 3, frozenset())
-        asked.append(Question(tuple(context[0].tolist()), tuple(word)))
-    assert right(model, asked, batch=2).tolist() == [5, 5]
-    spoilt = [Question(q.context, (*q.word[:-1], (q.word[-1] + 1) % 96)) for q in asked[:2]]
-    assert right(model, spoilt + asked[2:], batch=5).tolist() == [3, 5]
+        requested.append(Question(tuple(context[0].tolist()), tuple(word)))
+    assert right(model, requested, batch=2).tolist() == [5, 5]
+    spoilt = [Question(q.context, (*q.word[:-1], (q.word[-1] + 1) % 96)) for q in requested[:2]]
+    assert right(model, spoilt + requested[2:], batch=5).tolist() == [3, 5]
     assert right(model, [], batch=5).tolist() == [0, 0]
 
 
@@ -136,9 +136,9 @@ def test_questions_are_the_last_words_of_sentences_and_what_stands_before_them(t
     def encode(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    asked = questions([TEXT], encode, limit=8, context=60)
-    assert len(asked) == 8
-    for question in asked:
+    requested = questions([TEXT], encode, limit=8, context=60)
+    assert len(requested) == 8
+    for question in requested:
         word = tokenizer.decode(question.word)
         context = tokenizer.decode(question.context)
         assert word in (" hill", " rooms")
@@ -151,8 +151,8 @@ def test_questions_are_the_last_words_of_sentences_and_what_stands_before_them(t
 @pytest.mark.parametrize("limit", [1, 3, 7, 100, 199, 300])
 def test_questions_are_spread_evenly_over_the_sentences(limit):
     texts = [f"Enough stands before it, and {chr(0x100 + place)} now ends. " for place in range(199)]
-    asked = questions(texts, lambda text: [ord(letter) for letter in text], limit, 20)
-    places = [next(id_ for id_ in each.context if id_ >= 0x100) - 0x100 for each in asked]
+    requested = questions(texts, lambda text: [ord(letter) for letter in text], limit, 20)
+    places = [next(id_ for id_ in each.context if id_ >= 0x100) - 0x100 for each in requested]
     count = min(limit, 199)
     assert places == [place * 199 // count for place in range(count)]
 
@@ -181,7 +181,7 @@ def test_a_local_task_file_is_measured_by_the_harness(tmp_path):
 
     tokenizer = load_tokenizer(tokenizer_folder(tmp_path / "model", TEXT))
     model = tiny_model("llama", dtype=torch.float32, max_position_embeddings=256)
-    asked = []
+    requested = []
     for prompt in ("The old", "Nobody had", "the wind went", "a hill stood"):  # the right choice is the model's own
         scores = []
         for choice in ("house", "years"):
@@ -189,9 +189,9 @@ def test_a_local_task_file_is_measured_by_the_harness(tmp_path):
             ids = tokenizer(f"{prompt} {choice}", add_special_tokens=False)["input_ids"]
             logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
             scores.append(sum(logits[i - 1, ids[i]].item() for i in range(len(head), len(ids))))
-        asked.append({"question": prompt, "choices": ["house", "years"], "answer": scores.index(max(scores))})
-    asked[-1]["answer"] = 1 - asked[-1]["answer"]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+        requested.append({"question": prompt, "choices": ["house", "years"], "answer": scores.index(max(scores))})
+    requested[-1]["answer"] = 1 - requested[-1]["answer"]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in requested))
     task = tmp_path / "own.yaml"
     task.write_text(
         f"""task: own

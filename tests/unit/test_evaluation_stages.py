@@ -61,9 +61,7 @@ def world(tmp_path_factory):
         made[name].mkdir()
     tokens.run(config, made, made["tokens"], machine())
     sizes = open_checkpoint(teacher).anatomy.sizes
-    heads, neurons = (
-        tuple(torch.rand(getattr(w, axis)) + 0.1 for w in sizes.layers) for axis in ("heads", "neurons")
-    )
+    heads, neurons = (tuple(torch.rand(getattr(w, axis)) + 0.1 for w in sizes.layers) for axis in ("heads", "neurons"))
     Scores(torch.rand(32) + 0.1, heads, neurons, torch.rand(4).double() + 0.1, 256).save(made["scores"])
     whole = everything(sizes)
     Blueprint(whole.channels, (whole.layers[0], *whole.layers[2:])).save(made["blueprint"])
@@ -109,10 +107,10 @@ def test_the_perplexity_is_that_of_the_models_own_logits_on_the_texts_rows(world
             assert text[who]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
             assert text[who]["bits_per_byte"] == pytest.approx(loss * 8 * 31 / math.log(2) / text["bytes"], rel=1e-4)
             assert 0 <= text[who]["next_word"] <= 1
-        times, told = text["student"]["perplexity"] / text["teacher"]["perplexity"], text["student"]["over_teacher"]
+        times, result = text["student"]["perplexity"] / text["teacher"]["perplexity"], text["student"]["over_teacher"]
         extra = torch.tensor(text["student"]["losses"]) - torch.tensor(text["teacher"]["losses"])
-        assert told["times"] == pytest.approx(times, rel=1e-6)
-        assert told["error"] == pytest.approx(times * float(extra.std()) / math.sqrt(8), rel=1e-4)
+        assert result["times"] == pytest.approx(times, rel=1e-6)
+        assert result["error"] == pytest.approx(times * float(extra.std()) / math.sqrt(8), rel=1e-4)
 
 
 def test_sizes_are_those_of_the_folders(world, found):
@@ -157,10 +155,10 @@ def test_two_ranks_give_the_numbers_of_one(world, found):
     for name, text in found["texts"].items():
         assert both["texts"][name]["bytes"] == text["bytes"]
         for who in ("teacher", "start", "student"):
-            told, alone = both["texts"][name][who], text[who]
-            assert told.pop("losses") == pytest.approx(alone["losses"], rel=1e-5)
-            assert told.pop("over_teacher", {}) == pytest.approx(alone.get("over_teacher", {}), rel=1e-3)
-            assert told == pytest.approx({key: alone[key] for key in told}, rel=1e-5)
+            result, alone = both["texts"][name][who], text[who]
+            assert result.pop("losses") == pytest.approx(alone["losses"], rel=1e-5)
+            assert result.pop("over_teacher", {}) == pytest.approx(alone.get("over_teacher", {}), rel=1e-3)
+            assert result == pytest.approx({key: alone[key] for key in result}, rel=1e-5)
 
 
 def test_the_report_has_its_page_pictures_and_no_time_of_stages_without_a_manifest(world, found, capsys):
@@ -168,11 +166,13 @@ def test_the_report_has_its_page_pictures_and_no_time_of_stages_without_a_manife
     out = folder / "report"
     out.mkdir()
     report.run(config, made | {"student": made["initial_student"], "evaluation": folder / "evaluation"}, out, machine())
-    told = json.loads((out / "report.json").read_text())
-    assert told["stages"] == {} and told["recovery"] is None and "start" not in told["perplexity"]["ships"]
-    assert told["parameters"]["student"] == found["models"]["student"]["parameters"]
-    assert told["cut"]["dropped_layers"] == [1]
-    assert told["settings"]["plan"]["clap"] is True and told["versions"]["torch"] and told["recipe"] == "pangu_light"
+    result = json.loads((out / "report.json").read_text())
+    assert result["stages"] == {} and result["recovery"] is None and "start" not in result["perplexity"]["ships"]
+    assert result["parameters"]["student"] == found["models"]["student"]["parameters"]
+    assert result["cut"]["dropped_layers"] == [1]
+    assert (
+        result["settings"]["plan"]["clap"] is True and result["versions"]["torch"] and result["recipe"] == "pangu_light"
+    )
     assert {path.stem for path in (out / "figures").iterdir()} == {"map", "layers", "channels", "perplexity"}
     assert "perplexity, ships" in capsys.readouterr().out
     assert "Recovery" not in (out / "report.html").read_text()
@@ -193,12 +193,12 @@ def test_the_report_tells_recovery_and_the_cost_of_every_stage_behind_it(world, 
         (folder / name / "manifest.json").write_text(json.dumps(facts))
     inputs = made | {"student": made["initial_student"], "recovered": student, "evaluation": folder / "evaluation"}
     report.run(config, inputs, out, machine())
-    told = json.loads((out / "report.json").read_text())
-    assert list(told["stages"]) == ["tokens", "distill"]
-    assert told["stages"]["distill"] == {"seconds": 1.5, "peak_memory": 10, "devices": ["chip"]}
-    assert told["recovery"]["tokens"] == 512
-    assert told["recovery"]["curves"]["held_out_kl"] == {"first": 3.0, "last": 1.0}
-    assert "start" in told["perplexity"]["ships"]
+    result = json.loads((out / "report.json").read_text())
+    assert list(result["stages"]) == ["tokens", "distill"]
+    assert result["stages"]["distill"] == {"seconds": 1.5, "peak_memory": 10, "devices": ["chip"]}
+    assert result["recovery"]["tokens"] == 512
+    assert result["recovery"]["curves"]["held_out_kl"] == {"first": 3.0, "last": 1.0}
+    assert "start" in result["perplexity"]["ships"]
     assert {"loss", "kl", "rate", "stages"} < {path.stem for path in (out / "figures").iterdir()}
 
 
@@ -212,12 +212,12 @@ def test_what_the_report_shows_is_in_its_settings_and_where_it_is_kept_is_not():
 
 
 def test_figures_are_of_the_device_that_is_found_and_of_its_chip(monkeypatch):
-    asked = [configured(f"device={kind}") for kind in ("auto", "cpu")]
-    auto, cpu = map(evaluate.settings, asked)
+    requested = [configured(f"device={kind}") for kind in ("auto", "cpu")]
+    auto, cpu = map(evaluate.settings, requested)
     assert (auto == cpu) == (choose("auto") == "cpu")
-    before = [stage.settings(asked[0]) for stage in (evaluate_reference, evaluate)]
+    before = [stage.settings(requested[0]) for stage in (evaluate_reference, evaluate)]
     monkeypatch.setattr(evaluator, "chip_name", lambda kind, index: "another chip")
-    assert all(stage.settings(asked[0]) != was for stage, was in zip((evaluate_reference, evaluate), before))
+    assert all(stage.settings(requested[0]) != was for stage, was in zip((evaluate_reference, evaluate), before))
 
 
 def test_the_teacher_is_measured_once_and_a_start_that_was_not_recovered_once_as_the_student(world, found, capsys):

@@ -37,12 +37,12 @@ def runs(tmp_path):
     for row, all_, value in (("plain512", 118.5e6, 40.0), ("untied448", 101e6, 20.0)):
         place = tmp_path / f"hidden-{row}-0"
         place.mkdir()
-        told = {
+        result = {
             "parameters": {"student": all_},
             "non_embedding_parameters": {"student": 90e6},
             "perplexity": {"topics": {"teacher": {"perplexity": 16.0}, "student": {"perplexity": value}}},
         }
-        (place / "report.json").write_text(json.dumps(told))
+        (place / "report.json").write_text(json.dumps(result))
     return tmp_path
 
 

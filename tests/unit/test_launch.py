@@ -33,7 +33,7 @@ def path(tmp_path_factory):
 @pytest.fixture
 def launch(path):
     def run(script: str, *arguments: str, **environment: str) -> tuple[list[str], dict[str, str]]:
-        """Give torchrun's arguments and its environment."""
+        """Return torchrun's arguments and its environment."""
         ran = subprocess.run(
             [str(LAUNCH / script), *arguments], env={"PATH": path, "HOME": "/nonexistent", **environment},
             capture_output=True, text=True, timeout=60,
@@ -50,7 +50,7 @@ def launch(path):
 @pytest.fixture
 def refuse(path):
     def run(script: str, *arguments: str, **environment: str) -> str:
-        """Give the one line with which a launcher stops before torchrun."""
+        """Return the one line with which a launcher stops before torchrun."""
         ran = subprocess.run(
             [str(LAUNCH / script), *arguments], env={"PATH": path, "HOME": "/nonexistent", **environment},
             capture_output=True, text=True, timeout=60,

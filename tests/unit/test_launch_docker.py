@@ -85,7 +85,7 @@ def test_an_image_copies_what_is_let_through_and_ends_as_a_user(file):
     copied = [name for line in re.findall(r"^COPY (.+)$", file.read_text(), re.M) for name in line.split()[:-1]]
     assert ignore[0] == "*" and set(copied) == allowed
     assert all((ROOT / name).exists() for name in copied)
-    assert re.findall(r"^USER (.+)$", file.read_text(), re.M)[-1] == "1000:1000"  # by number, as runAsNonRoot asks
+    assert re.findall(r"^USER (.+)$", file.read_text(), re.M)[-1] == "1000:1000"  # by number, as runAsNonRoot requires
     assert not re.search(r"(?i)(token|key|password|secret)\s*=", file.read_text())
     base = re.search(r"^(?:ARG CANN=|FROM )(\S+:\S+)$", file.read_text(), re.M).group(1)
     assert re.search(r":[\w.]*\d+\.\d+[\w.-]*$", base)  # a release, not a moving tag

@@ -1,4 +1,4 @@
-"""What learns by itself before recovery: every way is measured, and brings the stream nearer to the teacher's."""
+"""Local distillation before recovery: every variant is measured and reduces the distance to the teacher."""
 
 import math
 import sys
@@ -46,11 +46,11 @@ def test_every_way_is_measured_on_every_text_and_changes_the_student(run, monkey
     monkeypatch.setattr(sys, "argv", ["local_learning.py", *given])
     local_learning.main()
     lines = capsys.readouterr().out.splitlines()
-    told = {line[:14].strip(): [float(ratio) for ratio in line[14:].split()] for line in lines}
-    assert list(told) == ["not distilled", *local_learning.WAYS]
-    assert {len(ratios) for ratios in told.values()} == {2}
-    assert all(0 < ratio < math.inf for ratios in told.values() for ratio in ratios)
-    assert len(set(map(tuple, told.values()))) == len(told), "no way gives what another does, or the cut"
+    result = {line[:14].strip(): [float(ratio) for ratio in line[14:].split()] for line in lines}
+    assert list(result) == ["not distilled", *local_learning.WAYS]
+    assert {len(ratios) for ratios in result.values()} == {2}
+    assert all(0 < ratio < math.inf for ratios in result.values() for ratio in ratios)
+    assert len(set(map(tuple, result.values()))) == len(result), "no way gives what another does, or the cut"
 
 
 @pytest.mark.parametrize("way", local_learning.WAYS)
@@ -69,6 +69,6 @@ def test_what_learns_brings_the_stream_of_its_text_nearer_to_the_teachers(run, w
 
     before = error()
     metrics = local_learning.fisher(teacher, ids[:16]) if weighed else None
-    asked = SimpleNamespace(rate=0.015, batch=1)
-    local_learning.through(teacher, student, ids, together, whole, metrics, asked)
+    requested = SimpleNamespace(rate=0.015, batch=1)
+    local_learning.through(teacher, student, ids, together, whole, metrics, requested)
     assert error() < 0.8 * before

@@ -40,7 +40,7 @@ def cpu() -> Device:
 
 
 def computed(model, stream) -> list:
-    """Give all that forward passes are made for: logits, sums, Gram matrices, losses without layers and units, text."""
+    """Return what forward passes compute: logits, sums, Gram matrices, losses without layers and units, text."""
     anatomy = anatomy_of(config_of(model), tensors_of(model))
     batches = [tokens(seed=seed) for seed in range(2)]
     with placed(model, cpu(), stream):
@@ -56,7 +56,7 @@ def computed(model, stream) -> list:
 
 
 def held(model) -> dict[str, tuple[torch.Tensor, int]]:
-    """Give a copy of every tensor, and where it lies."""
+    """Return a copy of every tensor, and where it lies."""
     named = chain(model.named_parameters(), model.named_buffers())
     return {name: (tensor.clone(), tensor.data_ptr()) for name, tensor in named}
 
@@ -99,8 +99,8 @@ def test_one_part_of_one_layer_is_away_from_the_host_at_a_time_and_none_after_a_
 
 
 def on_npu(ranks) -> dict[str, list]:
-    """Give, by way of placing, the bytes on an NPU after placing and at most, and the losses; and weights' bytes."""
-    device, told = open_device("npu", "eager", False, 0, 0), {}
+    """Return, by way of placing, the bytes on an NPU after placing and at most, and the losses; and weights' bytes."""
+    device, result = open_device("npu", "eager", False, 0, 0), {}
     free = Device.free_memory
     for way, stream, memory in (("whole", "auto", None), ("auto", "auto", 1.0), ("streamed", True, None)):
         model = tiny_model("llama-tied", dtype=torch.float32, hidden_size=128, intermediate_size=512)
@@ -112,23 +112,23 @@ def on_npu(ranks) -> dict[str, list]:
             device.reset_peak_memory()
             after = device.total_memory() - free(device) - used
             loss = tally(model, [tokens()], 64)
-            told[way] = [after, device.peak_memory() - used, loss.tolist()]
+            result[way] = [after, device.peak_memory() - used, loss.tolist()]
         del model
     Device.free_memory = free
-    return told | {"weights": [weights, layer]}
+    return result | {"weights": [weights, layer]}
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="building the simulated NPU needs g++")
 def test_on_an_npu_that_is_too_small_there_is_a_part_of_a_layer_at_a_time(tmp_path):
-    (told,) = on_ranks(on_npu, tmp_path, 1, timeout=120.0, kind="npu")
-    weights, layer = told["weights"]
-    passing = told["whole"][1] - told["whole"][0]  # beside the weights
-    assert told["whole"][0] >= weights
+    (result,) = on_ranks(on_npu, tmp_path, 1, timeout=120.0, kind="npu")
+    weights, layer = result["weights"]
+    passing = result["whole"][1] - result["whole"][0]  # beside the weights
+    assert result["whole"][0] >= weights
     for way in ("auto", "streamed"):  # as large as the memory is too large
-        after, most, loss = told[way]
-        assert loss == told["whole"][2]
+        after, most, loss = result[way]
+        assert loss == result["whole"][2]
         assert after <= weights - 4 * layer + 4096
-        assert most <= after + layer + passing < told["whole"][1]
+        assert most <= after + layer + passing < result["whole"][1]
 
 
 MEASURED = [
@@ -187,7 +187,7 @@ LINES = {  # family, choices, and what places a model
 
 
 def contents(folder: Path) -> dict:
-    """Give what an artifact says, by file."""
+    """Return what an artifact says, by file."""
     read = {".json": lambda path: json.loads(path.read_text()), ".jsonl": Path.read_text}
     files = {path.name: read[path.suffix](path) for path in folder.iterdir() if path.suffix in read}
     files.pop("manifest.json")
@@ -199,10 +199,10 @@ def contents(folder: Path) -> dict:
 def test_stages_leave_the_same_artifacts_streamed_or_not(name, tmp_path, monkeypatch):
     kind, chosen, placing = LINES[name]
     world = make_world(tmp_path, kind)
-    made, asked = {}, []
+    made, requested = {}, []
 
     def placed_and_told(who, model, device, stream):
-        asked.append((who, stream))
+        requested.append((who, stream))
         return placed(model, device, stream)
 
     for module in (evaluator, *runner.STAGES.values()):
@@ -213,9 +213,9 @@ def test_stages_leave_the_same_artifacts_streamed_or_not(name, tmp_path, monkeyp
         for exported in (world / "whole").glob("export-*"):  # by a process of its own, from the same start
             shutil.copytree(exported, world / "streamed" / exported.name)
         given = settings(world, artifacts=world / way, run=way, **free)
-        asked.clear()
+        requested.clear()
         made[way] = runner.run(configured(*given, *chosen, f"device.layer_streaming={stream}"), "a test")
-        assert set(asked) == {(who, stream) for who in placing}
+        assert set(requested) == {(who, stream) for who in placing}
     for artifact, folder in made["whole"].items():
         assert contents(folder) == contents(made["streamed"][artifact]), artifact
 
@@ -246,8 +246,8 @@ def test_what_needs_the_whole_model_on_a_device_that_is_too_small_is_refused_bef
         (evaluate, "evaluate.speed=true", "set evaluate.speed=false"),
     ):
         monkeypatch.setattr(stage, "load", None, raising=False)
-        told = rf"{choice} needs 0\.1 MB of weights.* on one device, which has 0\.0 MB; {remedy}.*, or take devices"
-        with pytest.raises(ValueError, match=told):
+        result = rf"{choice} needs 0\.1 MB of weights.* on one device, which has 0\.0 MB; {remedy}.*, or take devices"
+        with pytest.raises(ValueError, match=result):
             stage.run(configured(choice, "device.layer_streaming=true"), inputs, tmp_path, machine(10_000))
 
 

@@ -122,7 +122,7 @@ def test_a_donor_of_another_attention_type_does_not_compete_and_is_refused_in_a_
 
 
 def test_a_donor_of_fewer_heads_a_group_than_its_host_is_asked_for_does_not_compete():
-    """Layer 1 goes and is loudest, with one head a group: it donates to a host asked for one, to none asked for two."""
+    """Layer 1 goes and is loudest, with one head a group: it donates to a host that needs one, not two."""
     of = anatomy(layers=4)
     own = (LayerSizes(6, 3, 16), LayerSizes(3, 3, 16), LayerSizes(6, 3, 16), LayerSizes(6, 3, 16))
     of = replace(of, sizes=replace(of.sizes, layers=own))

@@ -55,12 +55,12 @@ def test_every_row_is_a_line_that_nothing_refuses(name, recovery, tmp_path):
         run.composed(run.row_settings(row, 37.5, recovery, [*start, "data.evaluation.path=builtin:topics"]))
     )
     stages = runner.check(config)
-    asked = {
+    requested = {
         "distill": True,
         "regularize": config.regularize.norm != "none",
         "teacher_correction": config.teacher_correction.tokens > 0,
     }
-    trains = {stage for stage, does in asked.items() if does and stage in stages}
+    trains = {stage for stage, does in requested.items() if does and stage in stages}
     early = {"trsp_recovered": {"regularize"}, "best_all_by_layer_corrected_longer": {"teacher_correction"}}.get(
         name, set()
     )
@@ -148,9 +148,11 @@ def view(folder, name, dense=10.0, start=20.0, student=12.0, rounds=1, settle="n
         stages["distill"] = {"artifact": "distill-2"}
     if measured:
         stages["evaluate"] = {"artifact": "evaluate-3"}
-    for stage, told in stages.items():
-        (made / told["artifact"]).mkdir(parents=True, exist_ok=True)
-        (made / told["artifact"] / "manifest.json").write_text(json.dumps({"seconds": 5.0 if stage == "cut" else 60.0}))
+    for stage, result in stages.items():
+        (made / result["artifact"]).mkdir(parents=True, exist_ok=True)
+        (made / result["artifact"] / "manifest.json").write_text(
+            json.dumps({"seconds": 5.0 if stage == "cut" else 60.0})
+        )
     place.mkdir(parents=True)
     (place / "teacher").symlink_to(made / "teacher-0")
     config = {
@@ -268,11 +270,13 @@ def test_rows_measured_on_different_text_are_not_put_side_by_side(tmp_path):
 
 
 def test_the_start_of_a_row_that_cuts_nothing_is_the_dense_model(monkeypatch, tmp_path):
-    asked = []
-    monkeypatch.setattr(run, "pipeline", lambda *given: asked.append(given) or subprocess.CompletedProcess(given, 0))
+    requested = []
+    monkeypatch.setattr(
+        run, "pipeline", lambda *given: requested.append(given) or subprocess.CompletedProcess(given, 0)
+    )
     start = run.peer_start(rows.ROWS["dense_next_longer"].peer, 25.0, tmp_path, None, ["seed=0"])
     assert start == tmp_path / "quality" / "teacher" / "teacher"
-    assert [each[:2] for each in asked] == [("run=quality/teacher", "stages=[]")]
+    assert [each[:2] for each in requested] == [("run=quality/teacher", "stages=[]")]
 
 
 def test_a_frozen_text_is_read_in_place_of_the_installations_own(tmp_path):

@@ -1,4 +1,4 @@
-"""The table's text of many kinds, and where a student loses on a text: what stands in each, to the character."""
+"""The table's mixed-domain text, and where a student loses on a text, to the character."""
 
 import gzip
 import json
@@ -81,8 +81,8 @@ def test_what_rows_are_measured_on_is_left_out_and_the_rest_is_read(name, tmp_pa
     (folder / "more" / "a.md").write_text("more " * 99)
     here, more = broad.Kind("here", "*.txt", broad.page), broad.Kind("more", "*.md", broad.page)
     monkeypatch.setattr(broad, "SETS", {"broad": (here,), "wide": (here, more)})
-    asked = ["--set", name] if name != "broad" else []
-    monkeypatch.setattr(sys, "argv", ["broad.py", *asked, "--out", str(texts), "--folder", str(folder)])
+    requested = ["--set", name] if name != "broad" else []
+    monkeypatch.setattr(sys, "argv", ["broad.py", *requested, "--out", str(texts), "--folder", str(folder)])
     broad.main()
     records = [json.loads(line)["text"] for line in (texts / f"{name}.jsonl").read_text().splitlines()]
     assert records == [stays] + ["more " * 99] * (name == "wide")
@@ -96,18 +96,18 @@ def test_text_of_many_kinds_is_refused_without_what_it_needs(missing, tmp_path, 
     if missing == "files":
         (tmp_path / "unpacked" / "fortunes").mkdir(parents=True)
     monkeypatch.setattr(sys, "argv", ["broad.py", "--out", str(tmp_path), "--folder", str(tmp_path / "unpacked")])
-    told = {"jargon": "has no jargon.txt", "package": "fortunes does not exist", "files": "fortunes has no text in"}
-    with pytest.raises(SystemExit, match=told[missing]):
+    result = {"jargon": "has no jargon.txt", "package": "fortunes does not exist", "files": "fortunes has no text in"}
+    with pytest.raises(SystemExit, match=result[missing]):
         broad.main()
     assert not (tmp_path / "broad.jsonl").exists()
 
 
 def test_tokens_are_named_by_what_they_are_and_whether_they_can_be_copied():
-    told = {1: " the", 2: "re", 3: "3.11", 4: "\n", 5: "->", 6: " x1"}
-    assert where.kinds([[1, 2, 3, 4, 5, 6], [1, 2]], told) == [
+    result = {1: " the", 2: "re", 3: "3.11", 4: "\n", 5: "->", 6: " x1"}
+    assert where.kinds([[1, 2, 3, 4, 5, 6], [1, 2]], result) == [
         "new rest of a word", "new number", "new space", "new mark", "new number", "new rest of a word"
     ]  # fmt: skip
-    assert where.kinds([[1, 2, 5, 1, 2, 5]], told) == [
+    assert where.kinds([[1, 2, 5, 1, 2, 5]], result) == [
         "new rest of a word", "new mark", "new word", "new rest of a word", "seen mark"
     ]  # fmt: skip
 
@@ -118,7 +118,7 @@ def test_what_kinds_lose_adds_up_to_the_perplexity_over_the_dense_models():
     rows = torch.randint(models[0].config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(0))
     dense, student = (where.loss_of(model, rows) for model in models)
     perplexities = [quality(tally(model, [rows], 64), 1).perplexity for model in models]
-    *lines, _, last = where.told(["a"] * 8 + ["b"] * 16, dense, student)
+    *lines, _, last = where.result(["a"] * 8 + ["b"] * 16, dense, student)
     assert float(last.split()[1]) == pytest.approx(perplexities[1] / perplexities[0], rel=1e-3)
     means = (student - dense).mean(1)
     assert float(last.split()[3]) == pytest.approx(float(last.split()[1]) * float(means.std()) / 3**0.5, abs=1e-3)

@@ -97,7 +97,7 @@ def test_a_turned_stream_changes_no_score_of_heads_neurons_and_layers(world):
 
 
 def errors(folders):
-    """Give the output error of W_O and W_down of every student layer against its host, on the calibration text."""
+    """Return the output error of W_O and W_down of every student layer against its host, on the calibration text."""
     teacher, start = (open_checkpoint(folders[name]) for name in ("teacher", "start"))
     grams = open_tensors(folders["hessians"])
     blueprint = Blueprint.load(folders["blueprint"])

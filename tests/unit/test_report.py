@@ -215,8 +215,8 @@ def test_a_picture_shows_a_mark_where_and_in_the_colour_the_drawing_has_it(tmp_p
 
 
 def test_a_number_is_short_and_not_rounded_to_another():
-    told = {0.0: "0", 1.5e-4: "1.5e-4", 3e-4: "3e-4", 0.00031: "3.1e-4", 0.01: "0.01", 1_234_567.0: "1.23M"}
-    assert {value: number(value) for value in told} == told
+    message = {0.0: "0", 1.5e-4: "1.5e-4", 3e-4: "3e-4", 0.00031: "3.1e-4", 0.01: "0.01", 1_234_567.0: "1.23M"}
+    assert {value: number(value) for value in message} == message
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -298,14 +298,14 @@ def test_a_perplexity_over_the_teachers_stands_with_its_error_where_there_is_one
         assert f"... over the teacher's {cells} bits per byte" in words
 
 
-@pytest.mark.parametrize(("told", "shown"), [(None, "∞"), (1e304, "1.0e+304")])
-def test_a_model_that_is_gone_is_told_and_drawn_without_a_row_of_digits(told, shown, tmp_path):
+@pytest.mark.parametrize(("message", "shown"), [(None, "∞"), (1e304, "1.0e+304")])
+def test_a_model_that_is_gone_is_told_and_drawn_without_a_row_of_digits(message, shown, tmp_path):
     report = example_report()
     text = report["perplexity"]["news"]
     for who in ("start", "student"):
-        text[who] |= {"perplexity": told, "over_teacher": {"times": told, "error": None}}
+        text[who] |= {"perplexity": message, "over_teacher": {"times": message, "error": None}}
     (row,) = (row for row in rows(report) if row.label.startswith("perplexity"))
-    assert (row.student, row.change) == (shown, "×∞" if told is None else "×5.0e+302")
+    assert (row.student, row.change) == (shown, "×∞" if message is None else "×5.0e+302")
     assert f"on news was {shown}" in summary(report)
     drawing = perplexities(perplexity_of(report))
     assert f"student {shown}" in drawing.alt
@@ -338,8 +338,8 @@ def test_speeds_that_were_not_steady_are_said_to_be_rough():
     report = example_report()
     assert "rough" not in summary(report) and "rough" not in page(report, example_drawings(report))
     report["speed"]["student"]["decode_runs"] = [20.0, 60.0, 50.0]
-    told = "peeds are rough: repeated runs of one model differ by up to ×3.0"
-    assert told in summary(report) and told in page(report, example_drawings(report))
+    message = "peeds are rough: repeated runs of one model differ by up to ×3.0"
+    assert message in summary(report) and message in page(report, example_drawings(report))
 
 
 def test_report_json_holds_no_number_that_was_not_measured():
@@ -373,28 +373,28 @@ def in_rounds(recovered=True):
         [{"step": 0, "tokens": 0, "held_out_kl": 3.0}, {"step": 1, "tokens": 64, "loss": 1.0, "held_out_kl": 2.0}],
         [{"step": 1, "tokens": 64, "held_out_kl": 4.0}, {"step": 3, "tokens": 192, "loss": 1.0, "held_out_kl": 1.5}],
     ]
-    told = round_facts(anatomy, [first, donating()], rows_ if recovered else [], "tokens")
-    return anatomy, [first, donating()], told
+    message = round_facts(anatomy, [first, donating()], rows_ if recovered else [], "tokens")
+    return anatomy, [first, donating()], message
 
 
 def test_the_facts_of_rounds_are_the_sizes_of_what_each_blueprint_makes():
-    anatomy, blueprints, told = in_rounds()
-    assert told["teacher"]["parameters"] == anatomy.parameters()[0] and len(told["rounds"]) == 2
-    for blueprint, each in zip(blueprints, told["rounds"], strict=True):
+    anatomy, blueprints, message = in_rounds()
+    assert message["teacher"]["parameters"] == anatomy.parameters()[0] and len(message["rounds"]) == 2
+    for blueprint, each in zip(blueprints, message["rounds"], strict=True):
         student = blueprint.student(anatomy)
         assert (each["parameters"], each["non_embedding_parameters"]) == student.parameters()
         assert sum(each["left"]) == student.parameters()[1] - student.sizes.hidden, "all but the final norm"
-    first, last = told["rounds"]
+    first, last = message["rounds"]
     assert first["neurons"] == [12, 24] and first["heads"] == [4, 4] and last["heads"] == [2, 4]
     assert last["layers"] == [3, 3] and last["hidden"] == [24, 24] and last["left"][2] == 0
     assert (first["tokens"], first["held_out_kl"]) == (64, [3.0, 2.0])
     assert (last["tokens"], last["held_out_kl"]) == (192, [4.0, 1.5])
-    assert cuts(told, "tokens") == [(64.0, "round 2")] and cuts(in_rounds(False)[2], "tokens") == []
+    assert cuts(message, "tokens") == [(64.0, "round 2")] and cuts(in_rounds(False)[2], "tokens") == []
 
 
 def test_a_column_of_the_rounds_is_a_whole_layer_of_what_stays_and_what_each_round_took():
-    _, _, told = in_rounds()
-    drawn = layers_by_round(told)
+    _, _, message = in_rounds()
+    drawn = layers_by_round(message)
     ElementTree.fromstring(svg(drawn))
     boxes = [mark for mark in drawn.marks if isinstance(mark, Box) and mark.tip]
     full = next(mark.height for mark in drawn.marks if isinstance(mark, Box) and mark.role == "paper")
@@ -402,7 +402,7 @@ def test_a_column_of_the_rounds_is_a_whole_layer_of_what_stays_and_what_each_rou
         column = [mark for mark in boxes if mark.tip.startswith(f"layer {layer}")]
         stays = [mark for mark in column if mark.tip.endswith("stays")]
         assert sum(mark.height for mark in column) == pytest.approx(full)
-        share = told["rounds"][-1]["left"][layer] / told["teacher"]["left"][layer]
+        share = message["rounds"][-1]["left"][layer] / message["teacher"]["left"][layer]
         assert sum(mark.height for mark in stays) == pytest.approx(share * full)
         assert len(stays) == (layer != 2) and all(mark.opacity == 1 for mark in stays)
     assert sum(", round 1:" in mark.tip for mark in boxes) == 1, "the first round took from layer 1 alone"
@@ -449,12 +449,12 @@ def test_the_page_tells_of_rounds_each_on_a_line_and_of_their_cuts_where_there_w
     report = example_report()
     drawings = example_drawings(report)
     assert "Round by round" not in page(report, drawings)
-    _, _, told = in_rounds()
+    _, _, message = in_rounds()
     assert start_of(report) == "before recovery"
-    report["rounds"] = told
-    drawings["rounds"] = layers_by_round(told)
+    report["rounds"] = message
+    drawings["rounds"] = layers_by_round(message)
     drawings["perplexity"] = perplexities(perplexity_of(report), start_of(report))
-    drawings["loss"] = curve("Distillation loss", CURVES["loss"], "tokens", "", cuts=cuts(told, "tokens"))
+    drawings["loss"] = curve("Distillation loss", CURVES["loss"], "tokens", "", cuts=cuts(message, "tokens"))
     (dashed,) = (mark for mark in drawings["loss"].marks if isinstance(mark, Line) and mark.dashed)
     assert dashed.points[0][0] == pytest.approx(46.0 + 0.5 * (348 - 46 - 10)) and dashed.tip == "round 2 begins"
     seen = Balanced(page(report, drawings))
@@ -473,7 +473,7 @@ def test_the_page_tells_of_rounds_each_on_a_line_and_of_their_cuts_where_there_w
         assert expected in words, expected
     assert "before recovery" not in words and "took back" not in words
     assert summary(report).splitlines()[-1] == "after the last cut the perplexity on news was 80.00"
-    assert json.loads(json.dumps(told)) == told
+    assert json.loads(json.dumps(message)) == message
     alone = rounds_section({"rounds": in_rounds(False)[2]}, drawings)
     assert "held-out" not in alone and "tokens" not in alone and "scored anew and cut a part of the way" in alone
 
@@ -512,6 +512,6 @@ def test_the_page_says_in_which_form_the_student_leaves_and_how_it_is_loaded(cha
     seen = Balanced(export_section(report, {}))
     words = "".join(seen.words)
     assert not seen.faults and not seen.open
-    assert all(told in words for told in expected) and not any(told in words for told in absent), words
+    assert all(message in words for message in expected) and not any(message in words for message in absent), words
     if "padded" not in changed and changed.get("form") != "decilm":
         compile("".join(word for word in seen.words if "from_pretrained" in word), "snippet", "exec")

@@ -56,15 +56,17 @@ def test_fitted_scales_are_written_and_nothing_else_changes(world, kept):
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_any_number_of_ranks_measures_the_same_text(world, kept, world_size):
-    asked = configured(
+    requested = configured(
         *settings(world), "reinit.absorb_tokens=640", "calibration.batch_size=3"
     )  # no multiple of a step of ranks
 
     def read(size):
-        batches = [absorb_norms._batches(asked, kept, SimpleNamespace(rank=rank, world=size)) for rank in range(size)]
+        batches = [
+            absorb_norms._batches(requested, kept, SimpleNamespace(rank=rank, world=size)) for rank in range(size)
+        ]
         return sorted(tuple(row.tolist()) for share in batches for batch in share for row in batch)
 
-    assert read(world_size) == read(1) and len(read(1)) == 640 // asked.data.sequence_length
+    assert read(world_size) == read(1) and len(read(1)) == 640 // requested.data.sequence_length
 
 
 def test_removed_scales_are_ones_whatever_the_tokens(world, kept):
@@ -74,8 +76,8 @@ def test_removed_scales_are_ones_whatever_the_tokens(world, kept):
 
 
 def test_the_papers_way_keeps_its_name_and_the_fitted_one_has_another():
-    told = {way: absorb_norms.settings(configured(f"reinit.absorb={way}")) for way in ("auto", "fitted")}
-    assert "absorb" not in told["auto"] and told["fitted"] == told["auto"] | {"absorb": "fitted"}
+    result = {way: absorb_norms.settings(configured(f"reinit.absorb={way}")) for way in ("auto", "fitted")}
+    assert "absorb" not in result["auto"] and result["fitted"] == result["auto"] | {"absorb": "fitted"}
 
 
 def test_a_student_with_fitted_scales_recovers_and_folds_to_its_plain_class(world):
@@ -88,11 +90,11 @@ def test_a_student_with_fitted_scales_recovers_and_folds_to_its_plain_class(worl
 @pytest.mark.parametrize("way", ["fitted", "removed"])
 def test_a_model_without_norms_on_both_sides_is_refused_by_name_and_left_alone_by_auto(kind, way, tmp_path):
     folder = save_tiny(tiny_model(kind, dtype=torch.float32), tmp_path / "model")
-    asked = configured(f"model.path={folder}", f"reinit.absorb={way}")
+    requested = configured(f"model.path={folder}", f"reinit.absorb={way}")
     with pytest.raises(ValueError, match=f"^reinit.absorb={way}.*{kind}.*reinit.absorb=auto or false$"):
-        absorb_norms.check(asked)
+        absorb_norms.check(requested)
     with pytest.raises(ValueError, match=f"^reinit.absorb={way}.*{kind}"):  # of a model that was not at hand before
-        absorb_norms.applies(asked, {"initial_student": folder})
+        absorb_norms.applies(requested, {"initial_student": folder})
     auto = configured(f"model.path={folder}")
     absorb_norms.check(auto)
     assert not absorb_norms.applies(auto, {"initial_student": folder})

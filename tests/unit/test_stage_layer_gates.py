@@ -1,4 +1,4 @@
-"""The gates stage: it goes on after the last choice, measures each as the model without its layers, and says kept."""
+"""The gates stage: it resumes after the last choice, measures each as the model without its layers, and says kept."""
 
 from dataclasses import replace
 
@@ -128,9 +128,7 @@ def test_layers_that_stay_anyway_and_too_short_texts_are_told_at_once(world, tmp
         ValueError, match=r"layer_gates.tokens is 10, less than one step of layer_gates.batch_size \(2\)"
     ):
         layer_gates.check(configured("plan.depth=gates", "layer_gates.tokens=10"))
-    with pytest.raises(
-        ValueError, match=r"regularize.global_batch_size: 3 .*regularize.micro_batch_size"
-    ):
+    with pytest.raises(ValueError, match=r"regularize.global_batch_size: 3 .*regularize.micro_batch_size"):
         regularize.check(
             configured(
                 "plan.depth=gates",

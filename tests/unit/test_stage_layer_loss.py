@@ -101,7 +101,7 @@ def chosen(ranks, place, interrupted_at, *inputs):
 
 
 def chosen_twice(ranks, place, *inputs):
-    """Give how many sets a straight run measures, and one that is interrupted inside its evolution, in two attempts."""
+    """Return how many sets a straight run measures, and one interrupted inside its evolution, in two attempts."""
     straight = chosen(ranks, f"{place}/straight", None, *inputs)
     first = chosen(ranks, f"{place}/killed", straight - 2, *inputs)
     assert not (Path(place) / "killed" / "depth.json").exists()
@@ -112,9 +112,9 @@ def chosen_twice(ranks, place, *inputs):
 def test_an_interrupted_choice_measures_no_set_twice_and_ends_the_same(world, tmp_path, world_size):
     folders = made(world, "stages=[importance,shape]")
     inputs = tuple(str(folders[name].absolute()) for name in ("teacher", "tokens", "shape"))
-    told = on_ranks(chosen_twice, tmp_path, world_size, arguments=(str(tmp_path), *inputs))
-    straight = told[0][0]
-    assert told == [[straight, straight - 2, 2]] * world_size and straight > 5 + 4 + 3
+    result = on_ranks(chosen_twice, tmp_path, world_size, arguments=(str(tmp_path), *inputs))
+    straight = result[0][0]
+    assert result == [[straight, straight - 2, 2]] * world_size and straight > 5 + 4 + 3
     killed, straight = (tmp_path / name for name in ("killed", "straight"))
     assert Depth.load(killed) == Depth.load(straight)
     assert [path.name for path in killed.iterdir()] == [Depth.FILE]

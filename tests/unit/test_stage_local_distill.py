@@ -1,4 +1,4 @@
-"""The stage that lets narrowed FFNs learn by themselves, on tiny models."""
+"""Local distillation of narrowed FFNs, on tiny models."""
 
 import json
 import shutil
@@ -122,9 +122,9 @@ def test_streams_stay_where_they_are_in_memory(monkeypatch):
     monkeypatch.setattr(layerwise, "recorded", lambda *given: steps.extend(new := recorded(*given)) or new)
     batches = [tokens(seed=seed) for seed in range(3)]
     passes = in_step(known, known, range(4), range(32), batches, torch.device("cpu"))
-    told = [(read, [step.hidden.data_ptr() for step in steps]) for _, read, _ in passes]
-    assert all(places == told[0][1] for _, places in told) and len(set(told[0][1])) == 2 * 3
-    assert not torch.equal(told[0][0], told[-1][0])
+    message = [(read, [step.hidden.data_ptr() for step in steps]) for _, read, _ in passes]
+    assert all(places == message[0][1] for _, places in message) and len(set(message[0][1])) == 2 * 3
+    assert not torch.equal(message[0][0], message[-1][0])
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -150,7 +150,7 @@ def test_masks_and_rotations_of_batches_are_held_once_where_they_are_alike(maske
 def test_what_a_layer_learnt_from_is_free_before_the_next_streams_are_made(world, monkeypatch):
     learnt_from, passes = [], layerwise._pass
 
-    def told(module, rows, *rest):
+    def message(module, rows, *rest):
         learnt_from.extend(map(weakref.ref, (rows.read, rows.wanted)))
         return learn(module, rows, *rest)
 
@@ -158,7 +158,7 @@ def test_what_a_layer_learnt_from_is_free_before_the_next_streams_are_made(world
         assert not any(each() is not None for each in learnt_from)
         return passes(*given)
 
-    monkeypatch.setattr(local_distill, "learn", told)
+    monkeypatch.setattr(local_distill, "learn", message)
     monkeypatch.setattr(layerwise, "_pass", watched)
     made(world, *LEARN, "local_distill.tokens=1024", **widths())
     assert len(learnt_from) == 2 * 4
@@ -168,9 +168,9 @@ def test_what_a_layer_learnt_from_is_free_before_the_next_streams_are_made(world
 def test_every_ffn_errs_less_and_nothing_else_changes(world, changed, layers):
     start = made(world, stages=STAGES[:-1], **widths(**changed))["initial_student"]
     folder = made(world, *LEARN, **widths(**changed))["initial_student"]
-    told = json.loads((folder / "blocks.json").read_text())
-    assert [each["layer"] for each in told] == list(range(layers))
-    assert all(each["after"] < each["before"] for each in told)
+    message = json.loads((folder / "blocks.json").read_text())
+    assert [each["layer"] for each in message] == list(range(layers))
+    assert all(each["after"] < each["before"] for each in message)
     assert not (folder / "learnt").exists()
     before, after = open_checkpoint(start), open_checkpoint(folder)
     assert list(before) == list(after) and before.config == after.config
@@ -180,7 +180,7 @@ def test_every_ffn_errs_less_and_nothing_else_changes(world, changed, layers):
 
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_the_last_distance_told_is_that_of_the_whole_student(world, tmp_path, rounds):
-    """Every layer read what the layers before it, as they had learnt, really give; the original teaches every round."""
+    """Every layer read what the layers before it, as trained, really give; the original teaches every round."""
     changed = {}
     if rounds > 1:
         world, changed = make_world(tmp_path, "llama-tied", hidden_size=64), {"layers": 2, "hidden": 32}
@@ -194,8 +194,8 @@ def test_the_last_distance_told_is_that_of_the_whole_student(world, tmp_path, ro
     wanted, given = (streams(model, batches)[0][len(model.model.layers)][15::16] for model in models)
     wanted = wanted[:, channels]
     distance = ((given - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
-    told = json.loads((folders["initial_student"] / "blocks.json").read_text())
-    assert told[-1]["after"] == pytest.approx(float(distance), rel=0.02)
+    message = json.loads((folders["initial_student"] / "blocks.json").read_text())
+    assert message[-1]["after"] == pytest.approx(float(distance), rel=0.02)
 
 
 def test_a_student_that_misses_nothing_stays_as_it_is(world):
@@ -222,7 +222,7 @@ def test_cut_off_it_goes_on_where_it_was_and_two_ranks_learn_what_one_learns(wor
     with pytest.raises(KeyboardInterrupt):
         made(world, *LEARN, apart, **widths())
     again = dict(open_checkpoint(made(world, *LEARN, apart, **widths())["initial_student"]))
-    assert len(calls) == 3 + 2, "two layers had learnt, two were left"
+    assert len(calls) == 3 + 2, "two layers were trained, two were left"
     shutil.rmtree(world / "apart")
     stages = f"stages=[{','.join(STAGES)}]"
     chosen = settings(world, **widths(), artifacts=world / "two")
@@ -240,39 +240,39 @@ def test_the_report_tells_what_ffns_learnt_before_post_norms_became_scales(tmp_p
     (learnt,) = (world / "artifacts").glob("local_distill-*")
     view = world / "runs" / "unit"
     assert "scales" in open_checkpoint(view / "initial_student").config["pruned"]
-    told = (learnt / "blocks.json").read_text()
-    assert (view / "blocks.json").read_text() == told
-    assert json.loads((view / "report.json").read_text())["blocks"] == json.loads(told)
+    message = (learnt / "blocks.json").read_text()
+    assert (view / "blocks.json").read_text() == message
+    assert json.loads((view / "report.json").read_text())["blocks"] == json.loads(message)
     assert "FFN by FFN" in (view / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
-    ("chosen", "told"),
+    ("chosen", "message"),
     [
         (["restore.sequential=true"], "restore.sequential=true has changed; set local_distill.epochs=0"),
         (["recipe=tyr"], "plan.widths=evolved has changed; set local_distill.epochs=0, or rotate.kind=none"),
         (["plan.depth=gates", "regularize.norm=l2"], "regularize.norm=l2 has changed; set local_distill.epochs=0"),
     ],
 )
-def test_the_teacher_of_a_turned_student_is_not_one_that_was_changed_before(chosen, told):
-    """Which would make the distance that FFNs are to mend look smaller than it is."""
+def test_the_teacher_of_a_turned_student_is_not_one_that_was_changed_before(chosen, message):
+    """Which would make the distance that FFNs are to reduce look smaller than it is."""
     turned, common = ["rotate.kind=principal", "plan.channels=leading"], ["plan.clap=false", "recipe.rounds=1"]
     for learns, basis in (([], turned), (LEARN, [])):
         configured(*chosen, *common, *learns, *basis)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         configured(*chosen, *common, *LEARN, *turned)
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"local_distill": {"tokens": 15}}, "local_distill.tokens is 15"),
         ({"recipe": {"stages": ["importance", "shape", "plan", "cut"]}}, "recipe.stages needs local_distill"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_starts(world, changed, told):
+def test_what_cannot_work_is_refused_before_anything_starts(world, changed, message):
     settings_ = configured(*settings(world), *LEARN).model_dump()
     for section, values in changed.items():
         settings_[section] |= values
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         runner.check(Config(**settings_))

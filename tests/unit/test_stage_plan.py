@@ -144,9 +144,9 @@ def test_a_budget_is_of_what_a_teacher_of_unequal_layers_really_has(world, unequ
 
 
 def test_no_speed_is_asked_of_a_teacher_of_unequal_layers(world, unequal):
-    for asked in ("budget.speedup=1.5", "recipe.shape=search"):
+    for requested in ("budget.speedup=1.5", "recipe.shape=search"):
         with pytest.raises(ValueError, match="the chip model takes all to be alike"):
-            runner.check(configured(*settings(world, model__path=unequal, **NO_SHAPE), asked))
+            runner.check(configured(*settings(world, model__path=unequal, **NO_SHAPE), requested))
 
 
 def test_compensating_biases_bring_the_cut_model_nearer_on_average(world):
@@ -215,9 +215,9 @@ def test_ffns_of_layers_that_differ_learn_each_at_its_width(world):
     chosen = ["plan.widths=threshold", "budget.parameters=0.7", "plan.clap=false", "local_distill.epochs=4"]
     chosen += ["local_distill.tokens=2048", "local_distill.batch_tokens=64", "local_distill.learning_rate=0.03"]
     folders = made(world, *chosen, "stages=[importance,shape,plan,cut,local_distill]")
-    told = json.loads((folders["initial_student"] / "blocks.json").read_text())
+    result = json.loads((folders["initial_student"] / "blocks.json").read_text())
     start = open_checkpoint(folders["initial_student"])
     assert len({layer.neurons for layer in start.anatomy.sizes.layers}) > 1
-    assert len(told) == 4 and all(each["after"] < each["before"] for each in told)
+    assert len(result) == 4 and all(each["after"] < each["before"] for each in result)
     logits = load_model(folders["initial_student"], torch.float32, "eager")(torch.arange(12)[None]).logits
     assert torch.isfinite(logits).all()

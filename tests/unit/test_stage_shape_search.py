@@ -75,29 +75,29 @@ def found(world):
 
 
 def test_a_search_writes_the_shape_it_picked_and_how_it_was_found(found):
-    told = json.loads((found / "search.json").read_text())
+    result = json.loads((found / "search.json").read_text())
     picked = json.loads((found / "shape.json").read_text())
-    assert picked == told["picked"] and list(picked) == ["layers", "hidden", "heads", "groups", "neurons"]
-    losses = [each["loss"] for each in told["candidates"]]
-    good = [each for each in told["candidates"] if each["loss"] <= min(losses) + 0.05]
+    assert picked == result["picked"] and list(picked) == ["layers", "hidden", "heads", "groups", "neurons"]
+    losses = [each["loss"] for each in result["candidates"]]
+    good = [each for each in result["candidates"] if each["loss"] <= min(losses) + 0.05]
     assert picked == max(good, key=lambda each: each["decode_rate"])["shape"]
-    assert 2 <= len(losses) <= 3 and all(each["kept"] <= 0.75 for each in told["candidates"])
+    assert 2 <= len(losses) <= 3 and all(each["kept"] <= 0.75 for each in result["candidates"])
     assert (found / "pareto.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert sorted(path.name for path in found.iterdir()) == ["losses.json", "pareto.png", "search.json", "shape.json"]
 
 
 def scored(folder: Path) -> dict[str, Path]:
-    """Give a world's teacher, its tokens and its scores."""
+    """Return a world's teacher, its tokens and its scores."""
     config, made = configure(folder), dict.fromkeys(("reference", "teacher", "subject"), folder / "model")
     made["tokens"] = made_by(tokens, config, made, folder / "tokens")
     return made | {"scores": made_by(importance, config, made, folder / "scores")}
 
 
 def with_static_scales(folder: Path) -> Path:
-    """Give a world whose teacher's post-norms are scales by now."""
+    """Return a world whose teacher's post-norms are scales by now."""
     source = open_checkpoint(make_world(folder, "gemma2", **SMALL) / "model")
-    told = {name: tensor.clone() for name, tensor in source.items()}
-    write_checkpoint(folder / "scaled", with_scales(source.config, source.anatomy), told.items(), 1e9, source.folder)
+    result = {name: tensor.clone() for name, tensor in source.items()}
+    write_checkpoint(folder / "scaled", with_scales(source.config, source.anatomy), result.items(), 1e9, source.folder)
     shutil.rmtree(folder / "model")
     (folder / "scaled").rename(folder / "model")
     return folder
@@ -122,8 +122,8 @@ def test_the_loss_of_the_picked_shape_is_that_of_what_plan_and_cut_make(world, f
     rows = shape_search._rows(text, Scores.load(made["scores"]).tokens, config)
     model = load_model(start, torch.float32, machine().device.attention)
     total = tally(model, [shape_search._batch(text, rows)], 1024)
-    told = json.loads((found / "search.json").read_text())
-    loss = next(each["loss"] for each in told["candidates"] if each["shape"] == told["picked"])
+    result = json.loads((found / "search.json").read_text())
+    loss = next(each["loss"] for each in result["candidates"] if each["shape"] == result["picked"])
     assert loss == pytest.approx(float(total[0] / total[2]), rel=1e-5)
     assert len(rows) == 8 and total[2] == 8 * 31
 
@@ -197,11 +197,11 @@ def test_a_shape_that_is_given_and_limited_by_predictions_or_searched_is_refused
 
 
 def test_a_search_among_some_axes_is_refused_and_one_among_all_is_not(world):
-    for asked in ("budget.axes=layers", "budget.axes=neurons", "recipe=best"):
+    for requested in ("budget.axes=layers", "budget.axes=neurons", "recipe=best"):
         with pytest.raises(ValueError, match=r"^budget.axes is \w+, but recipe.shape=search sifts all axes; set"):
-            runner.check(configure(world[0], asked))
-        runner.check(configure(world[0], asked, "recipe.shape=given"))
-        runner.check(configure(world[0], asked, "budget.axes=all"))
+            runner.check(configure(world[0], requested))
+        runner.check(configure(world[0], requested, "recipe.shape=given"))
+        runner.check(configure(world[0], requested, "budget.axes=all"))
 
 
 @pytest.mark.parametrize("biased", [True, False])
@@ -209,11 +209,11 @@ def test_a_llama_that_is_to_get_biases_is_searched_as_one_that_has_them(world, b
     folder, made = world
     config = configure(folder, f"reinit.bias_compensation={biased}")
 
-    def told(chip, teacher, *_):
+    def result(chip, teacher, *_):
         raise InterruptedError(teacher.even_heads)
 
-    monkeypatch.setattr(shape_search, "search_shapes", told)
-    monkeypatch.setattr(estimate, "shape_within", told)
+    monkeypatch.setattr(shape_search, "search_shapes", result)
+    monkeypatch.setattr(estimate, "shape_within", result)
     with pytest.raises(InterruptedError, match=str(biased)):
         made_by(shape_search, config, made, tmp_path)
     with pytest.raises(InterruptedError, match=str(biased)):
@@ -242,46 +242,46 @@ def test_limits_of_speed_and_memory_hold_with_nothing_measured(world, tmp_path):
 
 def test_a_dry_run_of_a_search_answers_for_the_shape_that_promises_most(world):
     folder, made = world
-    told = estimate.needs(configure(folder), made, 1)
-    assert told.startswith("the search will measure which shape") and "recovery needs 1 x" in told
+    result = estimate.needs(configure(folder), made, 1)
+    assert result.startswith("the search will measure which shape") and "recovery needs 1 x" in result
 
 
-def told(folder, made, *overrides):
+def result(folder, made, *overrides):
     config = configure(folder, "recipe.shape=given", "device/chip=910B1", "budget.parameters=0.6", *overrides)
     return estimate.needs(config, made | {"shape": made_by(shape, config, made, folder / "dry")}, 1)
 
 
 def test_a_dry_run_tells_of_the_trainings_of_its_line_and_of_no_other(world):
-    recovery, flap, tyr, trsp = (told(*world, f"recipe={name}") for name in ("pangu_light", "flap", "tyr", "trsp"))
+    recovery, flap, tyr, trsp = (result(*world, f"recipe={name}") for name in ("pangu_light", "flap", "tyr", "trsp"))
     assert recovery.startswith("recovery needs 1 x ") and "settling" not in recovery
     for name, said in (("flap", flap), ("tyr", tyr)):
         assert said.startswith(f"recipe {name} has no distill: no weights are trained on its way to {{'layers': ")
         assert "recovery" not in said and "settling" not in said
     assert trsp.startswith("settling needs 1 x ") and "recovery" not in trsp
     assert "; recipe trsp has no distill: no weights are trained after the cut to {'layers': 2," in trsp
-    corrected = told(*world, "teacher_correction.tokens=1000")
+    corrected = result(*world, "teacher_correction.tokens=1000")
     assert corrected.startswith("correction needs 1 x ") and "; recovery needs 1 x " in corrected
-    assert "no weights are trained after the cut" in told(*world, "recipe=flap", "teacher_correction.tokens=1000")
+    assert "no weights are trained after the cut" in result(*world, "recipe=flap", "teacher_correction.tokens=1000")
     line = "recipe.stages=[importance,shape,plan,cut,distill,export]"
-    assert "correction" not in told(*world, "teacher_correction.tokens=1000", line)
-    both = told(
+    assert "correction" not in result(*world, "teacher_correction.tokens=1000", line)
+    both = result(
         *world, "recipe=trsp", "recipe.stages=[importance,shape,layer_gates,regularize,plan,cut,distill,export]"
     )
     assert both.startswith("settling needs 1 x ") and "; recovery needs 1 x " in both and "no distill" not in both
 
 
 def test_a_dry_run_counts_the_steps_that_training_takes(world):
-    """Tokens that fill no step are not learnt from."""
-    asked = configure(world[0], "distill.tokens=1000", "distill.global_batch_size=8", "distill.micro_batch_size=4")
-    steps = steps_of("distill", asked.distill, asked.data.sequence_length)
-    said = told(*world, "distill.tokens=1000", "distill.global_batch_size=8", "distill.micro_batch_size=4")
+    """Tokens that fill no step are not trained on."""
+    requested = configure(world[0], "distill.tokens=1000", "distill.global_batch_size=8", "distill.micro_batch_size=4")
+    steps = steps_of("distill", requested.distill, requested.data.sequence_length)
+    said = result(*world, "distill.tokens=1000", "distill.global_batch_size=8", "distill.micro_batch_size=4")
     assert steps == 3 and "hours for 768 tokens: 3 steps of" in said
 
 
 def test_a_dry_run_of_a_line_without_training_asks_for_no_chip(world):
-    assert "no distill" in told(*world, "recipe=flap", "device.chip=null")
+    assert "no distill" in result(*world, "recipe=flap", "device.chip=null")
     with pytest.raises(ValueError, match="device.chip is null"):
-        told(*world, "device.chip=null")
+        result(*world, "device.chip=null")
 
 
 def test_a_settling_that_cannot_be_split_is_refused_by_its_own_fields(world):
@@ -302,13 +302,13 @@ def test_a_dry_run_answers_for_a_student_that_was_cut_elsewhere(world):
 
 
 def test_the_report_draws_and_lists_every_measured_shape_and_rings_the_picked_one(found):
-    told = json.loads((found / "search.json").read_text())
-    dots = [mark for mark in shapes_searched(told).marks if isinstance(mark, Dot)]
+    result = json.loads((found / "search.json").read_text())
+    dots = [mark for mark in shapes_searched(result).marks if isinstance(mark, Dot)]
     (ring,) = [dot for dot in dots if dot.tip.startswith("picked: ")]
-    assert len(dots) == len(told["candidates"]) + 1
+    assert len(dots) == len(result["candidates"]) + 1
     assert [(dot.x, dot.y) for dot in dots if dot.tip == ring.tip.removeprefix("picked: ")] == [(ring.x, ring.y)]
-    rows = search_table(told, "").split("<tr>")[2:]
-    assert len(rows) == len(told["candidates"])
-    fastest = max(told["candidates"], key=lambda each: each["decode_rate"])
+    rows = search_table(result, "").split("<tr>")[2:]
+    assert len(rows) == len(result["candidates"])
+    fastest = max(result["candidates"], key=lambda each: each["decode_rate"])
     assert f"{fastest['loss']:.3f}" in rows[0]
-    assert [f"{told['picked']['neurons']} neurons (picked)" in row for row in rows].count(True) == 1
+    assert [f"{result['picked']['neurons']} neurons (picked)" in row for row in rows].count(True) == 1

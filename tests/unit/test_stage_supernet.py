@@ -88,8 +88,8 @@ def test_pruned_in_sequence_and_then_turned_the_cut_model_is_the_masked_one(tmp_
     batches = beginning(Packed(folders["tokens"] / "calibration"), 1024, 8, 0, 1, 0)
     stream = gram(narrow.model, open_checkpoint(folders["initial_student"]).anatomy, batches, (), stream=True).stream
     energy = stream.diagonal()
-    told = torch.tensor(json.loads((folders["rotated"] / "basis.json").read_text())["energy"], dtype=torch.float64)
-    torch.testing.assert_close(energy * 32 / energy.sum(), told, rtol=2e-2, atol=2e-2)  # measured in bf16 there
+    result = torch.tensor(json.loads((folders["rotated"] / "basis.json").read_text())["energy"], dtype=torch.float64)
+    torch.testing.assert_close(energy * 32 / energy.sum(), result, rtol=2e-2, atol=2e-2)  # measured in bf16 there
     if tie == "untied":
         assert (stream - energy.diag()).norm() / energy.norm() < 2e-2
 
@@ -184,13 +184,13 @@ def test_the_loss_found_is_that_of_the_student_also_where_a_norm_spans_all_heads
     save_tiny(model, world / "model")
     chosen = [*TYR, f"supernet.weights={weights}", "supernet.rounds=1", "supernet.tokens=[256,999999]"]
     folders = made(world, [*chosen, "budget.parameters=0.5"])
-    told = json.loads((folders["restored"] / "supernet.json").read_text())["losses"][weights]
+    result = json.loads((folders["restored"] / "supernet.json").read_text())["losses"][weights]
     assert min(groups for groups, _ in widths_of(folders)) < 4
     text = Packed(folders["tokens"] / "calibration")
     ids = torch.tensor([text[row].tolist() for row in left_over(text, 1024 // 32, 0)])
     dense, narrow = (load_model(folders[name], torch.float32, "eager") for name in ("teacher", "start"))
     sums = divergence(narrow, ids, final_states(dense, ids), 64)
-    assert told == pytest.approx(float(sums[0] / sums[1]), rel=1e-2)  # layers compute in bf16 here
+    assert result == pytest.approx(float(sums[0] / sums[1]), rel=1e-2)  # layers compute in bf16 here
 
 
 def test_without_accumulation_the_error_is_larger(world):

@@ -17,7 +17,7 @@ NAME = "simulated_npu"
 
 
 def extension() -> ModuleType:
-    """Give the compiled module; processes that come first build it (needs g++ and ninja), the others wait for them."""
+    """Return the compiled module; the first process builds it (needs g++ and ninja), the others wait."""
     content = b"".join(source.read_bytes() for source in SOURCES) + f"{torch.__version__} {sys.version}".encode()
     folder = CACHE / hashlib.sha256(content).hexdigest()[:12]
     library = folder / f"{NAME}.so"
