@@ -2,4 +2,43 @@
 
 from collections.abc import Mapping
 
-REFUSED: Mapping[str, str] = {}
+REASONS: Mapping[str, str] = {
+    "its layers are a mixture of experts, which no table describes yet": (
+        "afmoe aria_text axk1 axk2 beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots1 "
+        "dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe "
+        "granitemoe_swa granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 jetmoe kolibri1 laguna llama4_text longcat_flash "
+        "mellum mimo_v2_flash minimax_m2 minimax_m3_vl_text mixtral olmoe phimoe qwen2_moe qwen3_moe sarvam_mla "
+        "sarvam_moe solar_open"
+    ),
+    "some of its layers are a state-space model, linear attention or a convolution": (
+        "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid inkling2_loop_text inkling2_text inkling_text "
+        "jamba kimi_linear lara_mini lfm2 lfm2_moe lfm3 mamba mamba2 minimax nemotron_h olmo_hybrid qwen3_5_moe_text "
+        "qwen3_5_text qwen3_next qwen4_exp_text recurrent_gemma rwkv xlstm zamba zamba2 zaya"
+    ),
+    "it is an encoder, has one, or is used as one": (
+        "bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert cohere_compass_text "
+        "data2vec-text electra ernie git marian mbart megatron-bert mvp pegasus plbart prophetnet reformer rembert "
+        "roberta roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm-roberta xlm-roberta-xl xlnet xmod"
+    ),
+    "it wraps a text model beside a vision, audio or assistant model": (
+        "blt dots3_note emu3 fuyu gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified gemma4_unified_assistant "
+        "got_ocr2 llama4 mllama moshi moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal qwen3_5 "
+        "qwen3_5_moe qwen4_exp"
+    ),
+    "its layers are run several times over, by a hierarchy of states": "hrm_text",
+    "norms over the outputs of all heads and over all neurons precede W_O and W_down, and its weights are ternary": (
+        "bitnet"
+    ),
+    "its attention factorises queries, keys and values over low-rank matrices (MLA)": "minicpm3 youtu",
+    "each layer's differential attention has a constant that follows from the layer's number": "diffllama",
+    "it has per-layer embeddings, alternating updates or head sizes that differ by layer": (
+        "gemma3n_text gemma4_text gemma4_unified_text"
+    ),
+    "its attention patterns are stored as a nested list over all layers": "gpt_neo",
+    "the bias of its attention's output is in the last layer only": "gpt_neox_japanese",
+    "its norms follow the addition of the residual": "openai-gpt",
+    "its hidden states and matrices are normalised to a sphere": "dory",
+    "its output matrix reads a further layer after the final norm": "modernbert-decoder",
+    "its inputs are segments with a position bias shared by all layers": "cpmant",
+}
+REFUSED: Mapping[str, str] = {name: reason for reason, names in REASONS.items() for name in names.split()}

@@ -1,0 +1,70 @@
+"""docs/models.md: the model types with a table and the axes that students of each can have fewer of."""
+
+from collections.abc import Iterable
+
+from pipeline.model.families import AXES, FAMILIES, REFUSED, Family
+
+HEAD = """# Models
+
+Generated from `pipeline/model/families` by `python -m tests.models_page`; a test compares it with the tables.
+
+Of the {total} types that transformers loads as causal language models, {accepted} have a table. A type is the
+`model_type` of `config.json`. Laws that the tests hold every type to, in float64 on tiny models of the stock class:
+keeping everything is bit-identical; a student computes what the masked model computes, for every axis; the stock class
+reloads it without missing or unexpected tensors; SLNP keeps the L2 norm of every gain; parameter counts are the class's.
+
+## Types with a table
+
+The columns are the axes of `shape.*`. `with heads` and `with hidden`: hidden channels and heads change together, since
+the class computes the head size as hidden size / heads. `own widths`: the class computes the neurons from the hidden
+size, so a student with fewer is written in the form `own`. `no`: the reason is listed below. Basis rotation
+(`rotate.kind`) needs RMSNorm and no post-norms. In parentheses: config fields by which a type has several tables.
+
+| type | layers | hidden | heads | groups | neurons | basis rotation |
+|---|---|---|---|---|---|---|
+"""
+
+
+def models_page(types: Iterable[str]) -> str:
+    """Return the page for the model types of a transformers installation.
+
+    ValueError for a type that has neither a table nor a reason why not.
+    """
+    types = sorted(types)
+    unknown = [name for name in types if name not in FAMILIES and name not in REFUSED]
+    if unknown:
+        raise ValueError(f"pipeline/model/families: no table and no reason for {', '.join(unknown)}; add one of them")
+    accepted = [FAMILIES[name] for name in types if name in FAMILIES]
+    lines = [HEAD.format(total=len(types), accepted=len(accepted))]
+    lines += [f"| {_name(family)} | {' | '.join(_cells(family))} |\n" for family in accepted]
+    lines.append("\n## Axes that a type keeps\n\n")
+    for family in accepted:
+        reasons: dict[str, list[str]] = {}
+        for axis, reason in family.fixed.items():
+            reasons.setdefault(reason, []).append(axis)
+        lines += [f"- `{family.model_type}` keeps its {', '.join(axes)}: {why}.\n" for why, axes in reasons.items()]
+    lines.append("\n## Types without a table\n\n")
+    groups: dict[str, list[str]] = {}
+    for name in types:
+        if name not in FAMILIES:
+            groups.setdefault(REFUSED[name], []).append(f"`{name}`")
+    lines += [f"- {', '.join(names)}: {reason}.\n" for reason, names in sorted(groups.items())]
+    return "".join(lines)
+
+
+def _name(family: Family) -> str:
+    names = sorted({name for table in (family, *family.variants) for name in table.requires})
+    return f"`{family.model_type}`" + (f" ({', '.join(names)})" if family.variants else "")
+
+
+def _cells(family: Family) -> Iterable[str]:
+    for axis in AXES:
+        if axis in family.fixed:
+            yield "no"
+        elif family.whole_heads and axis in ("hidden", "heads", "groups"):
+            yield "with heads" if axis == "hidden" else "with hidden"
+        elif axis == "neurons" and family.field("neurons") is None:
+            yield "own widths"
+        else:
+            yield "yes"
+    yield "no" if family.layer_norm or family.post_norms or not family.pre_norms or "hidden" in family.fixed else "yes"
