@@ -11,7 +11,7 @@ Generated from `pipeline/model/families` by `python -m tests.models_page`; a tes
 Of the {total} types that transformers loads as causal language models, {accepted} have a table. A type is the
 `model_type` of `config.json`. Laws that the tests hold every type to, in float64 on tiny models of the stock class:
 keeping everything is bit-identical; a student computes what the masked model computes, for every axis; the stock class
-reloads it without missing or unexpected tensors; SLNP keeps the L2 norm of every gain; parameter counts are the class's.
+reloads it without missing or unexpected tensors; SLNP keeps the L2 norm of every gain; parameters are counted right.
 
 ## Types with a table
 

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.model.families.dense import DENSE
+from pipeline.model.families.gpt import GPT
 from pipeline.model.families.other import OTHER
 from pipeline.model.families.refused import REFUSED
 from pipeline.model.families.table import AXES, Family
 
 __all__ = ["AXES", "FAMILIES", "REFUSED", "Family", "family_for", "family_of"]
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENSE, *OTHER)}
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENSE, *OTHER, *GPT)}
 
 
 def family_of(model_type: str) -> Family:
