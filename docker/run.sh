@@ -38,7 +38,7 @@ done
 
 # As the calling user, so that what is written belongs to them; that user has no home inside.
 flags=(--rm --init --network host --shm-size 64g --user "$(id -u):$(id -g)" --env HOME=/tmp)
-# The hub cache under its own path: artifacts hold links into it.
+# The hub cache under its own path, so that models are fetched once.
 export HF_HOME=${HF_HOME:-~/.cache/huggingface}
 flags+=(--volume "$PWD:/workspace" --volume "$HF_HOME:$HF_HOME")
 # By name alone: values stay out of the command line and of the image.

@@ -38,7 +38,7 @@ RECIPES = {
     "minitron": {},
     "best": {"local_distill__tokens": 1024, "local_distill__batch_tokens": 64},
     "flap": NO_SHAPE | {"budget__parameters": 0.6},
-    "adapt_pruner": {"recipe__rounds": 2, "distill__tokens": 1024},
+    "adapt_pruner": {"recipe__rounds": 2, "distill__tokens": 1024, "plan__amplitude": 0},
     "trsp": {"layer_gates__tokens": 64, "layer_gates__batch_size": 2, "regularize__tokens": 128,
              "regularize__global_batch_size": 4, "regularize__micro_batch_size": 4},
     "tyr": {"supernet__rounds": 1, "supernet__multiple": 4, "supernet__generations": 1, "supernet__offspring": 2},
