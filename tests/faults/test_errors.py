@@ -1,4 +1,4 @@
-"""Bad input gets one clear line, before anything heavy starts."""
+"""Bad input ends in one line that names the setting, before any work; how other faults end a command."""
 
 import errno
 import json
@@ -10,21 +10,18 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import runner
 from pipeline.cli.boundary import Boundary
 from pipeline.cli.command import main
 from pipeline.config import validate
-from pipeline.runtime.faults import PeerFailed
 from tests.composing import composed
 from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import configured
-from tests.world import environment, make_world, pipeline, settings
+from tests.world import environment, make_world, settings
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +41,9 @@ CASES = {
     "unknown key": (["distill.epochs=3"], "epochs"),
     "wrong type": (["distill.tokens=many"], "distill.tokens"),
     "unknown stage": (["stages=[importance,prune]"], "prune"),
-    "wider than the teacher": (["shape.neurons=4096"], "shape.neurons is 4096"),
-    "heads not a multiple of groups": (["shape.heads=3", "shape.groups=2"], "not a multiple of shape.groups"),
-    "no such layers": (["shape.layers=9"], "Nearest possible"),
+    "wider than the teacher": (["shape.neurons=4096"], "shape.neurons"),
+    "heads not a multiple of groups": (["shape.heads=3", "shape.groups=2"], "shape.groups"),
+    "no such layers": (["shape.layers=9"], "shape.layers"),
     "no such model": (["model.path=/nowhere/at/all"], "model.path: /nowhere/at/all"),
     "no such text": (["data.recovery.path=/nowhere.txt"], "data.recovery.path"),
     "unsupported text": (["data.recovery.path=model"], "data.recovery.path"),
@@ -69,25 +66,25 @@ def test_a_fault_is_one_line_that_names_it(world, case, monkeypatch, capsys):
     assert status == 2 and line.startswith("error: ") and named in line and line.count("\n") == 1
 
 
-def test_an_unsupported_family_and_a_truncated_shard_are_refused(tmp_path):
+def test_an_unsupported_family_and_a_truncated_shard_are_refused(tmp_path, monkeypatch, capsys):
     world = make_world(tmp_path)
     config = world / "model" / "config.json"
     text = config.read_text()
     config.write_text(text.replace('"model_type": "llama"', '"model_type": "mamba"'))
-    done = pipeline("run=x", *settings(world), cwd=world, check=False)
-    assert done.returncode == 2 and "model_type 'mamba' has no table" in done.stdout
+    line, status = ended(monkeypatch, capsys, "run=x", *settings(world))
+    assert status == 2 and line.startswith("error: model.path: ") and "'mamba'" in line
     config.write_text(text)
     weights = world / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64])
-    done = pipeline("run=x", *settings(world), cwd=world, check=False)
-    assert done.returncode == 2 and "corrupt or truncated" in done.stdout
+    line, status = ended(monkeypatch, capsys, "run=x", *settings(world))
+    assert status == 2 and line.startswith("error: model.path: ") and "model.safetensors" in line
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path, monkeypatch, capsys):
     world = make_world(tmp_path)
     save_tiny(tiny_model("llama", vocab_size=40), world / "model")
-    done = pipeline("run=x", *settings(world), cwd=world, check=False)
-    assert done.returncode == 2 and "they do not belong together" in done.stdout
+    line, status = ended(monkeypatch, capsys, "run=x", *settings(world))
+    assert status == 2 and "model.path" in line and "tokenizer" in line and "40" in line
 
 
 @pytest.mark.parametrize("field", ["artifacts", "runs"])
@@ -114,75 +111,6 @@ def test_a_disk_that_fills_up_is_one_line_that_names_the_folder(world, tmp_path,
     assert capsys.readouterr().err == f"error: {tmp_path}/full/.partial/x: No such file or directory\n"
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A boundary's run folder; without ranks, and without a traceback on the console."""
-    for name in ("RANK", "LOCAL_RANK", "PIPELINE_TRACEBACK"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path / "runs" / "x"
-
-
-def left(folder, error: BaseException | type, capsys) -> tuple[int, str, list[Path]]:
-    """Raise an error inside a boundary; return the exit status, standard error and the files in the run folder."""
-    boundary = Boundary()
-    boundary.folder = folder
-    with pytest.raises(SystemExit) as end, boundary():
-        raise error
-    return end.value.code, capsys.readouterr().err, sorted(folder.glob("*"))
-
-
-def test_a_defect_is_one_line_that_names_the_file_of_its_traceback(folder, capsys):
-    status, line, (file,) = left(folder, KeyError("lost\nand more"), capsys)
-    assert status == 70 and line.count("\n") == 1 and str(file) in line and "KeyError" in line and "defect" in line
-    text = file.read_text(encoding="utf-8")
-    assert "Traceback (most recent call last)" in text and "lost" in text and "torch " in text and "command: " in text
-
-
-def test_a_refusal_by_a_library_is_a_defect_of_ours(folder, capsys):
-    with pytest.raises(SystemExit) as end, Boundary()():
-        json.loads("{")
-    assert end.value.code == 70 and "traceback in " in capsys.readouterr().err
-    with pytest.raises(SystemExit) as end, Boundary()():
-        torch.zeros(2).numpy().reshape(3)  # a plain ValueError, raised by numpy
-    assert end.value.code == 70 and "traceback in " in capsys.readouterr().err
-
-
-def test_a_folder_that_cannot_be_written_to_does_not_hide_a_defect(folder, capsys):
-    folder.parent.mkdir()
-    folder.write_text("a file")
-    boundary = Boundary()
-    boundary.folder = folder
-    with pytest.raises(SystemExit, match="70"), boundary():
-        raise KeyError("lost")
-    file = Path(re.search(r"traceback in (\S+):", capsys.readouterr().err)[1])
-    assert "KeyError" in file.read_text(encoding="utf-8") and file.parent.parent != folder
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA: tried to allocate"), MemoryError()])
-def test_memory_that_runs_out_is_no_defect_and_names_what_to_lower(folder, capsys, error):
-    status, line, files = left(folder, error, capsys)
-    assert status == 2 and "distill.micro_batch_size" in line and line.count("\n") == 1 and not files
-
-
-def test_of_several_ranks_the_first_one_prints_and_each_writes_its_traceback(folder, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert left(folder, PeerFailed("rank 2 failed: ValueError: no"), capsys) == (2, "", [])
-    assert left(folder, OSError("no space left on device"), capsys) == (2, "", [])
-    status, line, (file,) = left(folder, KeyError("lost"), capsys)
-    assert (status, line) == (70, "") and file.name.endswith("-rank1.txt")
-    status, line, _ = left(folder, PeerFailed("rank 0 did not reach `stage cut`"), capsys)
-    assert status == 2 and "rank 0" in line  # nobody else is left to print it
-    monkeypatch.setenv("RANK", "0")
-    assert "rank 2 failed" in left(folder, PeerFailed("rank 2 failed: ValueError: no"), capsys)[1]
-
-
-def test_an_exception_comes_through_where_a_developer_wants_it(folder, monkeypatch):
-    monkeypatch.setenv("PIPELINE_TRACEBACK", "1")
-    with pytest.raises(KeyError), Boundary()():
-        raise KeyError("lost")
-
-
 def test_output_survives_any_encoding(world):
     locale = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     changed = environment() | locale
@@ -196,25 +124,26 @@ def test_output_survives_any_encoding(world):
 def test_an_interrupt_is_one_line_and_an_exit_status_of_its_own(world, tmp_path):
     command = [sys.executable, "-m", "pipeline", "run=stopped", *settings(world, artifacts=tmp_path, runs=tmp_path)]
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # as at a terminal, also where the tests do not
-    with subprocess.Popen(command, cwd=tmp_path, env=environment(), preexec_fn=hears, **piped) as process:
+    # Python raises KeyboardInterrupt as at a terminal, also where the tests themselves ignore the signal.
+    interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), preexec_fn=interruptible, **piped) as process:
         while not (tmp_path / ".partial").exists() and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, expected = process.communicate(timeout=60)
-    assert process.returncode == 130 and expected.count("\n") == 1 and "same command" in expected
-    assert "Traceback" not in expected
+        _, message = process.communicate(timeout=60)
+    assert process.returncode == 130 and message.count("\n") == 1 and "same command" in message
+    assert "Traceback" not in message
 
 
 def edited(**fields):
-    """Return a harm: fields of config.json changed, or taken away where None."""
+    """Return a change of a model folder: fields of config.json set, or removed where None."""
 
-    def harm(folder):
+    def change(folder):
         config = json.loads((folder / "config.json").read_text()) | fields
         kept = {key: value for key, value in config.items() if value is not None}
         (folder / "config.json").write_text(json.dumps(kept))
 
-    return harm
+    return change
 
 
 def written(file, text):
@@ -231,32 +160,32 @@ def cut_short(folder):
     weights.write_bytes(weights.read_bytes()[:-64])
 
 
-def test_weights_that_are_no_numbers_end_with_the_first_scores(world, tmp_path):
-    shutil.copytree(world / "model", tmp_path / "hurt")
-    weights = load_file(tmp_path / "hurt" / "model.safetensors")
+def test_weights_that_are_not_finite_are_refused(world, tmp_path):
+    shutil.copytree(world / "model", tmp_path / "damaged")
+    weights = load_file(tmp_path / "damaged" / "model.safetensors")
     weights["model.layers.2.mlp.up_proj.weight"][3, 5] = float("nan")
-    save_file(weights, tmp_path / "hurt" / "model.safetensors", {"format": "pt"})
+    save_file(weights, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
     chosen = settings(world, run="x", artifacts=tmp_path / "made", runs=tmp_path / "runs")
-    with pytest.raises(ValueError, match="^model.path: scores of .* are not finite"):
-        runner.run(configured(*chosen, f"model.path={tmp_path / 'hurt'}", "stages=[importance]"), "a test")
+    with pytest.raises(ValueError, match="^model.path: .*not finite"):
+        runner.run(configured(*chosen, f"model.path={tmp_path / 'damaged'}", "stages=[importance]"), "a test")
 
 
-IMPOSSIBLE = {
-    "layers": (["shape.layers=9"], "shape.layers is 9, outside 1..4"),
-    "neurons": (["shape.neurons=25"], "shape.neurons is 25, outside 1..24"),
-    "channels": (["shape.hidden=33"], "shape.hidden is 33, outside 1..32"),
-    "heads": (["shape.heads=3", "shape.groups=2"], "not a multiple of shape.groups"),
-    "budget": (["shape.layers=null", "shape.neurons=null", "budget.parameters=0.01"], "the smallest possible shape"),
-    "first layers": (["plan.keep_first=4"], "shape.layers is 3; it must lie between 4"),
-    "positions": (["data.sequence_length=128"], "more than the model's 64 positions"),
+IMPOSSIBLE = {  # settings, and the setting and values that the refusal names
+    "layers": (["shape.layers=9"], r"shape\.layers.*9.*1\.\.4"),
+    "neurons": (["shape.neurons=25"], r"shape\.neurons.*25.*1\.\.24"),
+    "channels": (["shape.hidden=33"], r"shape\.hidden.*33.*1\.\.32"),
+    "heads": (["shape.heads=3", "shape.groups=2"], r"shape\.heads.*3.*shape\.groups"),
+    "budget": (["shape.layers=null", "shape.neurons=null", "budget.parameters=0.01"], r"budget\.parameters.*0\.01"),
+    "first layers": (["plan.keep_first=4"], r"shape\.layers.*3.*4"),
+    "positions": (["data.sequence_length=128"], r"data\.sequence_length.*128.*64"),
 }
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE)
-def test_what_the_teacher_cannot_give_is_refused_before_any_work(world, case):
-    changes, expected = IMPOSSIBLE[case]
+def test_a_shape_that_the_teacher_does_not_have_is_refused_before_any_work(world, case):
+    changes, named = IMPOSSIBLE[case]
     chosen = dict(pair.split("=", 1) for pair in (*settings(world, run="x"), *changes))
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(ValueError, match=named):
         runner.check(configured(*[f"{key}={value}" for key, value in chosen.items()]))
 
 
@@ -265,41 +194,40 @@ def test_a_hidden_size_that_the_class_of_the_student_refuses_is_refused_before_a
     given = {"shape__hidden": 30, "shape__layers": None, "shape__neurons": None}
     runner.check(configured(*settings(world, run="x", **given)))
     for folder, chosen in ((biased, []), (world, ["recipe=flap"])):  # which gives a Llama biases
-        with pytest.raises(ValueError, match=r"^shape.hidden is 30; .* multiples of its query heads \(4\)"):
+        with pytest.raises(ValueError, match=r"^shape\.hidden.*30.*4"):
             runner.check(configured(*settings(folder, run="x", **given), *chosen))
 
 
-HARMS = {
-    "no model_type": (edited(model_type=None), "config.json has no model_type"),
-    "no width": (edited(hidden_size=None), "config.json: hidden_size is None, not a positive integer"),
-    "a width in words": (edited(vocab_size="many"), "config.json: vocab_size is many, not a positive integer"),
-    "no class": (edited(architectures=None), "config.json has no architectures"),
-    "a list": (written("config.json", "[]"), "config.json holds [], not a JSON object"),
-    "no JSON": (written("config.json", "{,"), "config.json is no JSON (Expecting property name"),
-    "quantised": (edited(quantization_config={"quant_method": "gptq"}), "unquantised weights"),
-    "another width": (edited(intermediate_size=20), "mlp.gate_proj.weight is [24, 32], and by config.json it would be"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no *.safetensors weights"),
-    "weights cut short": (cut_short, "model.safetensors is corrupt or truncated"),
-    "an index of nothing": (written("model.safetensors.index.json", "{}"), "index.json has no weight_map"),
+DAMAGE = {
+    "no model_type": (edited(model_type=None), r"config\.json.*model_type"),
+    "no width": (edited(hidden_size=None), r"config\.json.*hidden_size"),
+    "a width in words": (edited(vocab_size="many"), r"config\.json.*vocab_size.*many"),
+    "a list": (written("config.json", "[]"), r"config\.json.*\[\]"),
+    "no JSON": (written("config.json", "{,"), r"config\.json.*JSON"),
+    "quantised": (edited(quantization_config={"quant_method": "gptq"}), "quantis"),
+    "another width": (edited(intermediate_size=20), r"mlp\.gate_proj\.weight.*\[24, 32\]"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
+    "weights cut short": (cut_short, r"model\.safetensors"),
+    "an index of nothing": (written("model.safetensors.index.json", "{}"), r"index\.json.*weight_map"),
 }
 TOKENIZERS = {
-    "no tokenizer": (without_tokenizer, "is missing or damaged"),
-    "an empty tokenizer": (written("tokenizer.json", "{}"), "is missing or damaged (KeyError: 'added_tokens')"),
+    "no tokenizer": (without_tokenizer, "tokenizer"),
+    "an empty tokenizer": (written("tokenizer.json", "{}"), "tokenizer"),
 }
 
 
-@pytest.mark.parametrize("case", HARMS | TOKENIZERS)
+@pytest.mark.parametrize("case", DAMAGE | TOKENIZERS)
 def test_a_damaged_folder_is_refused_in_one_line_before_any_work(world, case, tmp_path):
-    harm, expected = (HARMS | TOKENIZERS)[case]
-    shutil.copytree(world / "model", tmp_path / "hurt")
-    harm(tmp_path / "hurt")
-    fields = {"model.path": []} | ({"model.start": ["recipe=recover"]} if case in HARMS else {})
+    damage, named = (DAMAGE | TOKENIZERS)[case]
+    shutil.copytree(world / "model", tmp_path / "damaged")
+    damage(tmp_path / "damaged")
+    fields = {"model.path": []} | ({"model.start": ["recipe=recover"]} if case in DAMAGE else {})
     for field, chosen in fields.items():
         with pytest.raises(ValueError) as fault:
-            runner.check(configured(*settings(world, run="x"), *chosen, f"{field}={tmp_path / 'hurt'}"))
+            runner.check(configured(*settings(world, run="x"), *chosen, f"{field}={tmp_path / 'damaged'}"))
         message = str(fault.value)
-        assert message.startswith(f"{field}: ") and str(tmp_path / "hurt") in message and expected in message, message
-        assert "\n" not in message
+        assert message.startswith(f"{field}: ") and str(tmp_path / "damaged") in message and "\n" not in message
+        assert re.search(named, message), message
 
 
 def test_a_recipe_whose_stages_are_in_no_possible_order_is_refused_before_any_work(world):
@@ -316,7 +244,7 @@ def test_a_recipe_whose_stages_are_in_no_possible_order_is_refused_before_any_wo
 
 
 @pytest.mark.parametrize(
-    ("argument", "expected"),
+    ("argument", "line"),
     [
         ("calibrate.roundz=1", "error: unknown key 'calibrate.roundz'; did you mean 'calibrate.rounds'?"),
         ("--strange", "error: "),
@@ -324,15 +252,12 @@ def test_a_recipe_whose_stages_are_in_no_possible_order_is_refused_before_any_wo
         ("calibrate.rounds=0", "error: calibrate.rounds: "),
     ],
 )
-def test_calibration_tells_what_it_cannot_take_in_one_line(argument, expected, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["pipeline", "calibrate-chip", argument])
-    with pytest.raises(SystemExit, match="2"):
-        main()
-    text = capsys.readouterr().err
-    assert text.startswith(expected) and text.count("\n") == 1
+def test_calibration_refuses_in_one_line(argument, line, monkeypatch, capsys):
+    text, status = ended(monkeypatch, capsys, "calibrate-chip", argument)
+    assert status == 2 and text.startswith(line) and text.count("\n") == 1
 
 
-def test_calibration_says_how_it_is_asked_for(monkeypatch, capsys):
+def test_calibration_prints_its_usage(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pipeline", "calibrate-chip", "--help"])
     main()
     assert capsys.readouterr().out.startswith("python -m pipeline calibrate-chip [calibrate.name=NAME]")

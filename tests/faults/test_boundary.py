@@ -1,0 +1,80 @@
+"""How a command ends: known faults in one line, defects with a traceback file, one line for all ranks."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.cli.boundary import Boundary
+from pipeline.runtime.faults import PeerFailed
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A boundary's run folder; no rank and no traceback on the console are asked for."""
+    for name in ("RANK", "LOCAL_RANK", "PIPELINE_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "runs" / "x"
+
+
+def left(folder, error: BaseException | type, capsys) -> tuple[int, str, list[Path]]:
+    """Raise an error inside a boundary; return the exit status, standard error and the files in the run folder."""
+    boundary = Boundary()
+    boundary.folder = folder
+    with pytest.raises(SystemExit) as end, boundary():
+        raise error
+    return end.value.code, capsys.readouterr().err, sorted(folder.glob("*"))
+
+
+def test_a_defect_is_one_line_that_names_the_file_of_its_traceback(folder, capsys):
+    status, line, (file,) = left(folder, KeyError("lost\nand more"), capsys)
+    assert status == 70 and line.count("\n") == 1 and str(file) in line and "KeyError" in line and "defect" in line
+    text = file.read_text(encoding="utf-8")
+    assert "Traceback (most recent call last)" in text and "lost" in text and "torch " in text and "command: " in text
+
+
+def test_a_refusal_by_a_library_is_a_defect_of_ours(folder, capsys):
+    with pytest.raises(SystemExit) as end, Boundary()():
+        json.loads("{")
+    assert end.value.code == 70 and "traceback in " in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end, Boundary()():
+        torch.zeros(2).numpy().reshape(3)  # a plain ValueError, raised by numpy
+    assert end.value.code == 70 and "traceback in " in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_does_not_hide_a_defect(folder, capsys):
+    folder.parent.mkdir()
+    folder.write_text("a file")
+    boundary = Boundary()
+    boundary.folder = folder
+    with pytest.raises(SystemExit, match="70"), boundary():
+        raise KeyError("lost")
+    file = Path(re.search(r"traceback in (\S+):", capsys.readouterr().err)[1])
+    assert "KeyError" in file.read_text(encoding="utf-8") and file.parent.parent != folder
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA: tried to allocate"), MemoryError()])
+def test_memory_that_runs_out_is_no_defect_and_names_what_to_lower(folder, capsys, error):
+    status, line, files = left(folder, error, capsys)
+    assert status == 2 and "distill.micro_batch_size" in line and line.count("\n") == 1 and not files
+
+
+def test_of_several_ranks_the_first_one_prints_and_each_writes_its_traceback(folder, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert left(folder, PeerFailed("rank 2 failed: ValueError: no"), capsys) == (2, "", [])
+    assert left(folder, OSError("no space left on device"), capsys) == (2, "", [])
+    status, line, (file,) = left(folder, KeyError("lost"), capsys)
+    assert (status, line) == (70, "") and file.name.endswith("-rank1.txt")
+    status, line, _ = left(folder, PeerFailed("rank 0 did not reach `stage cut`"), capsys)
+    assert status == 2 and "rank 0" in line  # nobody else is left to print it
+    monkeypatch.setenv("RANK", "0")
+    assert "rank 2 failed" in left(folder, PeerFailed("rank 2 failed: ValueError: no"), capsys)[1]
+
+
+def test_an_exception_comes_through_where_a_developer_wants_it(folder, monkeypatch):
+    monkeypatch.setenv("PIPELINE_TRACEBACK", "1")
+    with pytest.raises(KeyError), Boundary()():
+        raise KeyError("lost")
