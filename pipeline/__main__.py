@@ -11,9 +11,9 @@ def main() -> None:
     Libraries read their own files in the encoding of the locale; the console keeps its encoding.
     """
     if locale.getencoding().lower().replace("-", "") != "utf8" and not sys.flags.utf8_mode:
-        os.environ["PYTHONUTF8"] = "1"
+        os.environ["PYTHONUTF8"] = "1"  # of the processes that this one starts
         os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     from pipeline.cli.command import main as command
 
     command()

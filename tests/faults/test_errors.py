@@ -119,6 +119,9 @@ def test_output_survives_any_encoding(world):
     assert done.returncode == 2 and done.stderr.startswith(b"error: track.mode: ") and done.stderr.count(b"\n") == 1
     done = subprocess.run([*command, "--help"], cwd=world, env=changed, capture_output=True)
     assert done.returncode == 0 and b"T\\xfdr" in done.stdout
+    changed |= {"PYTHONIOENCODING": "utf-8"}  # the words of a command are those that were typed
+    done = subprocess.run([*command, "model=./模型", "--cfg", "job"], cwd=world, env=changed, capture_output=True)
+    assert done.returncode == 0 and "path: ./模型\n" in done.stdout.decode()
 
 
 def test_an_interrupt_is_one_line_and_an_exit_status_of_its_own(world, tmp_path):
