@@ -94,7 +94,7 @@ def _neurons(sizes, scores, found: Fate, layer: int, x: float, y: float, bins: i
     total = sizes.layers[layer].neurons
     kept = found.neurons.get(layer, frozenset())
     if not kept:
-        tip = f"layer {layer}: dropped; its {total} neurons are removed"
+        tip = f"layer {layer}: removed; its {total} neurons are removed"
         return [Box(x, y + 1, width, row - 2, "removed", tip)]
     share = float(scores.neurons[layer][sorted(kept)].sum() / scores.neurons[layer].sum())
     bins = min(bins, total)
@@ -135,7 +135,7 @@ def _legend(donated: bool, dropped: bool) -> list[Mark]:
         entries.append(("donated to its host layer", lambda x, y: Box(x, y - 5, 9, 9, "donated")))
     entries.append(("removed", lambda x, y: Box(x, y - 5, 9, 9, "removed")))
     if dropped:
-        entries.append(("layer dropped", lambda x, y: Line(((x - 3, y), (x + 9, y)), "muted", 1.0)))
+        entries.append(("layer removed", lambda x, y: Line(((x - 3, y), (x + 9, y)), "muted", 1.0)))
     return legend(entries, 0, 8)
 
 
@@ -145,7 +145,7 @@ def _alt(found: Fate, sizes: Sizes) -> str:
     neurons = sum(widths.neurons for widths in sizes.layers)
     kept = sum(map(len, found.neurons.values()))
     given = "; ".join(_given(donor, host, n) for (donor, host), n in found.donations.items())
-    layers = f"layers {', '.join(map(str, dropped))} are dropped" if dropped else "no layer is dropped"
+    layers = f"layers {', '.join(map(str, dropped))} are removed" if dropped else "no layer is removed"
     return (
         f"Map of the cut: {layers}; {len(found.heads)} of {heads} heads and {kept} of {neurons} neurons are kept"
         f"{'; ' + given if given else ''}."

@@ -29,12 +29,12 @@ class Scale:
         return self.low if self.log else -math.inf
 
     def ticks(self, wanted: int) -> list[float]:
-        """Give about `wanted` round values inside the scale."""
+        """Return about `wanted` round values inside the scale."""
         return _log_ticks(self.low, self.high, wanted) if self.log else _linear_ticks(self.low, self.high, wanted)
 
 
 def scale(values: Sequence[float], start: float, end: float, log: bool = False, zero: bool = False) -> Scale:
-    """Give a scale that holds all the values with a little room; with `zero` a linear one starts at 0."""
+    """Return a scale that contains all values with a margin; with `zero` a linear one starts at 0."""
     low, high = min(values), max(values)
     if log:
         room = max((math.log(high) - math.log(low)) * 0.06, 0.02)
@@ -62,7 +62,7 @@ def _log_ticks(low: float, high: float, wanted: int) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Give a number as short as it can be read: 1 234 567 as 1.23M, 0.00031 as 3.1e-4."""
+    """Return a number as short text: 1 234 567 as 1.23M, 0.00031 as 3.1e-4."""
     if value == 0:
         return "0"
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -72,7 +72,7 @@ def number(value: float) -> str:
 
 
 def panel(title: str, x: Scale, y: Scale, x_label: str, x_ticks: int = 5, y_ticks: int = 4) -> list[Mark]:
-    """Give the frame of a panel: its title, horizontal grid lines with their values, ticks along the bottom."""
+    """Return the frame of a panel: its title, horizontal grid lines with their values, ticks along the bottom."""
     floor = y.start
     marks: list[Mark] = [Text(0, 14, title, "ink", 12.5, bold=True)]
     for value in y.ticks(y_ticks):
@@ -88,7 +88,7 @@ def panel(title: str, x: Scale, y: Scale, x_label: str, x_ticks: int = 5, y_tick
 
 
 def legend(entries: Sequence[tuple[str, Callable[[float, float], Mark]]], x: float, y: float) -> list[Mark]:
-    """Give a row of keys, each a mark made at (x, y) and its label to the right."""
+    """Return a row of legend keys, each a mark made at (x, y) and its label to the right."""
     marks: list[Mark] = []
     for label, key in entries:
         marks += [key(x, y), Text(x + 13, y + 4, label, size=10.5)]

@@ -1,4 +1,4 @@
-"""Teacher and student row by row, in words and numbers a person reads; the page and the terminal show the same rows."""
+"""Teacher and student row by row, as readable text; the page and the terminal show the same rows."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ class Row:
 
 
 def rows(report: Report) -> list[Row]:
-    """Give the comparison: size, shape, quality, speed; a number that was not measured has no row."""
+    """Return the comparison: size, shape, quality, speed; what was not measured has no row."""
     found = [
         Row(label, show(pair["teacher"]), show(pair["student"]), change(pair["teacher"], pair["student"]))
         for label, show, pair in (
@@ -50,7 +50,7 @@ def rows(report: Report) -> list[Row]:
 
 
 def summary(report: Report) -> str:
-    """Give the comparison as a short table of plain text for the terminal."""
+    """Return the comparison as a plain-text table for the terminal."""
     lines = [Row("", "teacher", "student", "change"), *rows(report)]
     wide = [max(len(getattr(row, column)) for row in lines) for column in ("label", "teacher", "student", "change")]
     table = [
@@ -59,25 +59,29 @@ def summary(report: Report) -> str:
     ]
     for name, values in perplexity_of(report).items():
         if "start" in values:
-            table.append(f"{start_of(report)} the perplexity on {name} was {times(values['start'])}")
+            table.append(f"perplexity on {name} {start_of(report)}: {times(values['start'])}")
     return "\n".join([*table, *filter(None, [unsteady(report)])])
 
 
 def unsteady(report: Report) -> str:
-    """Say by how much repeated speed measurements of one model differ, where that is more than a fifth."""
+    """Return a note on the spread of repeated speed measurements of one model, if it exceeds 20 %."""
     speed = report["speed"]
     runs = [speed[who][f"{kind}_runs"] for who in MODELS for kind in ("prefill", "decode")] if speed else []
     spread = max((max(some) / min(some) for some in runs), default=1.0)
-    return f"speeds are rough: repeated runs of one model differ by up to ×{spread:.1f}" if spread > 1.2 else ""
+    return (
+        f"speed measurements are noisy: repeated runs of one model differ by up to ×{spread:.1f}"
+        if spread > 1.2
+        else ""
+    )
 
 
 def count(value: float) -> str:
-    """1234567 as 1.23 M."""
+    """Return a count as text, 1234567 as 1.23 M."""
     return scaled(value, "")
 
 
 def size(value: float) -> str:
-    """Bytes in decimal units."""
+    """Return bytes as text in decimal units."""
     return scaled(value, "B")
 
 
@@ -90,7 +94,7 @@ def scaled(value: float, unit: str) -> str:
 
 
 def whole(value: float) -> str:
-    """Give a whole number with its thousands set apart."""
+    """Return a whole number with separated thousands."""
     return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
@@ -103,12 +107,12 @@ def mean(value: Any) -> float:
 
 
 def widths(value: Any) -> str:
-    """Give the width of a layer, or the range of widths with their mean where layers differ."""
+    """Return the width of a layer, or the range of widths with their mean where layers differ."""
     return f"{min(value)}–{max(value)}, mean {mean(value):.4g}" if isinstance(value, list) else str(value)
 
 
 def change(before: float, after: float) -> str:
-    """Give the relative change in percent, with its sign; unchanged is a dash."""
+    """Return the relative change in percent, with its sign; a dash where unchanged."""
     return "–" if before == after else percent(after / before - 1)
 
 

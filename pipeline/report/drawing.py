@@ -2,7 +2,7 @@
 
 Both writers draw the same marks, so the page and the files cannot disagree. In the SVG a role is a CSS variable and
 follows the reader's light or dark theme; in the PNG it is a colour of the light theme. The palette is Okabe and Ito's,
-which colour-blind readers can tell apart.
+which colour-blind readers can distinguish.
 """
 
 from dataclasses import dataclass, field
@@ -109,7 +109,7 @@ class Drawing:
 
 
 def svg(drawing: Drawing) -> str:
-    """Give the drawing as an SVG element for an HTML page that defines the colour variables."""
+    """Return the drawing as an SVG element for an HTML page that defines the colour variables."""
     size = f'viewBox="0 0 {drawing.width:g} {drawing.height:g}" width="{drawing.width:g}" height="{drawing.height:g}"'
     body = "".join(_svg_mark(mark) for mark in drawing.marks)
     return f'<svg {size} role="img" aria-label="{escape(drawing.alt)}">{body}</svg>'

@@ -1,4 +1,4 @@
-"""The report as a value: everything report.json holds, gathered from what the stages left behind."""
+"""The report as a value: everything report.json holds, gathered from the artifacts of the stages."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,11 +21,11 @@ def gather(
     stages: Mapping[str, Mapping[str, Any]],
     made_with: Mapping[str, Any],
 ) -> Report:
-    """Give report.json's value.
+    """Return the value of report.json.
 
-    `evaluation` is evaluation.json; `recovery` is None where the student was not recovered, and then nothing is told
-    about a state before it. `stages` (name -> seconds, peak_memory in bytes) and `made_with` (name, recipe, settings,
-    versions ...) are passed on as they are.
+    `evaluation` is evaluation.json; `recovery` is None where the student was not recovered, and then there is no state
+    before recovery. `stages` (name -> seconds, peak_memory in bytes) and `made_with` (name, recipe, settings,
+    versions ...) are passed on unchanged.
     """
     models = evaluation["models"]
     sizes = {
@@ -52,7 +52,7 @@ def gather(
 
 
 def faster(search: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], float]]:
-    """Give the candidates of search.json, each with its predicted speed over the teacher's, fastest first."""
+    """Return the candidates of search.json, each with its predicted speed over the teacher's, fastest first."""
     found = []
     for each in search["candidates"]:
         decode = each["decode_rate"] / search["teacher"]["decode_rate"]
@@ -62,13 +62,13 @@ def faster(search: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], float]]:
 
 
 def widths(shape: Mapping[str, int]) -> str:
-    """Give the five widths of a shape as a person says them."""
+    """Return the five widths of a shape as readable text."""
     heads = f"{shape['heads']}/{shape['groups']} heads"
     return f"{shape['layers']} layers, {shape['hidden']} hidden, {heads}, {shape['neurons']} neurons"
 
 
 def perplexity_of(report: Report) -> dict[str, dict[str, float]]:
-    """Give the bare perplexities: text -> teacher, start where it was recovered from, student; infinite where null."""
+    """Return the perplexities: text -> teacher, student and, if recovered, start; infinite where null."""
     return {
         name: {who: infinite(text[who]["perplexity"]) for who in ("teacher", "start", "student") if who in text}
         for name, text in report["perplexity"].items()
@@ -76,22 +76,22 @@ def perplexity_of(report: Report) -> dict[str, dict[str, float]]:
 
 
 def start_of(report: Report) -> str:
-    """Give the name of the state that the last recovery began with: in rounds there were others before it."""
+    """Return the name of the state before the last recovery."""
     return "after the last cut" if "rounds" in report else "before recovery"
 
 
 def infinite(value: float | None) -> float:
-    """Give a figure that JSON holds: null is one beyond all numbers."""
+    """Return a value read from JSON, where null means infinity."""
     return math.inf if value is None else value
 
 
 def times(value: float, form: str = ".2f") -> str:
-    """Give a perplexity or a ratio of two in words: in powers of ten from a million on, ∞ beyond all numbers."""
+    """Return a perplexity or a ratio as text: in powers of ten from a million on, ∞ if not finite."""
     return format(value, form if value < 1e6 else ".1e") if math.isfinite(value) else "∞"
 
 
 def cut_facts(sizes: Sizes, blueprint: Blueprint, scores: Scores) -> dict[str, Any]:
-    """Give what a blueprint took away, in numbers: layers dropped, KV groups donated, shares kept."""
+    """Return what a blueprint removes, in numbers: layers removed, KV groups donated, shares kept."""
     found = fate(blueprint)
     channels = scores.channels.double()
     shares = [
@@ -106,7 +106,7 @@ def cut_facts(sizes: Sizes, blueprint: Blueprint, scores: Scores) -> dict[str, A
         "heads_kept": len(found.heads),
         "neurons": sum(widths.neurons for widths in sizes.layers),
         "neurons_kept": sum(map(len, found.neurons.values())),
-        "neuron_score_kept": sum(shares) / len(shares),  # in the layers that stay
+        "neuron_score_kept": sum(shares) / len(shares),  # in the remaining layers
         "channels": sizes.hidden,
         "channels_kept": len(blueprint.channels),
         "channel_score_kept": float(channels[list(blueprint.channels)].sum() / channels.sum()),
@@ -115,13 +115,13 @@ def cut_facts(sizes: Sizes, blueprint: Blueprint, scores: Scores) -> dict[str, A
 
 
 def recovery_facts(curves: Mapping[str, Curve], seen: str) -> dict[str, Any]:
-    """Give the first and last value of every curve of the recovery, and how far it went in `seen` (tokens or steps)."""
+    """Return the first and last value of every curve of a training, and its length in `seen` (tokens or steps)."""
     ends = {name: {"first": points[0][1], "last": points[-1][1]} for name, points in curves.items()}
     return {seen: max(points[-1][0] for points in curves.values()), "curves": ends}
 
 
 def recovery_curves(rows: Sequence[Mapping[str, Any]], seen: str) -> dict[str, list[tuple[float, float]]]:
-    """Give a curve for every number of metrics.jsonl, over `seen`; a row need not have every number."""
+    """Return a curve for every number of metrics.jsonl, over `seen`; a row need not have every number."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         for name, value in row.items():

@@ -12,12 +12,12 @@ from pipeline.report.drawing import Area, Box, Dot, Drawing, Line, Mark, Text
 from pipeline.report.facts import Curve, faster, times, widths
 
 BARS = 120
-GONE = 1e9  # a perplexity far above that of any vocabulary: larger ones say no more, and would press the rest together
+GONE = 1e9  # a perplexity far above that of any vocabulary: larger ones are drawn at the edge
 NAMED = 4  # cuts whose names have room beside their lines
 
 
 def cut_figures(sizes: Sizes, blueprint: Blueprint, scores: Scores) -> dict[str, Drawing]:
-    """Give what explains the cut: the map, the importance of layers and of hidden channels."""
+    """Return the figures of the cut: the map, the importance of layers and of hidden channels."""
     return {
         "map": anatomy_map(sizes, blueprint, scores),
         "layers": layer_importance(scores, fate(blueprint).hosts),
@@ -26,7 +26,7 @@ def cut_figures(sizes: Sizes, blueprint: Blueprint, scores: Scores) -> dict[str,
 
 
 def layer_importance(scores: Scores, hosts: frozenset[int]) -> Drawing:
-    """Draw a stem a layer, its block influence on a logarithmic axis; hollow where the layer was dropped."""
+    """Draw one stem per layer, its block influence on a logarithmic axis; hollow where the layer was removed."""
     values = [max(float(value), 1e-6) for value in scores.layers]
     x = Scale(-0.7, len(values) - 0.3, LEFT, WIDTH - RIGHT)
     y = scale(values, HEIGHT - BOTTOM, TOP, log=True)
@@ -34,16 +34,16 @@ def layer_importance(scores: Scores, hosts: frozenset[int]) -> Drawing:
     for layer, value in enumerate(values):
         kept = layer in hosts
         role = "kept" if kept else "muted"
-        tip = f"layer {layer}: {value:.4f}, {'kept' if kept else 'dropped'}"
+        tip = f"layer {layer}: {value:.4f}, {'kept' if kept else 'removed'}"
         marks.append(Line(((x(layer), y.start), (x(layer), y(value))), role, 1.4, dashed=not kept))
         marks.append(Dot(x(layer), y(value), min(3.4, 110 / len(values)), role, tip, hollow=not kept))
     keys = [("kept", lambda a, b: Dot(a + 4, b, 3.4, "kept"))]
     if len(hosts) < len(values):
-        keys.append(("dropped", lambda a, b: Dot(a + 4, b, 3.4, "muted", hollow=True)))
+        keys.append(("removed", lambda a, b: Dot(a + 4, b, 3.4, "muted", hollow=True)))
     marks += legend(keys, LEFT, 26)
     dropped = [layer for layer in range(len(values)) if layer not in hosts]
-    told = f"dropped: {', '.join(map(str, dropped))}" if dropped else "none dropped"
-    return Drawing(WIDTH, HEIGHT, f"Influence of each of {len(values)} layers, logarithmic; {told}.", tuple(marks))
+    summary = f"removed: {', '.join(map(str, dropped))}" if dropped else "none removed"
+    return Drawing(WIDTH, HEIGHT, f"Influence of each of {len(values)} layers, logarithmic; {summary}.", tuple(marks))
 
 
 def channel_importance(scores: Scores, kept: frozenset[int]) -> Drawing:
@@ -75,11 +75,11 @@ def channel_importance(scores: Scores, kept: frozenset[int]) -> Drawing:
 
 
 def curve(
-    title: str, points: Curve, x_label: str, told: str, dots: bool = False, cuts: Sequence[tuple[float, str]] = ()
+    title: str, points: Curve, x_label: str, subtitle: str, dots: bool = False, cuts: Sequence[tuple[float, str]] = ()
 ) -> Drawing:
-    """Draw one curve from zero upwards and `told` above it; with `dots` its points are marked, few as they are.
+    """Draw one curve on an axis from zero, with `subtitle` above it; with `dots` its points are marked.
 
-    `cuts` are places along the bottom, each with a name, that are marked by a dashed line.
+    `cuts` are positions on the x axis, each with a name, marked by a dashed line.
     """
     points = thinned(points, 240)
     xs, values = [p[0] for p in points], [p[1] for p in points]
@@ -97,7 +97,7 @@ def curve(
         marks += [Dot(*place, 3.0, "kept", f"{number(a)}: {b:.4g}") for place, (a, b) in zip(places, points)]
     else:
         marks.append(Dot(*places[-1], 3.0, "kept", f"{number(xs[-1])}: {values[-1]:.4g}"))
-    marks.append(Text(LEFT, 30, told, size=10.5))
+    marks.append(Text(LEFT, 30, subtitle, size=10.5))
     alt = f"{title}: from {values[0]:.4g} to {values[-1]:.4g} over {number(xs[-1])} {x_label}."
     return Drawing(WIDTH, HEIGHT, alt, tuple(marks))
 
@@ -105,7 +105,7 @@ def curve(
 def shapes_searched(search: Mapping[str, Any]) -> Drawing:
     """Draw the shapes of search.json: predicted speed over the teacher's, and loss over the lowest right after cutting.
 
-    The front is filled and joined, what lies behind it hollow, and the picked shape ringed.
+    The Pareto front is filled and joined, other shapes are hollow, and the selected shape is ringed.
     """
     found = faster(search)
     lowest = min(each["loss"] for each, _ in found)
@@ -121,14 +121,14 @@ def shapes_searched(search: Mapping[str, Any]) -> Drawing:
         role = "kept" if each["front"] else "muted"
         tip = f"{widths(each['shape'])}: {speed:.2f} times, loss {each['loss']:.3f}"
         if each["shape"] == search["picked"]:  # first, as a ring is filled with paper
-            marks.append(Dot(*places[id(each)], 7.0, "donated", f"picked: {tip}", hollow=True))
+            marks.append(Dot(*places[id(each)], 7.0, "donated", f"selected: {tip}", hollow=True))
         marks.append(Dot(*places[id(each)], 3.4, role, tip, hollow=not each["front"]))
-    alt = f"{len(found)} shapes by predicted speed and loss after cutting; picked: {widths(search['picked'])}."
+    alt = f"{len(found)} shapes by predicted speed and loss after cutting; selected: {widths(search['picked'])}."
     return Drawing(WIDTH, HEIGHT, alt, tuple(marks))
 
 
 def thinned(points: Curve, most: int) -> Curve:
-    """Give at most `most` points: means of stretches of equally many."""
+    """Return at most `most` points: means of equally long stretches."""
     if len(points) <= most:
         return points
     parts = [points[i * len(points) // most : (i + 1) * len(points) // most] for i in range(most)]
@@ -138,8 +138,8 @@ def thinned(points: Curve, most: int) -> Curve:
 def perplexities(domains: Mapping[str, Mapping[str, float]], start: str = "before recovery") -> Drawing:
     """Draw, for each evaluation text, the perplexity of teacher, start and student on one logarithmic axis.
 
-    `domains` maps a text's name to {"teacher", "start", "student"} -> perplexity; `start`, which names that state, may
-    be absent. What is beyond GONE stands there.
+    `domains` maps a text's name to {"teacher", "start", "student"} -> perplexity; `start` names that state, which may
+    be absent. Values beyond GONE are drawn at GONE.
     """
     step, top = 46.0, 46.0
     shown = {name: {who: min(value, GONE) for who, value in row.items()} for name, row in domains.items()}
@@ -168,29 +168,29 @@ def perplexities(domains: Mapping[str, Mapping[str, float]], start: str = "befor
         keys.append((start, lambda a, b: Dot(a + 5, b, 4.0, "kept", hollow=True)))
     marks += legend(keys, 0, 31)
     said = ((name, (f"{who} {times(value, '.4g')}" for who, value in row.items())) for name, row in domains.items())
-    told = "; ".join(f"{name}: {', '.join(each)}" for name, each in said)
-    return Drawing(WIDTH, floor + 24, f"Perplexity. {told}.", tuple(marks))
+    summary = "; ".join(f"{name}: {', '.join(each)}" for name, each in said)
+    return Drawing(WIDTH, floor + 24, f"Perplexity. {summary}.", tuple(marks))
 
 
 def stage_costs(stages: Mapping[str, Mapping[str, float]]) -> Drawing:
-    """Draw a bar a stage: its seconds, with its peak_memory in bytes."""
+    """Draw one bar per stage: its seconds, with its peak_memory in bytes."""
     row, top, left = 24.0, 30.0, 74.0
     longest = max(stage["seconds"] for stage in stages.values()) or 1.0
     room = WIDTH - left - 118
     marks: list[Mark] = [Text(0, 14, "Time and peak memory of each stage", "ink", 12.5, bold=True)]
     for i, (name, stage) in enumerate(stages.items()):
         y = top + i * row
-        told = f"{duration(stage['seconds'])} · {stage['peak_memory'] / 1e9:.2f} GB"
+        summary = f"{duration(stage['seconds'])} · {stage['peak_memory'] / 1e9:.2f} GB"
         wide = max(1.0, room * stage["seconds"] / longest)
         marks.append(Text(left - 8, y + 13, name, "ink", 11, "end"))
-        marks.append(Box(left, y + 4, wide, 12, "kept", f"{name}: {told}"))
-        marks.append(Text(left + wide + 6, y + 13.5, told, size=10.5))
-    told = "; ".join(f"{name} {duration(stage['seconds'])}" for name, stage in stages.items())
-    return Drawing(WIDTH, top + row * len(stages) + 4, f"Time of each stage: {told}.", tuple(marks))
+        marks.append(Box(left, y + 4, wide, 12, "kept", f"{name}: {summary}"))
+        marks.append(Text(left + wide + 6, y + 13.5, summary, size=10.5))
+    summary = "; ".join(f"{name} {duration(stage['seconds'])}" for name, stage in stages.items())
+    return Drawing(WIDTH, top + row * len(stages) + 4, f"Time of each stage: {summary}.", tuple(marks))
 
 
 def duration(seconds: float) -> str:
-    """Give a time in the unit one would say it in."""
+    """Return a time as text in a readable unit."""
     if seconds < 0.1:
         return "< 0.1 s"
     if seconds < 90:

@@ -1,4 +1,4 @@
-"""The parts that the sections of the page are built of."""
+"""Building blocks of the page's sections."""
 
 from collections.abc import Sequence
 from html import escape
@@ -15,12 +15,12 @@ def paragraph(text: str) -> str:
 
 
 def panels(drawings: Sequence[Drawing], caption: str = "") -> str:
-    """Give drawings side by side, wider than the text where there are more than two."""
-    told = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    """Return drawings side by side, wider than the text where there are more than two."""
+    caption_html = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     wide = ' class="wide"' if len(drawings) > 2 else ""
-    return f'<figure{wide}><div class="panels">{"".join(map(svg, drawings))}</div>{told}</figure>'
+    return f'<figure{wide}><div class="panels">{"".join(map(svg, drawings))}</div>{caption_html}</figure>'
 
 
 def beside(drawing: Drawing, caption: str) -> str:
-    """Give a drawing with its caption beside it."""
+    """Return a drawing with its caption beside it."""
     return f'<figure class="beside">{svg(drawing)}<figcaption>{escape(caption)}</figcaption></figure>'

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page that tells what was cut, what it cost and how it was made."""
+"""report.html: one self-contained page that shows what was removed, what it cost and how it was made."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ from pipeline.report.tables import comparison_table, plain_table, quality_table,
 TEMPLATE = Path(__file__).with_name("page.html")
 TEXT_WIDTH = 736  # pixels of the page's column
 CORRECTION = ("correction",)
-SETTLING = ("settling", "settling_change", "settling_entropy")
+REGULARIZATION = ("settling", "settling_change", "settling_entropy")
 RECOVERY = ("loss", "kl", "rate")
 
 
 def page(report: Report, drawings: Mapping[str, Drawing]) -> str:
-    """Give the page of a report with its figures; a figure or a number that is absent has no place on it."""
-    parts = (_comparison, _quality, _samples, _search, _cut, _importance, _correction, _settling, rounds_section)
+    """Return the HTML page of a report with its figures; what was not measured has no section."""
+    parts = (_comparison, _quality, _samples, _search, _cut, _importance, _correction, _regularization, rounds_section)
     parts += (blocks_section, _recovery, export_section, _costs, _making)
     student = count(report["parameters"]["student"])
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
@@ -48,18 +48,18 @@ def _rule(role: str) -> str:
 def _lede(report: Report) -> str:
     smaller, inner = (_change(report, key) for key in ("parameters", "non_embedding_parameters"))
     amount = f"{abs(smaller):.0%} {'fewer' if smaller < 0 else 'more'}" if smaller else "as many"
-    told = [f"The student has {amount} parameters {'than' if smaller else 'as'} its teacher"]
-    told[0] += f" ({percent(inner)} outside the embeddings)." if inner else "."
+    sentences = [f"The student has {amount} parameters {'than' if smaller else 'as'} its teacher"]
+    sentences[0] += f" ({percent(inner)} outside the embeddings)." if inner else "."
     name, values = next(iter(perplexity_of(report).items()))
-    cut = f", and {start_of(report)} it was {times(values['start'])}" if "start" in values else ""
-    told.append(
-        f"Its perplexity on held-out text ({name}) is {times(values['student'])}; "
-        f"the teacher’s is {times(values['teacher'])}{cut}."
+    cut = f"; {start_of(report)} it was {times(values['start'])}" if "start" in values else ""
+    sentences.append(
+        f"Its perplexity on held-out text ({name}) is {times(values['student'])}, "
+        f"that of the teacher {times(values['teacher'])}{cut}."
     )
     if report["speed"]:
         decode, prefill = (_ratio(report, kind) for kind in ("decode", "prefill"))
-        told.append(f"It decodes {decode:.2f} times as fast and reads a prompt {prefill:.2f} times as fast.")
-    return " ".join(told)
+        sentences.append(f"Decoding runs at {decode:.2f} times the teacher’s speed, prefill at {prefill:.2f} times.")
+    return " ".join(sentences)
 
 
 def _change(report: Report, key: str) -> float:
@@ -87,23 +87,23 @@ def _headline(report: Report) -> str:
         decode = {who: report["speed"][who]["decode"] for who in ("teacher", "student")}
         entries.append(("Decoding", f"×{_ratio(report, 'decode'):.2f}", f"{pair(decode, rate)} tokens/s"))
     cache = report["kv_bytes_per_token"]
-    entries.append(("KV cache", signed("kv_bytes_per_token"), f"{pair(cache, size)} a token"))
+    entries.append(("KV cache", signed("kv_bytes_per_token"), f"{pair(cache, size)} per token"))
     cells = (f"<div><dt>{escape(a)}</dt><dd>{escape(b)}</dd><dd>{escape(c)}</dd></div>" for a, b, c in entries)
     return f'<dl class="headline">{"".join(cells)}</dl>'
 
 
 def _comparison(report: Report, drawings: Mapping[str, Drawing]) -> str:
-    notes = ["Head and neuron counts are those of a layer; sizes are in decimal units."]
+    notes = ["Head and neuron counts are per layer; sizes are in decimal units."]
     if report["speed"]:
         s = report["speed"]
-        turns = "once each" if s["repeats"] == 1 else f"{s['repeats']} times each, medians"
+        turns = "one run each" if s["repeats"] == 1 else f"{s['repeats']} runs each, medians"
         notes.append(
-            f"Speed: batch {s['batch']}, a prompt of {s['prefill']} tokens, {s['decode']} decoded; teacher and student "
-            f"in turn, {turns}, on {_machine(report)}."
+            f"Speed: batch size {s['batch']}, prompt of {s['prefill']} tokens, {s['decode']} generated tokens; teacher "
+            f"and student in turn, {turns}, on {_machine(report)}."
         )
         rough = unsteady(report)
         notes += [f"{rough[0].upper()}{rough[1:]}."] if rough else []
-    return section("The student beside its teacher", comparison_table(report, " ".join(notes)))
+    return section("Student and teacher", comparison_table(report, " ".join(notes)))
 
 
 def _machine(report: Report) -> str:
@@ -115,25 +115,25 @@ def _machine(report: Report) -> str:
 
 
 def _quality(report: Report, drawings: Mapping[str, Drawing]) -> str:
-    told = f"{_won_back(report)} Each row is one held-out text; the axis is logarithmic.".strip()
+    text = f"{_recovered_share(report)} One row per held-out text; logarithmic axis.".strip()
     caption = (
-        "Packed sequences that do not overlap. Every token but the first of a sequence is predicted from those before "
-        "it in that sequence; perplexity is exp of the mean loss, and ± the standard error over sequences. A last word "
-        "is right when the greedy continuation gives the whole of it."
+        "Packed sequences without overlap. Every token except the first of a sequence is predicted from the tokens "
+        "before it; perplexity is exp of the mean loss, ± the standard error over sequences. A last word is correct "
+        "if the greedy continuation reproduces all of it."
     )
     tasks = ""
     if report["tasks"].get("teacher"):
         harness = "Measured by the LM Evaluation Harness; metrics as it names them, ± standard error."
         tasks = f"<h3>Benchmark tasks</h3>{task_table(report, harness)}"
-    figure = beside(drawings["perplexity"], told)
-    return section("What it costs in quality", figure, quality_table(report, caption), tasks)
+    figure = beside(drawings["perplexity"], text)
+    return section("Quality", figure, quality_table(report, caption), tasks)
 
 
-def _won_back(report: Report) -> str:
-    """Say which share of the loss added by the cut the recovery took away again, where it did.
+def _recovered_share(report: Report) -> str:
+    """Return a sentence with the share of the loss increase of pruning that recovery removed, empty where unknown.
 
-    Not where the teacher was corrected: a part of what the cut added is then missing between start and given teacher.
-    Not in rounds either: between start and teacher lies what all cuts added, less what all recoveries but one took.
+    It is unknown with a corrected teacher, which differs from the reference, and in rounds, where only the last of
+    several cuts has a state before it.
     """
     if "correction" in report or "rounds" in report:
         return ""
@@ -142,124 +142,126 @@ def _won_back(report: Report) -> str:
         for name, values in perplexity_of(report).items()
         if math.inf > values.get("start", 0.0) > max(values["student"], values["teacher"])
     ]
-    return f"Of the loss that the cut added, recovery took back {', '.join(shares)}." if shares else ""
+    return f"Recovery removed this share of the loss increase of pruning: {', '.join(shares)}." if shares else ""
 
 
 def _samples(report: Report, drawings: Mapping[str, Drawing]) -> str:
     if not report["samples"]:
         return ""
-    columns = (("teacher", "Teacher", ""), ("student", "Student", "student"), ("reference", "The text itself", ""))
+    columns = (("teacher", "Teacher", ""), ("student", "Student", "student"), ("reference", "Original text", ""))
     articles = []
     for sample in report["samples"]:
-        told = "".join(
+        columns_html = "".join(
             f'<section><h4 class="{kind}">{label}</h4><p>{escape(sample[key].strip())}</p></section>'
             for key, label, kind in columns
         )
         prompt = escape(sample["prompt"].strip())
-        articles.append(f'<article class="sample"><blockquote>{prompt} …</blockquote><div>{told}</div></article>')
-    intro = paragraph("Greedy continuations of held-out text, not selected.")
-    return section("In their own words", intro, f'<div class="samples wide">{"".join(articles)}</div>')
+        quote = f"<blockquote>{prompt} …</blockquote>"
+        articles.append(f'<article class="sample">{quote}<div>{columns_html}</div></article>')
+    intro = paragraph("Greedy continuations of held-out text; samples are not selected.")
+    return section("Samples", intro, f'<div class="samples wide">{"".join(articles)}</div>')
 
 
 def _search(report: Report, drawings: Mapping[str, Drawing]) -> str:
     if "search" not in report:
         return ""
     search = report["search"]
-    told = (
-        f"Shapes within the budget were sifted by their predicted speed on {search['chip']}; these were really cut "
-        f"and measured, before any recovery. Picked: {search['rule']}."
+    text = (
+        f"Shapes within the budget were ranked by their predicted speed on {search['chip']}; these were cut and "
+        f"measured before recovery. Selected: {search['rule']}."
     )
     serving = search["serving"]
     caption = (
-        f"All but the loss is predicted, for {serving['batch_size']} sequences at a time, prompts of "
-        f"{serving['prompt']} tokens, contexts of {serving['context']}, {serving['precision']}. "
-        "Parameters kept are those outside the "
-        "embeddings. The loss is in nats a token, on calibration text that was not scored."
+        f"All values except the loss are predicted for a batch size of {serving['batch_size']}, prompts of "
+        f"{serving['prompt']} tokens, contexts of {serving['context']}, {serving['precision']}. Parameters kept "
+        "exclude embeddings. Loss: nats per token on calibration text that was not used for scoring."
     )
-    return section("How the shape was found", beside(drawings["shapes"], told), search_table(search, caption))
+    return section("Shape search", beside(drawings["shapes"], text), search_table(search, caption))
 
 
 def _cut(report: Report, drawings: Mapping[str, Drawing]) -> str:
     cut = report["cut"]
-    told = []
+    sentences = []
     if cut["dropped_layers"]:
         dropped = ", ".join(map(str, cut["dropped_layers"]))
-        told.append(f"{len(cut['dropped_layers'])} of {cut['layers']} layers were dropped ({dropped}).")
+        sentences.append(f"{len(cut['dropped_layers'])} of {cut['layers']} layers were removed ({dropped}).")
     if cut["donations"]:
         given = sum(donation["groups"] for donation in cut["donations"])
-        told.append(
-            f"Part of their attention lives on: {given} of their KV groups scored higher than groups of the layer that "
-            "hosts them and took their places, with keys, values, queries and outputs (CLAP)."
+        sentences.append(
+            f"{given} of their KV groups scored higher than groups of the layer below and replaced them, with keys, "
+            "values, queries and outputs (CLAP)."
         )
     if cut["heads_kept"] < cut["heads"]:
-        told.append(f"{whole(cut['heads_kept'])} of {whole(cut['heads'])} attention heads stay.")
+        sentences.append(f"{whole(cut['heads_kept'])} of {whole(cut['heads'])} attention heads remain.")
     if cut["neurons_kept"] < cut["neurons"]:
-        told.append(
-            f"{whole(cut['neurons_kept'])} of {whole(cut['neurons'])} neurons stay; in the layers that remain they "
-            f"carry {cut['neuron_score_kept']:.0%} of the score."
+        sentences.append(
+            f"{whole(cut['neurons_kept'])} of {whole(cut['neurons'])} neurons remain; they hold "
+            f"{cut['neuron_score_kept']:.0%} of the score in the remaining layers."
         )
     caption = (
-        "One row a layer of the teacher, input at the top. The denser a bin of neurons, the more of them stay; “score "
-        "kept” is their share of the layer’s score. Point at a part for its numbers."
+        "One row per layer of the teacher, input at the top. Darker bins of neurons keep more of them; “score kept” is "
+        "their share of the layer’s score. Hover over a part for its values."
     )
     drawing = drawings["map"]
     wide = ' class="wide"' if drawing.width > TEXT_WIDTH else ""
     figure = f'<div class="scroll map">{svg(drawing)}</div><figcaption>{caption}</figcaption>'
-    text = paragraph(" ".join(told) or "Every layer, head and neuron stays.")
-    return section("What was removed, and where", text, f"<figure{wide}>{figure}</figure>")
+    text = paragraph(" ".join(sentences) or "All layers, heads and neurons remain.")
+    return section("Removed parts", text, f"<figure{wide}>{figure}</figure>")
 
 
 def _importance(report: Report, drawings: Mapping[str, Drawing]) -> str:
     cut = report["cut"]
-    told = (
+    text = (
         f"Importance was measured in one forward pass over {whole(cut['calibration_tokens'])} calibration tokens. A "
-        "layer’s influence is one minus the mean cosine between what enters and what leaves it. A hidden channel’s "
-        "importance is its activation behind the norms, summed over them."
+        "layer’s influence is one minus the mean cosine similarity of its input and output. A hidden channel’s "
+        "importance is the sum of its absolute activations after the norms."
     )
     if cut["channels_kept"] < cut["channels"]:
         share = f"{cut['channel_score_kept']:.0%} of the score"
-        told += f" {cut['channels_kept']} of {cut['channels']} channels stay, with {share}."
+        text += f" {cut['channels_kept']} of {cut['channels']} channels remain, with {share}."
     if "rounds" in report:
-        told += " It was measured anew in every round; shown is the first."
-    figure = panels([drawings["layers"], drawings["channels"]], "Both scales of importance are logarithmic.")
-    return section("What mattered", paragraph(told), figure)
+        text += " Each round measures it again; the first round is shown."
+    figure = panels([drawings["layers"], drawings["channels"]], "Both importance axes are logarithmic.")
+    return section("Importance", paragraph(text), figure)
 
 
-def _training(title: str, told: str, names: Sequence[str], drawings: Mapping[str, Drawing]) -> str:
-    """Give the section of a training, with those of its curves that are there; nothing where none is."""
+def _training(title: str, text: str, names: Sequence[str], drawings: Mapping[str, Drawing]) -> str:
+    """Return the section of a training with its curves, or nothing where there are none."""
     shown = [drawings[name] for name in names if name in drawings]
-    return section(title, paragraph(told), panels(shown)) if shown else ""
+    return section(title, paragraph(text), panels(shown)) if shown else ""
 
 
 def _correction(report: Report, drawings: Mapping[str, Drawing]) -> str:
-    told = (
-        "Before it taught, the teacher learnt the next tokens of the text that the student recovers from (teacher "
-        "correction). The stages after that read the corrected teacher; quality, sizes and speed are compared with the "
-        "one that was given."
+    text = (
+        "The teacher was first trained on next-token prediction on recovery text (teacher correction). Later stages "
+        "use the corrected teacher; quality, sizes and speed are compared with the original model."
     )
-    return _training("Correcting the teacher", told, CORRECTION, drawings)
+    return _training("Teacher correction", text, CORRECTION, drawings)
 
 
-def _settling(report: Report, drawings: Mapping[str, Drawing]) -> str:
-    told = (
-        "Before they were deleted, the layers that go were emptied: the whole model was trained on text so that they "
-        "write little, and the others took over what they did. The loss is the next-token loss and, weighted, what "
-        "these layers add to the stream: the sum over them of its norm, a mean over tokens (TRSP)."
+def _regularization(report: Report, drawings: Mapping[str, Drawing]) -> str:
+    text = (
+        "Before their removal the selected layers were regularised: the whole model was trained so that they "
+        "contribute little. The loss is the next-token loss plus, weighted, the norm of what these layers add to "
+        "the residual stream, summed over layers and averaged over tokens (TRSP)."
     )
-    return _training("Emptying the layers that go", told, SETTLING, drawings)
+    return _training("Regularisation of removed layers", text, REGULARIZATION, drawings)
 
 
 def _recovery(report: Report, drawings: Mapping[str, Drawing]) -> str:
-    told = "After the cut the student was trained on the predictions of its teacher."
+    text = "After pruning, the student was trained on the predictions of the teacher (distillation)."
     if "rounds" in report:
-        taught = "corrected" if "correction" in report else "original"
-        told = f"After every cut the student was trained on the predictions of the {taught} teacher; dashed, the cuts."
-    told += _selected((report["recovery"] or {}).get("selection"))
-    return _training("Recovery", told, RECOVERY, drawings)
+        kind = "corrected" if "correction" in report else "original"
+        text = (
+            f"After each round of pruning the student was trained on the predictions of the {kind} teacher; "
+            "dashed lines mark the rounds."
+        )
+    text += _selected((report["recovery"] or {}).get("selection"))
+    return _training("Recovery", text, RECOVERY, drawings)
 
 
 def _selected(selection: Mapping[str, Any] | None) -> str:
-    """Say which state is exported, where it is not the last, and whether recovery lowered the held-out KL."""
+    """Return which state is exported, if not the last, and a warning if recovery did not lower the held-out KL."""
     if not selection:
         return ""
     values = f"{selection['first']:.4f} before recovery, {selection['last']:.4f} after it"
@@ -281,15 +283,15 @@ def _costs(report: Report, drawings: Mapping[str, Drawing]) -> str:
     memory = "resident memory" if report["device"]["kind"] == "cpu" else "device memory"
     if len(devices) > 1:
         memory = "device memory, on a CPU the resident memory,"
-    told = f"All stages together took {total} on {place}. Peak memory is the {memory} of the first process."
-    return section("Time and memory", beside(drawings["stages"], told))
+    text = f"All stages took {total} on {place}. Peak memory is the {memory} of the first process."
+    return section("Time and memory", beside(drawings["stages"], text))
 
 
 def _making(report: Report, drawings: Mapping[str, Drawing]) -> str:
     folded = (
-        ("Every setting", report["settings"]),
+        ("Settings", report["settings"]),
         ("Code and libraries", report["versions"]),
-        ("Artifacts this report was made from", report["artifacts"]),
+        ("Artifacts", report["artifacts"]),
     )
     details = "".join(f"<details><summary>{title}</summary>{plain_table(values)}</details>" for title, values in folded)
-    return section("How it was made", f"<pre>{escape(report['command'])}</pre>", details)
+    return section("Reproduction", f"<pre>{escape(report['command'])}</pre>", details)

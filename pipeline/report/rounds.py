@@ -1,4 +1,4 @@
-"""Pruning in rounds: what each round left of the model, as numbers, as a figure and as a section of the page."""
+"""Pruning in rounds: what remains after each round, as numbers, as a figure and as a section of the page."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,11 @@ KL = "held_out_kl"
 def round_facts(
     teacher: Anatomy, blueprints: Sequence[Blueprint], metrics: Sequence[Sequence[Mapping[str, Any]]], seen: str
 ) -> dict[str, Any]:
-    """Give the teacher's sizes and those after every round, the first first.
+    """Return the sizes of the teacher and those after every round, in order.
 
-    A blueprint is in the indices of the teacher; `metrics` holds the rows of each round's recovery alone, or nothing
-    where rounds were not recovered. `left` is the weights in each layer of the teacher; `seen`, where the round ended.
+    Blueprints use the indices of the teacher; `metrics` holds the rows of each round's recovery, or nothing where
+    rounds have none. In the result `left` counts the weights in each layer of the teacher, and `seen` (tokens or
+    steps) says where the round ended.
     """
     rounds = [_sizes(blueprint.student(teacher), [plan.host for plan in blueprint.layers]) for blueprint in blueprints]
     for each, rows in zip(rounds, metrics):
@@ -47,15 +48,15 @@ def _sizes(anatomy: Anatomy, hosts: Sequence[int]) -> dict[str, Any]:
     return {"parameters": parameters, "non_embedding_parameters": inner, **sizes, **ends, "left": left}
 
 
-def cuts(told: Mapping[str, Any], seen: str) -> list[tuple[float, str]]:
-    """Give where in the recovery each later round began, and its name."""
-    rounds = told["rounds"]
+def cuts(facts: Mapping[str, Any], seen: str) -> list[tuple[float, str]]:
+    """Return the position in the recovery at which each later round begins, and its name."""
+    rounds = facts["rounds"]
     return [(float(before[seen]), f"round {i}") for i, before in enumerate(rounds[:-1], 2) if seen in before]
 
 
-def layers_by_round(told: Mapping[str, Any]) -> Drawing:
-    """Draw a column a layer of the teacher: the share of its weights that stays, and above it what each round took."""
-    whole, rounds = told["teacher"]["left"], told["rounds"]
+def layers_by_round(facts: Mapping[str, Any]) -> Drawing:
+    """Draw one column per layer of the teacher: the weights that remain, and above them what each round removed."""
+    whole, rounds = facts["teacher"]["left"], facts["rounds"]
     x = Scale(-0.6, len(whole) - 0.4, LEFT, WIDTH - RIGHT)
     y = Scale(0.0, 100.0, HEIGHT - BOTTOM, TOP + 2)
     marks = panel("Weights of each layer, % of the teacher’s", x, y, "layer", x_ticks=6)
@@ -70,10 +71,10 @@ def layers_by_round(told: Mapping[str, Any]) -> Drawing:
                 tip = f"layer {layer}, round {number}: {before:.0f} % → {after:.0f} %"
                 marks.append(Box(left, y(before), wide, y(after) - y(before), "kept", tip, tints[number - 1]))
         if levels[-1]:
-            tip = f"layer {layer}: {levels[-1]:.0f} % stays"
+            tip = f"layer {layer}: {levels[-1]:.0f} % remains"
             marks.append(Box(left, y(levels[-1]), wide, y(0.0) - y(levels[-1]), "kept", tip))
-    keys = [("stays", lambda a, b: Box(a, b - 5, 9, 9, "kept"))]
-    for name, tint in (("went last", tints[-1]), ("went first", tints[0])):
+    keys = [("remains", lambda a, b: Box(a, b - 5, 9, 9, "kept"))]
+    for name, tint in (("removed last", tints[-1]), ("removed first", tints[0])):
         keys.append((name, lambda a, b, tint=tint: Box(a, b - 5, 9, 9, "kept", opacity=tint)))
     marks += legend(keys, LEFT, 26)
     ends = ", ".join(f"{100 * now / full:.0f} %" for now, full in zip(rounds[-1]["left"], whole))
@@ -82,27 +83,27 @@ def layers_by_round(told: Mapping[str, Any]) -> Drawing:
 
 
 def rounds_section(report: Report, drawings: Mapping[str, Drawing]) -> str:
-    """Give the section on the rounds, where there were several."""
+    """Return the section on the rounds, empty where there was one."""
     if "rounds" not in report:
         return ""
-    told = report["rounds"]
-    recovered = "tokens" in told["rounds"][0]
-    done = ("scored anew", "cut a part of the way", *(("recovered",) if recovered else ()))
+    facts = report["rounds"]
+    recovered = "tokens" in facts["rounds"][0]
+    done = ("scored", "pruned by one part", *(("recovered",) if recovered else ()))
     caption = (
-        f"In each of {len(told['rounds'])} rounds the model was {', '.join(done[:-1])} and {done[-1]}. A column is a "
-        "layer of the teacher: below, what stays of its weights; above, what each round took."
+        f"In each of {len(facts['rounds'])} rounds the model was {', '.join(done[:-1])} and {done[-1]}. One column per "
+        "layer of the teacher: below, the weights that remain; above, those that each round removed."
     )
-    note = "Widths are those of a layer, the least and the most where layers differ."
+    note = "Widths are per layer, as a range where layers differ."
     if recovered:
         note += (
-            " Tokens are counted from the beginning of the recovery; held-out KL to the teacher is in nats per token, "
-            "right after the round’s cut and at its end."
+            " Tokens are counted from the start of recovery; held-out KL to the teacher in nats per token, at the "
+            "start and the end of the round."
         )
-    return section("Round by round", beside(drawings["rounds"], caption), _rounds_table(told, recovered, note))
+    return section("Rounds", beside(drawings["rounds"], caption), _rounds_table(facts, recovered, note))
 
 
-def _rounds_table(told: Mapping[str, Any], recovered: bool, caption: str) -> str:
-    whole, rounds = told["teacher"], told["rounds"]
+def _rounds_table(facts: Mapping[str, Any], recovered: bool, caption: str) -> str:
+    whole, rounds = facts["teacher"], facts["rounds"]
     changed = [axis for axis in AXES if any(each[axis] != whole[axis] for each in rounds)]
     columns = ["parameters", *(AXES[axis] for axis in changed)]
     columns += ["tokens", "held-out KL"] if recovered else []

@@ -12,13 +12,13 @@ WHO = ("teacher", "start", "student")
 MEASURES = (
     ("perplexity", "perplexity", ".2f"),
     ("bits_per_byte", "bits per byte", ".3f"),
-    ("accuracy", "next token right", ".1%"),
-    ("next_word", "last word of a sentence right", ".1%"),
+    ("accuracy", "next-token accuracy", ".1%"),
+    ("next_word", "last-word accuracy", ".1%"),
 )
 
 
 def comparison_table(report: Report, caption: str) -> str:
-    """Give teacher and student row by row, with the change."""
+    """Return teacher and student row by row, with the change."""
     body = [
         f'<tr><th scope="row">{escape(row.label)}</th><td>{escape(row.teacher)}</td>'
         f'<td class="student">{escape(row.student)}</td><td class="change">{escape(row.change)}</td></tr>'
@@ -28,26 +28,26 @@ def comparison_table(report: Report, caption: str) -> str:
 
 
 def quality_table(report: Report, caption: str) -> str:
-    """Give every measure on every text; how it was measured stands beside the text's name."""
+    """Return every metric on every text; the heading of a text says how it was measured."""
     first = next(iter(report["perplexity"].values()))
     who = [model for model in WHO if model in first]
     body = []
     for name, text in report["perplexity"].items():
-        told = (
+        details = (
             f"sequence {text['sequence']}, stride {text['stride']}, {whole(text['tokens'])} predicted tokens, "
             f"{size(text['bytes'])}"
         )
-        body.append(_heading(name, told, len(who)))
+        body.append(_heading(name, details, len(who)))
         for key, label, form in MEASURES:
             if all(key in text[model] for model in who):
                 body.append(line(label, [times(infinite(text[model][key]), form) for model in who], who))
             if key == "perplexity" and "over_teacher" in text["student"]:
-                body.append(line("... over the teacher's", ["", *(_times(text[model]) for model in who[1:])], who))
+                body.append(line("relative to the teacher", ["", *(_times(text[model]) for model in who[1:])], who))
     return table([start_of(report) if model == "start" else model for model in who], body, caption)
 
 
 def task_table(report: Report, caption: str) -> str:
-    """Give every metric of every benchmark task, with its standard error where the harness gives one."""
+    """Return every metric of every benchmark task, with its standard error where the harness reports one."""
     teacher, student = report["tasks"]["teacher"], report["tasks"]["student"]
     body = []
     for task, metrics in teacher.items():
@@ -61,11 +61,11 @@ def task_table(report: Report, caption: str) -> str:
 
 
 def search_table(search: Mapping[str, Any], caption: str) -> str:
-    """Give every shape of a search, fastest first, with what was predicted and what was measured."""
-    columns = ("parameters kept", "tokens/s", "prompt read", "memory", "speed", "loss")
+    """Return every shape of a search, fastest first, with predictions and measurements."""
+    columns = ("parameters kept", "tokens/s", "prefill time", "memory", "speed", "loss")
     body = []
     for each, speed in faster(search):
-        label = widths(each["shape"]) + (" (picked)" if each["shape"] == search["picked"] else "")
+        label = widths(each["shape"]) + (" (selected)" if each["shape"] == search["picked"] else "")
         cells = [
             f"{each['kept']:.1%}",
             whole(round(each["decode_rate"])),
@@ -79,13 +79,13 @@ def search_table(search: Mapping[str, Any], caption: str) -> str:
 
 
 def plain_table(values: Mapping[str, Any]) -> str:
-    """Give names and values, nested mappings with dotted names."""
+    """Return names and values, nested mappings with dotted names."""
     body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(text)}</td></tr>" for name, text in _flat("", values))
     return f"<table><tbody>{body}</tbody></table>"
 
 
 def table(columns: Iterable[str], body: Sequence[str], caption: str) -> str:
-    """Give a table of these columns beside a column of labels, its rows made by `line`."""
+    """Return a table of these columns with a column of labels; its rows are made by `line`."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     return (
         f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr><th></th>{head}</tr></thead>'
@@ -97,13 +97,13 @@ def _times(figures: Mapping[str, Any]) -> str:
     return " ± ".join(times(infinite(figures["over_teacher"][key])) for key in ("times", "error"))
 
 
-def _heading(name: str, told: str, columns: int) -> str:
-    cell = f'<th scope="rowgroup" colspan="{columns + 1}">{escape(name)} <span>{escape(told)}</span></th>'
+def _heading(name: str, details: str, columns: int) -> str:
+    cell = f'<th scope="rowgroup" colspan="{columns + 1}">{escape(name)} <span>{escape(details)}</span></th>'
     return f'<tr class="text">{cell}</tr>'
 
 
 def line(label: str, cells: Sequence[str], who: Sequence[str]) -> str:
-    """Give a row; a cell of the column `student` stands out."""
+    """Return a row; the cell of the column `student` is emphasised."""
     marks = (' class="student"' if model == "student" else "" for model in who)
     body = "".join(f"<td{mark}>{escape(cell)}</td>" for mark, cell in zip(marks, cells))
     return f'<tr><th scope="row">{escape(label)}</th>{body}</tr>'
