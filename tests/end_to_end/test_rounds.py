@@ -110,7 +110,7 @@ def test_the_report_tells_what_each_round_left_and_where_it_cut(world, straight)
     assert [each["tokens"] for each in rounds] == [STEPS * TOKENS // 2, STEPS * TOKENS]
     held = [row["held_out_kl"] for row in metrics(recovered(world)[1]) if "held_out_kl" in row]
     assert [each["held_out_kl"] for each in rounds] == [[held[0], held[2]], [held[3], held[5]]]
-    assert "Round by round" in text and text.count("round 2 begins") == 3 and "round 3" not in text
+    assert "round 2 begins" in text and text.count("round 2 begins") == 3 and "round 3" not in text
     assert (view(world) / "figures" / "rounds.png").is_file()
     assert report["export"]["form"] == "own" and f'{view(world)}/student", trust_remote_code=True' in unescape(text)
 

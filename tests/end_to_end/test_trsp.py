@@ -59,7 +59,7 @@ def test_one_command_deletes_the_picked_layers_of_the_settled_model_and_reports(
     assert changes[-1] < changes[0]
     assert report["settling"]["curves"]["held_out_change"] == {"first": changes[0], "last": changes[-1]}
     page = (view / "report.html").read_text()
-    assert "Emptying the layers that go" in page and "Recovery</h2>" not in page and "Round by round" not in page
+    assert "Regularisation of removed layers" in page and "Recovery</h2>" not in page and "Rounds</h2>" not in page
     assert {"settling.png", "settling_change.png", "settling_entropy.png"} <= {
         p.name for p in (view / "figures").iterdir()
     }

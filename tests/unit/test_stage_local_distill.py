@@ -243,7 +243,7 @@ def test_the_report_tells_what_ffns_learnt_before_post_norms_became_scales(tmp_p
     message = (learnt / "blocks.json").read_text()
     assert (view / "blocks.json").read_text() == message
     assert json.loads((view / "report.json").read_text())["blocks"] == json.loads(message)
-    assert "FFN by FFN" in (view / "report.html").read_text()
+    assert "Local distillation" in (view / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
