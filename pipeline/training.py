@@ -205,8 +205,8 @@ def _resumed(
     if done:
         engine.load(checkpoints, done)
     if ranks.rank == 0:
-        lines = "".join(json.dumps(row) + "\n" for row in (rows[: done + 1] if done else []))
-        write_atomically(metrics, earlier + lines)
+        kept = "".join(json.dumps(row) + "\n" for row in (rows[: done + 1] if done else []))
+        write_atomically(metrics, earlier + kept)
     ranks.wait(f"{section} begins")
     return done, Selection(**ranks.share(asdict(selected(done) if done else selection)))
 
@@ -215,14 +215,15 @@ def _rows(path: Path, skipped: int) -> list[dict[str, Any]]:
     """Return the rows of a metrics file behind the first ones, up to a damaged line; none without a file."""
     if not path.is_file():
         return []
-    rows = []
+    rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True)[skipped:]:
         try:
-            rows.append(json.loads(line) if line.endswith("\n") else None)
+            row = json.loads(line) if line.endswith("\n") else None
         except ValueError:
-            rows.append(None)
-        if not isinstance(rows[-1], dict):
-            return rows[:-1]
+            row = None
+        if not isinstance(row, dict):
+            return rows
+        rows.append(row)
     return rows
 
 

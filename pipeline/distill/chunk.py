@@ -113,7 +113,7 @@ def _by_autograd(
         log_q = torch.log_softmax(z / terms.temperature, -1)
         divergence = DIVERGENCES[terms.kind](log_q, y, Options(terms.beta)).sum()
         loss = divergence * (terms.temperature**2 / tokens)
-        entropy = 0.0
+        entropy: Tensor | float = 0.0
         if targets is not None:
             labels, shares = targets
             each = torch.nn.functional.cross_entropy(z, labels.clamp_min(0), reduction="none")
