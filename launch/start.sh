@@ -11,7 +11,7 @@ common_options='Options of every launcher:
   --nproc-per-node N   processes on this node; default: one per visible device, one on a CPU
   --max-restarts N     start all processes again up to N times when one fails; they resume (default 0)
   --help               this text
-Everything else goes to the pipeline as it stands: device=npu run=mine distill.tokens=1000000
+Everything else is passed to the pipeline unchanged: device=npu run=mine distill.tokens=1000000
 DRY_RUN=1 prints the torchrun command instead of running it.'
 
 fail() {

@@ -7,6 +7,7 @@ missing rank, and holds no device queue that a watchdog would end during a long 
 import atexit
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -258,7 +259,8 @@ def _of_a_collective(error: BaseException) -> bool:
 
 
 def _lost(rank: int, what: str, error: BaseException) -> str:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    text = re.sub(r"^\[\S+\] ", "", str(error))  # the place in gloo's own source
+    reason = (text.splitlines() or [type(error).__name__])[0]
     return f"rank {rank}: {what} failed; did another rank stop? ({reason:.200})"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from pipeline.runtime.artifacts import Store
 from pipeline.runtime.ranks import Ranks
@@ -71,6 +72,21 @@ def test_a_rank_that_fails_while_another_waits_in_a_sum_is_reported_with_its_rea
     first, second = on_ranks(fail_before_a_sum, tmp_path, timeout=10.0)
     assert second == "ValueError: no such file"
     assert first == "PeerFailed: rank 1 failed: ValueError: no such file"
+
+
+def die_inside_a_library(ranks: Ranks) -> None:
+    with ranks.guard():
+        for step in range(3):
+            if ranks.rank == 1 and step == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            dist.all_reduce(torch.ones(3))  # as DeepSpeed does, outside `Ranks`
+
+
+def test_a_rank_killed_inside_the_collective_of_a_library_gives_one_line(tmp_path):
+    first, second = on_ranks(die_inside_a_library, tmp_path, timeout=5.0)
+    assert second is None
+    assert first.startswith("PeerFailed: rank 0: a collective failed") and "\n" not in first
+    assert "pair.cc" not in first
 
 
 def fail_to_open(ranks: Ranks, root: str) -> None:
