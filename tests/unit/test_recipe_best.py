@@ -61,13 +61,13 @@ def test_a_full_width_basis_leaves_the_teachers_logits_through_the_stages(world,
     """Untied exactly; tied where every channel keeps an axis of its own. Weights are float32 on disk."""
     chosen = dotted(PRINCIPAL | {"rotate.tie": tie, "rotate.own_axes": axes})
     folders = made(world, CUT, *chosen, "plan.clap=false", **whole())
-    kinds = {name: open_checkpoint(folders[name]) for name in ("teacher", "source", "start")}
+    kinds = {name: open_checkpoint(folders[name]) for name in ("teacher", "rotated", "initial_student")}
     own = tie == "untied"
     assert ("lm_head.weight" in kinds["initial_student"]) == own and kinds["initial_student"].config[
         "tie_word_embeddings"
     ] != own
     dense = logits(folders["teacher"])
-    for name in ("source", "start"):
+    for name in ("rotated", "initial_student"):
         embeddings = [kinds[key]["model.embed_tokens.weight"] for key in ("teacher", name)]
         assert not torch.allclose(*embeddings, atol=1e-3)
         assert (logits(folders[name]) - dense).norm() / dense.norm() < 1e-4
@@ -98,7 +98,7 @@ def test_a_turned_stream_changes_no_score_of_heads_neurons_and_layers(world):
 
 def errors(folders):
     """Return the output error of W_O and W_down of every student layer against its host, on the calibration text."""
-    teacher, start = (open_checkpoint(folders[name]) for name in ("teacher", "start"))
+    teacher, start = (open_checkpoint(folders[name]) for name in ("teacher", "initial_student"))
     grams = open_tensors(folders["hessians"])
     blueprint = Blueprint.load(folders["blueprint"])
     found = {}

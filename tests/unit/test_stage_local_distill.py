@@ -13,6 +13,7 @@ from pipeline import runner
 from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
+from pipeline.distill.layer_errors import LayerErrors
 from pipeline.distill.local import learn
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint
@@ -168,10 +169,10 @@ def test_what_a_layer_learnt_from_is_free_before_the_next_streams_are_made(world
 def test_every_ffn_errs_less_and_nothing_else_changes(world, changed, layers):
     start = made(world, stages=STAGES[:-1], **widths(**changed))["initial_student"]
     folder = made(world, *LEARN, **widths(**changed))["initial_student"]
-    message = json.loads((folder / "blocks.json").read_text())
-    assert [each["layer"] for each in message] == list(range(layers))
-    assert all(each["after"] < each["before"] for each in message)
-    assert not (folder / "learnt").exists()
+    errors = LayerErrors.load(folder).layers
+    assert [each.layer for each in errors] == list(range(layers))
+    assert all(each.after < each.before for each in errors)
+    assert not (folder / local_distill.TRAINED).exists()
     before, after = open_checkpoint(start), open_checkpoint(folder)
     assert list(before) == list(after) and before.config == after.config
     for name in before:
@@ -188,21 +189,20 @@ def test_the_last_distance_told_is_that_of_the_whole_student(world, tmp_path, ro
     folders = made(world, *LEARN, *line_, f"recipe.rounds={rounds}", **widths(**changed))
     channels = list(Blueprint.load(folders["blueprint"]).channels)
     assert open_checkpoint(folders["teacher"]).anatomy.sizes.hidden == (32 if rounds == 1 else 64)
-    models = [load_model(folders[name], torch.float32, "eager") for name in ("teacher", "start")]
+    models = [load_model(folders[name], torch.float32, "eager") for name in ("teacher", "initial_student")]
     text = beginning(Packed(folders["tokens"] / "calibration"), 2048, 8, 0, 1, 0)
     batches = [(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in text]
     wanted, given = (streams(model, batches)[0][len(model.model.layers)][15::16] for model in models)
     wanted = wanted[:, channels]
     distance = ((given - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
-    message = json.loads((folders["initial_student"] / "blocks.json").read_text())
-    assert message[-1]["after"] == pytest.approx(float(distance), rel=0.02)
+    assert LayerErrors.load(folders["initial_student"]).layers[-1].after == pytest.approx(float(distance), rel=0.02)
 
 
 def test_a_student_that_misses_nothing_stays_as_it_is(world):
     """Of the teacher's widths, in the type that is computed in: no error can fall."""
     start = made(world, stages=STAGES[:-1], **widths(neurons=24))["initial_student"]
     folder = made(world, *LEARN, **widths(neurons=24))["initial_student"]
-    assert all(each["before"] == each["after"] < 1e-4 for each in json.loads((folder / "blocks.json").read_text()))
+    assert all(each.before == each.after < 1e-4 for each in LayerErrors.load(folder).layers)
     before, after = open_checkpoint(start), open_checkpoint(folder)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -240,9 +240,9 @@ def test_the_report_tells_what_ffns_learnt_before_post_norms_became_scales(tmp_p
     (learnt,) = (world / "artifacts").glob("local_distill-*")
     view = world / "runs" / "unit"
     assert "scales" in open_checkpoint(view / "initial_student").config["pruned"]
-    message = (learnt / "blocks.json").read_text()
-    assert (view / "blocks.json").read_text() == message
-    assert json.loads((view / "report.json").read_text())["blocks"] == json.loads(message)
+    errors = LayerErrors.load(learnt)
+    assert LayerErrors.load(view) == errors
+    assert json.loads((view / "report.json").read_text())["blocks"] == errors.to_json()["layers"]
     assert "Local distillation" in (view / "report.html").read_text()
 
 

@@ -8,6 +8,7 @@ import torch
 from pipeline import runner
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
+from pipeline.distill.layer_errors import LayerErrors
 from pipeline.distill.next_token import LanguageHead
 from pipeline.model.anatomy import LayerSizes
 from pipeline.model.blueprint import Blueprint
@@ -82,7 +83,7 @@ def test_layers_of_their_own_widths_keep_to_the_budget(world, policy):
     folders = made(
         world, f"plan.widths={policy}", "plan.clap=false", "plan.amplitude=0.2", "budget.parameters=0.6", CUT
     )
-    teacher, start = (open_checkpoint(folders[name]).anatomy for name in ("teacher", "start"))
+    teacher, start = (open_checkpoint(folders[name]).anatomy for name in ("teacher", "initial_student"))
     kept = start.parameters()[1] / teacher.parameters()[1]
     assert 0.5 < kept <= 0.6 and not start.sizes.uniform
     assert len(start.sizes.layers) == 4 and start.sizes.hidden == 32
@@ -128,7 +129,7 @@ def unequal(world):
 def test_what_a_shape_leaves_out_each_layer_keeps_as_its_own(world, unequal, overrides, shape):
     given = {f"shape__{axis}": width for axis, width in shape.items()}
     folders = made(world, CUT, *overrides, model__path=unequal, **given)
-    teacher, start = (open_checkpoint(folders[name]).anatomy.sizes for name in ("teacher", "start"))
+    teacher, start = (open_checkpoint(folders[name]).anatomy.sizes for name in ("teacher", "initial_student"))
     hosts = [plan.host for plan in Blueprint.load(folders["blueprint"]).layers]
     most = shape.get("neurons", 128)
     own = [teacher.layers[host] for host in hosts]
@@ -139,7 +140,7 @@ def test_what_a_shape_leaves_out_each_layer_keeps_as_its_own(world, unequal, ove
 @pytest.mark.parametrize("axes", ["all", "layers", "neurons"])
 def test_a_budget_is_of_what_a_teacher_of_unequal_layers_really_has(world, unequal, axes):
     folders = made(world, f"budget.axes={axes}", "budget.parameters=0.7", CUT, model__path=unequal)
-    teacher, start = (open_checkpoint(folders[name]).anatomy.parameters()[1] for name in ("teacher", "start"))
+    teacher, start = (open_checkpoint(folders[name]).anatomy.parameters()[1] for name in ("teacher", "initial_student"))
     assert 0.4 < start / teacher <= 0.7005
 
 
@@ -215,9 +216,9 @@ def test_ffns_of_layers_that_differ_learn_each_at_its_width(world):
     chosen = ["plan.widths=threshold", "budget.parameters=0.7", "plan.clap=false", "local_distill.epochs=4"]
     chosen += ["local_distill.tokens=2048", "local_distill.batch_tokens=64", "local_distill.learning_rate=0.03"]
     folders = made(world, *chosen, "stages=[importance,shape,plan,cut,local_distill]")
-    result = json.loads((folders["initial_student"] / "blocks.json").read_text())
+    errors = LayerErrors.load(folders["initial_student"]).layers
     start = open_checkpoint(folders["initial_student"])
     assert len({layer.neurons for layer in start.anatomy.sizes.layers}) > 1
-    assert len(result) == 4 and all(each["after"] < each["before"] for each in result)
+    assert len(errors) == 4 and all(each.after < each.before for each in errors)
     logits = load_model(folders["initial_student"], torch.float32, "eager")(torch.arange(12)[None]).logits
     assert torch.isfinite(logits).all()

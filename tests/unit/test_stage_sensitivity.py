@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline import runner
+from pipeline.allocate.curves import Sensitivities
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
 from pipeline.evaluation.divergence import divergence, final_states
@@ -16,12 +17,14 @@ from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, everything
 from pipeline.model.hf_config import student_config
 from pipeline.model.scores import Scores
+from pipeline.model.shape import Depth
 from pipeline.prune.importance.measure import measure
 from pipeline.prune.second_order.mask import masked, without
 from pipeline.prune.second_order.restore import restore
 from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, open_tensors, write_checkpoint
 from pipeline.stages.analyse import sensitivity
+from pipeline.stages.models import load
 from tests.tiny import config_of, counted, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
 from tests.world import make_world, pipeline, settings
@@ -43,7 +46,7 @@ def made(world, *overrides, **values):
 
 
 def rows_of(folders):
-    return json.loads((folders["sensitivities"] / sensitivity.FILE).read_text())
+    return Sensitivities.load(folders["sensitivities"]).rows
 
 
 @pytest.mark.parametrize("kind", ["llama-biases", "gemma3_text", "glm4", "olmo2", "phi3"])
@@ -78,26 +81,26 @@ def test_measured_widths_keep_to_the_budget_and_rows_are_the_kl_of_what_would_be
     seen, runs = [], Counter()
 
     def remembered(*arguments):
-        model = counted(load_model(*arguments), runs)
+        model = counted(load(*arguments), runs)
         seen.append((model, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
         return model
 
-    monkeypatch.setattr(sensitivity, "load_model", remembered)
+    monkeypatch.setattr(sensitivity, "load", remembered)
     folders = made(
         world, "budget.parameters=0.6", f"restore.outputs={restored}".lower(), f"sensitivity.length={length}"
     )
     ((model, before),) = seen
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    teacher, start = (open_checkpoint(folders[name]).anatomy for name in ("teacher", "start"))
+    teacher, start = (open_checkpoint(folders[name]).anatomy for name in ("teacher", "initial_student"))
     kept = start.parameters()[1] / teacher.parameters()[1]
     assert 0.55 < kept <= 0.6 and len(start.sizes.layers) == 4 and start.sizes.hidden == 32
     assert all(width.neurons % 16 == 0 and width.heads == width.groups for width in start.sizes.layers)
     rows = rows_of(folders)
-    assert rows[0] == {"layer": None, "kind": None, "removed": 0, "loss": pytest.approx(0.0, abs=1e-6)}
-    assert [(row["kind"], row["removed"]) for row in rows if row["layer"] == 2] == [
+    assert (rows[0].layer, rows[0].kind, rows[0].removed, rows[0].loss) == (None, None, 0, pytest.approx(0.0, abs=1e-6))
+    assert [(row.kind, row.removed) for row in rows if row.layer == 2] == [
         ("groups", 2), ("groups", 3), ("neurons", 64), ("neurons", 128)
     ]  # fmt: skip
-    row = next(row for row in rows if (row["layer"], row["kind"], row["removed"]) == (2, "neurons", 64))
+    row = next(row for row in rows if (row.layer, row.kind, row.removed) == (2, "neurons", 64))
     stays = Scores.load(folders["scores"]).neurons[2].argsort()[64:]
     dense = load_model(folders["teacher"], torch.float64, "eager")
     cut_ = load_model(folders["teacher"], torch.float64, "eager")
@@ -111,13 +114,13 @@ def test_measured_widths_keep_to_the_budget_and_rows_are_the_kl_of_what_would_be
     # final states, nothing removed, four narrowings of the layer and of each below, and once to get behind it
     assert runs == {layer: len(batches) * (2 + 4 * (layer + 1) + (layer < 3)) for layer in range(4)}
     sums = sum(divergence(cut_, ids, final_states(dense, ids), 64) for ids in batches)
-    assert row["loss"] == pytest.approx(float(sums[0] / sums[1]), rel=5e-2)  # layers compute in bf16 here
+    assert row.loss == pytest.approx(float(sums[0] / sums[1]), rel=5e-2)  # layers compute in bf16 here
 
 
 def test_groups_stay_where_the_budget_narrows_the_ffn_alone(world):
     folders = made(world, "budget.parameters=0.8", "budget.axes=neurons")
-    assert {row["kind"] for row in rows_of(folders)} == {None, "neurons"}
-    teacher, start = (open_checkpoint(folders[name]).anatomy for name in ("teacher", "start"))
+    assert {row.kind for row in rows_of(folders)} == {None, "neurons"}
+    teacher, start = (open_checkpoint(folders[name]).anatomy for name in ("teacher", "initial_student"))
     assert [(each.heads, each.groups) for each in start.sizes.layers] == [(4, 4)] * 4
     assert 0.75 < start.parameters()[1] / teacher.parameters()[1] <= 0.8
     assert len({each.neurons for each in start.sizes.layers}) > 1 and start.sizes.hidden == 32
@@ -158,10 +161,10 @@ def test_the_order_of_removal_says_what_is_masked_and_dropped_layers_are_not_mea
     given = {"shape__layers": 3, "shape__neurons": 96, "shape__groups": 3, "shape__heads": 3}
     folders = made(world, *chosen, **given)
     manifest = json.loads((folders["sensitivities"] / "manifest.json").read_text())
-    assert {"orders", "depth", "scores", "shape"} <= set(manifest["inputs"])
-    kept = json.loads((folders["depth"] / "depth.json").read_text())["kept"]
+    assert {"obs_orders", "depth", "scores", "shape"} <= set(manifest["inputs"])
+    kept = list(Depth.load(folders["depth"]).kept)
     rows = rows_of(folders)
-    assert [row["layer"] for row in rows[1::4]] == kept and rows[0]["loss"] > 0
+    assert [row.layer for row in rows[1::4]] == kept and rows[0].loss > 0
     own = open_checkpoint(folders["initial_student"]).anatomy
     even = open_checkpoint(made(world, "plan.widths=uniform", *chosen, **given)["initial_student"]).anatomy
     assert 0.9 * even.parameters()[1] < own.parameters()[1] <= even.parameters()[1]
@@ -171,20 +174,20 @@ def test_two_ranks_measure_what_one_measures(world):
     one = rows_of(made(world, "calibration.batch_size=8"))
     chosen = settings(world, run="two", artifacts=world / "two", **NO_SHAPE)
     pipeline(*chosen, *CHOSEN, CUT, "calibration.batch_size=4", cwd=world, ranks=2)
-    two = json.loads((world / "runs" / "two" / "sensitivities.json").read_text())
+    two = Sensitivities.load(world / "runs" / "two").rows
     for here, there in zip(one, two, strict=True):
-        assert here["removed"] == there["removed"] and here["loss"] == pytest.approx(there["loss"], rel=5e-2, abs=1e-4)
+        assert here.removed == there.removed and here.loss == pytest.approx(there.loss, rel=5e-2, abs=1e-4)
 
 
 def test_the_line_runs_to_its_report_in_two_rounds(world):
     """Each round measures the student of the one before."""
     chosen = settings(world, **NO_SHAPE, run="rounds", recipe__rounds=2)
-    repeat = "score,shape,sensitivity,plan,cut"
+    repeat = "importance,shape,sensitivity,plan,cut"
     line_ = (f"recipe.stages=[{repeat},export,evaluate,report]", f"recipe.repeat=[{repeat}]")
     pipeline(*chosen, *CHOSEN, *line_, cwd=world)
     view = world / "runs" / "rounds"
-    first, second = (json.loads((view / place / sensitivity.FILE).read_text()) for place in ("rounds/1", "."))
-    assert len(first) == 17 and first != second and second[0]["loss"] == pytest.approx(0.0, abs=1e-6)
+    first, second = (Sensitivities.load(view / place).rows for place in ("rounds/1", "."))
+    assert len(first) == 17 and first != second and second[0].loss == pytest.approx(0.0, abs=1e-6)
     report = json.loads((view / "report.json").read_text())
     kept = report["non_embedding_parameters"]
     assert 0.7 < kept["student"] / kept["teacher"] <= 0.75 and "sensitivity" in report["stages"]

@@ -80,7 +80,7 @@ def test_pruned_in_sequence_and_then_turned_the_cut_model_is_the_masked_one(tmp_
     basis = ["rotate.kind=principal", "plan.channels=leading", f"rotate.tie={tie}", f"rotate.own_axes={axes}"]
     widths = {"shape__heads": 2, "shape__groups": 1, "shape__neurons": 12}
     folders = made(world, [*SEQUENCE, *basis], [*CUT, "rotate"], **widths)
-    names = ("teacher", "restored", "start")
+    names = ("teacher", "restored", "initial_student")
     teacher, restored, start = (logits(folders[name]) for name in names)
     assert open_checkpoint(folders["initial_student"]).anatomy.sizes.layers == (LayerSizes(2, 1, 12),) * 4
     assert (start - restored).norm() / restored.norm() < 1e-6 < 1e-2 < (restored - teacher).norm() / teacher.norm()
@@ -188,7 +188,7 @@ def test_the_loss_found_is_that_of_the_student_also_where_a_norm_spans_all_heads
     assert min(groups for groups, _ in widths_of(folders)) < 4
     text = Packed(folders["tokens"] / "calibration")
     ids = torch.tensor([text[row].tolist() for row in left_over(text, 1024 // 32, 0)])
-    dense, narrow = (load_model(folders[name], torch.float32, "eager") for name in ("teacher", "start"))
+    dense, narrow = (load_model(folders[name], torch.float32, "eager") for name in ("teacher", "initial_student"))
     sums = divergence(narrow, ids, final_states(dense, ids), 64)
     assert result == pytest.approx(float(sums[0] / sums[1]), rel=1e-2)  # layers compute in bf16 here
 
