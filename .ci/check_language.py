@@ -25,7 +25,7 @@ SUFFIXES = (".py", ".md", ".yaml", ".yml", ".sh", ".sbatch", ".html", ".toml")
 EXEMPT = (".ci/check_language.py", "tests/docs/test_language.py")  # the list itself, and the test that quotes it
 PHRASES = {  # regular expression, matched without regard to case: what to write in its place
     r"told|tells?": "reported, prints, means; name what reports",
-    r"asked|asks": "requested, requires, configured",
+    r"asked": "requested, requires, configured",
     r"go(es)? on|went on": "resume, continue",
     r"go(es)? by": "are selected by",
     r"stands? (for|in|at|there|here|beside|on|under|as|between)": "is; say what it is",
