@@ -28,7 +28,7 @@ PHRASES = {  # regular expression, matched without regard to case: what to write
     r"asked": "requested, requires, configured",
     r"go(es)? on|went on": "resume, continue",
     r"go(es)? by": "are selected by",
-    r"stands? (for|in|at|there|here|beside|on|under|as|between)": "is; say what it is",
+    r"stands? (for|in(?! for\b)|at|there|here|beside|on|under|as|between)": "is; say what it is",
     r"anew": "again",
     r"learnt": "learned, trained",
     r"mend(s|ed|ing)?": "correct, compensate for",

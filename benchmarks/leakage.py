@@ -1,4 +1,4 @@
-"""How much of an evaluation text also stands in the calibration and recovery text that is split off the same source.
+"""How much of an evaluation text also occurs in the calibration and recovery text that is split off the same source.
 
     python benchmarks/leakage.py --tokenizer runs/NAME/teacher [--path builtin:topics ...] [--sequence 512]
 

@@ -3,7 +3,7 @@
     python benchmarks/verification.py [--gib 1] [--folder FOLDER]
 
 Reads, then reads and hashes, a file of random bytes that is in the page cache. Printed are processor seconds per GB, so
-that other programs on the machine count little: the smallest of eight passes each. SHA-256 stands for comparison.
+that other programs on the machine count little: the smallest of eight passes each. SHA-256 is given for comparison.
 """
 
 import hashlib

@@ -97,7 +97,7 @@ def _earlier(folder: Path) -> list[str]:
     try:
         return sorted(artifacts_of(folder))
     except ValueError as error:
-        say(f"{error}: it is damaged and written anew", 0)
+        say(f"{error}: it is damaged and written again", 0)
         return []
 
 

@@ -1,7 +1,7 @@
 """Static limits of the Triton kernels on an Ascend vector core, checked without one.
 
 Triton's interpreter sees none of this: a kernel that overflows the unified buffer (UB), starts too many programs or
-moves misaligned blocks is right on a CPU and fails or crawls on the chip. So the block sizes stand here, beside what
+moves misaligned blocks is right on a CPU and fails or crawls on the chip. So the block sizes are here, beside what
 each kernel keeps alive, and the limits are arithmetic on them. Nothing here imports Triton.
 """
 

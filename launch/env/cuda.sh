@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Environment of NVIDIA GPUs. What is set already stays as it is.
+# Environment of NVIDIA GPUs. Variables that are set already are not changed.
 
 # Teacher and student differ in every width: growing segments instead of fixed ones keep their blocks from fragmenting.
 # PyTorch reads either name.

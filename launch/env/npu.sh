@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Environment of Ascend NPUs. What is set already stays as it is.
+# Environment of Ascend NPUs. Variables that are set already are not changed.
 
 # CANN's own variables (ASCEND_HOME_PATH, library paths): torch_npu and DeepSpeed cannot be imported without them.
 if [[ -z ${ASCEND_HOME_PATH:-} ]]; then

@@ -80,7 +80,7 @@ def measured_widths(
 
     Every curve is replaced by its lower hull, linear between its corners. Then steps are taken, of one KV group or one
     multiple of neurons, each time the one of least loss a weight: for convex curves that add up this is the best choice
-    there is, but for the last step, which may free more than was asked. What then fits again is given back, the latest
+    there is, but for the last step, which may free more than required. What then fits again is given back, the latest
     first, so that less than one step is missing. A group and a multiple stay in every layer, and nothing goes beyond
     what was measured. Raise ValueError where that keeps more than `weights`.
     """

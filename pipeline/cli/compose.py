@@ -31,7 +31,7 @@ def composed(settings: Sequence[str], config_dir: Path | None = None, source: Pa
     """Return the configuration as a mapping, not validated.
 
     `settings`: as typed, without sweeps; `config_dir`: a folder of own groups, such as recipe/NAME.yaml; `source`: a
-    run.json whose configuration stands in the place of conf/config.yaml. Raise ValueError in one line for a key or a
+    run.json whose configuration replaces conf/config.yaml. Raise ValueError in one line for a key or a
     choice that does not exist, with the nearest one, and for a value that cannot be read.
     """
     return _composed(checked(settings, groups(config_dir), multirun=False), config_dir, source)

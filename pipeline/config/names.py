@@ -192,7 +192,7 @@ def suggested_word(word: str, choices: Collection[str]) -> str | None:
 
 
 def _candidates(key: str) -> list[str]:
-    """Return keys that a key may stand for by the tables, the likeliest first."""
+    """Return keys that a key may mean by the tables, the likeliest first."""
     section, _, name = key.rpartition(".")
     top, _, inner = section.partition(".")
     section = ".".join(filter(None, (SECTIONS.get(top, top), inner)))

@@ -1,4 +1,4 @@
-"""A shape as it is asked for: whether it can be cut from the teacher, and the nearest ones that can."""
+"""A requested shape: whether it can be cut from the teacher, and the nearest ones that can."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -25,8 +25,8 @@ def possible_near(
 ) -> list[ModelShape]:
     """Return the `count` possible shapes nearest to a request, nearest first, by the changes relative to the teacher.
 
-    Possible means that it can be cut from the teacher, and `least`, itself possible, from it. Alignment is not asked
-    for: a requested width is kept as it is, but for a hidden size that the student's class would refuse.
+    Possible means that it can be cut from the teacher, and `least`, itself possible, from it. Alignment is not
+    required: a requested width is kept, but for a hidden size that the student's class would refuse.
     """
     wanted = {axis: requested.get(axis) or getattr(teacher, axis) for axis in AXES}
     floor = least.axes() if least else dict.fromkeys(AXES, 1)

@@ -1,4 +1,4 @@
-"""Searching a shape: the chip model sifts all shapes, a measured loss judges the few left, a stated rule picks one."""
+"""Searching a shape: the chip model ranks all shapes, a measured loss judges the few left, a stated rule picks one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -27,11 +27,11 @@ def docstrings() -> tuple[str, ...]:
     """One text a module of the standard library: its docstrings in source order, none twice; read, never imported."""
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(path.relative_to(root) for path in root.rglob("*.py"))
-    told: set[str] = set()
+    known: set[str] = set()
     texts = []
     for file in files:
         if _NOT_THE_LIBRARY.isdisjoint(file.parts):
-            fresh = [text for text in _docstrings(root / file) if text not in told and not told.add(text)]
+            fresh = [text for text in _docstrings(root / file) if text not in known and not known.add(text)]
             texts.append("\n\n".join(fresh))
     return tuple(text for text in texts if text)
 

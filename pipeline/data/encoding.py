@@ -209,7 +209,7 @@ class Encoder:
         return tokens.astype(np.int32)
 
     def _close(self) -> Iterator[np.ndarray]:
-        """End a document that goes on in what was left out."""
+        """End a document whose rest was left out."""
         if not self._begins:
             self._begins = True
             self.counts.documents += 1

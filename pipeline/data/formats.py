@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 HEAD = 1 << 16  # bytes by which a file is recognised
-TABLES = {".json", ".csv", ".tsv", ".xml", ".xlsx"}  # data that is not prose: its punctuation is not to be learnt
+TABLES = {".json", ".csv", ".tsv", ".xml", ".xlsx"}  # data, not prose
 PACKED = {".gz", ".zst", ".zip", ".bz2", ".xz", ".7z", ".tar", ".tgz", ".lz4"}
 LINES = {".jsonl", ".ndjson", ".jsonlines"}
 LOCAL = TABLES | PACKED | LINES | {".txt", ".text", ".md", ".rst", ".parquet"}  # endings that no hub id has

@@ -12,11 +12,11 @@ from pipeline.data.packing import Packed
 
 
 def stream(packed: Packed, batch: int, rank: int, world: int, start: int, seed: int) -> Iterator[Tensor]:
-    """Give this rank's batches, int64 [batch, sequence], without end, from global position `start` on.
+    """Return this rank's batches, int64 [batch, sequence], without end, from global position `start` on.
 
     The position counts rows consumed by all ranks together; rank r of w takes positions start + r, start + r + w, ...
     So the batches of w ranks, interleaved, are those of one rank with w times the batch, and the stream from p is the
-    tail of the stream from 0. Every epoch is shuffled anew from `seed`. Without weights an epoch has every row once;
+    tail of the stream from 0. Every epoch is shuffled again from `seed`. Without weights an epoch has every row once;
     with weights a domain has its share of an epoch's rows, and goes through its own rows in turn, none twice before
     each was once.
     """
@@ -27,7 +27,7 @@ def stream(packed: Packed, batch: int, rank: int, world: int, start: int, seed: 
 
 
 def left_over(packed: Packed, used: int, seed: int) -> list[int]:
-    """Give the rows that no position of the stream before `used` holds, in the order of the text."""
+    """Return the rows that no position of the stream before `used` holds, in the order of the text."""
     sizes = [domain["sequences"] for domain in packed.domains]
     draws = _draws(sizes, [domain["weight"] for domain in packed.domains])
     seen: set[int] = set()
@@ -61,7 +61,7 @@ class Beginning:
 
 
 def beginning(packed: Packed, tokens: int, batch: int, rank: int, world: int, seed: int) -> Beginning:
-    """Give a rank's share of the first `tokens` tokens: one sequence at least, and no more than the text has."""
+    """Return a rank's share of the first `tokens` tokens: one sequence at least, and no more than the text has."""
     return Beginning(packed, min(max(1, tokens // packed.sequence), len(packed)), batch, rank, world, seed)
 
 

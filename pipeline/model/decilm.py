@@ -2,7 +2,7 @@
 
 The rules are those of vLLM's class (vllm/model_executor/models/nemotron_nas.py): Llama layers, all with the same number
 H of query heads; a layer's KV heads are H // n_heads_in_group; its neurons int(2 * ffn_mult * hidden / 3), rounded up
-to a multiple of 256; biases stand on all four attention projections (attention_bias) or on Q, K and V (qkv_bias); no
+to a multiple of 256; biases are on all four attention projections (attention_bias) or on Q, K and V (qkv_bias); no
 sliding window; SiLU. A student is padded with zeros to the nearest widths these rules can say.
 """
 
@@ -41,7 +41,7 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def decilm(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any], Sizes]:
-    """Give the config.json of a student in this form, and the widths its layers must be padded to.
+    """Return the config.json of a student in this form, and the widths its layers must be padded to.
 
     ValueError if the form cannot say it.
     """
@@ -78,7 +78,7 @@ def decilm(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any],
 
 
 def block_widths(config: Mapping[str, Any]) -> tuple[LayerSizes, ...]:
-    """Give the widths that the class builds from `block_configs`; ValueError if it would not build the model."""
+    """Return the widths that the class builds from `block_configs`; ValueError if it would not build the model."""
     heads, blocks = config["num_attention_heads"], config["block_configs"]
     if len(blocks) != config["num_hidden_layers"]:
         raise ValueError(f"block_configs has {len(blocks)} blocks; num_hidden_layers is {config['num_hidden_layers']}")
@@ -97,7 +97,7 @@ def block_widths(config: Mapping[str, Any]) -> tuple[LayerSizes, ...]:
 
 
 def plain(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Give the config of the same network for our own modelling code: a stock class with widths per layer.
+    """Return the config of the same network for our own modelling code: a stock class with widths per layer.
 
     `names` are the checkpoint's tensors. ValueError for blocks that are no whole layers.
     """
@@ -119,7 +119,7 @@ def plain(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def rotary(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the rotary parameters of a config, written as today or as `rope_theta` and `rope_scaling`."""
+    """Return the rotary parameters of a config, written as today or as `rope_theta` and `rope_scaling`."""
     given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = given.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
     kind = given.pop("rope_type", None) or given.get("type") or "default"
@@ -127,7 +127,7 @@ def rotary(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _widths(student: Anatomy) -> tuple[LayerSizes, ...]:
-    """Give the cheapest widths: one number of query heads H, and per layer the fewest KV groups dividing H that hold
+    """Return the cheapest widths: one number of query heads H, and per layer the fewest KV groups dividing H that hold
     its groups and its heads per group."""
     narrow, hidden = student.sizes.layers, student.sizes.hidden
     groups, each = least(narrow)

@@ -13,12 +13,12 @@ OWN_CONFIG = "PrunedConfig"  # of a network whose model_type is not the stock cl
 
 
 def stock(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any], Sizes]:
-    """Give the config as it is: the class transformers has for it."""
+    """Return the config unchanged: the class that transformers has for it."""
     return dict(config), student.sizes
 
 
 def own(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any], Sizes]:
-    """Give the config that loads by our modelling file, which travels in the folder; every layer keeps its widths."""
+    """Return the config that loads by our modelling file, which travels in the folder; every layer keeps its widths."""
     pruned = config.get("pruned", {}) | {"base": student.family.architecture}
     classes = {"AutoModelForCausalLM": OWN_CLASS} | ({"AutoConfig": OWN_CONFIG} if pruned.get("scales") else {})
     mapped = {auto: f"{OWN_FILE.removesuffix('.py')}.{name}" for auto, name in classes.items()}
@@ -26,7 +26,7 @@ def own(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any], Si
 
 
 def padded(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any], Sizes]:
-    """Give the config of the stock class with one width for all layers, the least that holds each of them.
+    """Return the config of the stock class with one width for all layers, the least that holds each of them.
 
     ValueError if the student has static scales, or if no number of heads suits its class.
     """
@@ -48,7 +48,7 @@ def check_padded(config: Mapping[str, Any]) -> None:
 
 
 def refuse_scales(config: Mapping[str, Any], form: str) -> None:
-    """Raise ValueError where static scales stand in the place of post-norms: no class but ours has them."""
+    """Raise ValueError where static scales replace post-norms: no class but ours has them."""
     if config.get("pruned", {}).get("scales"):
         raise ValueError(
             f"export.form is {form}, and {config['architectures'][0]} has no class without its post-norms, which were "
@@ -57,7 +57,7 @@ def refuse_scales(config: Mapping[str, Any], form: str) -> None:
 
 
 def least(layers: tuple[LayerSizes, ...]) -> tuple[int, int]:
-    """Give the least numbers of KV groups and of heads per group that hold every layer."""
+    """Return the least numbers of KV groups and of heads per group that hold every layer."""
     return max(w.groups for w in layers), max(w.heads // w.groups for w in layers)
 
 
@@ -80,7 +80,7 @@ def _common_widths(student: Anatomy) -> LayerSizes:
 
 
 def padding(student: Anatomy, wide: Sizes) -> dict[str, Any] | None:
-    """Give what padding to `wide` costs, [student, exported] each; None if nothing is padded.
+    """Return what padding to `wide` costs, [student, exported] each; None if nothing is padded.
 
     `parameters` of the model, `kv_values_per_token` (keys and values cached for one token), and every padded layer.
     """

@@ -106,7 +106,7 @@ class Store:
             mine = self._on_first_rank(begin)
             if mine:
                 self._visible(partial)
-                self.ranks.wait(f"{stage} opened")  # before rank 0 begins, and maybe makes the folder anew
+                self.ranks.wait(f"{stage} opened")  # before rank 0 begins, and maybe makes the folder again
             yield partial if mine else None
         finally:
             lock.release()

@@ -1,7 +1,7 @@
 """A reader of the DeciLM form in plain torch: the network that a serving engine builds from such a folder.
 
 It reads `config.json` through the folder's own configuration code and the safetensors files, and nothing of this
-project, so that its logits are evidence about the folder. It stands for vLLM's class (nemotron_nas.py) by the same
+project, so that its logits are evidence about the folder. It represents vLLM's class (nemotron_nas.py) by the same
 rules; it is not vLLM. Run as a program it does what the reload check of the stock classes does.
 """
 
@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 
 def logits(folder, ids, dtype):
-    """Give the logits [token, vocabulary] of one sequence of ids; ValueError if tensors are missing or left over."""
+    """Return the logits [token, vocabulary] of one sequence of ids; ValueError if tensors are missing or left over."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
     weights = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
@@ -71,14 +71,14 @@ def logits(folder, ids, dtype):
 
 
 def attend(q, k, v):
-    """Give causal attention over [head, token, size], each query head beside its own key and value head."""
+    """Return causal attention over [head, token, size], each query head beside its own key and value head."""
     scores = (q @ k.transpose(1, 2)).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(q.shape[-1])
     future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
     return scores.masked_fill(future, -torch.inf).softmax(-1).to(v.dtype) @ v
 
 
 def rotation(config, tokens, size):
-    """Give the rotary embedding of [head, token, size], halves turned together, of the config's rope type."""
+    """Return the rotary embedding of [head, token, size], halves turned together, of the config's rope type."""
     rope = config.rope_parameters
     frequency = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
     if rope["rope_type"] == "linear":

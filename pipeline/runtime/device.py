@@ -22,7 +22,7 @@ from pipeline.runtime.fused_layers import operators
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
-# What stands in a device's own name -> its file in conf/device/chip; a kind's first stands in for chips without one.
+# Part of a device's own name -> its file in conf/device/chip; a kind's first stands in for chips without one.
 CHIPS = {
     "npu": {"910B3": "910B3", "910B1": "910B1", "910B2": "910B2", "910B4": "910B4", "910_93": "A3"},
     "cuda": {"H100": "H100"},

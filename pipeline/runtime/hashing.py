@@ -58,7 +58,7 @@ def file_digest(path: Path) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return twelve hexadecimal digits that stand for the names and bytes of a model folder's files, or of one file.
+    """Return twelve hexadecimal digits that identify the names and bytes of a model folder's files, or of one file.
 
     Every byte counts; where the files are and when they were written does not. Raise ValueError for a missing folder.
     """

@@ -142,7 +142,7 @@ def test_cut_off_in_the_second_round_it_goes_on_as_if_nothing_had_happened(world
     capsys.readouterr()
     adapted(world, "cut-off", "stages=[importance,shape,plan,cut,distill]", artifacts=place)
     said = capsys.readouterr().out
-    assert "distill: goes on after step 12 of 16" in said and said.count("score: finished before") == 2
+    assert "distill: resumes after step 12 of 16" in said and said.count("importance: finished before") == 2
     for one, other in zip(recovered(world), recovered(world, "cut-off"), strict=True):
         tensors = open_checkpoint(one)
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in open_checkpoint(other).items())

@@ -13,7 +13,7 @@ from pipeline.runtime.faults import PeerFailed
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A boundary's run folder; no rank and no traceback on the console are asked for."""
+    """A boundary's run folder; without ranks, and without a traceback on the console."""
     for name in ("RANK", "LOCAL_RANK", "PIPELINE_TRACEBACK"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "runs" / "x"

@@ -74,7 +74,7 @@ def test_a_recovery_cut_off_on_an_accelerator_goes_on_digit_for_digit(tmp_path, 
         doomed.kill()
         doomed.wait()
     said = pipeline("run=again", *settings(world, artifacts=again, **chosen), cwd=world).stdout
-    assert "distill: goes on after step" in said
+    assert "distill: resumes after step" in said
     assert losses(again) == losses(world / "artifacts")
     straight, resumed = (load_file(world / "runs" / run / "student/model.safetensors") for run in ("straight", "again"))
     assert straight.keys() == resumed.keys()

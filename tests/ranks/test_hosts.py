@@ -27,14 +27,14 @@ def hosts():
 
 def start(host, *command: str, cwd: Path, log: Path) -> subprocess.Popen:
     """Start a command on a host with its output in a file; gloo listens on the cable."""
-    told = environment() | {
+    result = environment() | {
         "GLOO_SOCKET_IFNAME": CARD,
         "HOST": host.address,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     with log.open("w") as out:
         return subprocess.Popen(
-            host.command(*command), cwd=cwd, env=told, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            host.command(*command), cwd=cwd, env=result, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
 
 
@@ -123,4 +123,4 @@ def test_a_cut_cable_is_noticed_in_bounded_time_and_the_same_command_goes_on(hos
     (folder,) = (world / "artifacts").glob("distill-*")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
-    assert f"distill: goes on after step {left} of {STEPS}" in said
+    assert f"distill: resumes after step {left} of {STEPS}" in said

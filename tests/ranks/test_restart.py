@@ -38,7 +38,7 @@ def test_a_killed_rank_is_started_again_and_the_recovery_goes_on_from_its_checkp
         assert run.wait(300) == 0, (world / "log").read_text()
     finally:
         run.kill()
-    assert "distill: goes on after step" in (world / "log").read_text()
+    assert "distill: resumes after step" in (world / "log").read_text()
     (folder,) = (world / "artifacts").glob("distill-*")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))

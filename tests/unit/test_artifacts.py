@@ -197,13 +197,13 @@ def test_the_seconds_of_an_artifact_are_those_of_all_attempts_that_it_took(store
                 os.utime(partial / "half.txt", (begins + lasts, begins + lasts))
     clock.now = 9000.0
     folder = make(store)
-    told = json.loads((folder / "manifest.json").read_text())
-    assert told["seconds"] == FACTS["seconds"] + 40.0 + 2.5
-    assert not list(folder.glob(".*")) and not any("clock" in name for name in told["files"])
+    result = json.loads((folder / "manifest.json").read_text())
+    assert result["seconds"] == FACTS["seconds"] + 40.0 + 2.5
+    assert not list(folder.glob(".*")) and not any("clock" in name for name in result["files"])
     with store.open("score", "bb", keep=False) as partial:
         (partial / "half.txt").write_text("half")
     with store.open("score", "bb", keep=False) as partial:
-        (partial / "scores.txt").write_text("anew")
+        (partial / "scores.txt").write_text("again")
         assert json.loads((store.publish("score", "bb", **FACTS) / "manifest.json").read_text())["seconds"] == 1.5
 
 

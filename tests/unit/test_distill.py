@@ -29,27 +29,27 @@ def pair(kind, **changed):
     return teacher, tiny_model(kind, seed=1, **({"num_hidden_layers": 2} | changed))
 
 
-def plain_loss(teacher, student, asked, match, batch):
+def plain_loss(teacher, student, requested, match, batch):
     """The objective from whole models, their logits and the hidden states they give."""
     with torch.no_grad():
         theirs = teacher(batch, output_hidden_states=True)
     ours = student(batch, output_hidden_states=True)
-    log_q = torch.log_softmax(ours.logits / asked.temperature, -1)
-    log_p = torch.log_softmax(theirs.logits / asked.temperature, -1)
-    first, second = (log_p, log_q) if asked.kind == "forward_kl" else (log_q, log_p)
-    loss = asked.temperature**2 * (first.exp() * (first - second)).sum(-1).mean()
-    loss = loss + asked.cross_entropy * cross_entropy(ours.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+    log_q = torch.log_softmax(ours.logits / requested.temperature, -1)
+    log_p = torch.log_softmax(theirs.logits / requested.temperature, -1)
+    first, second = (log_p, log_q) if requested.kind == "forward_kl" else (log_q, log_p)
+    loss = requested.temperature**2 * (first.exp() * (first - second)).sum(-1).mean()
+    loss = loss + requested.cross_entropy * cross_entropy(ours.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
     channels = list(range(teacher.config.hidden_size)) if match is None else list(match.channels)
 
     def difference(s, t):
         t = t[..., channels]
         return ((s - t).square().sum(-1) / t.square().sum(-1)).mean()
 
-    if asked.embedding:
-        loss = loss + asked.embedding * difference(ours.hidden_states[0], theirs.hidden_states[0])
-    if asked.hidden:  # the model's last state is normed: the state before the norm is taken from a hook
+    if requested.embedding:
+        loss = loss + requested.embedding * difference(ours.hidden_states[0], theirs.hidden_states[0])
+    if requested.hidden:  # the model's last state is normed: the state before the norm is taken from a hook
         states = [difference(last_states(student, batch, a), last_states(teacher, batch, b)) for a, b in match.layers]
-        loss = loss + asked.hidden * sum(states) / len(states)
+        loss = loss + requested.hidden * sum(states) / len(states)
     return loss
 
 
@@ -64,14 +64,14 @@ def last_states(model, batch, layer):
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma2", "qwen2"])
-@pytest.mark.parametrize("asked", [{}, {"kind": "reverse_kl", "temperature": 2.0, "cross_entropy": 0.5}])
-def test_the_loss_and_every_gradient_are_those_of_the_whole_models(kind, asked):
+@pytest.mark.parametrize("requested", [{}, {"kind": "reverse_kl", "temperature": 2.0, "cross_entropy": 0.5}])
+def test_the_loss_and_every_gradient_are_those_of_the_whole_models(kind, requested):
     teacher, student = pair(kind)
     batch = tokens()
-    asked = objective(**asked)
-    wanted = plain_loss(teacher, student, asked, None, batch)
+    requested = objective(**requested)
+    wanted = plain_loss(teacher, student, requested, None, batch)
     gradients = dict(zip([n for n, _ in student.named_parameters()], torch.autograd.grad(wanted, student.parameters())))
-    distiller = Distiller(teacher, student, asked, None, False).train()
+    distiller = Distiller(teacher, student, requested, None, False).train()
     loss, _ = distiller(batch)
     loss.backward()
     assert abs(loss - wanted) < 1e-10
@@ -85,11 +85,11 @@ def test_the_loss_and_every_gradient_are_those_of_the_whole_models(kind, asked):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_hidden_state_terms_compare_the_kept_channels_of_the_mapped_layers(checkpointing):
     teacher, student = pair("llama", **NARROW)
-    asked = objective(hidden=0.6, embedding=0.3)
+    requested = objective(hidden=0.6, embedding=0.3)
     batch = tokens()
-    wanted = plain_loss(teacher, student, asked, MATCH, batch)
+    wanted = plain_loss(teacher, student, requested, MATCH, batch)
     gradients = torch.autograd.grad(wanted, student.parameters())
-    distiller = Distiller(teacher, student, asked, MATCH, checkpointing).train()
+    distiller = Distiller(teacher, student, requested, MATCH, checkpointing).train()
     loss, parts = distiller(batch)
     loss.backward()
     assert abs(loss - wanted) < 1e-10
@@ -102,8 +102,8 @@ def test_evaluation_gives_the_forward_kl_whatever_is_trained():
     teacher, student = pair("llama")
     batch = tokens()
     wanted = plain_loss(teacher, student, objective(), None, batch)
-    asked = objective(kind="jsd", temperature=3.0, cross_entropy=1.0)
-    _, parts = Distiller(teacher, student, asked, None, False).eval()(batch)
+    requested = objective(kind="jsd", temperature=3.0, cross_entropy=1.0)
+    _, parts = Distiller(teacher, student, requested, None, False).eval()(batch)
     assert abs(parts["kl"] - wanted) < 1e-10
 
 
@@ -115,7 +115,7 @@ def test_the_teacher_is_frozen_and_stays_in_evaluation_mode():
 
 
 @pytest.mark.parametrize(
-    ("student", "asked", "match", "message"),
+    ("student", "requested", "match", "message"),
     [
         ({"vocab_size": 90}, {}, None, "90 entries, the teacher's 96"),
         ({}, {"hidden": 1.0}, None, "needs the plan's blueprint"),
@@ -123,10 +123,10 @@ def test_the_teacher_is_frozen_and_stays_in_evaluation_mode():
         (NARROW, {"hidden": 1.0}, Match(((0, 0),), (1, 2)), "2 channels are kept"),
     ],
 )
-def test_models_and_terms_that_do_not_fit_are_refused(student, asked, match, message):
+def test_models_and_terms_that_do_not_fit_are_refused(student, requested, match, message):
     teacher, student = pair("llama", **student)
     with pytest.raises(ValueError, match=message):
-        Distiller(teacher, student, objective(**asked), match, False)
+        Distiller(teacher, student, objective(**requested), match, False)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd"])
@@ -195,7 +195,7 @@ BEST = Selection("held_out_kl", True, None)
 
 
 class Recorder:
-    """An engine of one number, moved by the mean of what it sees; it writes down what it is asked."""
+    """An engine of one number, moved by the mean of what it sees; it records its calls."""
 
     def __init__(self, losses=()):
         self.weight, self.sum, self.losses, self.saved = 0.0, 0.0, list(losses), []

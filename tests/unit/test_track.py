@@ -142,9 +142,9 @@ NAMES = [
 def test_any_name_becomes_one_that_wandb_accepts_and_different_names_stay_different():
     given = [accepted(name) for name in NAMES]
     assert len(set(given)) == len(NAMES) and given == [accepted(name) for name in NAMES]
-    for told in given:
-        assert wandb.Artifact(told, "report").name.startswith(told) and len(told) <= 128
-        assert accepted(told) == told
+    for result in given:
+        assert wandb.Artifact(result, "report").name.startswith(result) and len(result) <= 128
+        assert accepted(result) == result
     assert (given[0], given[9]) == (NAMES[0], NAMES[9])
     with pytest.raises(ValueError):
         wandb.Artifact(NAMES[1], "report")

@@ -33,7 +33,7 @@ class Step:
         return output[0] if isinstance(output, tuple) else output
 
     def advance(self, layer: nn.Module, index: int, place: torch.device) -> None:
-        """Let the stream through a layer, written where it was.
+        """Run the stream through a layer, written where it was.
 
         A new tensor a layer and batch would lie between what the layer needs meanwhile, and a heap so parted keeps
         twice the streams.
@@ -73,12 +73,12 @@ def in_step(
     batches: Iterable[Tensor],
     place: torch.device,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Let two streams through a teacher and its student; yield for each layer of the student what its FFN is to mend.
+    """Run two streams through a teacher and its student; yield for each layer of the student what its FFN is to match.
 
     Yielded are the layer, the student's stream before its FFN, and the teacher's where the host of the student's next
     layer reads it, so that layers which went can be made up for; [tokens, h'] each. Layer s of the student
     comes from layer `hosts[s]`, ascending; its channels are `channels` of the teacher's. Whatever is done to an
-    FFN before the next is asked for, the student's stream goes through it as it then is.
+    FFN before the next is requested, the student's stream passes through the FFN it then has.
 
     Models map ids [batch, sequence] to hidden states. Time: a forward pass of either.
     Memory: on `place` a layer and a batch; on the models' own device two streams of all batches and what is yielded.
@@ -109,7 +109,7 @@ def in_step(
 
 @torch.no_grad()
 def _pass(steps: Sequence[Step], layer: nn.Module, index: int, place: torch.device, home: torch.device) -> None:
-    """Let all streams through a layer, which is on `place` for that long."""
+    """Run all streams through a layer, which is on `place` for that long."""
     layer.to(place)
     for step in steps:
         step.advance(layer, index, place)
@@ -118,7 +118,7 @@ def _pass(steps: Sequence[Step], layer: nn.Module, index: int, place: torch.devi
 
 @contextmanager
 def _silent(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Let modules give zeros while it lasts: a layer whose FFN is silent gives what the FFN reads."""
+    """Make modules return zeros while it lasts: a layer whose FFN is silent gives what the FFN reads."""
     with replaced_forward(dict.fromkeys(modules, torch.zeros_like)):
         yield
 
@@ -182,7 +182,7 @@ def _held_once(value: Any, held: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """Return every tensor of a structure, as often as it stands there."""
+    """Return every tensor of a structure, as often as it occurs."""
     found = []
     _mapped(value, lambda tensor: found.append(tensor) or tensor)
     return found

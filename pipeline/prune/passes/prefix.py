@@ -13,7 +13,7 @@ from pipeline.prune.importance.measure import layer_of, only_layers
 class PrefixCache:
     """The streams of some batches of ids [batch, sequence] behind the first of a causal model's layers.
 
-    Exact: a pass that goes on from there gives the numbers of a whole one. Memory: on the host one row [h] a token,
+    Exact: a pass that continues from there gives the numbers of a whole one. Memory: on the host one row [h] a token,
     none before the first layer.
     """
 
@@ -24,7 +24,7 @@ class PrefixCache:
         self.streams: list[Tensor | None] = [None] * len(batches)  # none: as the embedding gives it
 
     def reach(self, layers: Sequence[int]) -> None:
-        """Be behind these layers, ascending: from where it is if they begin with those that are done, else anew."""
+        """Be behind these layers, ascending; continue if they begin with those that are done, else start again."""
         if list(layers[: len(self.done)]) != self.done:
             self.done, self.streams = [], [None] * len(self.batches)
         for layer in layers[len(self.done) :]:
@@ -38,7 +38,7 @@ class PrefixCache:
         self.tried = kept
 
     def rest(self, number: int, kept: Sequence[int]) -> AbstractContextManager[None]:
-        """Let a pass of batch `number` through a model of the layers `kept` run those that are not done.
+        """Make a pass of batch `number` through a model of the layers `kept` run those that are not done.
 
         `kept` begins with those that are done, and has one more at least.
         """
@@ -63,7 +63,7 @@ class PrefixCache:
 
     @contextmanager
     def _alone(self, layers: Sequence[int], number: int) -> Iterator[None]:
-        """Let these layers alone run, the first of them on the stream that was kept, if one was."""
+        """Run these layers alone, the first of them on the stream that was kept, if one was."""
         first, stream = layer_of(self.model, layers[0]), self.streams[number]
         whole = first.forward
 

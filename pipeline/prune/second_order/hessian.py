@@ -37,7 +37,7 @@ class Grams:
 def gram(
     model: nn.Module, anatomy: Anatomy, batches: Iterable[Tensor], layers: Sequence[int], *, stream: bool
 ) -> Grams:
-    """Return the Gram matrices H = XᵀX at the inputs of W_O and W_down of some layers, and of the stream if asked.
+    """Return the Gram matrices H = XᵀX at the inputs of W_O and W_down of some layers, and, on request, of the stream.
 
     `model` maps ids [batch, sequence] to hidden states. Where all layers' matrices do not fit in memory, make several
     passes over subsets of `layers`. Products are float32 within a chunk of rows, float64 where the model is.

@@ -15,7 +15,7 @@ from pipeline.prune.second_order.restore import DAMPING, damped
 
 STRETCH = 64  # columns whose updates are applied together
 
-# (C_PP [u, b, b], W_PᵀW_P [u, b, b], G_P · W_P by column [u, b] if asked) of units of b columns -> scores [u]
+# (C_PP [u, b, b], W_PᵀW_P [u, b, b], G_P · W_P by column [u, b] on request) of units of b columns -> scores [u]
 Score = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -23,7 +23,7 @@ Score = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 class Removal:
     """The order in which units go, nested by construction: the first n of it go wherever n units go.
 
-    Units that were not asked to go follow by their score at the end. An error is the rise of
+    Units that are not requested follow by their score at the end. An error is the rise of
     tr((W - W') H (W - W')ᵀ), damped H, by one removal.
     """
 

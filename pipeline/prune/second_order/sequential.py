@@ -93,7 +93,7 @@ def columns_of(units: Tensor, size: int) -> Tensor:
 
 
 def _narrow_gains(modules: Mapping[str, nn.Module], anatomy: Anatomy, layer: int, weight: Tensor) -> None:
-    """Let gains that span all heads see those of which W_O [h, n d] reads anything."""
+    """Restrict gains that span all heads to those of which W_O [h, n d] reads anything."""
 
     def parameter(name: str) -> Tensor:
         module, _, kind = name.rpartition(".")

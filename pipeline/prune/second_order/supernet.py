@@ -1,7 +1,7 @@
 """Týr-the-Pruner's supernet (2503.09657): nested candidates of every W_O and W_down, and models composed of them.
 
 A candidate keeps so many units (KV groups with their heads, or neurons) of one greedy order, those restored exactly,
-and is kept as its columns [out, kept · size] alone; in a model it stands in the whole matrix beside zeros.
+and is kept as its columns [out, kept · size] alone; in a model it fills the whole matrix with zeros beside.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

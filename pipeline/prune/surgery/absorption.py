@@ -61,17 +61,17 @@ def fitted_scales(
 
 
 def least_squares_scale(products: Tensor, squares: Tensor) -> Tensor:
-    """Give the scale [h] of least Σ (v_c x_c - y_c)² from Σ x_c y_c and Σ x_c²; 1 where a channel was always silent."""
+    """Return the scale [h] of least Σ (v_c x_c - y_c)² from Σ x_c y_c and Σ x_c²; 1 where a channel was silent."""
     return torch.where(squares > 0, products / squares, 1.0)
 
 
 def removed_scales(anatomy: Anatomy) -> dict[str, Tensor]:
-    """Give scales of ones by post-norm module: norm and gain are simply gone (Pangu Light's baseline)."""
+    """Return scales of ones by post-norm module: norm and gain are simply gone (Pangu Light's baseline)."""
     return {name: torch.ones(anatomy.sizes.hidden, dtype=torch.float64) for name in post_norm_modules(anatomy)}
 
 
 def _outputs(step: Step, layer: nn.Module, index: int, norms: list[nn.Module], place: torch.device) -> list[Tensor]:
-    """Let the stream through a layer; give what its post-norms gave on the way, each [batch, sequence, h]."""
+    """Run the stream through a layer; return what its post-norms gave on the way, each [batch, sequence, h]."""
     home = step.hidden.device
     seen: dict[nn.Module, Tensor] = {}
 

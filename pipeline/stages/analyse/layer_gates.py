@@ -1,4 +1,4 @@
-"""layer_gates: the layers that stay, by learnt gates: the smallest is removed, the rest learn anew (TRSP, stage 1)."""
+"""layer_gates: the layers that stay, by trained gates: the smallest is removed, the rest are trained again (TRSP)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Round:
 
 
 def enabled(config: Config) -> bool:
-    """Return whether layers are removed by learnt gates."""
+    """Return whether layers are removed by trained gates."""
     return config.plan.depth == "gates"
 
 
@@ -53,7 +53,7 @@ def check(config: Config) -> None:
 
 
 def settings(config: Config) -> dict:
-    """Return how gates are learnt, the layers that must stay, the tokens that losses are measured on, and the seed."""
+    """Return how gates are trained, the layers that must stay, the tokens that losses are measured on, and the seed."""
     measured = {"keep_first": config.plan.keep_first, "depth_tokens": config.plan.depth_tokens}
     return config.layer_gates.model_dump() | measured | {"seed": config.seed}
 
@@ -121,7 +121,7 @@ def _depth(total: int, kept: list[int], rounds: list[Round]) -> Depth:
 
 
 def _ones(total: int, model: torch.nn.Module) -> Tensor:
-    """Return gates [layer] that change nothing: for every choice they are learnt on the current model."""
+    """Return gates [layer] that change nothing: for every choice they are trained on the current model."""
     like = next(model.parameters())
     return torch.ones(total, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 

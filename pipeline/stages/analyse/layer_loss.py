@@ -22,18 +22,18 @@ LEDGER = "losses.jsonl"  # in the stage's folder until it is complete
 
 
 def enabled(config: Config) -> bool:
-    """Whether layers go by measured loss."""
+    """Return whether layers are removed by measured loss."""
     return config.plan.depth in ("loss", "evolved")
 
 
 def needs_also(config: Config) -> tuple[str, ...]:
-    """Give what an evolution from the choice of block influence reads beside."""
+    """Return what an evolution from the choice of block influence reads beside."""
     return ("scores",) if config.plan.depth == "evolved" and config.layer_loss.start == "influence" else ()
 
 
 def settings(config: Config) -> dict:
-    """Give the number of tokens, the layers that must stay, the batches, the seed that orders the text, and how sets of
-    layers evolve where they do."""
+    """Return the number of tokens, the layers that must stay, the batches, the seed that orders the text, and how sets
+    of layers evolve where they do."""
     plan = config.plan
     return {
         "tokens": plan.depth_tokens,
@@ -64,8 +64,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
 def _measured(config: Config, inputs: Inputs, out: Path, total: int, count: int, machine) -> Depth:
     device, ranks = machine.device, machine.ranks
     model = load(inputs["subject"], machine)
-    asked = config.plan
-    batches = list(calibration(config, inputs, asked.depth_tokens, ranks))
+    options = config.plan
+    batches = list(calibration(config, inputs, options.depth_tokens, ranks))
     ledger = Ledger(out / LEDGER, Trial, ranks)
     losses = {trial.kept: trial.loss for trial in ledger.entries}
     trials = max(0, _trials(config, total, count) - len(losses))
@@ -88,11 +88,11 @@ def _measured(config: Config, inputs: Inputs, out: Path, total: int, count: int,
     with placed(model, device, config.device.layer_streaming):
         if needs_also(config):
             influence = Scores.load(inputs["scores"]).layers
-            kept = tuple(kept_layers(influence, count, "influence", asked.keep_first))
+            kept = tuple(kept_layers(influence, count, "influence", options.keep_first))
             found = Depth(kept, loss(kept), ())
         else:
-            found = greedy_depth(total, count, loss, asked.keep_first)
-        if asked.depth == "evolved":
+            found = greedy_depth(total, count, loss, options.keep_first)
+        if options.depth == "evolved":
             found = _evolved(config, found, total, loss, machine)
     for _ in bar:  # sets that were measured before were not measured again
         pass
@@ -101,17 +101,17 @@ def _measured(config: Config, inputs: Inputs, out: Path, total: int, count: int,
 
 
 def _evolved(config: Config, start: Depth, total: int, loss: Loss, machine) -> Depth:
-    """Give what evolution makes of a choice, with all that was measured for either."""
-    asked, keep_first = config.layer_loss, config.plan.keep_first
+    """Return the evolved choice, with all that was measured for either."""
+    options, keep_first = config.layer_loss, config.plan.keep_first
     found = evolved_depth(
-        total, len(start.kept), loss, keep_first, start.kept, asked.generations, asked.offspring, config.seed
+        total, len(start.kept), loss, keep_first, start.kept, options.generations, options.offspring, config.seed
     )
-    machine.say(f"depth: loss {start.loss:.3f} of the start ({asked.start}), {found.loss:.3f} evolved")
+    machine.say(f"depth: loss {start.loss:.3f} of the start ({options.start}), {found.loss:.3f} evolved")
     return Depth(found.kept, found.loss, tuple(dict.fromkeys((*start.tried, *found.tried))))
 
 
 def _trials(config: Config, total: int, count: int) -> int:
-    """Give how many sets of layers are measured at most."""
+    """Return how many sets of layers are measured at most."""
     greedy = sum(left - config.plan.keep_first for left in range(total, count, -1))
     if config.plan.depth == "loss":
         return greedy

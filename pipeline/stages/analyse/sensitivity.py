@@ -103,7 +103,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
 
 
 def _restores(config: Config) -> bool:
-    """Return whether the units that stay in the narrowed layer are solved anew."""
+    """Return whether the units that stay in the narrowed layer are solved again."""
     return config.restore.outputs and config.sensitivity.restored
 
 

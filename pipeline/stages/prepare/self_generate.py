@@ -18,25 +18,25 @@ FILE = "generated.jsonl"
 
 
 def settings(config: Config) -> dict:
-    """Give how much is written and how it begins, and the seed."""
+    """Return how much is written and how it begins, and the seed."""
     return config.self_generate.model_dump() | {"text_field": config.data.text_field, "seed": config.seed}
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """Write generated.jsonl, a record a text; ranks take batches in turn, and a batch depends on its number alone."""
-    asked, ranks, device = config.self_generate, machine.ranks, machine.device
+    options, ranks, device = config.self_generate, machine.ranks, machine.device
     tokenizer = load_tokenizer(inputs["teacher"], config.model.trust_remote_code)
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention)
-    total = -(-asked.tokens // (asked.batch_size * asked.length))
+    total = -(-options.tokens // (options.batch_size * options.length))
     files = [out / f"batch-{number:05d}.jsonl" for number in range(total)]
-    chats = round(asked.chat * total) if user_turn(tokenizer) else 0
+    chats = round(options.chat * total) if user_turn(tokenizer) else 0
     mine = [number for number in range(ranks.rank, total, ranks.world) if not files[number].exists()]
     with placed(model, device, config.device.layer_streaming):
         for number in machine.progress(mine, len(mine), "generate"):
             draw = torch.Generator(device.torch).manual_seed(config.seed * total + number)
             chat = (number + 1) * chats // total > number * chats // total  # spread evenly
-            starts = _starts(tokenizer, asked.batch_size, chat, draw).to(device.torch)
-            ids = sample(model, starts, asked.length, asked.temperature, draw)
+            starts = _starts(tokenizer, options.batch_size, chat, draw).to(device.torch)
+            ids = sample(model, starts, options.length, options.temperature, draw)
             if not chat:
                 ids = torch.cat([starts[:, -1:], ids], 1)  # the drawn word is part of the text
             texts = [written(row, tokenizer) for row in ids.tolist()]
@@ -48,12 +48,12 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
             for file in files:
                 whole.write(file.read_text(encoding="utf-8"))
                 file.unlink()
-        told = f"{total * asked.batch_size} texts of {asked.length} tokens, {chats} of {total} batches as chats"
-        machine.say(f"generate: {told}")
+        summary = f"{total * options.batch_size} texts of {options.length} tokens, {chats} of {total} batches as chats"
+        machine.say(f"generate: {summary}")
 
 
 def _starts(tokenizer, batch: int, chat: bool, draw: torch.Generator) -> torch.Tensor:
-    """Give [batch, s] ids to go on from."""
+    """Return ids [batch, s] to continue from."""
     if chat:
         return torch.tensor([user_turn(tokenizer)] * batch)
     around, words = frame(tokenizer), torch.tensor(word_starts(tokenizer))

@@ -38,18 +38,18 @@ def check(config: Config) -> None:
 
 
 def settings(config: Config) -> dict:
-    """Give what determines the corrected weights; how the work is spread over ranks and memory does not."""
+    """Return what determines the corrected weights; how the work is spread over ranks and memory does not."""
     return settings_of(config, config.teacher_correction, set())
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """Write the corrected teacher as a model folder in float32, and metrics.jsonl."""
-    asked = config.teacher_correction
+    options = config.teacher_correction
     train_model(
         "teacher_correction",
         config,
         open_checkpoint(inputs["teacher"], config.model.allow_pickle),
-        lambda load: LanguageModel(load(inputs["teacher"]), config.logits.chunk, asked.gradient_checkpointing),
+        lambda load: LanguageModel(load(inputs["teacher"]), config.logits.chunk, options.gradient_checkpointing),
         Packed(inputs["tokens"] / "recovery"),
         out,
         machine,
@@ -68,6 +68,6 @@ STAGE = Stage(
     becomes=("teacher", "subject"),
     enabled=enabled,
     check=check,
-    resumable=True,  # goes on from the checkpoints an interrupted attempt left
+    resumable=True,  # resumes from the checkpoints an interrupted attempt left
     shows={"corrected_teacher": ""},
 )

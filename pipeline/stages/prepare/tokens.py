@@ -102,9 +102,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         domains = [Domain(*each) for each in zip(map(str, several), map(passages, several), weights)]
         shutil.rmtree(out / folder, ignore_errors=True)  # of an interrupted attempt
         try:
-            index = build(
-                out / folder, domains, tokenizer, around, row, vocabulary, SHARD_BYTES, progress, **overlap
-            )
+            index = build(out / folder, domains, tokenizer, around, row, vocabulary, SHARD_BYTES, progress, **overlap)
         except TooShort as fault:
             if fault.left_out and not overlap.get("copies", True):
                 return {}
