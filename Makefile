@@ -37,6 +37,7 @@ coverage: setup
 check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports
+	$(RUN) .ci/check_language.py
 	$(RUN) -m pipeline.cli.reference docs/settings.md
 
 bench: setup

@@ -32,7 +32,7 @@ PHRASES = {  # regular expression, matched without regard to case: what to write
     r"anew": "again",
     r"learnt": "learned, trained",
     r"mend(s|ed|ing)?": "correct, compensate for",
-    r"settl(e|es|ed|ing)(?!\.\w|[\"'`*])": "regularize, solve",  # as a word, not as the name of a former setting
+    r"settl(e|es|ed|ing)(?!\.\w|[\"'`*\]])": "regularize, solve",  # as a word, not as the name of a former setting
     r"sift(s|ed|ing)?": "filter, rank",
     r"as it (then )?is(?= cut\b|[.,;:)]|$)": "the current model, unchanged",
     r"sure to( about)? a": "standard error",

@@ -1,9 +1,9 @@
 """Decontamination: pieces of text that evaluation text shares are kept out of calibration and recovery.
 
 The rule is the n-gram rule of GPT-3 (2005.14165, appendix C) on the model's own tokens: a piece is left out if a run of
-13 of its tokens stands in evaluation text too. As there, a run that stands in more than ten pieces is common, such as a
+13 of its tokens occurs in evaluation text too. As there, a run that occurs in more than ten pieces is common, such as a
 system prompt or a licence, and no leak; nor is a run of which such text is more than half. A piece is a copy, and left
-out however common its runs are, if four in five of them stand in evaluation text. A tokenizer of bytes cuts text so
+out however common its runs are, if four in five of them occur in evaluation text. A tokenizer of bytes cuts text so
 finely that 13 of its tokens are a word or two: its runs are longer, see `run_length`.
 """
 
