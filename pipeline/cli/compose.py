@@ -56,6 +56,13 @@ def compose_point(point: Sequence[str], config_dir: Path | None = None) -> dict[
     return _composed([Setting.of(word) for word in point], config_dir, None)
 
 
+def as_values(config: DictConfig) -> dict[str, Any]:
+    """Return a composed configuration as a plain mapping, interpolations resolved."""
+    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
 def as_yaml(values: dict[str, Any]) -> str:
     """Return a composed configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(values))
@@ -87,8 +94,8 @@ def checked(settings: Sequence[str], known: dict[str, set[str]], multirun: bool)
 def groups(config_dir: Path | None = None) -> dict[str, set[str]]:
     """Return the groups of conf/, and of a folder of own ones, with their choices."""
     found: dict[str, set[str]] = {}
-    for root in (CONF, config_dir):
-        for path in sorted(root.rglob("*.yaml")) if root is not None else ():
+    for root in (CONF, *([config_dir] if config_dir is not None else [])):
+        for path in sorted(root.rglob("*.yaml")):
             if path.parent != root:
                 found.setdefault(path.parent.relative_to(root).as_posix(), set()).add(path.stem)
     return found
@@ -156,7 +163,7 @@ def _composed(settings: Sequence[Setting], config_dir: Path | None, source: Path
                 config = compose("config", overrides=[*own, *words])
             else:
                 config = _repeated(source, settings, own)
-            return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            return as_values(config)
     except (HydraException, OmegaConfBaseException) as error:
         if any(setting.key.startswith("device.chip.") for setting in settings) and "chip" in str(error):
             raise ValueError("device.chip: null; choose a chip before its settings, e.g. device/chip=910B3") from None

@@ -213,7 +213,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str, str | None, str]]:
             continue
         indent, name, value, comment = len(match[1]), match[2], match[3], match[4]
         if value is None and number < len(lines) and lines[number].strip().startswith("["):
-            parts = []
+            parts: list[str] = []
             while not (parts and parts[-1].endswith("]")):
                 parts.append(lines[number].strip())
                 number += 1
@@ -230,5 +230,4 @@ if __name__ == "__main__":
         if Path(sys.argv[1]).read_text(encoding="utf-8") != markdown():
             sys.exit(f"{sys.argv[1]} differs from conf/; run: python -m pipeline.cli.reference > {sys.argv[1]}")
     else:
-        sys.stdout.reconfigure(encoding="utf-8")
-        sys.stdout.write(markdown())
+        sys.stdout.buffer.write(markdown().encode())

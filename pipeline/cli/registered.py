@@ -41,9 +41,12 @@ def check_registered(config: Config) -> None:
 def _names(file: str, variable: str) -> list[str]:
     tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
     for node in tree.body:
-        targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
         if any(isinstance(target, ast.Name) and target.id == variable for target in targets):
-            value = node.value
-            literals = value.keys if isinstance(value, ast.Dict) else value.elts
-            return [ast.literal_eval(literal) for literal in literals]
-    raise LookupError(f"{file} has no {variable}")
+            if isinstance(node.value, ast.Dict):
+                return [ast.literal_eval(key) for key in node.value.keys if key is not None]
+            if isinstance(node.value, ast.Tuple):
+                return [ast.literal_eval(name) for name in node.value.elts]
+    raise LookupError(f"{file} has no dictionary or tuple {variable}")

@@ -10,9 +10,9 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from pipeline.cli.compose import CONF, QUOTES, checked, groups, swept
+from pipeline.cli.compose import CONF, QUOTES, as_values, checked, groups, swept
 from pipeline.cli.words import Setting
 
 Job = Callable[[dict[str, Any], str], Mapping[str, Path]]  # (configuration, swept settings) -> artifacts by name
@@ -30,8 +30,7 @@ def run_sweep(settings: Sequence[str], config_dir: Path | None, job: Job) -> Non
     def point(config: DictConfig) -> float | None:
         chosen = HydraConfig.get().overrides.task
         name = ",".join(word.translate(QUOTES) for word in chosen if Setting.of(word).key not in fixed)
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        return objective(job(values, name))
+        return objective(job(as_values(config), name))
 
     own = ["--config-dir", str(config_dir)] if config_dir is not None else []
     sys.argv[1:] = ["--multirun", *own, *map(str, typed)]

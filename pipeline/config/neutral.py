@@ -57,7 +57,7 @@ def _without(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
             nested.setdefault(first, []).append(rest)
         else:
             result.pop(first, None)
-    for first, rest in nested.items():
+    for first, inner in nested.items():
         if first in result:
-            result[first] = _without(result[first], rest)
+            result[first] = _without(result[first], inner)
     return result

@@ -1,6 +1,6 @@
 """Describe settings from their types: the dotted key of every setting, what it accepts, and faults in plain words."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -69,7 +69,7 @@ def typed(value: Any) -> str:
 
 def expected(kind: Any) -> str:
     """Return what a setting of type `kind` accepts, as a phrase: "a whole number of at least 1"."""
-    limits: tuple[Any, ...] = ()
+    limits: list[Any] = []
     if get_origin(kind) is Annotated:
         kind, *limits = get_args(kind)
     if get_origin(kind) in UNIONS:
@@ -145,7 +145,7 @@ def place_of(location: tuple[Any, ...], section: type[BaseModel]) -> tuple[str, 
     return ".".join(key), kind
 
 
-def plain(faults: list[Mapping[str, Any]], section: type[BaseModel], unknown: Any) -> list[str]:
+def plain(faults: Sequence[Mapping[str, Any]], section: type[BaseModel], unknown: Any) -> list[str]:
     """Return pydantic's faults as lines "setting: what is wrong; what to do", one per setting.
 
     `unknown`: a function that returns the line for a key that is no setting.
