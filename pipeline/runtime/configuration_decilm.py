@@ -1,4 +1,4 @@
-"""Configuration code that travels inside a checkpoint in the DeciLM form: its blocks, readable as attributes.
+"""Configuration code of an exported checkpoint in the DeciLM form: its blocks, readable as attributes.
 
 Needs transformers only, of version 4 or 5. Engines that know DeciLMForCausalLM read `block_configs[i].attention` and
 `.ffn` as objects, and the rotary settings under their old or their new names.

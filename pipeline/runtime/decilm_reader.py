@@ -1,8 +1,8 @@
 """A reader of the DeciLM form in plain torch: the network that a serving engine builds from such a folder.
 
-It reads `config.json` through the folder's own configuration code and the safetensors files, and nothing of this
-project, so that its logits are evidence about the folder. It represents vLLM's class (nemotron_nas.py) by the same
-rules; it is not vLLM. Run as a program it does what the reload check of the stock classes does.
+It reads `config.json` through the folder's own configuration code and the safetensors files, and imports nothing of
+this project, so its logits depend on the folder alone. It follows the rules of vLLM's class (nemotron_nas.py); it is
+not vLLM. Run as a program it performs the check that an export of the stock classes passes.
 """
 
 import json
@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 
 def logits(folder, ids, dtype):
-    """Return the logits [token, vocabulary] of one sequence of ids; ValueError if tensors are missing or left over."""
+    """Return the logits [token, vocabulary] of one sequence of ids; ValueError if tensors are missing or not read."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
     weights = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
@@ -26,8 +26,8 @@ def logits(folder, ids, dtype):
 
     def take(name, *shape):
         if name not in weights or weights[name].shape != shape:
-            found = list(weights[name].shape) if name in weights else "absent"
-            raise ValueError(f"{name} is {found}, the class needs {list(shape)}")
+            actual = list(weights[name].shape) if name in weights else "absent"
+            raise ValueError(f"{name} is {actual}, the class needs {list(shape)}")
         unread.discard(name)
         return weights[name]
 
@@ -66,7 +66,7 @@ def logits(folder, ids, dtype):
     head = embedding if config.tie_word_embeddings else take("lm_head.weight", config.vocab_size, hidden)
     scores = linear(norm(stream, "model.norm"), head)
     if unread:
-        raise ValueError(f"the class does not read {sorted(unread)[:3]}")
+        raise ValueError(f"the class does not read {sorted(unread)[:3]}; export the model again")
     return scores
 
 
@@ -78,7 +78,7 @@ def attend(q, k, v):
 
 
 def rotation(config, tokens, size):
-    """Return the rotary embedding of [head, token, size], halves turned together, of the config's rope type."""
+    """Return a function that applies the config's rotary embedding to [head, token, size], halves turned together."""
     rope = config.rope_parameters
     frequency = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
     if rope["rope_type"] == "linear":
@@ -89,7 +89,7 @@ def rotation(config, tokens, size):
         share = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (share + (1 - share) / rope["factor"])
     elif rope["rope_type"] != "default":
-        raise ValueError(f"rope_type {rope['rope_type']!r} is not known here")
+        raise ValueError(f"rope_type {rope['rope_type']!r} is not one that this reader computes")
     angle = torch.arange(tokens)[:, None] * frequency
     cos, sin = (torch.cat([wave, wave], -1) for wave in (angle.cos(), angle.sin()))
 

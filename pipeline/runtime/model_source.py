@@ -32,7 +32,7 @@ class ModelSource:
     allow_pickle: bool = False
 
     def digest(self) -> str:
-        """Return a cheap digest of the files that determine the model; generation_config.json is not one of them."""
+        """Return the digest of the files that determine the model; generation_config.json is not one of them."""
         if self.folder is None:
             return "-".join(fingerprint(part) for part in self.parts)
         names = {path.name for pattern in (*CARRIED, CODE) for path in self.folder.glob(pattern) if path.is_file()}
