@@ -69,7 +69,10 @@ def as_yaml(values: dict[str, Any]) -> str:
 
 
 def checked(settings: Sequence[str], known: dict[str, set[str]], multirun: bool) -> list[Setting]:
-    """Return settings that Hydra can read. Raise ValueError for unknown keys, unknown choices and unreadable values."""
+    """Return settings that Hydra can read; of a setting that is given several times, the last.
+
+    Raise ValueError for unknown keys, unknown choices and unreadable values.
+    """
     found = []
     for word in settings:
         setting = Setting.of(word)
@@ -88,7 +91,8 @@ def checked(settings: Sequence[str], known: dict[str, set[str]], multirun: bool)
                 "or add --multirun for a sweep"
             )
         found.append(setting)
-    return found
+    last = {setting.key: setting for setting in found}
+    return [setting for setting in found if last[setting.key] is setting]
 
 
 def groups(config_dir: Path | None = None) -> dict[str, set[str]]:

@@ -141,6 +141,14 @@ def test_a_sweep_goes_over_groups_and_over_paths_as_they_are_typed():
     assert all(config.run.startswith("a,b/recipe=") for config in found)
 
 
+def test_of_a_setting_given_twice_the_last_counts():
+    for words in (["seed=1", "seed=2", "device=cpu", "device=auto"], ["-m", "run=s", "seed=1", "seed=2,3"]):
+        found = [config for config, _ in configurations(parsed(words))]
+        assert [config.seed for config in found] == ([2, 3] if "-m" in words else [2])
+        assert {config.device.kind for config in found} == {"auto"}
+        assert len({config.run for config in found}) == len(found)
+
+
 def test_a_wrong_point_of_a_sweep_is_found_before_the_first_run():
     with pytest.raises(ValueError, match="^distill.tokens: "):
         configurations(parsed(["--multirun", "distill.tokens=8192,-1"]))
