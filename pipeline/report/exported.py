@@ -41,13 +41,17 @@ def export_section(report: Report, drawings: Mapping[str, Drawing]) -> str:
         f" Reloaded in {read}, its logits and those of the student {same}. The weights take {size(export['bytes'])}."
     )
     folded = " The static scales that replaced its post-norms were folded into the weights." if export["folded"] else ""
-    load = SERVE if form == "decilm" else LOAD
-    place = shlex.quote(export["folder"]) if form == "decilm" else json.dumps(export["folder"], ensure_ascii=False)
-    shown = load.format(folder=place, code=CODE if form == "own" else "")
-    parts = [paragraph(words + folded + proof), f"<pre>{escape(shown)}</pre>"]
+    parts = [paragraph(words + folded + proof), f"<pre>{escape(loading(form, export['folder']))}</pre>"]
     if export["padded"]:
         parts.append(_padding(export["padded"]))
     return section("Export", *parts)
+
+
+def loading(form: str, folder: str) -> str:
+    """Return the code, or for `decilm` the command, that loads a folder of this form."""
+    if form == "decilm":
+        return SERVE.format(folder=shlex.quote(folder))
+    return LOAD.format(folder=json.dumps(folder, ensure_ascii=False), code=CODE if form == "own" else "")
 
 
 def _padding(padded: Mapping[str, Any]) -> str:

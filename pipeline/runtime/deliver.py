@@ -41,8 +41,10 @@ def mark_at(path: Path) -> str | None:
     return mark({name: file_digest(file) for name, file in files_of(path) if name != MANIFEST})
 
 
-def deliver(source: Path, target: Path, known: list[str]) -> None:
+def deliver(source: Path, target: Path, known: list[str], added: Mapping[str, Path] | None = None) -> None:
     """Put a copy of the file or folder `source` at `target`, which is whole at every moment.
+
+    `added`: name -> a file of another origin that the copy of a folder gets as well, in place of one of that name.
 
     What was there is removed if it is a link or as it was delivered, its mark being one of `known`. Anything else is
     kept beside it under another name, and a line says so.
@@ -52,6 +54,9 @@ def deliver(source: Path, target: Path, known: list[str]) -> None:
         _remove(stale)
     fresh = temporary(target)
     _copy(source, fresh)
+    for name, path in (added or {}).items():
+        (fresh / name).unlink(missing_ok=True)  # may be a hard link
+        shutil.copyfile(path, fresh / name)
     if not os.path.lexists(target) or (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
         fresh.rename(target)
         return

@@ -179,6 +179,7 @@ def _fetched(name: str, field: str, allow_pickle: bool) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     wanted = ["*.safetensors", "*.json", "*.model", "merges.txt", "*.jinja", "vocab*", "*.py"]
+    wanted += ["README.md", "LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*"]
     wanted += ["*.bin"] if allow_pickle else []
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))

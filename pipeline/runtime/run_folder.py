@@ -37,7 +37,7 @@ def show(
 
     A link to an artifact that `record["stages"]` does not name is removed, also in rounds/N/; files are not. Delivered
     files of an earlier run stay until those of this one are complete. With `output` the student is delivered there and
-    the run folder has a link to it.
+    the run folder has a link to it. A label STUDENT/FILE adds a file to what is delivered as STUDENT.
     """
     view = Path(runs) / name
     with _locked(view):
@@ -105,7 +105,9 @@ def _deliver(view: Path, record: dict, files: Mapping[str, Shown], output: Path 
     left is recognised.
     """
     delivered = _record_of(view)
-    wanted = {label: mark(contents_of(each.artifact, each.inside)) for label, each in files.items()}
+    added = {label: _added(label, files) for label in files}
+    files = {label: each for label, each in files.items() if "/" not in label}
+    wanted = {label: mark(_contents(each, added[label])) for label, each in files.items()}
     places = {label: output if output and label == "student" else view / label for label in files}
     late = [label for label in files if mark_at(places[label]) != wanted[label]]
     for label, each in files.items():
@@ -114,12 +116,26 @@ def _deliver(view: Path, record: dict, files: Mapping[str, Shown], output: Path 
     if late:
         _write(view, record, delivered)
     for label in late:
-        deliver(files[label].path, places[label], delivered[label]["marks"])
+        more = {name: each.path for name, each in added[label].items()}
+        deliver(files[label].path, places[label], delivered[label]["marks"], more)
     for label in files:
         delivered[label]["marks"] = [wanted[label]]
         if places[label] != view / label:
             _link(view, label, places[label].resolve())
     return delivered
+
+
+def _added(label: str, files: Mapping[str, Shown]) -> dict[str, Shown]:
+    """Return the files that other artifacts add to the folder of a label, by name."""
+    return {name.removeprefix(f"{label}/"): each for name, each in files.items() if name.startswith(f"{label}/")}
+
+
+def _contents(each: Shown, added: Mapping[str, Shown]) -> dict[str, str]:
+    """Return name -> digest of what is delivered."""
+    contents = contents_of(each.artifact, each.inside)
+    for name, other in added.items():
+        (contents[name],) = contents_of(other.artifact, other.inside).values()
+    return contents
 
 
 def _record_of(view: Path) -> dict[str, Any]:

@@ -310,3 +310,24 @@ def test_verification_detects_weights_that_were_edited_through_the_student(tmp_p
         file.write(b"W")
     assert store.find("export", "e" * 12) is None
     assert replace(store, verify="size").find("export", "e" * 12) == made
+
+
+def test_a_file_of_another_artifact_is_added_to_the_delivered_student(tmp_path, store):
+    made, report = exported(store, size=2 << 20), make(store, "report", "c" * 12, text="card")
+    view = show(tmp_path / "runs", "one", of(made), student(made))
+    assert not (view / "student/README.md").exists()
+    shown = student(made) | {"student/README.md": Shown(report, "scores.txt", delivered=True)}
+    show(tmp_path / "runs", "one", of(made, report), shown)
+    assert (view / "student/README.md").read_text() == "card"
+    assert (view / "student/model.safetensors").samefile(made / "model.safetensors")
+    assert not (made / "README.md").exists()
+    assert {path.name for path in view.iterdir()} == {"run.json", "student"}
+    before = (view / "student").stat().st_ino
+    show(tmp_path / "runs", "one", of(made, report), shown)
+    assert (view / "student").stat().st_ino == before
+    newer = make(store, "report", "d" * 12, text="newer")
+    output = tmp_path / "elsewhere"
+    shown = student(made) | {"student/README.md": Shown(newer, "scores.txt", delivered=True)}
+    view = show(tmp_path / "runs", "two", of(made, newer), shown, output)
+    assert (output / "README.md").read_text() == "newer"
+    assert artifacts_of(view) == {made.name, newer.name}

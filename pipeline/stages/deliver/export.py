@@ -23,6 +23,7 @@ from pipeline.runtime.checkpoint import GENERATION, Checkpoint, load_model, open
 from pipeline.runtime.described import read_config, stored_config
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_source import generation_of, model_folder
+from pipeline.runtime.source_card import license_digests, license_files
 from pipeline.stages.stage import Inputs, Stage
 
 FORMS = {"stock": export_forms.stock, "own": export_forms.own, "padded": export_forms.padded, "decilm": decilm.decilm}
@@ -63,9 +64,15 @@ def check(config: Config) -> None:
 
 
 def settings(config: Config) -> dict:
-    """Return the export section, and the generation_config.json that is written beside the weights."""
-    generation = _generation(config)
-    return config.export.model_dump() | ({} if generation is None else {"generation": generation})
+    """Return the export section, and the generation_config.json and licence files written beside the weights."""
+    generation, licenses = _generation(config), license_digests(_source(config))
+    result = config.export.model_dump() | ({} if generation is None else {"generation": generation})
+    return result | ({"licenses": licenses} if licenses else {})
+
+
+def _source(config: Config) -> Path | None:
+    """Return the folder that the student's weights come from; None for a GGUF."""
+    return model_folder(config.model.start or config.model.path, config.model.allow_pickle)
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
@@ -86,6 +93,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     cast = ((name, tensor.to(dtype)) for name, tensor in pad(student, wide, stream))
     write_checkpoint(out, written, cast, config.checkpoint.shard_bytes, folder)
     _write_generation(_generation(config), out)
+    for path in license_files(_source(config)):
+        shutil.copyfile(path, out / path.name)
     _add_code(form, written, out)
     record = prove(folder, out, dtype, config.export.tolerance, form)
     record |= {"form": form, "folded": folds, "padded": export_forms.padding(student, wide)}

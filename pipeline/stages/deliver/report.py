@@ -23,6 +23,7 @@ from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
 from pipeline.model.shape import StreamEnergy
 from pipeline.report.axes import number
+from pipeline.report.card import card
 from pipeline.report.comparison import summary
 from pipeline.report.drawing import Drawing, save_png
 from pipeline.report.facts import Curve, cut_facts, gather, perplexity_of, recovery_curves, recovery_facts, start_of
@@ -33,7 +34,8 @@ from pipeline.report.rounds import cuts, layers_by_round, round_facts
 from pipeline.runtime.artifacts import LIBRARIES, code_revision, library_versions
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.manifest import MANIFEST
-from pipeline.runtime.model_source import locate
+from pipeline.runtime.model_source import locate, model_folder
+from pipeline.runtime.source_card import CARD, source_facts
 from pipeline.stages.models import checkpoint
 from pipeline.stages.stage import Inputs, Stage
 from pipeline.training import METRICS
@@ -53,12 +55,19 @@ REGULARIZATION = {
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Return every setting that determines a result; the report shows them."""
-    return determining(config)
+    """Return every setting that determines a result, and what the model card takes from the source."""
+    source = _source(config)
+    return determining(config) | ({"source": source} if source else {})
+
+
+def _source(config: Config) -> dict[str, Any]:
+    """Return what the source of the student's weights says of itself, for the model card; empty where nothing."""
+    path = config.model.start or config.model.path
+    return source_facts(path, model_folder(path, config.model.allow_pickle))
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
-    """Write report.json, report.html and figures/*.png, and print the comparison."""
+    """Write report.json, report.html, figures/*.png and the student's model card, and print the comparison."""
     anatomy = checkpoint(config, inputs["reference"]).anatomy
     sizes = anatomy.sizes
     blueprint = Blueprint.load(inputs["blueprint"])
@@ -106,6 +115,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         save_png(drawing, out / "figures" / f"{name}.png")
     (out / "report.html").write_text(page(report, drawings), encoding="utf-8")
     (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / CARD).write_text(card(report, _source(config)), encoding="utf-8")
     machine.say(summary(report))
 
 
@@ -127,7 +137,7 @@ def _made_with(config: Config, inputs: Mapping[str, Path]) -> dict[str, Any]:
         "recipe": config.recipe.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "pipeline", *sys.argv[1:]]),
-        "settings": settings(config),
+        "settings": determining(config),
         "versions": versions | library_versions(("pangu-light", *LIBRARIES)),
         "artifacts": {name: folder.name for name, folder in inputs.items()},
     }
@@ -222,6 +232,6 @@ STAGE = Stage(
     needs=("reference", "scores", "blueprint", "initial_student", "student", "evaluation"),
     optional=("corrected_teacher", "recovered", "shape", "rotated", "restored"),
     all_ranks=False,
-    shows={"report.json": "report.json", "report.html": "report.html", "figures": "figures"},
+    shows={"report.json": "report.json", "report.html": "report.html", "figures": "figures", f"student/{CARD}": CARD},
     delivers=True,
 )
