@@ -16,7 +16,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 @cache
 def topics() -> tuple[str, ...]:
-    """The chapters of Python's language reference that `help()` prints, sorted by name."""
+    """Return the chapters of Python's language reference that `help()` prints, sorted by name."""
     from pydoc_data.topics import topics as chapters
 
     return tuple(dict.fromkeys(chapters[name] for name in sorted(chapters)))
@@ -24,15 +24,19 @@ def topics() -> tuple[str, ...]:
 
 @cache
 def docstrings() -> tuple[str, ...]:
-    """One text a module of the standard library: its docstrings in source order, none twice; read, never imported."""
+    """Return a text per module of the standard library, which is parsed and not imported.
+
+    A text is the module's docstrings in source order, none twice in all of them.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(path.relative_to(root) for path in root.rglob("*.py"))
     known: set[str] = set()
     texts = []
     for file in files:
         if _NOT_THE_LIBRARY.isdisjoint(file.parts):
-            fresh = [text for text in _docstrings(root / file) if text not in known and not known.add(text)]
-            texts.append("\n\n".join(fresh))
+            new = [text for text in _docstrings(root / file) if text not in known]
+            known.update(new)
+            texts.append("\n\n".join(new))
     return tuple(text for text in texts if text)
 
 
@@ -44,7 +48,7 @@ def _docstrings(path: Path) -> list[str]:
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """A node and the statements within it in source order; expressions document nothing."""
+    """Yield a node and the statements within it in source order; expressions document nothing."""
     yield node
     for block in ("body", "cases", "handlers", "orelse", "finalbody"):
         inner = getattr(node, block, ())
@@ -54,7 +58,7 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
 
 @cache
 def readmes() -> tuple[str, ...]:
-    """The long descriptions of the installed distributions, sorted by name."""
+    """Return the long descriptions of the installed distributions, sorted by name."""
     metadata = {found.metadata["Name"]: found.metadata for found in importlib.metadata.distributions()}
     named = {name.lower(): metadata[name] for name in metadata if name}
     texts = [named[name]["Description"] for name in sorted(named)]
@@ -65,7 +69,7 @@ BUILTINS = {"topics": topics, "docstrings": docstrings, "readmes": readmes}
 
 
 def version(name: str) -> str:
-    """What a builtin text changes with: the Python release, or the descriptions themselves for `readmes`."""
+    """Return what a builtin text changes with: the Python release, or the descriptions themselves for `readmes`."""
     if name == "readmes":
         return hashlib.sha256("\0".join(readmes()).encode()).hexdigest()
     return platform.python_version()

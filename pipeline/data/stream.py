@@ -1,4 +1,4 @@
-"""Batches without end: shuffled by a seed, strided over ranks, resumable by a position."""
+"""Endless batches: shuffled by a seed, strided over ranks, resumable from a position."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def left_over(packed: Packed, used: int, seed: int) -> list[int]:
 @dataclass(frozen=True)
 class Beginning:
     """One rank's share of the first `wanted` sequences of the shuffled text, in batches [b, sequence], the last of them
-    smaller where it must be. Its length counts batches; it can be gone through again."""
+    smaller where necessary. Its length counts batches; it can be iterated again."""
 
     packed: Packed
     wanted: int  # sequences of all ranks together
@@ -82,14 +82,14 @@ def _batches(packed: Packed, batch: int, rank: int, world: int, start: int, seed
 
 
 def _draws(sizes: Sequence[int], weights: Sequence[float | None]) -> list[int]:
-    """Rows each domain gives to an epoch: all its rows, or its share by weight of as many rows as there are."""
+    """Return the rows of each domain in an epoch: all its rows, or its share by weight of as many rows as there are."""
     if None in weights:
         return list(sizes)
     return [max(1, round(sum(sizes) * weight / sum(weights))) for weight in weights]
 
 
 def _order(sizes: Sequence[int], draws: Sequence[int], seed: int, epoch: int) -> np.ndarray:
-    """The rows of an epoch in their order, [sum of draws]."""
+    """Return the rows of an epoch in their order, [sum of draws]."""
     rows, begin = [], 0
     for domain, (size, drawn) in enumerate(zip(sizes, draws)):
         turns, places = np.divmod(np.arange(epoch * drawn, (epoch + 1) * drawn), size)

@@ -4,7 +4,7 @@ Documents begin with a word drawn at random, as in LLM-QAT (2305.17888), or as a
 an instruction-tuned model fills with a question and then answers (Magpie, 2406.08464). Tokens are sampled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -29,11 +29,14 @@ def word_starts(tokenizer: Any) -> list[int]:
     return [place for place, word in words.items() if word[0].isupper()] or list(words)
 
 
-def user_turn(tokenizer: Any) -> list[int]:
-    """Return the ids of the chat template up to the user's words; none where the tokenizer has no template."""
+def user_turn(tokenizer: Any, render: Callable[[list[dict[str, str]]], str]) -> list[int]:
+    """Return the ids of the chat template up to the user's words; none where the tokenizer has no template.
+
+    `render` applies the tokenizer's chat template to turns.
+    """
     if not tokenizer.chat_template:
         return []
-    whole = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
+    whole = render([{"role": "user", "content": MARK}])
     return tokenizer(whole.partition(MARK)[0], add_special_tokens=False)["input_ids"]
 
 

@@ -88,8 +88,8 @@ def test_random_heads_and_neurons_are_compared_by_deviations_of_their_own(kinds)
 
 def test_deviations_are_saved_with_the_scores(tmp_path):
     scores = scores_of(*parts("llama"), "fluctuation", [tokens()])
-    scores.save(tmp_path / "scores.safetensors")
-    loaded = Scores.load(tmp_path / "scores.safetensors")
+    scores.save(tmp_path)
+    loaded = Scores.load(tmp_path)
     assert torch.equal(loaded.deviations, scores.deviations) and scores.deviations.shape == (2, 4)
     assert replace(scores, deviations=None).with_units(scores.heads, scores.neurons).deviations is None
 

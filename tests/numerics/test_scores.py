@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from pipeline.distill.next_token import LanguageHead
+from pipeline.graph import check
 from pipeline.model.anatomy import anatomy_of
 from pipeline.prune.importance import SCORES, score_named
 from pipeline.prune.importance.measure import measure
 from pipeline.prune.importance.moments import moments
 from pipeline.prune.importance.score import PASSES, Measured, Score
 from pipeline.prune.importance.taylor import gradients
-from pipeline.stages.analyse import importance
 from tests.tiny import config_of, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
 
@@ -34,12 +34,12 @@ def test_a_score_reads_only_what_it_needs_and_has_one_number_for_every_head_and_
 
 
 def test_a_name_that_is_not_registered_is_refused_with_the_choices():
-    for refuse in (score_named, lambda name: importance.check(configured(f"score.kind={name}"))):
-        with pytest.raises(ValueError, match="score.kind: .*activations") as fault:
+    for refuse in (score_named, lambda name: check(configured(f"score.kind={name}"))):
+        with pytest.raises(ValueError, match="score.kind.*activations") as fault:
             refuse("activations")
         assert all(name in str(fault.value) for name in SCORES)
     for name in SCORES:
-        importance.check(configured(f"score.kind={name}"))
+        check(configured(f"score.kind={name}"))
 
 
 def test_a_pass_that_does_not_exist_is_refused():

@@ -1,6 +1,7 @@
 """Text that the teacher writes: drawn from its own distribution, the same for any number of ranks, and readable."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -49,9 +50,10 @@ def test_every_token_is_drawn_from_what_stands_before_it():
 
 def test_texts_begin_with_words_or_with_the_users_turn_and_hold_no_special_token():
     tokenizer = byte_tokenizer()
-    assert user_turn(tokenizer) == []
+    render = partial(tokenizer.apply_chat_template, tokenize=False)
+    assert user_turn(tokenizer, render) == []
     tokenizer.chat_template = TEMPLATE
-    assert tokenizer.decode(user_turn(tokenizer)) == "<user> "
+    assert tokenizer.decode(user_turn(tokenizer, render)) == "<user> "
     ids = tokenizer("One.", add_special_tokens=False)["input_ids"]
     assert written([*ids, tokenizer.eos_token_id, *ids], tokenizer) == "One.\n\nOne."
     tokenizer.add_tokens([AddedToken("<turn>", special=True)])  # special, and no name of the tokenizer's

@@ -1,4 +1,4 @@
-"""depth: the layers that stay, by the measured loss of the model without the others: one after another, or evolved."""
+"""layer_loss: the layers that stay, by the measured loss of the model without the others, greedily or by evolution."""
 
 from pathlib import Path
 

@@ -1,12 +1,14 @@
-"""generate: text that the teacher writes, to calibrate on and to recover from."""
+"""self_generate: text that the teacher writes, for calibration and recovery."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline.config import Config
 from pipeline.data.encoding import frame
+from pipeline.data.templates import ChatTemplate
 from pipeline.evaluation.writing import sample, user_turn, word_starts, written
 from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import load_model, load_tokenizer
@@ -23,39 +25,46 @@ def settings(config: Config) -> dict:
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
-    """Write generated.jsonl, a record a text; ranks take batches in turn, and a batch depends on its number alone."""
+    """Write generated.jsonl, one record per text. Ranks take batches in turn; a batch depends on its number alone."""
     options, ranks, device = config.self_generate, machine.ranks, machine.device
     tokenizer = load_tokenizer(inputs["teacher"], config.model.trust_remote_code)
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention)
     total = -(-options.tokens // (options.batch_size * options.length))
     files = [out / f"batch-{number:05d}.jsonl" for number in range(total)]
-    chats = round(options.chat * total) if user_turn(tokenizer) else 0
-    mine = [number for number in range(ranks.rank, total, ranks.world) if not files[number].exists()]
+    turn = _user_turn(tokenizer) if options.chat else []
+    chats = round(options.chat * total) if turn else 0
+    own = [number for number in range(ranks.rank, total, ranks.world) if not files[number].exists()]
     with placed(model, device, config.device.layer_streaming):
-        for number in machine.progress(mine, len(mine), "generate"):
+        for number in machine.progress(own, len(own), "self_generate"):
             draw = torch.Generator(device.torch).manual_seed(config.seed * total + number)
             chat = (number + 1) * chats // total > number * chats // total  # spread evenly
-            starts = _starts(tokenizer, options.batch_size, chat, draw).to(device.torch)
+            starts = _starts(tokenizer, options.batch_size, turn if chat else [], draw).to(device.torch)
             ids = sample(model, starts, options.length, options.temperature, draw)
             if not chat:
                 ids = torch.cat([starts[:, -1:], ids], 1)  # the drawn word is part of the text
             texts = [written(row, tokenizer) for row in ids.tolist()]
             records = [json.dumps({config.data.text_field: text}, ensure_ascii=False) + "\n" for text in texts if text]
             write_atomically(files[number], "".join(records))
-    ranks.wait("generate")
+    ranks.wait("self_generate")
     if ranks.rank == 0:
         with open(out / FILE, "w", encoding="utf-8") as whole:
             for file in files:
                 whole.write(file.read_text(encoding="utf-8"))
                 file.unlink()
         summary = f"{total * options.batch_size} texts of {options.length} tokens, {chats} of {total} batches as chats"
-        machine.say(f"generate: {summary}")
+        machine.say(f"self_generate: {summary}")
 
 
-def _starts(tokenizer, batch: int, chat: bool, draw: torch.Generator) -> torch.Tensor:
-    """Return ids [batch, s] to continue from."""
-    if chat:
-        return torch.tensor([user_turn(tokenizer)] * batch)
+def _user_turn(tokenizer: Any) -> list[int]:
+    """Return the ids of the chat template up to the user's words, rendered within limits; none without a template."""
+    with ChatTemplate(tokenizer) as template:
+        return user_turn(tokenizer, lambda turns: template.render(turns, "self_generate.chat"))
+
+
+def _starts(tokenizer: Any, batch: int, turn: list[int], draw: torch.Generator) -> torch.Tensor:
+    """Return ids [batch, s] to continue from: `turn`, or a drawn word where it is empty."""
+    if turn:
+        return torch.tensor([turn] * batch)
     around, words = frame(tokenizer), torch.tensor(word_starts(tokenizer))
     picks = words[torch.randint(len(words), (batch, 1), generator=draw, device=draw.device).cpu()]
     first = around.after if around.first is None else around.first
