@@ -17,6 +17,7 @@ OWN_TYPE = "pruned_"  # before the model_type of a network that the stock class 
 MIB = 1 << 20
 SIZES = {"config.json": 4 * MIB, "tokenizer.json": 256 * MIB}  # largest files that are read; of other JSON:
 SIZE = 32 * MIB
+PARTS = 1 << 19  # the most objects, arrays and entries in a JSON file that is read
 LIMITS = {  # the largest value of each count that is believed before the weights confirm it
     "vocabulary": 1 << 24,
     "hidden": 1 << 18,
@@ -163,8 +164,11 @@ def check_indices(folder: Path) -> None:
 def read_mapping(path: Path) -> dict[str, Any]:
     """Return the object that a JSON file holds; ValueError, naming it, for anything else and for a file too large."""
     check_file(path)
+    data = path.read_bytes()
+    if max(sum(data.count(sign) for sign in (b"[", b"{")), data.count(b",")) > PARTS:
+        raise ValueError(f"{path} has more than {PARTS} entries, too many for a file of a model folder; fetch it again")
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(data)
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply for a file of a model folder; fetch it again") from None
     except ValueError as fault:

@@ -59,30 +59,31 @@ class Header:
 
 
 class _Reader:
-    """Reads values from a file, counts array entries, and raises ValueError at its end and beyond HEADER."""
+    """Reads values from the beginning of a file, counts array entries, and raises ValueError beyond its end."""
 
-    def __init__(self, file: BinaryIO, size: int):
-        self.file, self.size, self.entries = file, min(size, HEADER), 0
-
-    def left(self) -> int:
-        return self.size - self.file.tell()
+    def __init__(self, data: bytes):
+        self.data, self.place, self.entries = data, 0, 0
 
     def take(self, count: int) -> bytes:
-        if count > self.left():
+        """Return the next `count` bytes."""
+        start, self.place = self.place, self.place + count
+        if self.place > len(self.data):
             raise ValueError(f"it ends, or its header exceeds {HEADER} bytes, inside a value of {count} bytes")
-        return self.file.read(count)
+        return self.data[start : self.place]
 
     def number(self, form: str) -> Any:
+        """Return the next number, of a format of `struct`."""
         return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))[0]
 
     def text(self, longest: int) -> str:
+        """Return the next string, of at most `longest` bytes."""
         length = self.number("Q")
         if length > longest:
             raise ValueError(f"a name has {length} bytes, more than {longest}")
         return self.take(length).decode()
 
     def value(self, kind: int) -> Any:
-        """Return a value; a string as text where it is UTF-8, an array as its length."""
+        """Return a value; a string as text, an array as its length."""
         if kind in SCALARS:
             return self.number(SCALARS[kind])
         if kind == STRING:
@@ -94,21 +95,30 @@ class _Reader:
             raise ValueError(f"an array holds the unsupported type {inner}")
         least = 8 if inner == STRING else struct.calcsize(SCALARS[inner])
         self.entries += length
-        if length * least > self.left() or self.entries > ENTRIES:
+        if length * least > len(self.data) - self.place or self.entries > ENTRIES:
             raise ValueError(f"an array claims {length} entries, more than the file or a tokenizer has")
         if inner == STRING:
-            for _ in range(length):
-                self.take(self.number("Q"))
+            self._skip_strings(length)
         else:
             self.take(length * least)
         return length
+
+    def _skip_strings(self, count: int) -> None:
+        data, place, length_at = self.data, self.place, struct.Struct("<Q").unpack_from
+        try:
+            for _ in range(count):
+                place += 8 + length_at(data, place)[0]
+        except struct.error:
+            raise ValueError("it ends inside an array of strings") from None
+        self.place = place
+        self.take(0)
 
 
 def read_header(path: Path) -> Header:
     """Read and validate the header of a GGUF file; ValueError, naming the file, where anything in it is wrong."""
     try:
         with path.open("rb") as file:
-            return _header(path, _Reader(file, path.stat().st_size), path.stat().st_size)
+            return _header(path, _Reader(file.read(HEADER)), path.stat().st_size)
     except (ValueError, struct.error) as fault:
         raise ValueError(f"{path} cannot be read as GGUF ({fault}); fetch it again") from None
 
@@ -124,19 +134,17 @@ def _header(path: Path, reader: _Reader, size: int) -> Header:
     values: dict[str, Any] = {}
     stored: dict[str, bytes] = {}
     for _ in range(fields):
-        start = reader.file.tell()
+        start = reader.place
         key = reader.text(LONGEST_KEY)
         if key in values:
             raise ValueError(f"the field {key:.80} is there twice")
         values[key] = reader.value(reader.number("I"))
-        stop = reader.file.tell()
-        reader.file.seek(start)
-        stored[key] = reader.file.read(stop - start)
+        stored[key] = reader.data[start : reader.place]
     alignment = values.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {alignment}")
     records = tuple(_record(reader, alignment) for _ in range(tensors))
-    start = _aligned(reader.file.tell(), alignment)
+    start = _aligned(reader.place, alignment)
     _check_places(records, size - start)
     return Header(path, version, values, stored, records, alignment, start)
 

@@ -16,7 +16,8 @@ SINGLE = "model.safetensors"
 PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLED = "pytorch_model.bin"
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-HEADER = 64 << 20  # the longest header of a safetensors file that is read, in bytes
+HEADER = 32 << 20  # the longest header of a safetensors file that is read, in bytes
+TENSORS = 1 << 18  # the most tensors of a model
 FLOATING = {
     "F64": "float64",
     "F32": "float32",
@@ -33,7 +34,10 @@ class Tensors(Mapping[str, Tensor]):
         self._file_of: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
         for path in self.files:
-            for name in _open(path).keys():  # noqa: SIM118
+            names = list(_open(path).keys())
+            if len(names) + len(self._file_of) > TENSORS:
+                raise ValueError(f"{path} brings the model to more than {TENSORS} tensors; fetch it again")
+            for name in names:
                 if name in self._file_of:
                     raise ValueError(
                         f"{folder}: {name} is in {self._file_of[name].name} and in {path.name}; keep one set of weights"
