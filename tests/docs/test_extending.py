@@ -83,10 +83,10 @@ def test_a_section_is_a_complete_change(name, checkout):
 def test_without_its_two_lines_a_family_is_unknown(checkout):
     lines = {block["existing"]: block["text"] for block in BLOCK.finditer(SECTIONS["A family"])}
     (table,) = (file for file in lines if file.startswith("pipeline/"))
-    program = "from pipeline.model.families import family_of\nprint(family_of('ernie4_5').architecture)"
-    assert run(checkout, "-c", program).split() == ["Ernie4_5ForCausalLM"]
+    program = "from pipeline.model.families import family_of\nprint(family_of('seed_oss').architecture)"
+    assert run(checkout, "-c", program).split() == ["SeedOssForCausalLM"]
     (checkout / table).write_text((checkout / table).read_text().replace(lines[table], ""))
-    with pytest.raises(AssertionError, match="ernie4_5"):
+    with pytest.raises(AssertionError, match="seed_oss"):
         run(checkout, "-c", program)
 
 
