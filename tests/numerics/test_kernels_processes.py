@@ -10,6 +10,8 @@ import pytest
 
 from pipeline.runtime.device import missing
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
