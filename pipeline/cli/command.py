@@ -62,10 +62,17 @@ def _calibrate_chip(words: Sequence[str]) -> int:
     return 0
 
 
+def _compare(words: Sequence[str]) -> int:
+    from pipeline.cli.compare import compare
+
+    return compare(words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "doctor": _doctor,
     "clean": _clean,
     "calibrate-chip": _calibrate_chip,
+    "compare": _compare,
 }
 
 
@@ -94,11 +101,21 @@ def _run(words: Sequence[str], boundary: Boundary) -> None:
                 values = point_values(values, name)
                 return _run_one(_validated(values), values, typed, boundary)
 
-        run_sweep(command.settings, command.config_dir, job)
+        folder = run_sweep(command.settings, command.config_dir, job)
+        if ranks.place()[0] == 0:
+            _compare_sweep(folder)
     else:
         ((config, values),) = runs
         _run_one(config, values, typed, boundary)
     ranks.leave()
+
+
+def _compare_sweep(folder: Path) -> None:
+    """Write the page that compares the runs of a sweep into its folder, where they made reports."""
+    from pipeline.cli.compare import REPORT, write_comparison
+
+    if any(folder.glob(f"*/{REPORT}")):
+        print(write_comparison([folder]), flush=True)
 
 
 def _run_one(config: Config, values: dict[str, Any], command: str, boundary: Boundary) -> dict[str, Path]:

@@ -32,6 +32,7 @@ Make a Hugging Face language model smaller: score, prune, re-initialise, recover
   python -m pipeline --from runs/NAME/run.json run=AGAIN        repeat a run, with other settings where given
   torchrun --nproc-per-node N -m pipeline run=NAME ...          several devices
   python -m pipeline doctor [device=npu]                        check what this machine can run
+  python -m pipeline compare RUN [RUN ...]                      a table and a page that compare finished runs
   python -m pipeline clean                                      show artifacts that no run refers to, and free them
   python -m pipeline calibrate-chip [calibrate.name=NAME]       fit a chip model to this machine
 

@@ -12,14 +12,16 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pipeline.cli.compose import CONF, QUOTES, as_values, checked, groups, swept
+from pipeline.cli.compose import CONF, QUOTES, as_values, checked, composed, groups, swept
 from pipeline.cli.words import Setting
 
 Job = Callable[[dict[str, Any], str], Mapping[str, Path]]  # (configuration, swept settings) -> artifacts by name
 
 
-def run_sweep(settings: Sequence[str], config_dir: Path | None, job: Job) -> None:
+def run_sweep(settings: Sequence[str], config_dir: Path | None, job: Job) -> Path:
     """Run `job` for each point that the sweeper chooses: its configuration, and its swept settings as one name.
+
+    Return the folder of the sweep, runs/NAME.
 
     `settings` are those of the command, `hydra/sweeper=NAME` and the like among them. Sweepers that search see the
     objective of a point, see `objective`.
@@ -32,10 +34,13 @@ def run_sweep(settings: Sequence[str], config_dir: Path | None, job: Job) -> Non
         name = ",".join(word.translate(QUOTES) for word in chosen if Setting.of(word).key not in fixed)
         return objective(job(as_values(config), name))
 
+    common = [str(setting) for setting in typed if setting.key in fixed and not setting.key.startswith("hydra")]
+    values = composed(common, config_dir)  # before sys.argv and Hydra's state change
     own = ["--config-dir", str(config_dir)] if config_dir is not None else []
     sys.argv[1:] = ["--multirun", *own, *map(str, typed)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach the caller as they are
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(point)()
+    return Path(values["runs"]) / values["run"]
 
 
 def objective(artifacts: Mapping[str, Path]) -> float | None:

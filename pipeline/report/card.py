@@ -106,7 +106,7 @@ def _removed(report: Report) -> Iterator[str]:
         yield f"Removed layers of the teacher, counted from 0: {', '.join(map(str, cut['dropped_layers']))}."
     if cut["donations"]:
         groups = sum(each["groups"] for each in cut["donations"])
-        yield f"{groups} KV groups of removed layers replaced weaker ones of remaining layers (CLAP)."
+        yield f"KV groups of removed layers that replaced weaker ones of remaining layers (CLAP): {groups}."
 
 
 def _quality(report: Report) -> Iterator[str]:

@@ -37,8 +37,13 @@ def page(report: Report, drawings: Mapping[str, Drawing]) -> str:
         headline=_headline(report),
         sections="\n".join(part(report, drawings) for part in parts),
         footer=escape(f"Written {report['created']} by Pangu Light, revision {report['versions']['revision']}."),
-        colours="\n".join(map(_rule, COLOURS)),
+        colours=colour_rules(),
     )
+
+
+def colour_rules() -> str:
+    """Return the style rules that paint the marks of drawings."""
+    return "\n".join(map(_rule, COLOURS))
 
 
 def _rule(role: str) -> str:

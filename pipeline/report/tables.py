@@ -80,7 +80,7 @@ def search_table(search: Mapping[str, Any], caption: str) -> str:
 
 def plain_table(values: Mapping[str, Any]) -> str:
     """Return names and values, nested mappings with dotted names."""
-    body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(text)}</td></tr>" for name, text in _flat("", values))
+    body = "".join(f"<tr><td>{escape(name)}</td><td>{escape(text)}</td></tr>" for name, text in flat("", values))
     return f"<table><tbody>{body}</tbody></table>"
 
 
@@ -114,9 +114,10 @@ def _with_error(metrics: Mapping[str, float], metric: str) -> str:
     return f"{metrics[metric]:.4g}" if error is None else f"{metrics[metric]:.3f} ± {error:.3f}"
 
 
-def _flat(prefix: str, values: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def flat(prefix: str, values: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield the values of nested mappings as text, each with its dotted name."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(f"{prefix}{key}.", value)
+            yield from flat(f"{prefix}{key}.", value)
         else:
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

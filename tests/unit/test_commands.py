@@ -82,7 +82,7 @@ def check(command: list[str], teacher: Path, folder: Path, monkeypatch) -> int:
     place = {"RANK": 0, "WORLD_SIZE": world(command), "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
-    if words[:1] == ["clean"]:  # has options, and no settings of a run
+    if words[:1] in (["clean"], ["compare"]):  # has options, and no settings of a run
         return 1
     runs = words[1:] if words[:1] and words[0] in COMMANDS else words
     options = parsed(runs)

@@ -27,7 +27,7 @@ from pipeline.report.card import card
 from pipeline.report.comparison import summary
 from pipeline.report.drawing import Drawing, save_png
 from pipeline.report.facts import Curve, cut_facts, gather, perplexity_of, recovery_curves, recovery_facts, start_of
-from pipeline.report.figures import curve, cut_figures, perplexities, shapes_searched, stage_costs
+from pipeline.report.figures import curve, cut_figures, perplexities, shapes_searched, stage_costs, thinned
 from pipeline.report.local_distill import errors_by_layer
 from pipeline.report.page import page
 from pipeline.report.rounds import cuts, layers_by_round, round_facts
@@ -41,6 +41,7 @@ from pipeline.stages.stage import Inputs, Stage
 from pipeline.training import METRICS
 
 SEEN = "tokens"  # the horizontal axis of training curves
+HELD_OUT, POINTS = "held_out_kl", 120  # the curve that report.json holds for comparisons, and its most points
 RECOVERY = {
     "loss": ("loss", "Distillation loss"),
     "kl": ("held_out_kl", "Held-out KL to the teacher, nats per token"),
@@ -84,6 +85,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     )
     if "recovered" in inputs and (inputs["recovered"] / RecoveryFacts.FILE).is_file():
         report["recovery"]["selection"] = RecoveryFacts.load(inputs["recovered"]).to_json()
+    if curves and HELD_OUT in curves:
+        report["recovery"]["curves"][HELD_OUT]["points"] = thinned(curves[HELD_OUT], POINTS)
     drawings = cut_figures(sizes, blueprint, scores)
     if "shape" in inputs and (inputs["shape"] / SearchResult.FILE).is_file():
         report["search"] = SearchResult.load(inputs["shape"]).to_json()
