@@ -85,7 +85,7 @@ def _headline(report: Report) -> str:
     name, values = next(iter(perplexity_of(report).items()))
     before = f", {times(values['start'], '.1f')} {start_of(report)}" if "start" in values else ""
     entries = [
-        ("Parameters", signed("parameters"), pair(report["parameters"], count)),
+        ("Parameters", signed("parameters"), _sizes(report)),
         (f"Perplexity, {name}", times(values["student"], ".1f"), f"teacher {times(values['teacher'], '.1f')}{before}"),
     ]
     if report["speed"]:
@@ -95,6 +95,13 @@ def _headline(report: Report) -> str:
     entries.append(("KV cache", signed("kv_bytes_per_token"), f"{pair(cache, size)} per token"))
     cells = (f"<div><dt>{escape(a)}</dt><dd>{escape(b)}</dd><dd>{escape(c)}</dd></div>" for a, b, c in entries)
     return f'<dl class="headline">{"".join(cells)}</dl>'
+
+
+def _sizes(report: Report) -> str:
+    """Return both sizes and the student's as a share of the teacher's."""
+    values = report["parameters"]
+    share = values["student"] / values["teacher"]
+    return f"{count(values['teacher'])} → {count(values['student'])}, {share:.1%} of the teacher"
 
 
 def _comparison(report: Report, drawings: Mapping[str, Drawing]) -> str:
@@ -207,11 +214,20 @@ def _cut(report: Report, drawings: Mapping[str, Drawing]) -> str:
         "One row per layer of the teacher, input at the top. Darker bins of neurons keep more of them; “score kept” is "
         "their share of the layer’s score. Hover over a part for its values."
     )
+    text = paragraph(" ".join(sentences) or "All layers, heads and neurons remain.")
+    if _layers_alike(report):
+        return section("Removed parts", text)
     drawing = drawings["map"]
     wide = ' class="wide"' if drawing.width > TEXT_WIDTH else ""
     figure = f'<div class="scroll map">{svg(drawing)}</div><figcaption>{caption}</figcaption>'
-    text = paragraph(" ".join(sentences) or "All layers, heads and neurons remain.")
     return section("Removed parts", text, f"<figure{wide}>{figure}</figure>")
+
+
+def _layers_alike(report: Report) -> bool:
+    """Return whether no layer was removed and all layers of the student have the same widths."""
+    shape = report["shape"]["student"]
+    widths_differ = any(isinstance(shape[axis], list) for axis in ("heads", "groups", "neurons"))
+    return not report["cut"]["dropped_layers"] and not widths_differ
 
 
 def _importance(report: Report, drawings: Mapping[str, Drawing]) -> str:

@@ -155,6 +155,16 @@ def test_a_page_is_balanced_self_contained_and_tells_only_what_was_measured(blue
         assert expected in words
 
 
+def test_the_map_is_shown_where_a_layer_differs_from_another_and_the_headline_says_the_ratio():
+    for name, alike, shown in (("width only", True, False), ("width only", False, True), ("depth only", True, True)):
+        report = example_report(BLUEPRINTS[name])
+        if alike:
+            report["shape"]["student"] = report["shape"]["teacher"] | {"neurons": 3}
+        text = page(report, example_drawings(report, BLUEPRINTS[name]))
+        assert ("Map of the cut" in text) == ("score kept" in text) == shown
+        assert "75.0% of the teacher" in text and "Removed parts" in text
+
+
 def test_what_a_model_wrote_is_shown_as_text_and_never_as_markup():
     report = example_report()
     report["samples"][0]["student"] = "<script>alert(1)</script>"
