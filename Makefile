@@ -1,4 +1,4 @@
-# make demo: the whole pipeline on a real 135M-parameter model.  make check: linters and contracts.  make test-fast: unit,
+# make demo: the whole pipeline on a real 135M-parameter model.  make check: linters, contracts and types.  make test-fast: unit,
 # numerics and document tests.  make test: the whole suite.  make coverage: test-fast with line coverage.  make bench: rows of the
 # side-by-side table (an hour each on two cores), and the table.  All set everything up first.
 PYTHON ?= python3
@@ -38,6 +38,7 @@ check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports
 	$(RUN) .ci/check_language.py
+	$(RUN) -m mypy
 	$(RUN) -m pipeline.cli.reference docs/settings.md
 
 bench: setup

@@ -84,7 +84,7 @@ def prune(
     Raises:
         ValueError: for a setting that does not exist, a value that is refused, or input that cannot be used.
     """
-    words = {"model.path": str(model)}
+    words: dict[str, Any] = {"model.path": str(model)}
     chosen = {"recipe": recipe, "run": run, "budget.parameters": budget}
     words |= {key: value for key, value in chosen.items() if value is not None}
     if data is not None:

@@ -64,10 +64,11 @@ def run(config: Config, command: str) -> dict[str, Path]:
         if ranks.rank == 0:  # only this rank writes
             _probe_folders(config)
     folder = Path(config.runs) / config.run
-    record = {"command": command, "config": config.model_dump(mode="json"), "device": device.name, "stages": {}}
+    dumped = config.model_dump(mode="json")
+    record: dict[str, Any] = {"command": command, "config": dumped, "device": device.name, "stages": {}}
     track = config.track
     settings = (track.mode, track.project, track.entity, track.group, track.tags)
-    with ranks.guard(), open_track(*settings, config.run, folder, record["config"], ranks.rank) as tracker:
+    with ranks.guard(), open_track(*settings, config.run, folder, dumped, ranks.rank) as tracker:
         machine = Machine(device, ranks, tracker)
         store = artifacts.Store(Path(config.artifacts), ranks, artifacts.code_revision(), device.name, config.verify)
         if config.dry_run:
@@ -185,8 +186,9 @@ def _show(session: Session, inner: str = "") -> None:
     if session.machine.ranks.rank != 0 or config.dry_run:
         return
     runs, shown = Path(config.runs), _shown(session.folders)
+    output = None if config.output is None else Path(config.output)
     with _writing(runs / config.run):
-        show(runs, config.run, session.record, {} if inner else shown, config.output and Path(config.output))
+        show(runs, config.run, session.record, {} if inner else shown, output)
         if inner:
             linked = {label: replace(each, delivered=False) for label, each in shown.items()}
             show(runs, config.run + inner, session.record, linked)
@@ -257,7 +259,7 @@ def _log_files(track: Track, run: str, stage: str, folder: Path) -> None:
 
 def _shown(folders: Mapping[str, Path]) -> dict[str, Shown]:
     """Return what the run folder shows, as the stages that made the artifacts declare."""
-    shown = {}
+    shown: dict[str, Shown] = {}
     for name, folder in folders.items():
         stage = STAGES[name]
         shown |= {label: Shown(folder, inside, stage.delivers) for label, inside in stage.shows.items()}

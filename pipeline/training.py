@@ -77,7 +77,7 @@ def train_model(
     parameters = sum(math.prod(shape) for shape in origin.anatomy.shapes().values())
     kept = options.save_total_limit + 1 + selection.best  # one more while it is written
     need_space(out, parameters * (STATE_BYTES * kept + WEIGHT_BYTES))
-    text, held = hold_out(text, max(1, options.eval_tokens // config.data.sequence_length), section)
+    rest, held = hold_out(text, max(1, options.eval_tokens // config.data.sequence_length), section)
     with ExitStack() as undo:
         engine = _engine(section, config, options, module, machine, count, undo)
         done, selection = _resumed(engine, section, out, first, last, stretch.before, selection, machine)
@@ -85,7 +85,7 @@ def train_model(
             engine.take(origin)
         elif done:
             machine.say(f"{section}: resumes after step {first + done} of {steps}")
-        tokens = options.global_batch_size * text.sequence
+        tokens = options.global_batch_size * rest.sequence
         every = (options.eval_steps, options.save_steps, options.save_total_limit)
         course = Course(section, last - first, count, tokens, *every, config.seed + first)
         read = skipped + (first + done) * options.global_batch_size
@@ -100,7 +100,7 @@ def train_model(
 
         selection = train(
             engine,
-            stream(text, options.micro_batch_size, ranks.rank, ranks.world, read, config.seed),
+            stream(rest, options.micro_batch_size, ranks.rank, ranks.world, read, config.seed),
             share_out(held, options.micro_batch_size, ranks.rank, ranks.world),
             course,
             rate,
@@ -124,7 +124,7 @@ def train_model(
 
 def settings_of(config: Config, options: Training, without: set[str]) -> dict[str, Any]:
     """Return what determines the trained weights, but the fields `without`; the number of ranks is not part of it."""
-    own = options.model_dump(exclude=TRAINING_NEUTRAL | without)
+    own = options.model_dump(exclude=set(TRAINING_NEUTRAL | without))
     return own | {"seed": config.seed, "deepspeed": config.deepspeed.extra}
 
 
@@ -155,7 +155,7 @@ def steps_of(section: str, options: Training, sequence: int) -> int:
     return steps if options.max_steps is None else min(steps, options.max_steps)
 
 
-def need_training_memory(section: str, config: Config, module: nn.Module, precision: str, machine: Machine) -> None:
+def need_training_memory(section: str, config: Config, module: Any, precision: str, machine: Machine) -> None:
     """Raise ValueError where weights, gradients and optimizer alone need more memory than a device has.
 
     Nothing is checked where raw DeepSpeed settings change ZeRO, for example by offloading: the need is not known then.
@@ -264,7 +264,8 @@ def _record(path: Path, section: str, steps: int, machine: Machine, metrics: dic
     if machine.ranks.rank == 0:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
-    machine.track.log({name: value for name, value in metrics.items() if name != "step"}, metrics["step"], section)
+    numbers = {name: value for name, value in metrics.items() if name != "step"}
+    machine.track.log(numbers, int(metrics["step"]), section)
     held = [(name.removeprefix(HELD_OUT), value) for name, value in metrics.items() if name.startswith(HELD_OUT)]
     if held:
         parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []

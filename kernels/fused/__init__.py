@@ -1,5 +1,6 @@
 """The operations a pruned model spends its time in, and which implementation of each runs on which device."""
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -72,10 +73,5 @@ def _obstacle(choice: str, device_type: str) -> str:
 
 def _module(choice: str) -> ModuleType:
     """Import and return the module that holds one implementation of each operation."""
-    if choice == "reference":
-        from fused import reference as module
-    elif choice == "triton":
-        from fused import triton_all as module
-    else:
-        from fused import ascend as module
-    return module
+    name = {"reference": "reference", "triton": "triton_all", "ascend": "ascend"}[choice]
+    return importlib.import_module(f"fused.{name}")

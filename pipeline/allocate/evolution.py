@@ -131,7 +131,8 @@ class _Measured:
     """Losses measured so far, each once; one that is not a number counts as infinite."""
 
     def __init__(self, loss: Loss):
-        self.loss, self.seen = loss, {}
+        self.loss = loss
+        self.seen: dict[tuple[Choice, int], float] = {}
 
     def __call__(self, widths: Choice, selection: int) -> float:
         if (widths, selection) not in self.seen:

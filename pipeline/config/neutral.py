@@ -52,12 +52,12 @@ def _without(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     result = dict(values)
     nested: dict[str, list[str]] = {}
     for name in names:
-        first, _, rest = name.partition(".")
+        section, _, rest = name.partition(".")
         if rest:
-            nested.setdefault(first, []).append(rest)
+            nested.setdefault(section, []).append(rest)
         else:
-            result.pop(first, None)
-    for first, inner in nested.items():
-        if first in result:
-            result[first] = _without(result[first], inner)
+            result.pop(section, None)
+    for section, inner in nested.items():
+        if section in result:
+            result[section] = _without(result[section], inner)
     return result

@@ -1,6 +1,6 @@
 """Sections of the student's shape: the shape itself, budgets, the search, and the chip that it is designed for."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -53,7 +53,7 @@ class ShapeSearch(Section):
     tensor_parallel: Count
 
     @property
-    def serving(self) -> dict[str, int | str]:
+    def serving(self) -> dict[str, Any]:
         """How the student will be served, without the settings of the search."""
         return self.model_dump(exclude={"candidates", "tolerance", "tokens"})
 

@@ -48,7 +48,7 @@ class Calibration:
 
     def summary(self) -> dict[str, float]:
         """Median and largest |predicted / measured − 1| of both parts; JSON-able."""
-        result = {}
+        result: dict[str, float] = {}
         for part, timings in (("fitted", self.fitted), ("held_out", self.held_out)):
             errors = [abs(exp(misfit(self.chip, timing)) - 1.0) for timing in timings]
             result |= {f"{part}_median": statistics.median(errors), f"{part}_largest": max(errors)}

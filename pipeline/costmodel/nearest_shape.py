@@ -17,7 +17,7 @@ def given_shape(teacher: ModelShape, requested: Mapping[str, int | None]) -> Mod
     if fault:
         near = "; ".join(_words(shape) for shape in possible_near(teacher, requested))
         raise ValueError(f"{fault}. Nearest possible shapes: {near}")
-    return replace(teacher, **values)
+    return teacher.changed(values)
 
 
 def possible_near(
@@ -85,7 +85,7 @@ def _fault(teacher: ModelShape, values: Mapping[str, int]) -> str | None:
         return f"shape.heads is {heads}, not a multiple of shape.groups ({groups})"
     if heads // groups > queries:
         return f"shape.heads is {heads} for {groups} groups; a group has at most the teacher's {queries} query heads"
-    shape = replace(teacher, **values)
+    shape = teacher.changed(values)
     if shape.whole_heads and not shape.accepted:
         return (
             f"shape.hidden is {shape.hidden}; the student's class computes the head size as hidden size / heads, so it "

@@ -1,7 +1,7 @@
 """Searching a shape: the chip model ranks all shapes, a measured loss judges the few left, a stated rule picks one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -177,11 +177,11 @@ def search(
 
 
 def pick(measured: Sequence[Candidate], serving: Serving, tolerance: float) -> Candidate:
-    """Return the fastest of the candidates whose loss is within `tolerance` nats of the lowest; ties: the lower
-    loss."""
-    lowest = min(candidate.loss for candidate in measured)
-    good = [candidate for candidate in measured if candidate.loss <= lowest + tolerance]
-    return min(good, key=lambda candidate: (candidate.seconds(serving), candidate.loss))
+    """Return the fastest of the candidates within `tolerance` nats of the lowest loss; ties: the lower loss."""
+    losses = [(candidate.loss, candidate) for candidate in measured if candidate.loss is not None]
+    lowest = min(loss for loss, _ in losses)
+    good = [(candidate.seconds(serving), loss, candidate) for loss, candidate in losses if loss <= lowest + tolerance]
+    return min(good, key=lambda each: each[:2])[2]
 
 
 @dataclass(frozen=True)

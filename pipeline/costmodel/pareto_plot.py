@@ -41,7 +41,8 @@ def _costed(search: Search, axes: Axes) -> None:
     measured = [(_speedup(search, each), 100 * each.kept) for each in search.candidates]
     axes.set_xlim(MARGIN * min(x for x, _ in measured), max(x for x, _ in measured) / MARGIN)
     axes.set_ylim(MARGIN**2 * min(y for _, y in measured), max(y for _, y in measured) / MARGIN)
-    axes.scatter(*zip(*measured), s=28, color="#1f6feb", label=f"{len(measured)} cut and measured")
+    speeds, losses = zip(*measured)
+    axes.scatter(speeds, losses, s=28, color="#1f6feb", label=f"{len(measured)} cut and measured")
     axes.set_ylabel("% of the weights kept")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)

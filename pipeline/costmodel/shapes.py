@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -64,7 +65,8 @@ class ModelShape:
 
     def changed(self, axes: Mapping[str, int]) -> "ModelShape":
         """Return the same model with these of its five axes changed."""
-        return replace(self, **{axis: axes[axis] for axis in AXES})
+        chosen: dict[str, Any] = {axis: axes[axis] for axis in AXES}
+        return replace(self, **chosen)
 
     def each(self) -> tuple[LayerSizes, ...]:
         """What each layer of the teacher keeps at most, [layer of the teacher]; where they are alike, what each has."""
@@ -248,7 +250,7 @@ class Grid:
         values = possible_values(teacher, multiples)
         self.layers, self.hidden, self.attention, self.neurons = (np.array(axis) for axis in values.values())
         pairs = values["attention"]
-        kept = [[LayerSizes(*pair, 0).within(own) for pair in pairs] for own in teacher.each()]
+        kept = [[LayerSizes(heads, groups, 0).within(own) for heads, groups in pairs] for own in teacher.each()]
         bundles = np.array([[pair.heads + pair.groups for pair in layer] for layer in kept]) * teacher.head_size
         neurons = np.minimum(self.neurons, np.array([[own.neurons] for own in teacher.each()]))  # [layer, neurons]
         width = 2 * bundles[:, :, None] + 3 * neurons[:, None] + 2  # of a layer per hidden channel

@@ -34,9 +34,9 @@ def docstrings() -> tuple[str, ...]:
     texts = []
     for file in files:
         if _NOT_THE_LIBRARY.isdisjoint(file.parts):
-            new = [text for text in _docstrings(root / file) if text not in known]
-            known.update(new)
-            texts.append("\n\n".join(new))
+            fresh = [text for text in dict.fromkeys(_docstrings(root / file)) if text not in known]
+            known.update(fresh)
+            texts.append("\n\n".join(fresh))
     return tuple(text for text in texts if text)
 
 

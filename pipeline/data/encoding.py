@@ -84,8 +84,8 @@ def blocks(pieces: Iterable[Piece]) -> Iterator[Block]:
 
 def _without(block: Block, shared: set[int]) -> list[Block | None]:
     """Return what stays of a block without some of its pieces, by number; None for each gap."""
-    kept = [None if number in shared else piece for number, piece in enumerate(block.pieces)]
-    return [Block(tuple(group)) if stays else None for stays, group in groupby(kept, lambda piece: piece is not None)]
+    numbered = groupby(enumerate(block.pieces), lambda each: each[0] not in shared)
+    return [Block(tuple(piece for _, piece in group)) if stays else None for stays, group in numbered]
 
 
 def _cut(piece: Piece) -> Iterator[Piece]:
@@ -148,6 +148,7 @@ class Encoder:
 
     def count(self, several: Iterable[list[Block]]) -> None:
         """Count, in `avoids`, the pieces of a text that have each run of evaluation text."""
+        assert self._avoids is not None
         passed = 0  # pieces before the block
         for batch in several:
             encoded = self._tokenized([block.text for block in batch])

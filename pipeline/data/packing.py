@@ -72,7 +72,7 @@ def build(
         entry = {"name": domain.name, "weight": domain.weight, "sequences": shards.rows - start}
         entries.append(entry | asdict(counts))
     files = shards.close()
-    index = {"sequence": sequence, "sequences": shards.rows, "tokens": shards.rows * sequence}
+    index: dict[str, Any] = {"sequence": sequence, "sequences": shards.rows, "tokens": shards.rows * sequence}
     index |= {"after": around.after, "first": around.first, "domains": entries, "shards": files}
     unfinished = folder / (INDEX + ".partial")
     unfinished.write_text(json.dumps(index, indent=1), encoding="utf-8")

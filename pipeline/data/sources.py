@@ -170,7 +170,7 @@ def _pieces(corpus: Corpus, field: str, template: ChatTemplate) -> Iterator[Piec
             fault = f"{place} holds {HELD[type(value)]}, and records before it {HELD[first]}: {value!r:.80}"
             raise ValueError(f"{fault}; give them as two paths")
         chat = not isinstance(value, str)
-        text = template.render(turns(value, place), place) if chat else value
+        text = value if isinstance(value, str) else template.render(turns(value, place), place)
         yield Piece(_characters(text, place), True, chat)
 
 
@@ -201,7 +201,7 @@ def _document(parts: Iterator[str]) -> Iterator[Piece]:
     rest = "" if last is None else last.strip()
     if previous is not None:
         yield Piece(previous, not rest)
-    if rest:
+    if last is not None and rest:
         yield Piece(last, True)
 
 
@@ -216,6 +216,7 @@ def _records(corpus: Corpus, field: str) -> Iterator[tuple[str, Value]]:
         yield from tables.table_records(tables.saved(corpus.key, corpus.given, field), corpus.given, field)
     else:
         place = HUB.fullmatch(corpus.key)
+        assert place is not None  # `locate` accepts no other key
         table = tables.hub(place["id"], place["configuration"], place["split"], corpus.given, field)
         yield from tables.table_records(table, corpus.given, field)
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,8 +12,22 @@ from torch import Tensor
 from pipeline.data.packing import Packed
 
 
-def stream(packed: Packed, batch: int, rank: int, world: int, start: int, seed: int) -> Iterator[Tensor]:
-    """Return this rank's batches, int64 [batch, sequence], without end, from global position `start` on.
+class Rows(Protocol):
+    """Packed text: rows of `sequence` token ids by index, and its domains, each with `sequences` and `weight`."""
+
+    @property
+    def sequence(self) -> int: ...
+
+    @property
+    def domains(self) -> Sequence[dict[str, Any]]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> np.ndarray: ...
+
+
+def stream(packed: Rows, batch: int, rank: int, world: int, start: int, seed: int) -> Iterator[Tensor]:
+    """Yield this rank's batches, int64 [batch, sequence], without end, from global position `start` on.
 
     The position counts rows consumed by all ranks together; rank r of w takes positions start + r, start + r + w, ...
     So the batches of w ranks, interleaved, are those of one rank with w times the batch, and the stream from p is the
@@ -65,7 +80,7 @@ def beginning(packed: Packed, tokens: int, batch: int, rank: int, world: int, se
     return Beginning(packed, min(max(1, tokens // packed.sequence), len(packed)), batch, rank, world, seed)
 
 
-def _batches(packed: Packed, batch: int, rank: int, world: int, start: int, seed: int) -> Iterator[Tensor]:
+def _batches(packed: Rows, batch: int, rank: int, world: int, start: int, seed: int) -> Iterator[Tensor]:
     sizes = [domain["sequences"] for domain in packed.domains]
     draws = _draws(sizes, [domain["weight"] for domain in packed.domains])
     length = sum(draws)
@@ -83,9 +98,10 @@ def _batches(packed: Packed, batch: int, rank: int, world: int, start: int, seed
 
 def _draws(sizes: Sequence[int], weights: Sequence[float | None]) -> list[int]:
     """Return the rows of each domain in an epoch: all its rows, or its share by weight of as many rows as there are."""
-    if None in weights:
+    known = [weight for weight in weights if weight is not None]
+    if len(known) < len(weights):
         return list(sizes)
-    return [max(1, round(sum(sizes) * weight / sum(weights))) for weight in weights]
+    return [max(1, round(sum(sizes) * weight / sum(known))) for weight in known]
 
 
 def _order(sizes: Sequence[int], draws: Sequence[int], seed: int, epoch: int) -> np.ndarray:

@@ -25,7 +25,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._process: Any = None
-        self._pipe: Connection | None = None
+        self._pipe: Any = None
 
     def __enter__(self) -> "ChatTemplate":
         return self

@@ -64,8 +64,9 @@ class Distiller(nn.Module):
         self.teacher = teacher.base_model.requires_grad_(False).eval()
         self.student = student.base_model
         self.head = Head(teacher, student, objective)
+        self.channels: Tensor | None
         self._match = match if objective.hidden or objective.embedding else None
-        if self._match is not None:
+        if match is not None and self._match is not None:
             channels = None if match.channels is None else torch.tensor(match.channels)
             self.register_buffer("channels", channels, persistent=False)
             places = [EMBEDDING] * bool(objective.embedding)
@@ -95,7 +96,7 @@ class Distiller(nn.Module):
         if not self.training:
             return loss, {"kl": loss.detach()}
         for name, weight, places in self._terms():
-            term = sum(self._difference(ours, theirs) for ours, theirs in places) / len(places)
+            term = torch.stack([self._difference(ours, theirs) for ours, theirs in places]).mean()
             loss = loss + weight * term
             parts[name] = term.detach()
         if self._match is not None:
@@ -105,7 +106,7 @@ class Distiller(nn.Module):
 
     def _terms(self) -> Iterator[tuple[str, float, tuple[tuple[int, int], ...]]]:
         if self.objective.hidden:
-            yield "hidden", self.objective.hidden, self._match.layers
+            yield "hidden", self.objective.hidden, self._match.layers if self._match else ()
         if self.objective.embedding:
             yield "embedding", self.objective.embedding, ((EMBEDDING, EMBEDDING),)
 
@@ -129,17 +130,20 @@ class Head(nn.Module):
         self.teacher_weight, self.teacher_bias = _frozen_output(teacher)
         output = student.get_output_embeddings()
         self.student_weight, self.student_bias = output.weight, output.bias
-        self._forms = {"student_logits": logit_form(student.config), "teacher_logits": logit_form(teacher.config)}
+        self._forms: dict[str, Any] = {
+            "student_logits": logit_form(student.config),
+            "teacher_logits": logit_form(teacher.config),
+        }
 
     def forward(self, states: Tensor, target: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of the student's and the teacher's hidden states [b, s, h], next tokens [b, s]."""
         objective = self.objective
-        training = {
+        training: dict[str, Any] = {
             "kind": objective.kind,
             "temperature": objective.temperature,
             "cross_entropy": objective.cross_entropy,
         }
-        held_out = {"kind": "forward_kl", "temperature": 1.0, "cross_entropy": 0.0}
+        held_out: dict[str, Any] = {"kind": "forward_kl", "temperature": 1.0, "cross_entropy": 0.0}
         return linear_distillation(
             states.flatten(0, 1),
             self.student_weight,
@@ -161,7 +165,7 @@ def _frozen_output(model: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
     return output.weight, output.bias
 
 
-def _watch(body: nn.Module, places: list[int]) -> dict[int, Tensor]:
+def _watch(body: Any, places: list[int]) -> dict[int, Tensor]:
     """Return a mapping that holds, after a forward pass of `body`, the hidden states after the named layers."""
     states: dict[int, Tensor] = {}
     for place in set(places):

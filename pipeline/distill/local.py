@@ -78,7 +78,7 @@ def learn(module: nn.Module, rows: Rows, lessons: Lessons, add: Add) -> Learnt:
         optimizer.zero_grad()
         with torch.enable_grad():  # a rank without a token of this step has a gradient too: zero
             (_distances(module, rows, chosen, lessons) / count).backward()
-        add([weight.grad for weight in matrices])
+        add([weight.grad for weight in matrices if weight.grad is not None])
         optimizer.step()
     after = _measured(module, rows, lessons, add)
     if after < before:

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from pipeline.model.causal import CausalModel
 from pipeline.model.logits import logits_of
 
 
 @torch.inference_mode()
-def final_states(model: torch.nn.Module, ids: Tensor) -> Tensor:
+def final_states(model: CausalModel, ids: Tensor) -> Tensor:
     """Return the final hidden states [b · t, h] of token ids [b, t], in the type that the model computes in.
 
     They hold as much as the logits in less memory: 576 numbers a token instead of 49152 for SmolLM2.
@@ -16,7 +17,7 @@ def final_states(model: torch.nn.Module, ids: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def divergence(model: torch.nn.Module, ids: Tensor, wanted: Tensor, chunk: int) -> Tensor:
+def divergence(model: CausalModel, ids: Tensor, wanted: Tensor, chunk: int) -> Tensor:
     """Return [2] float64 on the CPU: Σ over tokens KL(p ‖ q) in nats over the whole vocabulary, and the tokens.
 
     q are the model's distributions for ids [b, t]; p those of the final states `wanted` [b · t, h], through the

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.model.causal import CausalModel
 from pipeline.model.logits import logits_of
 
 LARGEST = math.log(sys.float_info.max)
@@ -28,7 +29,7 @@ class Quality:
     bits_per_byte: float
 
 
-def tally(model: torch.nn.Module, batches: Iterable[Tensor], chunk: int) -> Tensor:
+def tally(model: CausalModel, batches: Iterable[Tensor], chunk: int) -> Tensor:
     """Return [3] float64 on the CPU: summed negative log-likelihood in nats, correct first choices, predicted tokens.
 
     Arguments as of `tallies`. Tallies of disjoint batches add up.
@@ -37,7 +38,7 @@ def tally(model: torch.nn.Module, batches: Iterable[Tensor], chunk: int) -> Tens
 
 
 @torch.inference_mode()
-def tallies(model: torch.nn.Module, batches: Iterable[Tensor], chunk: int) -> Iterator[Tensor]:
+def tallies(model: CausalModel, batches: Iterable[Tensor], chunk: int) -> Iterator[Tensor]:
     """Yield for each batch the tally of each of its sequences, [b, 3] float64 on the CPU.
 
     `batches` are token ids [b, t]. The log-softmax runs in float32 (or better) over `chunk` tokens at once, so the full

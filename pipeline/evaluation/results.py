@@ -1,5 +1,6 @@
 """What evaluations find, as artifacts hold it. A perplexity or loss that is not finite is stored as null."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ class Behaviour:
     """What a model does beside its loss on text."""
 
     kv_bytes_per_token: int
-    tasks: dict[str, dict[str, float | None]]  # metrics by lm-eval task
+    tasks: Mapping[str, Mapping[str, float | None]]  # metrics by lm-eval task
     samples: tuple[str, ...]  # continuations of the prompts
 
 
@@ -43,6 +44,6 @@ class Evaluation(_Finite):
     device: dict[str, Any]
     models: dict[str, dict[str, Any]]  # sizes by model
     texts: dict[str, dict[str, Any]]  # facts and figures by text
-    tasks: dict[str, dict[str, dict[str, float | None]]]  # metrics by model and task
+    tasks: Mapping[str, Mapping[str, Mapping[str, float | None]]]  # metrics by model and task
     speed: dict[str, Any] | None
     samples: tuple[dict[str, str], ...]

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.model.causal import CausalModel
+
 
 @torch.inference_mode()
-def continuation(model: torch.nn.Module, prompt: Tensor) -> Iterator[Tensor]:
+def continuation(model: CausalModel, prompt: Tensor) -> Iterator[Tensor]:
     """Yield the model's first choice [1, 1] after `prompt` [1, t], then after the prompt and that choice, and so on.
 
     The first step is the prefill of the whole prompt, every further one the decoding of one token. Nothing is copied
@@ -24,12 +26,12 @@ def continuation(model: torch.nn.Module, prompt: Tensor) -> Iterator[Tensor]:
         step = continued(model, token, step)
 
 
-def continued(model: torch.nn.Module, ids: Tensor, step: Any) -> Any:
+def continued(model: CausalModel, ids: Tensor, step: Any) -> Any:
     """Return the output of a model for ids [b, t] after those of an earlier output, with that output's cache."""
     return model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_name(model): cache_of(step)})
 
 
-def cache_name(model: torch.nn.Module) -> str:
+def cache_name(model: CausalModel) -> str:
     """Return the argument that takes a cache: `cache`, or `past_key_values` in earlier releases of transformers."""
     return "cache" if "cache" in inspect.signature(inspect.unwrap(model.forward)).parameters else "past_key_values"
 
@@ -39,7 +41,7 @@ def cache_of(step: Any) -> Any:
     return step["cache"] if "cache" in step else step["past_key_values"]
 
 
-def continue_greedily(model: torch.nn.Module, prompt: Tensor, tokens: int, stop: frozenset[int]) -> list[int]:
+def continue_greedily(model: CausalModel, prompt: Tensor, tokens: int, stop: frozenset[int]) -> list[int]:
     """Return up to `tokens` greedy ids after `prompt` [1, t], ending before the first id in `stop`."""
     ids = []
     for token in islice(continuation(model, prompt.to(next(model.parameters()).device)), tokens):
@@ -50,7 +52,7 @@ def continue_greedily(model: torch.nn.Module, prompt: Tensor, tokens: int, stop:
 
 
 @torch.inference_mode()
-def cache_bytes_per_token(model: torch.nn.Module, prompt: Tensor) -> int:
+def cache_bytes_per_token(model: CausalModel, prompt: Tensor) -> int:
     """Return the bytes of keys and values that the model caches for one token, measured after `prompt` [1, t]."""
     step = model(input_ids=prompt.to(next(model.parameters()).device), use_cache=True, logits_to_keep=1)
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache_of(step).layers) // prompt.shape[1]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.model.causal import CausalModel
 from pipeline.model.logits import logits_of
 
 LAST_WORD = re.compile(r"(?<=[^\W\d_] )[^\W\d_]{3,}(?=[.!?]\s)")  # a word after a word, before the end of a sentence
@@ -41,7 +42,7 @@ def questions(
 
 
 @torch.inference_mode()
-def right(model: torch.nn.Module, given: Sequence[Question], batch: int) -> Tensor:
+def right(model: CausalModel, given: Sequence[Question], batch: int) -> Tensor:
     """Return [2] float64 on the CPU: the questions whose whole word is the greedy continuation, and all of them.
 
     Contexts and words run through the model together, padded on the right: with causal attention padding changes

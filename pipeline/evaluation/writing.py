@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.evaluation.samples import continued
+from pipeline.model.causal import CausalModel
 
 MARK = "\u2060USER\u2060"  # in place of the user's words; no template contains it
 
@@ -42,7 +43,7 @@ def user_turn(tokenizer: Any, render: Callable[[list[dict[str, str]]], str]) -> 
 
 @torch.inference_mode()
 def sample(
-    model: torch.nn.Module, starts: Tensor, tokens: int, temperature: float, generator: torch.Generator
+    model: CausalModel, starts: Tensor, tokens: int, temperature: float, generator: torch.Generator
 ) -> Tensor:
     """Return ids [b, tokens] sampled one after another after `starts` [b, s], with a key/value cache.
 

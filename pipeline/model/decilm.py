@@ -134,8 +134,9 @@ def _widths(student: Anatomy) -> tuple[LayerSizes, ...]:
     found = []
     for heads in range(max(w.heads for w in narrow), max(groups * each, hidden) + 1):
         if accepts_heads(student, hidden, heads):
-            held = [_groups(w, heads) for w in narrow]
-            if None not in held:
+            possible = [_groups(w, heads) for w in narrow]
+            held = [groups for groups in possible if groups is not None]
+            if len(held) == len(possible):
                 found.append((heads * len(held) + sum(held), heads, held))
     if not found:
         raise ValueError(

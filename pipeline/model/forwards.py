@@ -19,8 +19,8 @@ def replaced_forward(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterat
             module.forward = forward
         yield
     finally:
-        for module, forward in before.items():
-            if forward is None:
+        for module, earlier in before.items():
+            if earlier is None:
                 vars(module).pop("forward", None)
             else:
-                module.forward = forward
+                module.forward = earlier

@@ -90,7 +90,7 @@ def class_fields(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any]:
             f"shape.hidden is {hidden}, not a multiple of shape.heads ({heads}): "
             f"{family.architecture}{' with biases' if _biased(student) else ''} refuses it; choose a multiple"
         )
-    family = FAMILIES[family.uneven]
+    family = FAMILIES[str(family.uneven)]
     return {"model_type": family.model_type, "architectures": [family.architecture], "sliding_window": None}
 
 

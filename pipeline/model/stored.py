@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -33,18 +32,13 @@ class Stored:
         """
         path = folder / cls.FILE
         try:
-            return _adapter(cls).validate_json(path.read_bytes(), strict=True)
+            return TypeAdapter(cls).validate_json(path.read_bytes(), strict=True)
         except ValidationError as error:
             raise ValueError(f"{path} is damaged: {_reason(error)}; delete its folder to make it again") from None
 
     def to_json(self) -> Any:
         """Return the value as JSON holds it."""
         return asdict(self)
-
-
-@cache
-def _adapter(kind: type) -> TypeAdapter:
-    return TypeAdapter(kind)
 
 
 def _reason(error: ValidationError) -> str:

@@ -21,7 +21,7 @@ def spans(anatomy: Anatomy) -> dict[str, tuple[Axis, int]]:
     By name with a `{layer}` place: the axis, `n d` or `k d`, and the power of s that the tensor is multiplied by. Empty
     for a family that has no such gain.
     """
-    result = {}
+    result: dict[str, tuple[Axis, int]] = {}
     for gain, segments in anatomy.layer_tensors.items():
         if gain.endswith(GAIN) and segments in ((("n d",),), (("k d",),)):
             axis = segments[0][0]

@@ -1,6 +1,7 @@
 """The map of a cut: every layer, head and stretch of neurons of the teacher, and what became of it."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipeline.model.anatomy import Sizes
@@ -130,7 +131,7 @@ def _bulge(donor: int, host: int) -> float:
 
 
 def _legend(donated: bool, dropped: bool) -> list[Mark]:
-    entries = [("kept", lambda x, y: Box(x, y - 5, 9, 9, "kept"))]
+    entries: list[tuple[str, Callable[[float, float], Mark]]] = [("kept", lambda x, y: Box(x, y - 5, 9, 9, "kept"))]
     if donated:
         entries.append(("donated to its host layer", lambda x, y: Box(x, y - 5, 9, 9, "donated")))
     entries.append(("removed", lambda x, y: Box(x, y - 5, 9, 9, "removed")))

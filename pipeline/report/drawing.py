@@ -195,8 +195,8 @@ def _png_mark(axes, mark: Mark, order: int) -> None:
             wide = mark.width * points_per_pixel
             axes.add_patch(PathPatch(path, facecolor="none", edgecolor=colour, linewidth=wide, zorder=order))
         case Dot(x, y, radius):
-            face = COLOURS["paper"] if mark.hollow else colour
-            axes.add_patch(Circle((x, y), radius, facecolor=face, edgecolor=colour, linewidth=1.1, zorder=order))
+            inside = COLOURS["paper"] if mark.hollow else colour
+            axes.add_patch(Circle((x, y), radius, facecolor=inside, edgecolor=colour, linewidth=1.1, zorder=order))
         case Text(x, y, text):
             side = {"start": "left", "middle": "center", "end": "right"}[mark.anchor]
             look = {"fontsize": mark.size * points_per_pixel * 0.94, "fontweight": "bold" if mark.bold else "normal"}

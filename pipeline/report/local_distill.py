@@ -25,9 +25,9 @@ def errors_by_layer(errors: Sequence[Mapping[str, float]]) -> Drawing:
         ("after local distillation", lambda a, b: Dot(a + 4, b, 3.4, "kept")),
     ]
     marks += legend(keys, LEFT, 26)
-    errors = ", ".join(f"{each['before']:.2g} to {each['after']:.2g}" for each in errors)
+    ends = ", ".join(f"{each['before']:.2g} to {each['after']:.2g}" for each in errors)
     return Drawing(
-        WIDTH, HEIGHT, f"Distance behind each of {len(errors)} FFNs before and after: {errors}.", tuple(marks)
+        WIDTH, HEIGHT, f"Distance behind each of {len(errors)} FFNs before and after: {ends}.", tuple(marks)
     )
 
 

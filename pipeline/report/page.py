@@ -26,8 +26,8 @@ RECOVERY = ("loss", "kl", "rate")
 
 def page(report: Report, drawings: Mapping[str, Drawing]) -> str:
     """Return the HTML page of a report with its figures; what was not measured has no section."""
-    parts = (_comparison, _quality, _samples, _search, _cut, _importance, _correction, _regularization, rounds_section)
-    parts += (blocks_section, _recovery, export_section, _costs, _making)
+    parts = [_comparison, _quality, _samples, _search, _cut, _importance, _correction, _regularization, rounds_section]
+    parts += [blocks_section, _recovery, export_section, _costs, _making]
     student = count(report["parameters"]["student"])
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(f"{report['model']}, pruned to {student} parameters"),

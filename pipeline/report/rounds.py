@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from pipeline.model.anatomy import Anatomy
@@ -73,9 +74,9 @@ def layers_by_round(facts: Mapping[str, Any]) -> Drawing:
         if levels[-1]:
             tip = f"layer {layer}: {levels[-1]:.0f} % remains"
             marks.append(Box(left, y(levels[-1]), wide, y(0.0) - y(levels[-1]), "kept", tip))
-    keys = [("remains", lambda a, b: Box(a, b - 5, 9, 9, "kept"))]
+    keys = [("remains", partial(_key, 1.0))]
     for name, tint in (("removed last", tints[-1]), ("removed first", tints[0])):
-        keys.append((name, lambda a, b, tint=tint: Box(a, b - 5, 9, 9, "kept", opacity=tint)))
+        keys.append((name, partial(_key, tint)))
     marks += legend(keys, LEFT, 26)
     ends = ", ".join(f"{100 * now / full:.0f} %" for now, full in zip(rounds[-1]["left"], whole))
     alt = f"Weights of each of {len(whole)} layers after {len(rounds)} rounds: {ends} of the teacher's."
@@ -114,6 +115,10 @@ def _rounds_table(facts: Mapping[str, Any], recovered: bool, caption: str) -> st
             cells += [count(each["tokens"]) if "tokens" in each else "", _change(each.get(KL))]
         body.append(line(label, cells, columns))
     return table(columns, body, caption)
+
+
+def _key(opacity: float, x: float, y: float) -> Box:
+    return Box(x, y - 5, 9, 9, "kept", opacity=opacity)
 
 
 def _ends(pair: Sequence[int]) -> str:

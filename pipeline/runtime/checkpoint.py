@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -291,7 +291,7 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], limit: float) -> Iterator[dic
     yield shard
 
 
-def load_model(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def load_model(folder: Path, dtype: torch.dtype | Literal["auto"], attention: str) -> PreTrainedModel:
     """Load a model folder on the CPU, in evaluation mode; a pruned one by this project's own modelling code.
 
     `attention` is an implementation of transformers, or auto for the one its class prefers. The class is always one of

@@ -95,7 +95,7 @@ def _check_count(field: str, value: Any, limit: int, path: Path) -> None:
 def _check_layers(config: Mapping[str, Any], path: Path) -> None:
     """Raise ValueError where a list with an entry for each layer has another length, or an entry is malformed."""
     field = FAMILIES[config["model_type"]].field("layers")
-    count, tied = config[field], config.get("tie_word_embeddings")
+    count, tied = config[str(field)], config.get("tie_word_embeddings")
     if tied is not None and not isinstance(tied, bool):
         raise ValueError(f"{path}: tie_word_embeddings is {json.dumps(tied):.60}, not true or false; fetch it again")
     pruned = config.get("pruned", {})

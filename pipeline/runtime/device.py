@@ -13,6 +13,7 @@ import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import psutil
@@ -32,6 +33,10 @@ _hidden: dict[str, str] = {}  # module that cannot be imported -> why
 NATIVE_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # /proc/cpuinfo flags of x86 and (the last) of Arm
 
 
+Place: TypeAlias = torch.device  # in annotations of Device, whose field `torch` hides the module
+Type: TypeAlias = torch.dtype
+
+
 @dataclass(frozen=True)
 class Device:
     """What one rank computes on: `name` is the chip's own, `backend` its collective library; memory is in bytes.
@@ -41,9 +46,9 @@ class Device:
     """
 
     kind: str
-    torch: torch.device
+    torch: Place
     backend: str
-    compute_dtype: torch.dtype
+    compute_dtype: Type
     attention: str
     name: str
     kernels: str = "reference"
@@ -199,7 +204,7 @@ def _missing_npu() -> str | None:
 
 def _broken_npu(fault: Exception) -> str:
     """Return why torch_npu is broken; hide it from transformers and DeepSpeed, which import it unguarded."""
-    sys.modules["torch_npu"] = None  # find_spec then answers "absent"
+    sys.modules["torch_npu"] = None  # type: ignore[assignment]  # find_spec then answers "absent"
     reason = f"{type(fault).__name__}: {(str(fault).splitlines() or [''])[0]:.160}"
     _hidden["torch_npu"] = f"torch_npu cannot be imported ({reason}); source CANN's set_env.sh"
     return _hidden["torch_npu"]

@@ -36,7 +36,7 @@ class Engine:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Any,
         device: Device,
         ranks: Ranks,
         *,
@@ -66,7 +66,7 @@ class Engine:
         )
         self._named, self._device, self._ranks = dict(named), device, ranks
         self._accumulation, self._pending = accumulation, 0
-        settings = {
+        settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": clip,
@@ -108,11 +108,11 @@ class Engine:
             group["lr"] = learning_rate
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = None
+        clipped = None
         if self._clips_itself:
-            norm = torch.nn.utils.clip_grad_norm_(self._named.values(), self._clip)
+            clipped = torch.nn.utils.clip_grad_norm_(self._named.values(), self._clip)
         self._engine.step()
-        norm = float(self._engine.get_global_grad_norm() if norm is None else norm)
+        norm = float(self._engine.get_global_grad_norm() if clipped is None else clipped)
         return norm if norm >= 0.0 else float("nan")
 
     def measure(self, batch: Tensor) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fused
+from pipeline.model.causal import CausalModel
 from pipeline.model.families import FAMILIES, Family
 from pipeline.model.forwards import replaced_forward
 
@@ -48,7 +49,7 @@ def fused_layers(model: nn.Module, chosen: Operators) -> Iterator[None]:
         yield
 
 
-def forwards_of(model: nn.Module, chosen: Operators) -> dict[nn.Module, Callable[..., Any]]:
+def forwards_of(model: CausalModel, chosen: Operators) -> dict[nn.Module, Callable[..., Any]]:
     """Return the forward of every module that one of the operators can compute; none for a model without a table."""
     family = FAMILIES.get(model.config.model_type)
     if family is None or not chosen:
@@ -62,7 +63,7 @@ def forwards_of(model: nn.Module, chosen: Operators) -> dict[nn.Module, Callable
     norms = [_submodule(layer, name) for layer, name in parts]
     if "rms_norm" in chosen:
         for norm in (*norms, final):
-            if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "weight"):
+            if norm is not None and type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "weight"):
                 forwards[norm] = partial(_norm, chosen["rms_norm"], norm, _epsilon(norm), family.norm_offset)
     for layer in layers:
         ffn, attention = _submodule(layer, "mlp"), _submodule(layer, "self_attn")
@@ -83,11 +84,11 @@ def _norm(operator: Callable[..., Tensor], module: nn.Module, eps: float, offset
     return operator(hidden, module.weight, eps, offset)
 
 
-def _ffn(operator: Callable[..., Tensor], module: nn.Module, hidden: Tensor) -> Tensor:
+def _ffn(operator: Callable[..., Tensor], module: Any, hidden: Tensor) -> Tensor:
     return module.down_proj(operator(module.gate_proj(hidden), module.up_proj(hidden)))
 
 
-def _packed_ffn(operator: Callable[..., Tensor], module: nn.Module, hidden: Tensor) -> Tensor:
+def _packed_ffn(operator: Callable[..., Tensor], module: Any, hidden: Tensor) -> Tensor:
     return module.down_proj(operator(module.gate_up_proj(hidden)))
 
 
@@ -112,7 +113,7 @@ def _rebound(function: FunctionType, names: Mapping[str, Any]) -> FunctionType:
     """Return a copy of a function that finds these names among its globals; its module is not changed."""
     copy = FunctionType(
         function.__code__,
-        function.__globals__ | names,
+        function.__globals__ | dict(names),
         function.__name__,
         function.__defaults__,
         function.__closure__,
@@ -135,7 +136,7 @@ def _submodule(layer: nn.Module, name: str) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def _epsilon(norm: nn.Module) -> float:
+def _epsilon(norm: Any) -> float:
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def _check_elements(header: Header, config: dict) -> None:
     )
 
 
-def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights in bfloat16; a tied output matrix is left out."""
     head = f"{family_of(model.config.model_type).head}.weight"
     for name, tensor in model.state_dict().items():

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from pipeline.model.causal import CausalModel
 from pipeline.runtime.device import Device
 from pipeline.runtime.disk import size
 from pipeline.runtime.fused_layers import fused_layers, operators
@@ -31,7 +32,7 @@ def placed(model: nn.Module, device: Device, stream: Stream) -> Iterator[nn.Modu
 
 
 @contextmanager
-def _moved(model: nn.Module, device: Device, stream: Stream) -> Iterator[nn.Module]:
+def _moved(model: CausalModel, device: Device, stream: Stream) -> Iterator[CausalModel]:
     if stream is False or stream == "auto" and _fits(model, device):
         yield model.to(device.torch)
         return

@@ -61,7 +61,7 @@ class Ledger(Generic[T]):
             return []
         text = self.path.read_text(encoding="utf-8", errors="replace")
         *lines, rest = text.split("\n")
-        sound = []
+        sound: list[str] = []
         for line in lines:
             try:
                 self._entry(line)

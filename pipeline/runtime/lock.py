@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 LOOK = 0.5  # seconds between two tries
 
@@ -15,7 +16,7 @@ class Lock:
 
     def __init__(self, path: Path):
         self.path = path
-        self.file = None
+        self.file: TextIO | None = None
 
     def acquire(self, waiting: Callable[[str], None]) -> None:
         """Take the lock, however long its owner keeps it; `waiting` is called with each owner that is waited for.

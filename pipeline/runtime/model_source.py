@@ -41,7 +41,9 @@ class ModelSource:
 
     def bytes(self) -> int:
         """Return the size of the files."""
-        files = self.parts or tuple(path for path in self.folder.iterdir() if path.is_file())
+        folder = self.folder
+        inside = () if folder is None else tuple(path for path in folder.iterdir() if path.is_file())
+        files = self.parts or inside
         return sum(path.stat().st_size for path in files)
 
 
@@ -103,7 +105,7 @@ def import_model(source: ModelSource, folder: Path, field: str, shard_bytes: flo
             unpack(source.parts, folder, shard_bytes)
             notes = []
         else:
-            notes = _copy(source, folder, shard_bytes, trusted)
+            notes = _copy(source.folder, source.allow_pickle, folder, shard_bytes, trusted)
         checkpoint = open_checkpoint(folder)
         checkpoint.check()
     except ValueError as fault:
@@ -112,25 +114,25 @@ def import_model(source: ModelSource, folder: Path, field: str, shard_bytes: flo
     return checkpoint
 
 
-def _copy(source: ModelSource, folder: Path, shard_bytes: float, trusted: bool) -> list[str]:
+def _copy(origin: Path, allow_pickle: bool, folder: Path, shard_bytes: float, trusted: bool) -> list[str]:
     """Copy a model folder and return what differs in the copy."""
-    checkpoint = open_checkpoint(source.folder, source.allow_pickle)
+    checkpoint = open_checkpoint(origin, allow_pickle)
     checkpoint.check()
     try:
-        write_checkpoint(folder, checkpoint.config, checkpoint.items(), shard_bytes, source.folder)
+        write_checkpoint(folder, checkpoint.config, checkpoint.items(), shard_bytes, origin)
     except ValueError as fault:
-        raise ValueError(f"{source.folder}: {fault}") from fault
+        raise ValueError(f"{origin}: {fault}") from fault
     notes = list(checkpoint.notes)
     if trusted:
-        for path in source.folder.glob(CODE):
+        for path in origin.glob(CODE):
             shutil.copyfile(path, folder / path.name)
     else:
         _remove_code(folder)
-    if generation_of(source.folder) is None:
+    if generation_of(origin) is None:
         (folder / GENERATION).unlink(missing_ok=True)
-        if (source.folder / GENERATION).exists():
+        if (origin / GENERATION).exists():
             notes.append(f"{GENERATION} is not one that transformers reads, and is left out")
-    if "auto_map" in read_mapping(source.folder / "config.json") and "pruned" not in checkpoint.config:
+    if "auto_map" in read_mapping(origin / "config.json") and "pruned" not in checkpoint.config:
         kind = checkpoint.config["architectures"][0]
         notes.append(f"the folder's modelling code is not used; the model is transformers' {kind}")
     return notes

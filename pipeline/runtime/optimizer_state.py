@@ -77,9 +77,9 @@ class States:
         elif self._stage < 3:
             utils.safe_set_full_optimizer_state(parameter, value, kind)
         elif kind == MASTER:
-            utils.safe_set_local_fp32_param(parameter, self._partition(value, parameter.ds_tensor.numel()))
+            utils.safe_set_local_fp32_param(parameter, self._partition(value, _shard_of(parameter).numel()))
         else:
-            part = self._partition(value, parameter.ds_tensor.numel())
+            part = self._partition(value, _shard_of(parameter).numel())
             utils.safe_set_local_optimizer_state(parameter, part, kind)
 
     @contextmanager
@@ -123,3 +123,8 @@ class States:
         mine = whole.flatten()[self._ranks.rank * size : (self._ranks.rank + 1) * size]
         part[: mine.numel()] = mine
         return part
+
+
+def _shard_of(parameter: Any) -> Tensor:
+    """Return the part of a parameter that this rank holds under ZeRO-3."""
+    return parameter.ds_tensor

@@ -42,6 +42,13 @@ class Ranks:
     store: dist.Store | None = field(default=None, repr=False)
     calls: Iterator[int] = field(default_factory=count, repr=False, compare=False)
 
+    @property
+    def keys(self) -> dist.Store:
+        """The key-value store of several ranks."""
+        if self.store is None:
+            raise RuntimeError("a single rank has no store")
+        return self.store
+
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over ranks; the result is the same on every rank, bit for bit.
 
@@ -67,10 +74,10 @@ class Ranks:
         if self.rank == 0:
             text = json.dumps(value)
             with self._peers("sharing a value"):
-                self.store.set(key, text)
+                self.keys.set(key, text)
             return json.loads(text)
         self._await({0: key}, "a value it shares")
-        return json.loads(self.store.get(key))
+        return json.loads(self.keys.get(key))
 
     def wait(self, name: str) -> None:
         """Return when every rank has called this; PeerFailed, naming the missing ranks, where one failed or died.
@@ -81,7 +88,7 @@ class Ranks:
             return
         prefix = f"wait/{next(self.calls)}/{name}"
         with self._peers(f"`{name}`"):
-            self.store.set(f"{prefix}/{self.rank}", "here")
+            self.keys.set(f"{prefix}/{self.rank}", "here")
         self._await({rank: f"{prefix}/{rank}" for rank in range(self.world)}, f"`{name}`")
 
     @contextmanager
@@ -99,10 +106,10 @@ class Ranks:
                 raise
             lost = _of_a_collective(error)
             with _store_may_be_gone():
-                if lost and self.store.check([FAILED]):
-                    raise PeerFailed(self.store.get(FAILED).decode()) from error
+                if lost and self.keys.check([FAILED]):
+                    raise PeerFailed(self.keys.get(FAILED).decode()) from error
                 if not lost:
-                    self.store.set(FAILED, f"rank {self.rank} failed: {type(error).__name__}: {error}")
+                    self.keys.set(FAILED, f"rank {self.rank} failed: {type(error).__name__}: {error}")
             if lost:
                 raise PeerFailed(_lost(self.rank, "a collective", error)) from error
             raise
@@ -114,13 +121,13 @@ class Ranks:
         pause = 0.001
         while True:
             with self._peers(f"the wait for {what}"):
-                missing = [rank for rank, key in keys.items() if not self.store.check([key])]
+                missing = [rank for rank, key in keys.items() if not self.keys.check([key])]
                 if not missing:
                     return
-                if self.store.check([FAILED]):
-                    raise PeerFailed(self.store.get(FAILED).decode())
+                if self.keys.check([FAILED]):
+                    raise PeerFailed(self.keys.get(FAILED).decode())
                 for rank in missing:
-                    pulse = self.store.get(alive(rank)) if self.store.check([alive(rank)]) else b""
+                    pulse = self.keys.get(alive(rank)) if self.keys.check([alive(rank)]) else b""
                     if pulses.get(rank) != pulse:
                         pulses[rank], heard[rank] = pulse, time.monotonic()
             silent = [rank for rank in missing if time.monotonic() - heard[rank] > self.timeout]
@@ -151,8 +158,8 @@ class Ranks:
             raise
         except RuntimeError as error:  # every error of torch's collectives and stores is one
             with _store_may_be_gone():
-                if self.store.check([FAILED]):  # the other rank left its reason before it stopped
-                    raise PeerFailed(self.store.get(FAILED).decode()) from error
+                if self.keys.check([FAILED]):  # the other rank left its reason before it stopped
+                    raise PeerFailed(self.keys.get(FAILED).decode()) from error
             raise PeerFailed(_lost(self.rank, what, error)) from error
 
 
@@ -191,7 +198,7 @@ def join(device, timeout: float) -> Ranks:
     else:
         store = dist.HashStore()
     dist.init_process_group(device.backend, store=store, rank=rank, world_size=world, timeout=limit)
-    ours = dist.PrefixStore("pipeline", store)
+    ours: Any = dist.PrefixStore("pipeline", store)
     _joined = Ranks(rank, world, local_rank, timeout, device.torch, ours)
     if world > 1:
         _pulse = Pulse(ours.clone(), rank, world, timeout)

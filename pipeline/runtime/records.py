@@ -70,7 +70,7 @@ def load_record(path: Path, empty: T) -> T:
     if not path.exists():
         return empty
     try:
-        value = read_record(path).get("value")
+        value: Any = read_record(path).get("value")
         fault = None if isinstance(value, type(empty)) else "it holds another kind of value"
     except ValueError as error:
         fault = str(error)

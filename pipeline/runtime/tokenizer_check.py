@@ -19,7 +19,7 @@ def check_fits(tokenizer: Any, vocabulary: int) -> None:
     """
     added = tokenizer.get_added_vocab()
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= vocabulary}
-    own = sorted(beyond.keys() - added.keys(), key=beyond.get)
+    own = sorted(beyond.keys() - added.keys(), key=lambda token: beyond[token])
     around = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
     used = [name for name, number in around.items() if number is not None and number >= vocabulary]
     encoded = max(tokenizer(PROBE)["input_ids"], default=0)

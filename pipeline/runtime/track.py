@@ -10,6 +10,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 import wandb
@@ -146,9 +147,9 @@ def logged_in() -> bool:
     candidates = [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]
     settings = wandb.Settings()
     settings.update_from_system_settings()  # `wandb login --host` stores the server there
-    settings.update_from_env_vars(os.environ)
+    settings.update_from_env_vars(dict(os.environ))
     host = urlsplit(settings.base_url).hostname
-    hosts = PUBLIC if host in PUBLIC else (host,)
+    hosts = PUBLIC if host is None or host in PUBLIC else (host,)
     for path in (Path(candidate).expanduser() for candidate in candidates):
         if path.is_file():
             try:
@@ -175,7 +176,7 @@ def run_id(folder: Path, config: dict) -> str:
     """Return the id of the W&B run of this folder and configuration; another configuration gets a new one."""
     note = folder / "wandb_id.json"
     key = digest(config)
-    known = load_record(note, {})
+    known: dict[str, str] = load_record(note, {})
     if known.get("config") != key:
         known = {"config": key, "id": secrets.token_hex(4)}
         save_record(note, known)
@@ -188,7 +189,7 @@ def _offline(options: dict) -> Track:
     return track
 
 
-def _init(options: dict, mode: str) -> "wandb.Run":
+def _init(options: dict, mode: Literal["online", "offline"]) -> "wandb.Run":
     settings = wandb.Settings(
         silent=True,
         init_timeout=START,

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from torch import nn
-
 from pipeline.config import Config
+from pipeline.model.causal import CausalModel
 from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint
 from pipeline.runtime.machine import Machine
 
 
-def load(folder: Path, machine: Machine) -> nn.Module:
+def load(folder: Path, machine: Machine) -> CausalModel:
     """Return the model of a folder on the host, in the type and with the attention that the device computes with."""
     device = machine.device
     return load_model(folder, device.compute_dtype, device.attention)

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.allocate.evolution import Choice, Generation, Place, candidate_widths, evolve
 from pipeline.allocate.sites import Site
 from pipeline.config import Config
 from pipeline.data.stream import Beginning, left_over
 from pipeline.evaluation.divergence import divergence, final_states
+from pipeline.model.causal import CausalModel
 from pipeline.prune.head_norms import spans
 from pipeline.prune.importance.measure import only_layers
 from pipeline.prune.second_order.hessian import with_float64
@@ -48,7 +49,7 @@ class Bench:
     source: Checkpoint
     kept: list[int]
     sites: dict[str, Site]
-    model: nn.Module
+    model: CausalModel
     calibration: Beginning
     present: dict[str, int]
 

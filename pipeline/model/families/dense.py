@@ -1,5 +1,7 @@
 """Dense decoders of the Llama kind: RMSNorm, rotary positions, gated FFN, separate or row-fused projections."""
 
+from typing import Any
+
 from pipeline.model.families.table import (
     ATTENTION,
     ATTENTION_BIASES,
@@ -19,7 +21,7 @@ from pipeline.model.families.table import (
 
 GEMMA_NORMS = NORMS | {"pre_feedforward_layernorm.weight": "h", "post_feedforward_layernorm.weight": "h"}
 GEMMA_PRE = {"input_layernorm": QKV, "pre_feedforward_layernorm": GATE_UP}
-GEMMA = {
+GEMMA: dict[str, Any] = {
     "pre_norms": GEMMA_PRE,
     "post_norms": POST,
     "norm_offset": 1.0,

@@ -1,6 +1,7 @@
 """Dense decoders of the GPT line: GPT-2 and its descendants, GPT-NeoX, BLOOM, Falcon, MPT, CTRL."""
 
 from dataclasses import replace
+from typing import Any
 
 from pipeline.model.families.table import NORM_BIASES, NORMS, Family
 
@@ -16,10 +17,10 @@ FOUR_PRE = {
     "input_layernorm": ("attention.query_key_value",),
     "post_attention_layernorm": ("mlp.dense_h_to_4h",),
 }
-NO_HEAD_SIZE = {"groups": None, "head_size": None}
-GPT2_FIELDS = {"layers": "n_layer", "hidden": "n_embd", "heads": "n_head", "neurons": "n_inner"} | NO_HEAD_SIZE
+NO_HEAD_SIZE: dict[str, str | None] = {"groups": None, "head_size": None}
+GPT2_FIELDS = NO_HEAD_SIZE | {"layers": "n_layer", "hidden": "n_embd", "heads": "n_head", "neurons": "n_inner"}
 GPT2_OUTER = {"transformer.wpe.weight": "p h", "transformer.ln_f.bias": "h"}
-GPT2_NAMES = {
+GPT2_NAMES: dict[str, Any] = {
     "prefix": "transformer.h.{layer}.",
     "embedding": "transformer.wte",
     "final_norm": "transformer.ln_f",
@@ -110,7 +111,7 @@ FALCON = Family(
     attention="self_attention",
     tuples=True,
     outer={"transformer.ln_f.bias": "h"},
-    fields={"neurons": "ffn_hidden_size"} | NO_HEAD_SIZE,
+    fields=NO_HEAD_SIZE | {"neurons": "ffn_hidden_size"},
     requires={
         "new_decoder_architecture": (False, None),
         "multi_query": (True, None),
@@ -171,8 +172,8 @@ GPT = (
         variants=(
             replace(
                 GPT_BIGCODE,
-                layer=GPT_BIGCODE.layer | {"attn.c_attn.weight": "(k q+2 d) h", "attn.c_attn.bias": "(k q+2 d)"},
-                requires=GPT_BIGCODE.requires | {"multi_query": (False,)},
+                layer=dict(GPT_BIGCODE.layer) | {"attn.c_attn.weight": "(k q+2 d) h", "attn.c_attn.bias": "(k q+2 d)"},
+                requires=dict(GPT_BIGCODE.requires) | {"multi_query": (False,)},
                 groups=None,
             ),
         ),
@@ -247,7 +248,7 @@ GPT = (
         final_norm="transformer.layernorm",
         attention="multi_head_attention",
         outer={"transformer.layernorm.bias": "h", "lm_head.bias": "v"},
-        fields={"layers": "n_layer", "hidden": "n_embd", "heads": "n_head", "neurons": "dff"} | NO_HEAD_SIZE,
+        fields=NO_HEAD_SIZE | {"layers": "n_layer", "hidden": "n_embd", "heads": "n_head", "neurons": "dff"},
         fixed=dict.fromkeys(("hidden", "heads", "groups"), "its sinusoidal positions follow from the hidden size"),
         layer_norm=True,
         whole_heads=True,
@@ -282,7 +283,7 @@ GPT = (
                 FALCON,
                 layer=FALCON_LAYERS | FALCON_2,
                 pre_norms={"ln_attn": ("self_attention.query_key_value",), "ln_mlp": ("mlp.dense_h_to_4h",)},
-                fields=FALCON.fields | {"groups": "num_kv_heads"},
+                fields=dict(FALCON.fields) | {"groups": "num_kv_heads"},
                 requires={
                     "new_decoder_architecture": (True,),
                     "num_ln_in_parallel_attn": (2, None),
@@ -293,7 +294,7 @@ GPT = (
             replace(
                 FALCON,
                 layer=FALCON_LAYERS | {"input_layernorm.weight": "h", "input_layernorm.bias": "h"},
-                fields=FALCON.fields | {"groups": "num_kv_heads"},
+                fields=dict(FALCON.fields) | {"groups": "num_kv_heads"},
                 requires={
                     "new_decoder_architecture": (True,),
                     "num_ln_in_parallel_attn": (1,),
@@ -305,7 +306,7 @@ GPT = (
                 FALCON,
                 layer=FALCON_LAYERS | NORMS | NORM_BIASES,
                 pre_norms=FOUR_PRE | {"input_layernorm": ("self_attention.query_key_value",)},
-                fields=FALCON.fields | {"groups": "num_kv_heads"},
+                fields=dict(FALCON.fields) | {"groups": "num_kv_heads"},
                 requires={
                     "new_decoder_architecture": (False, None),
                     "multi_query": (False,),

@@ -35,7 +35,7 @@ def head_means(anatomy: Anatomy, channels: list[Tensor]) -> tuple[Tensor, ...]:
 def fluctuation(anatomy: Anatomy, source: Mapping[str, Tensor], measured: Measured) -> Units:
     """Return FLAP's scores; `deviations` are those of the channels, as the mean of a head's standardised channels is
     the head's mean, less the mean of the layer, over the deviation of the layer's channels."""
-    channels = channel_scores(anatomy, source, measured.moments)
+    channels = channel_scores(anatomy, source, measured.required("moments"))
     deviations = torch.stack([torch.stack([each.std() for each in channels[axis]]) for axis in ("n d", "f")])
     return Units(head_means(anatomy, channels["n d"]), tuple(channels["f"]), deviations)
 

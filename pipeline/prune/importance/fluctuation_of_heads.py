@@ -11,7 +11,7 @@ from pipeline.prune.importance.score import Measured, Score, Units
 
 def fluctuation_of_heads(anatomy: Anatomy, source: Mapping[str, Tensor], measured: Measured) -> Units:
     """Return the mean Var(X_j) · ‖W_:j‖² of each head, and that of each neuron."""
-    channels = channel_scores(anatomy, source, measured.moments)
+    channels = channel_scores(anatomy, source, measured.required("moments"))
     return Units(head_means(anatomy, channels["n d"]), tuple(channels["f"]))
 
 

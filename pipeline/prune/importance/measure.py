@@ -1,6 +1,6 @@
 """Importance in one forward-only calibration pass (Pangu Light 2505.20155, eq. 1-4), as sums that add over ranks."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.anatomy import Anatomy
+from pipeline.model.causal import CausalModel
 from pipeline.model.families import family_of
 from pipeline.model.forwards import replaced_forward
 from pipeline.model.scores import Scores
@@ -100,7 +101,8 @@ def _scored_norms(anatomy: Anatomy, norms: str) -> list[str]:
 
 def _watch(model: nn.Module, anatomy: Anatomy, sums: Sums, scored: list[str], hooks: ExitStack) -> None:
     modules = dict(model.named_modules(prefix=anatomy.family.decoder))
-    writers = {anatomy.writer("n d"): partial(_heads, anatomy.sizes.head_size), anatomy.writer("f"): _neurons}
+    heads = partial(_heads, anatomy.sizes.head_size)
+    writers: dict[str | None, Callable[..., None]] = {anatomy.writer("n d"): heads, anatomy.writer("f"): _neurons}
     for name, total in zip(scored, sums.channels):
         hooks.callback(modules[name].register_forward_hook(partial(_channels, sums, total)).remove)
     for layer in range(len(anatomy.sizes.layers)):
@@ -144,7 +146,7 @@ def _add(sums: Sums, total: Tensor, values: Tensor) -> None:
 
 
 @torch.no_grad()
-def inverse_rms(model: nn.Module, modules: Iterable[str], batches: Iterable[Tensor]) -> dict[str, Tensor]:
+def inverse_rms(model: CausalModel, modules: Iterable[str], batches: Iterable[Tensor]) -> dict[str, Tensor]:
     """Return, for each norm module named as in the checkpoint, sums [2] over tokens: of 1/rms(input), and their count.
 
     Sums add over ranks; their quotient is s of post-RMSNorm absorption (Pangu Light), a mean of inverses.
@@ -167,7 +169,7 @@ def inverse_rms(model: nn.Module, modules: Iterable[str], batches: Iterable[Tens
 
 
 @contextmanager
-def only_layers(model: nn.Module, total: int, kept: Collection[int]) -> Iterator[None]:
+def only_layers(model: CausalModel, total: int, kept: Collection[int]) -> Iterator[None]:
     """Bypass all layers of a causal model of `total` layers but `kept`, which keep their attention types.
 
     Within the context it is the model that `cut` makes of these hosts without donations.
@@ -182,7 +184,7 @@ def only_layers(model: nn.Module, total: int, kept: Collection[int]) -> Iterator
         yield
 
 
-def layer_of(model: nn.Module, index: int) -> nn.Module:
+def layer_of(model: CausalModel, index: int) -> nn.Module:
     """Return a layer of a causal model."""
     return model.get_submodule(family_of(model.config.model_type).prefix.format(layer=index).rstrip("."))
 

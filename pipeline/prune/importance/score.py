@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,13 @@ class Measured:
     scores: Scores  # eq. 1-4 of Pangu Light, always measured
     moments: Moments | None = None  # of what W_O and W_down read
     gradients: Mapping[str, Tensor] | None = None  # of the summed next-token loss, by tensor name
+
+    def required(self, name: str) -> Any:
+        """Return what a pass of PASSES measured. Raise ValueError where the score did not name it among its needs."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"the score reads {name}, which its needs do not name; add it")
+        return value
 
 
 @dataclass(frozen=True)

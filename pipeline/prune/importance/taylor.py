@@ -5,16 +5,17 @@ from contextlib import ExitStack
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.model.anatomy import Anatomy
+from pipeline.model.causal import CausalModel
 from pipeline.prune.importance.coupled import AXES, coupled
 from pipeline.prune.importance.score import Measured, Score, Units
 
 Head = Callable[[Tensor, Tensor], Tensor]  # final hidden states [b, s, h], labels [b, s] -> mean loss of labels, nats
 
 
-def gradients(model: nn.Module, anatomy: Anatomy, batches: Iterable[Tensor], head: Head) -> dict[str, Tensor]:
+def gradients(model: CausalModel, anatomy: Anatomy, batches: Iterable[Tensor], head: Head) -> dict[str, Tensor]:
     """Return ∂L/∂w, L the next-token loss summed over all tokens, of every layer tensor with heads or neurons, by name.
 
     `model` is a causal language model and `head` its next-token loss; batches are ids [batch, sequence]. Sums are
@@ -55,15 +56,16 @@ def saliency(anatomy: Anatomy, source: Mapping[str, Tensor], sums: Mapping[str, 
 
 
 def _compute(anatomy: Anatomy, source: Mapping[str, Tensor], measured: Measured) -> Units:
-    return saliency(anatomy, source, measured.gradients)
+    return saliency(anatomy, source, measured.required("gradients"))
 
 
 def _collect(total: Tensor, parameter: Tensor) -> None:
-    total += parameter.grad
+    if parameter.grad is not None:
+        total += parameter.grad
     parameter.grad = None
 
 
-def _loss(model: nn.Module, head: Head, ids: Tensor) -> Tensor:
+def _loss(model: CausalModel, head: Head, ids: Tensor) -> Tensor:
     states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     labels = ids[:, 1:]
     return head(states, labels) * labels.numel()

@@ -15,13 +15,13 @@ from pipeline.model.forwards import replaced_forward
 class Step:
     """One batch under way: its stream, and the other arguments that the model gives to each layer."""
 
-    def __init__(self):
-        self.hidden: Tensor | None = None  # [batch, sequence, h], set by the first layer
+    def __init__(self) -> None:
+        self.hidden: Tensor  # [batch, sequence, h], set by the first layer
         self.arguments: list[tuple[tuple, dict[str, Any]]] = []  # by layer
 
     def stand_in(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
         """Take a layer's place: note its arguments and pass the stream on."""
-        if self.hidden is None:
+        if not self.arguments:
             self.hidden = hidden_states
         self.arguments.append((rest, named))
         return hidden_states
@@ -55,7 +55,8 @@ def recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Te
     sequence], is held once.
     """
     home = next(model.parameters()).device
-    steps, held = [], []
+    steps: list[Step] = []
+    held: list[Tensor] = []
     for ids in batches:
         step = Step()
         with replaced_forward(dict.fromkeys(layers, step.stand_in)):
@@ -183,8 +184,13 @@ def _held_once(value: Any, held: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
 
 def _tensors(value: Any) -> list[Tensor]:
     """Return every tensor of a structure, as often as it occurs."""
-    found = []
-    _mapped(value, lambda tensor: found.append(tensor) or tensor)
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _mapped(value, note)
     return found
 
 

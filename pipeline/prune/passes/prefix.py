@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from pipeline.model.causal import CausalModel
 from pipeline.model.forwards import replaced_forward
 from pipeline.prune.importance.measure import layer_of, only_layers
 
@@ -17,7 +18,7 @@ class PrefixCache:
     none before the first layer.
     """
 
-    def __init__(self, model: nn.Module, total: int, batches: Sequence[Tensor]):
+    def __init__(self, model: CausalModel, total: int, batches: Sequence[Tensor]):
         self.model, self.total, self.batches = model, total, batches
         self.done: list[int] = []
         self.tried: Sequence[int] = ()
@@ -68,7 +69,8 @@ class PrefixCache:
         whole = first.forward
 
         def fed(hidden_states: Tensor, *rest, **named) -> Tensor | tuple:
-            return whole(stream.to(hidden_states.device), *rest, **named)
+            here = hidden_states if stream is None else stream.to(hidden_states.device)
+            return whole(here, *rest, **named)
 
         with only_layers(self.model, self.total, layers), replaced_forward({} if stream is None else {first: fed}):
             yield

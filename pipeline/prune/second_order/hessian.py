@@ -101,13 +101,14 @@ def _watch(model: nn.Module, anatomy: Anatomy, grams: Grams, hooks: ExitStack) -
     modules = dict(model.named_modules(prefix=anatomy.family.decoder))
     for name, total in grams.inputs.items():
         hooks.callback(modules[name].register_forward_pre_hook(partial(_input, total)).remove)
-    if grams.stream is None:
+    if grams.stream is None or grams.final is None:
         return
     layers = range(len(anatomy.sizes.layers))
     prefixes = [anatomy.family.prefix.format(layer=layer) for layer in layers]
     readers = [f"{prefix}{norm}" for prefix in prefixes for norm in anatomy.family.pre_norms]
     last = anatomy.family.final_norm
-    for name, totals in (*((name, [grams.stream]) for name in readers), (last, [grams.stream, grams.final])):
+    sums = {name: [grams.stream] for name in readers} | {last: [grams.stream, grams.final]}
+    for name, totals in sums.items():
         hooks.callback(modules[name].register_forward_pre_hook(partial(_direction, totals)).remove)
 
 

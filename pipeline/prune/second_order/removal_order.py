@@ -91,7 +91,8 @@ def _tyr_curvature(curvature: Tensor, power: Tensor, slope: Tensor | None) -> Te
     return 0.5 * (power.diagonal(dim1=-2, dim2=-1) / curvature.diagonal(dim1=-2, dim2=-1)).mean(-1)
 
 
-def _tyr_full(curvature: Tensor, power: Tensor, slope: Tensor) -> Tensor:
+def _tyr_full(curvature: Tensor, power: Tensor, slope: Tensor | None) -> Tensor:
+    assert slope is not None
     return _tyr_curvature(curvature, power, slope) + slope.abs().mean(-1)
 
 

@@ -38,7 +38,7 @@ def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
     )
 
 
-def restore(weight: Tensor, gram: Tensor, kept: Sequence[int], damping: float = DAMPING) -> Tensor:
+def restore(weight: Tensor, gram: Tensor, kept: Sequence[int] | Tensor, damping: float = DAMPING) -> Tensor:
     """Return the restored columns [out, kept], float64, of weight [out, in] for H [in, in], in the order of `kept`.
 
     W'_K = W_K + W_D H_DK H_KK⁻¹ for dropped columns D, which is (W H)_K H_KK⁻¹. It is computed where H is.

@@ -72,8 +72,8 @@ def expected_weight(weights: Iterable[Tensor], sparsities: Sequence[float]) -> T
     shares = [1.0 - sparsity for sparsity in sparsities]
     if sum(shares) <= 0.0:
         raise ValueError(f"candidate sparsities are {list(sparsities)}; at least one must be below 1")
-    terms = (share * weight.to(torch.float64) for share, weight in zip(shares, weights, strict=True))
-    return sum(terms) / sum(shares)
+    terms = [share * weight.to(torch.float64) for share, weight in zip(shares, weights, strict=True)]
+    return torch.stack(terms).sum(0) / sum(shares)
 
 
 def at_width(weight: Tensor, gram: Tensor, removal: Removal, count: int, damping: float = DAMPING) -> Tensor:

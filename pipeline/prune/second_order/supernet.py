@@ -7,9 +7,10 @@ and is kept as its columns [out, kept · size] alone; in a model it fills the wh
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.model.anatomy import Anatomy
+from pipeline.model.causal import CausalModel
 from pipeline.prune.head_norms import alone
 from pipeline.prune.second_order.hessian import projections
 from pipeline.prune.second_order.removal_order import Removal
@@ -70,7 +71,7 @@ def widened(columns: Tensor, order: Tensor, count: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def compose(
-    model: nn.Module,
+    model: CausalModel,
     anatomy: Anatomy,
     source: Mapping[str, Tensor],
     stored: Mapping[str, Tensor],

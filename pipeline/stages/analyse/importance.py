@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from pipeline.config import Config
 from pipeline.data.stream import Beginning
 from pipeline.distill.next_token import LanguageHead
 from pipeline.model.anatomy import Anatomy
+from pipeline.model.causal import CausalModel
 from pipeline.model.scores import Scores
 from pipeline.prune.importance import SCORES, score_named
 from pipeline.prune.importance.measure import measure
@@ -64,12 +64,14 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         units = score.compute(anatomy, source, measured)
     if ranks.rank == 0:
         scores.with_units(*units).save(out)
-        if means:
+        if means and measured.moments is not None:
             (out / MEANS).parent.mkdir(exist_ok=True)
             write_tensors(out / MEANS, measured.moments.means())
 
 
-def _forward_scores(config: Config, model: nn.Module, anatomy: Anatomy, batches: Beginning, machine: Machine) -> Scores:
+def _forward_scores(
+    config: Config, model: CausalModel, anatomy: Anatomy, batches: Beginning, machine: Machine
+) -> Scores:
     """Return the scores of eq. 1-4. Raise ValueError where one is not finite."""
     text = machine.progress(batches, len(batches), "importance")
     sums = measure(model.get_decoder(), anatomy, text, config.score.aggregation, config.score.norms)
@@ -84,14 +86,14 @@ def _forward_scores(config: Config, model: nn.Module, anatomy: Anatomy, batches:
     return scores
 
 
-def _moments(model: nn.Module, anatomy: Anatomy, batches: Beginning, machine: Machine) -> Moments:
+def _moments(model: CausalModel, anatomy: Anatomy, batches: Beginning, machine: Machine) -> Moments:
     result = moments(model.get_decoder(), anatomy, machine.progress(batches, len(batches), "moments"))
     machine.ranks.sum_(result.tensors())
     return result
 
 
 def _gradients(
-    config: Config, model: nn.Module, anatomy: Anatomy, batches: Beginning, machine: Machine
+    config: Config, model: CausalModel, anatomy: Anatomy, batches: Beginning, machine: Machine
 ) -> dict[str, torch.Tensor]:
     head = LanguageHead(model, config.logits.chunk)
     result = gradients(model, anatomy, machine.progress(batches, len(batches), "gradients"), head)

@@ -82,8 +82,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
 
     ledger = Ledger(out / LEDGER, Narrowing, ranks)
     choices: list[tuple[int | None, Kind | None, int]] = [(None, None, 0)]
-    for layer in kept:
-        choices += [(layer, *choice) for choice in _choices(config, anatomy.sizes.layers[layer])]
+    for index in kept:
+        choices += [(index, *choice) for choice in _choices(config, anatomy.sizes.layers[index])]
     left = choices[len(ledger.entries) :]
     with placed(model, machine.device, config.device.layer_streaming):
         targets += [final_states(model, ids.to(device)).cpu() for ids in batches]

@@ -50,7 +50,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """Write the model folder with static scales; measurements are made on the cut model and summed over ranks."""
     source = checkpoint(config, inputs["initial_student"])
     anatomy = source.anatomy
-    stream = METHODS[config.reinit.absorb](config, inputs, source, machine)
+    stream = METHODS[str(config.reinit.absorb)](config, inputs, source, machine)
     if machine.ranks.rank == 0:
         shutil.rmtree(out, ignore_errors=True)
         config_json = with_scales(source.config, anatomy)

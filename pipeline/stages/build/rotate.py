@@ -69,6 +69,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     watched = _counted(machine.progress(batches, len(batches), "rotate: basis"), counts)
     with placed(model.get_decoder(), machine.device, config.device.layer_streaming) as decoder:
         grams = gram(decoder, anatomy, watched, (), stream=True)
+    assert grams.stream is not None and grams.final is not None
     ranks.sum_([*grams.tensors(), counts])
     if ranks.rank:
         return

@@ -120,7 +120,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     Shape(**result.picked.shape.axes()).save(out)
     ledger.discard()
     faster = result.teacher.seconds(result.serving) / result.picked.seconds(result.serving)
-    lowest = min(candidate.loss for candidate in result.candidates)
+    lowest = min(candidate.loss for candidate in result.candidates if candidate.loss is not None)
     machine.say(
         f"shape_search: {result.picked.shape.axes()} keeps {result.picked.kept:.1%} of the parameters outside the "
         f"embeddings, is predicted to be {faster:.2f} times as fast on {result.chip}, and has a loss of "

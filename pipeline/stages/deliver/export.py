@@ -54,7 +54,7 @@ def check(config: Config) -> None:
     if folder is None:
         return
     student = read_config(folder)
-    family = FAMILIES.get(student.get("model_type"))
+    family = FAMILIES.get(str(student.get("model_type")))
     if family is None:  # refused by the teacher stage
         return
     absorbs = config.reinit.absorb is not False and "absorb_norms" in config.recipe.stages
@@ -85,7 +85,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     folder = inputs.get("recovered", inputs["initial_student"])
     stream, names, student_config, folds = _folded(open_checkpoint(folder))
     student = anatomy_of(student_config, names)
-    form = config.export.form
+    form: str = config.export.form
     if form == "auto":
         form = "own" if "pruned" in student_config else "stock"
     written, wide = FORMS[form](student_config | {"dtype": config.export.dtype}, student)

@@ -81,7 +81,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _located(config: Config) -> model_source.ModelSource:
-    return model_source.locate(config.model.start, FIELD, config.model.allow_pickle)
+    return model_source.locate(str(config.model.start), FIELD, config.model.allow_pickle)
 
 
 STAGE = Stage(

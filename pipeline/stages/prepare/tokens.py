@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ def check(config: Config) -> None:
     folder, trusted = model_folder(config.model.path, config.model.allow_pickle), config.model.trust_remote_code
     if folder:
         _check_positions(config.data.sequence_length, read_config(folder))
-    has_tokenizer = folder and (folder / "tokenizer_config.json").is_file()
-    _check_texts(config, lambda: load_tokenizer(folder, trusted) if has_tokenizer else None)
+    known = folder if folder and (folder / "tokenizer_config.json").is_file() else None
+    _check_texts(config, lambda: None if known is None else load_tokenizer(known, trusted))
 
 
 def _check_texts(config: Config, load: Callable[[], Any]) -> None:
@@ -112,7 +112,12 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         return {key: index[key] for key in ("sequences", "tokens", "domains")}
 
     runs = EvaluationRuns(_run_length(tokenizer, passages(parts["evaluation"][0])))
-    record = {"sequence": data.sequence_length, "after": around.after, "first": around.first, "evaluation": {}}
+    record: dict[str, Any] = {
+        "sequence": data.sequence_length,
+        "after": around.after,
+        "first": around.first,
+        "evaluation": {},
+    }
     for name, part in zip(_names(parts["evaluation"]), parts["evaluation"]):
         record["evaluation"][name] = pack("evaluation", f"evaluation/{name}", [part], [None], notes=runs)
     for purpose in ("calibration", "recovery"):
@@ -172,7 +177,7 @@ def _left_out(record: dict, runs: EvaluationRuns, out: Path, machine: Machine) -
 
 
 def _parts(config: Config) -> dict[str, tuple[split.Part, ...]]:
-    corpora = {}
+    corpora: dict[str, Sequence[sources.Corpus]] = {}
     for purpose in PURPOSES:
         try:
             corpora[purpose] = [sources.locate(path) for path in getattr(config.data, purpose).paths]
