@@ -27,7 +27,7 @@ def check(config: Config) -> None:
     """Refuse scales set by name that the teacher's family has no place for, where its config.json is available."""
     folder = model_folder(config.model.path, config.model.allow_pickle)
     if folder:
-        _check_family(config, FAMILIES.get(read_config(folder).get("model_type")))
+        _check_family(config, FAMILIES.get(str(read_config(folder).get("model_type"))))
 
 
 def applies(config: Config, inputs: Inputs) -> bool:
