@@ -24,6 +24,7 @@ OTHER = {
     "track.tags": ["one"],
     "calibrate.name": "other",
     "calibrate.folder": "elsewhere",
+    "device.kernels": "reference",
     "device.layer_streaming": True,
     "distill.loss.kernel": "reference",
     "deepspeed.stage": 3,
