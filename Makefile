@@ -10,6 +10,7 @@ STAMP  := $(VENV)/.installed
 ROWS   ?= best,pangu_light,minitron
 SHARE  ?= 25
 
+WORKERS ?= 2
 FAST   := -m "(unit or numerics or docs) and not slow"
 
 .PHONY: setup demo test test-fast coverage check bench clean
@@ -26,10 +27,10 @@ demo: setup
 	$(RUN) -m pipeline run=demo
 
 test: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: setup
-	$(RUN) -m pytest $(FAST)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(FAST)
 
 coverage: setup
 	$(RUN) -m pytest $(FAST) --cov --cov-report=term
