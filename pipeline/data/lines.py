@@ -46,8 +46,14 @@ def _record(place: str, line: bytes) -> dict:
     return record
 
 
+def printable(name: str) -> str:
+    """Return a name that comes from a file as part of one line: what does not print is escaped."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
+
+
 def check_column(place: str, field: str, columns: Iterable[str]) -> None:
     """Raise ValueError where `field` is none of the columns."""
     if field not in columns:
-        fault = f"{place} has no column {field!r} but {', '.join(map(str, columns)) or 'none'}"
+        names = ", ".join(printable(str(column)) for column in columns) or "none"
+        fault = f"{place} has no column {field!r} but {names}"
         raise ValueError(f"{fault:.400}; set data.text_field to the one that holds text or turns")

@@ -12,6 +12,8 @@ import sys
 from multiprocessing.connection import Connection
 from typing import Any
 
+from pipeline.data.lines import printable
+
 SECONDS = 5.0  # a template has for one record
 MEMORY = 1 << 30  # bytes that the child may take beyond what it starts with
 OUTPUT = 1 << 20  # characters that a template may add to a record, beside GROWTH times the record
@@ -52,7 +54,7 @@ class ChatTemplate:
             return text
         self._stop()
         if kind == "refused":
-            roles = ", ".join(str(turn["role"]) for turn in turns)
+            roles = ", ".join(printable(turn["role"]) for turn in turns)
             fault = f"{place} holds turns of {roles:.80}, which the teacher's chat template refuses ({text:.160})"
             raise ValueError(f"{fault}; correct the record, or leave it out")
         limits = {

@@ -79,6 +79,7 @@ lines = st.one_of(
 @FUZZ
 @given(names, st.lists(lines, max_size=5), st.sampled_from([b"\n", b"\r\n", b"\r", b"\n\n"]))
 @example("part-00000", [b'{"text": "a"}', b'{"text": 1}'], b"\n")
+@example("a.jsonl", [b'{"\\n": ""}'], b"\n")
 def test_lines_of_any_content(name, parts, end):
     outcome(name, end.join(parts))
 

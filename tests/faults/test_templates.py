@@ -45,6 +45,12 @@ def test_a_hostile_template_ends_in_one_line(name):
     assert "\n" not in message and message.startswith("a.jsonl:1") and "chat template" in message and len(message) < 500
 
 
+def test_a_role_from_a_file_does_not_break_the_line():
+    with pytest.raises(ValueError) as fault:
+        rendered("{{ raise_exception('no') }}", [{"role": "a\nb", "content": "c"}])
+    assert "\n" not in str(fault.value)
+
+
 def test_a_sound_template_is_rendered_as_the_tokenizer_does_and_goes_on_after_many_records():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }}{{ eos_token }}\n{% endfor %}"
