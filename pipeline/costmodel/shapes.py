@@ -38,7 +38,7 @@ class ModelShape:
     own: tuple[LayerSizes, ...] = ()  # empty where all layers are alike
     even_heads: bool = False
     whole_heads: bool = False
-    fixed: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @staticmethod
     def of(anatomy: Anatomy, biased: bool = False) -> "ModelShape":

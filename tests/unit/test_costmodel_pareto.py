@@ -1,6 +1,5 @@
 """Shape search: the sieve equals brute force, fronts are fronts, the pick follows its rule, results are plain data."""
 
-import json
 from dataclasses import replace
 from math import inf, log
 
@@ -8,6 +7,7 @@ import pytest
 
 from pipeline.costmodel import pareto_plot
 from pipeline.costmodel.pareto import Candidate, Limits, Serving, candidates, describe, pick, search, shape_within
+from pipeline.costmodel.search_result import SearchResult
 from pipeline.costmodel.shapes import AXES, LEAN, ModelShape, multiples_for, possible_shapes, possible_values
 from tests.chips import chip
 
@@ -113,8 +113,9 @@ def test_what_was_costed_is_every_aligned_shape_and_what_keeps_to_the_limits():
     every = list(possible_shapes(SMOLLM2, 0.0, 1.0))
     kept = sorted(each.non_embedding_parameters() / inner for each in every)
     kept = [share for share in kept if share <= 0.75]
-    assert found.costed.aligned == found.to_json()["aligned"] == len(every)
-    assert sorted(found.costed.kept) == pytest.approx(kept) and len(found.costed.seconds) == found.to_json()["within"]
+    result = SearchResult.of(found)
+    assert found.costed.aligned == result.aligned == len(every)
+    assert sorted(found.costed.kept) == pytest.approx(kept) and len(found.costed.seconds) == result.within
     for each in found.candidates:
         assert min(abs(each.seconds(DECODE) / seconds - 1) for seconds in found.costed.seconds) < 1e-9
 
@@ -147,9 +148,10 @@ def test_every_candidate_is_measured_once_and_an_infinite_loss_is_refused():
 
 def test_a_search_is_plain_data_and_draws_a_picture(tmp_path):
     found = measured_search(0.25)
-    data = json.loads(json.dumps(found.to_json()))
-    assert data["picked"] == found.picked.shape.axes()
-    assert [each["loss"] for each in data["candidates"]] == [each.loss for each in found.candidates]
-    assert data["teacher"]["kept"] == 1.0 and data["chip"] == "910B1" and "0.25 nats" in data["rule"]
+    SearchResult.of(found).save(tmp_path)
+    result = SearchResult.load(tmp_path)
+    assert result.picked.axes() == found.picked.shape.axes()
+    assert [each.loss for each in result.candidates] == [each.loss for each in found.candidates]
+    assert result.teacher.kept == 1.0 and result.chip == "910B1" and "0.25 nats" in result.rule
     pareto_plot.draw(found, tmp_path / "front.png")
     assert (tmp_path / "front.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
