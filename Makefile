@@ -11,7 +11,7 @@ ROWS   ?= best,pangu_light,minitron
 SHARE  ?= 25
 
 WORKERS ?= 2
-FAST   := -m "(unit or numerics or docs) and not slow"
+FAST   := -m "(unit or numerics or docs) and not slow and not stages"
 
 .PHONY: setup demo test test-fast coverage check bench clean
 setup: $(STAMP)

@@ -9,11 +9,13 @@ HERE = Path(__file__).resolve().parent
 
 
 def pytest_collection_modifyitems(items):
-    """Mark every test with the name of its folder: `pytest -m unit`, `-m "numerics and not slow"`."""
+    """Mark every test with its folder, and those of stages and recipes: `pytest -m "unit and not stages"`."""
     for item in items:
         folder = item.path.relative_to(HERE).parts[0] if item.path.is_relative_to(HERE) else None
         if folder and (HERE / folder).is_dir():
             item.add_marker(folder)
+        if item.path.name.startswith(("test_stage_", "test_recipe_")):
+            item.add_marker("stages")
 
 
 @pytest.fixture(autouse=True)

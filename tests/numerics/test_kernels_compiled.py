@@ -37,6 +37,7 @@ def compiled(tmp_path_factory) -> list[dict]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_every_kernel_of_the_budget_compiles(compiled):
     assert {record["kernel"] for record in compiled} == set(KERNELS)
     assert all(record["size"] > 1000 for record in compiled)

@@ -93,7 +93,8 @@ def test_the_table_of_re_initialisation_reads_the_same_reports(tmp_path):
     assert figures == {"row": "slnp", "seed": 1, "domain": "topics", "teacher": 15.0, "start": 80.0, "student": 24.5}
 
 
-def test_a_row_that_fails_is_told_and_does_not_stop_the_next(tmp_path):
+@pytest.mark.slow
+def test_a_row_that_fails_is_reported_and_does_not_stop_the_next(tmp_path):
     world = make_world(tmp_path, "gemma3_text")
     small = settings(world, shape__layers=3, distill__tokens=512, evaluate__words=4, runs=None)
     script = [sys.executable, str(BENCHMARKS / "absorption.py"), "--rows", "fitted,keep", "--runs", "runs"]

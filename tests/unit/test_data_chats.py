@@ -52,6 +52,7 @@ def asking(path, *more):
     return configured(*(f"data.{purpose}.path={path}" for purpose in tokens.PURPOSES[:2]), *more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", TEMPLATES)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "saved"])
 def test_the_tokens_of_chats_are_those_of_the_chat_template(tmp_path, name, form):

@@ -85,6 +85,7 @@ def run_export(source, out, form, **changed):
     return json.loads((out / "export.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form, expected",
     [
@@ -139,6 +140,7 @@ def scaled(kind, folder):
     return open_checkpoint(folder / "scaled")
 
 
+@pytest.mark.slow
 def test_scales_are_folded_before_padding(tmp_path):
     found = run_export(scaled("glm4", tmp_path), tmp_path / "out", "padded")
     assert found["class"] == "GlmForCausalLM" and found["folded"] and found["padded"] and found["difference"] < 1e-5

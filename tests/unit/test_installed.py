@@ -44,6 +44,7 @@ def said(done: subprocess.CompletedProcess) -> list[str]:
     return [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
 
 
+@pytest.mark.slow
 def test_every_package_of_the_tree_is_installed(installed):
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "pipeline").rglob("*.py")}
     assert all((installed / folder).is_dir() for folder in folders)

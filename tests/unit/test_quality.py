@@ -19,6 +19,8 @@ from pipeline.runtime.checkpoint import open_checkpoint
 from tests.tiny import save_tiny, tiny_model
 from tests.world import ROOT, environment, make_world, settings
 
+pytestmark = pytest.mark.slow  # a row is a run of the pipeline
+
 QUALITY = ROOT / "benchmarks" / "quality"
 sys.path.insert(0, str(QUALITY))  # its scripts import each other as scripts do
 
