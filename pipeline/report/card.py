@@ -12,7 +12,7 @@ from pipeline.report.facts import Report, infinite, start_of, times
 
 FOLDER = "path/to/this/folder"
 LONGEST = 120  # characters of a text from the source
-HIDDEN = "..."  # stands for a path in the command
+HIDDEN = "..."  # in place of a path in the command
 METADATA = ("base_model", "license", "license_name", "license_link")
 SECRET = re.compile(r"hf_\w{8,}|(?i:token|secret|password|api_?key)\b")
 
