@@ -248,7 +248,7 @@ def _types(
     """Return a type for each layer, and which optional prefixes the layers of a type lack.
 
     Layers have one type where all their per-layer config entries agree and they have the same tensors. It is the entry
-    of `layer_types`, followed by what else tells layers apart.
+    of `layer_types`, followed by what else distinguishes layers.
     """
     count = len(absent)
     types = config.get("layer_types") or ["full_attention"] * count

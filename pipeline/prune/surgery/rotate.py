@@ -23,7 +23,7 @@ RIDGE = 1e-9  # of the mean diagonal: draws the gain of a direction without ener
 
 
 def principal_basis(covariance: Tensor) -> Tensor:
-    """Give the orthonormal eigenvectors [h, h] of a covariance as columns, largest eigenvalue first, in float64.
+    """Return the orthonormal eigenvectors [h, h] of a covariance as columns, largest eigenvalue first, in float64.
 
     Signs are fixed: the largest entry of each column is positive. ValueError if the covariance is not finite.
     """
@@ -35,7 +35,7 @@ def principal_basis(covariance: Tensor) -> Tensor:
 
 
 def tied_basis(covariance: Tensor, gain: Tensor, axes: int) -> Tensor:
-    """Give an orthonormal basis [h, h] in which an effective final gain [h] is nearly diagonal, most energy first.
+    """Return an orthonormal basis [h, h] in which an effective final gain [h] is nearly diagonal, most energy first.
 
     The `axes` channels whose gain lies farthest from the median keep axes of their own; the principal basis of the
     others mixes channels of nearly equal gains. `axes` = h is plain selection of channels by energy, `axes` = 0 the
@@ -43,7 +43,7 @@ def tied_basis(covariance: Tensor, gain: Tensor, axes: int) -> Tensor:
     """
     hidden = len(gain)
     if not 0 <= axes <= hidden:
-        raise ValueError(f"{axes} axes of their own were asked for; the stream has {hidden} channels")
+        raise ValueError(f"{axes} axes of their own are requested; the residual stream has {hidden} channels")
     wide = covariance.to("cpu", torch.float64)
     far = (gain - gain.median()).abs().argsort(descending=True, stable=True)
     own, bulk = far[:axes].sort().values, far[axes:].sort().values
@@ -56,7 +56,7 @@ def tied_basis(covariance: Tensor, gain: Tensor, axes: int) -> Tensor:
 
 
 def tied_gain(basis: Tensor, kept: int, gain: Tensor, embedding: Tensor, counts: Tensor, covariance: Tensor) -> Tensor:
-    """Give the effective final gain g [h] of a tied model in a new basis [h, h] of which the first `kept` stay.
+    """Return the effective final gain g [h] of a tied model in a new basis [h, h] of which the first `kept` stay.
 
     Least squares over tokens t and stream directions u at the final norm, E Q_K diag(g) Q_Kᵀ u ≈ E diag(γ) u, for an
     effective gain γ [h], embedding E [v, h], token `counts` c [v], `covariance` S = Σ u uᵀ [h, h] of the final norm.
@@ -76,7 +76,7 @@ def tied_gain(basis: Tensor, kept: int, gain: Tensor, embedding: Tensor, counts:
 
 
 def _token_moments(embedding: Tensor, counts: Tensor) -> Tensor:
-    """Give the covariance [h, h] of embedding rows under token counts [v], in float64."""
+    """Return the covariance [h, h] of embedding rows under token counts [v], in float64."""
     shares = (counts.to("cpu", torch.float64) + UNSEEN) / (counts.sum() + UNSEEN * len(counts))
     mean = torch.zeros(embedding.shape[1], dtype=torch.float64)
     products = torch.zeros(len(mean), len(mean), dtype=torch.float64)
@@ -88,7 +88,7 @@ def _token_moments(embedding: Tensor, counts: Tensor) -> Tensor:
 
 
 def rotated_anatomy(anatomy: Anatomy) -> Anatomy:
-    """Give the anatomy of the rotated view: the same with an output matrix of its own, as the final gain needs.
+    """Return the anatomy of the rotated view: the same with an output matrix of its own, as the final gain needs.
 
     Its config.json needs `tie_word_embeddings: false`.
     """
@@ -96,7 +96,7 @@ def rotated_anatomy(anatomy: Anatomy) -> Anatomy:
 
 
 def rotate(anatomy: Anatomy, basis: Tensor, source: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Give a lazy view of a checkpoint, of `rotated_anatomy`, with its stream turned by a basis [h, h].
+    """Return a lazy view of a checkpoint, of `rotated_anatomy`, with its stream turned by a basis [h, h].
 
     A tensor is computed in float64 when it is read and cast once to its own dtype. A factor √h on embeddings commutes.
     ValueError for a family with post-norms, whose gains do not commute, and for one without pre-norms.
@@ -105,7 +105,7 @@ def rotate(anatomy: Anatomy, basis: Tensor, source: Mapping[str, Tensor]) -> Map
 
 
 def rotate_tied(anatomy: Anatomy, basis: Tensor, gain: Tensor, source: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Give a lazy view as `rotate` does, but of the same, tied anatomy: the final norm has the effective `gain` [h].
+    """Return a lazy view as `rotate` does, but of the same, tied anatomy: the final norm has the effective `gain` [h].
 
     ValueError as `rotate`, and for a model with an output matrix of its own, which `rotate` turns exactly.
     """
