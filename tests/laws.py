@@ -1,13 +1,17 @@
 """The masked teacher: a whole model that computes what a student cut from it computes."""
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything, whole_layer
 from pipeline.prune.head_norms import spans
+from pipeline.runtime.checkpoint import load_model, write_checkpoint
+from tests.tiny import config_of, tensors_of
 
 
 def plan_of(anatomy: Anatomy, axis: str) -> Blueprint:
@@ -47,56 +51,88 @@ def _narrow(sizes, plan: LayerPlan, axes: set[str], coupled: bool) -> LayerPlan:
 
 
 @torch.no_grad()
-def mask(model: nn.Module, anatomy: Anatomy, blueprint: Blueprint) -> None:
-    """Make a model compute what the student of a blueprint without donations computes.
+def masked(model: PreTrainedModel, anatomy: Anatomy, blueprint: Blueprint, folder: Path) -> PreTrainedModel:
+    """Return a model of the source's shapes that computes what the student of a blueprint without donations computes.
+
+    The source itself is changed where its parameters are its checkpoint tensors.
 
     Dropped layers pass the hidden state on; columns of W_O and W_down of dropped heads and neurons are zero; nothing
-    writes to dropped channels, and every norm over channels, or over all heads, is taken over the kept ones.
+    writes to dropped channels, and every norm over channels, or over all heads, is taken over the kept ones. Experts
+    that are dropped are never chosen (`never_routed`).
     """
-    family, sizes = anatomy.family, anatomy.sizes
-    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    family = anatomy.family
+    state, teacher = tensors_of(model), model
+    plans = {plan.host: plan for plan in blueprint.layers}
+    _silence(state, anatomy, blueprint)
+    if family.experts:  # whose checkpoint tensors are copies of parts of the class's
+        write_checkpoint(folder, config_of(model) | {"architectures": [family.architecture]}, state.items(), 1e9)
+        teacher = load_model(folder, model.dtype, "eager")
+        teacher.set_experts_implementation("eager")
     channels = torch.tensor(blueprint.channels)
-    gone = torch.ones(sizes.hidden, dtype=torch.bool)
-    gone[channels] = False
-    for name, ((*axes,), *_) in anatomy.outer_tensors.items():
-        if name == anatomy.embedding or "norm" not in name and "h" in axes and name != anatomy.head:
-            state[name].transpose(0, axes.index("h"))[gone] = 0.0
     outer_norms = {name.rpartition(".")[0] for name in family.outer if "norm" in name and name in anatomy.outer}
     for name in {family.final_norm} | outer_norms:
-        _restrict(model, name, channels)
-    plans = {plan.host: plan for plan in blueprint.layers}
-    for layer in range(len(sizes.layers)):
+        _restrict(teacher, name, channels)
+    for layer in range(len(anatomy.sizes.layers)):
         prefix = family.prefix.format(layer=layer)
         if layer not in plans:
-            model.get_submodule(prefix.rstrip(".")).forward = _passing_tuple if family.tuples else _passing
+            teacher.get_submodule(prefix.rstrip(".")).forward = _passing_tuple if family.tuples else _passing
             continue
         for norm in (*family.pre_norms, *family.post_norms):
-            _restrict(model, prefix + norm, channels)
-        plan, size = plans[layer], sizes.head_size
-        heads = [head for group in plan.groups for head in group.heads]
-        kept = {
-            "n d": torch.tensor([head * size + i for head in heads for i in range(size)]),
-            "k d": torch.tensor([group.kv * size + i for group in plan.groups for i in range(size)]),
-            "f": torch.tensor(plan.neurons),
-        }
+            _restrict(teacher, prefix + norm, channels)
+        kept = _kept(anatomy, plans[layer])
         for name, (axis, power) in spans(anatomy).items():
             if power < 0:
-                _restrict(model, name.format(layer=layer).removesuffix(".weight"), kept[axis])
+                _restrict(teacher, name.format(layer=layer).removesuffix(".weight"), kept[axis])
+    return teacher
+
+
+def _kept(anatomy: Anatomy, plan: LayerPlan) -> dict[str, torch.Tensor]:
+    """Return the positions that stay on the axes of a layer."""
+    size = anatomy.sizes.head_size
+    heads = [head for group in plan.groups for head in group.heads]
+    return {
+        "n d": torch.tensor([head * size + i for head in heads for i in range(size)]),
+        "k d": torch.tensor([group.kv * size + i for group in plan.groups for i in range(size)]),
+        "f": torch.tensor(plan.neurons),
+    }
+
+
+def _silence(state: dict[str, torch.Tensor], anatomy: Anatomy, blueprint: Blueprint) -> None:
+    """Zero, in place, what a dropped head or neuron writes and whatever is written to a dropped channel."""
+    family, sizes = anatomy.family, anatomy.sizes
+    gone = torch.ones(sizes.hidden, dtype=torch.bool)
+    gone[torch.tensor(blueprint.channels)] = False
+    norms = {**family.pre_norms, **family.post_norms}
+    for name, ((*axes,), *_) in anatomy.outer_tensors.items():
+        if name == anatomy.embedding or ("norm" not in name and "h" in axes and name != anatomy.head):
+            state[name].transpose(0, axes.index("h"))[gone] = 0.0
+    for plan in blueprint.layers:
+        kept = _kept(anatomy, plan)
         for axis in ("n d", "f"):
-            writer = anatomy.writer(axis)
-            if writer is not None and f"{writer}.weight".format(layer=layer) in state:
-                weight = state[f"{writer}.weight".format(layer=layer)]
-                columns = weight if family.transposed else weight.T
+            name = f"{anatomy.writer(axis)}.weight".format(layer=plan.host)
+            if name in state:
+                columns = state[name] if family.transposed else state[name].T
                 dropped = torch.ones(len(columns), dtype=torch.bool)
                 dropped[kept[axis]] = False
                 columns[dropped] = 0.0
         for name, segments in anatomy.layer_tensors.items():
-            pattern = family.layer[name.removeprefix(family.prefix)]
-            writes = segments[0][-1 if family.transposed else 0 : None if family.transposed else 1] == ("h",)
-            norm = name.removeprefix(family.prefix).rpartition(".")[0] in {**family.pre_norms, **family.post_norms}
-            if writes and not norm and anatomy.has(name, layer) and "e" not in pattern:
-                tensor = state[name.format(layer=layer)]
-                (tensor.transpose(0, -1) if family.transposed else tensor)[gone] = 0.0
+            module = name.removeprefix(family.prefix).rpartition(".")[0]
+            if module not in norms and anatomy.has(name, plan.host):
+                axes = segments[0]
+                along = writes_along(axes, family.transposed)
+                if along is not None:
+                    state[name.format(layer=plan.host)].transpose(0, along)[gone] = 0.0
+
+
+def writes_along(axes: tuple[str, ...], transposed: bool) -> int | None:
+    """Return the dimension over hidden channels of a tensor that writes to them: first, or last where transposed."""
+    if axes in (("e", "x", "h"), ("e", "h")) and axes != ("e", "h"):
+        return 2
+    if axes == ("e", "h", "x"):
+        return 1
+    if axes[-1:] == ("h",) and (transposed or len(axes) == 1):
+        return len(axes) - 1
+    return 0 if axes[:1] == ("h",) and not transposed else None
 
 
 def _restrict(model: nn.Module, name: str, kept: torch.Tensor) -> None:

@@ -26,6 +26,24 @@ BASE = {
     "eos_token_id": 2,
 }
 WINDOWS = ["sliding_attention", "full_attention"] * 2
+ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 12,
+}
+LOW_RANK = {
+    "q_lora_rank": 10,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+}
 GEMMA = {"query_pre_attn_scalar": 8, "sliding_window": 8}
 
 # Config fields beside BASE of every type with a table, by model_type, and of further settings as `model_type-setting`.
@@ -113,6 +131,27 @@ TINY: dict[str, dict] = {
     "cohere": {"logit_scale": 0.3, "use_qk_norm": True},
     "cohere2": {"logit_scale": 0.3, "sliding_window": 8, "layer_types": WINDOWS},
     "doge": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "norm_topk_prob": True},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 20,
+    },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 5.0},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, "layer_types": WINDOWS},
+    "deepseek_v3": ROUTED | LOW_RANK,
+    "deepseek_v3-groups": ROUTED
+    | LOW_RANK
+    | {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "q_lora_rank": None},
+    "glm4_moe": ROUTED | {"use_qk_norm": True},
+    "dots1": ROUTED,
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "youtu": LOW_RANK | {"pad_token_id": None},  # whose class zeroes the embedding of padding when it loads
 }
 FLOAT32 = {"xglm"}  # whose class overflows in float64
 REPRESENTATIVE = tuple(TINY)[:12]  # the kinds on which every method is tested
@@ -142,9 +181,12 @@ def tiny_model(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **c
     """Return a tiny model of a kind, in evaluation mode, every parameter drawn from a normal of deviation 0.3."""
     model = getattr(transformers, FAMILIES[model_type(kind)].architecture)(tiny_config(kind, **changed))
     model = model.to(torch.float32 if kind in FLOAT32 else dtype).eval()
+    if FAMILIES[model_type(kind)].experts:
+        model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        buffers = (buffer for name, buffer in model.named_buffers() if "correction_bias" in name)
+        for parameter in (*model.parameters(), *buffers):
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
     return model
 
@@ -165,6 +207,7 @@ def anatomy_with(sizes: Sizes, kind: str = "llama", tied: bool = True) -> Anatom
 def tensors_of(model) -> dict[str, torch.Tensor]:
     """Return the checkpoint tensors of a model: its state without the tied copy."""
     state = revert_weight_conversion(model, model.state_dict())
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("inv_freq")}
     if model.config.tie_word_embeddings:
         state.pop(f"{FAMILIES[model.config.model_type].head}.weight")
     return state

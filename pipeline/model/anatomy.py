@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.model.families import Family, family_for
 
+EXPERT = "{expert}"
 Axis = str  # letters that share a dimension: "v", "h", "f", "d", "n d", "k q+2 d"
 Segment = tuple[Axis, ...]
 
@@ -44,7 +45,7 @@ class Sizes:
     hidden: int
     head_size: int
     layers: tuple[LayerSizes, ...]
-    carried: Mapping[str, int] = field(default_factory=dict)  # lengths of a family's own axes, never cut
+    carried: Mapping[str, int] = field(default_factory=dict)  # lengths of a family's own axes; `e`: experts
 
     @property
     def uniform(self) -> bool:
@@ -95,7 +96,18 @@ class Anatomy:
     @cached_property
     def layer_tensors(self) -> dict[str, tuple[Segment, ...]]:
         """Return the layer tensors of this checkpoint, by name with a `{layer}` place."""
-        return {self.family.prefix + n: parse(axes) for n, axes in self.family.layer.items() if n in self.optional}
+        table = expanded(self.family, self.sizes)
+        return {self.family.prefix + n: parse(axes) for n, axes in table.items() if n in self.optional}
+
+    @cached_property
+    def expert_of(self) -> dict[str, tuple[str, int]]:
+        """Return the name with an `{expert}` place, and the expert, of each layer tensor that belongs to one expert."""
+        return {
+            self.family.prefix + pattern.replace(EXPERT, str(expert)): (self.family.prefix + pattern, expert)
+            for pattern in self.family.layer
+            if EXPERT in pattern
+            for expert in range(self.sizes.carried["e"])
+        }
 
     @cached_property
     def outer_tensors(self) -> dict[str, tuple[Segment, ...]]:
@@ -181,6 +193,15 @@ class Anatomy:
         return replace(self, sizes=sizes, layer_types=layer_types)
 
 
+def expanded(family: Family, sizes: Sizes) -> dict[str, str]:
+    """Return a family's layer tensors with their axes, those of experts by the number of each."""
+    table = {}
+    for name, axes in family.layer.items():
+        each = range(sizes.carried["e"]) if EXPERT in name else [0]
+        table |= {name.replace(EXPERT, str(expert)): axes for expert in each}
+    return table
+
+
 def anatomy_of(config: Mapping[str, Any], names: Iterable[str]) -> Anatomy:
     """Return the anatomy of a checkpoint from its `config.json` and its tensor names.
 
@@ -190,7 +211,8 @@ def anatomy_of(config: Mapping[str, Any], names: Iterable[str]) -> Anatomy:
     names = set(names)
     sizes = sizes_of(config, family)
     count = len(sizes.layers)
-    present = [frozenset(n for n in family.layer if family.prefix.format(layer=i) + n in names) for i in range(count)]
+    table = expanded(family, sizes)
+    present = [frozenset(n for n in table if family.prefix.format(layer=i) + n in names) for i in range(count)]
     absent = [
         frozenset(prefix for prefix in family.optional if not any(n.startswith(prefix) for n in own)) for own in present
     ]
@@ -206,7 +228,7 @@ def anatomy_of(config: Mapping[str, Any], names: Iterable[str]) -> Anatomy:
         whole_heads=family.whole_heads or _rope_type(config) in family.whole_heads_ropes,
     )
     expected = set(anatomy.shapes())
-    required = (n for n in family.layer if not n.endswith(".bias"))
+    required = (n for n in table if not n.endswith(".bias"))
     wanted = {
         family.prefix.format(layer=i) + n
         for n in required
@@ -234,12 +256,16 @@ def sizes_of(config: Mapping[str, Any], family: Family) -> Sizes:
     layers = (
         tuple(LayerSizes(**entry) for entry in per_layer) if per_layer else (widths,) * family.width(config, "layers")
     )
-    carried = {
-        axis: sum(int(name) if name.isdigit() else config[name] for name in fields)
-        for axis, fields in family.lengths.items()
-    }
+    carried = {axis: sum(_product(config, name) for name in fields) for axis, fields in family.lengths.items()}
+    if family.experts:
+        carried["e"] = next(config[name] for name in family.experts if config.get(name) is not None)
     head_size = family.width(config, "head_size") or hidden // heads
     return Sizes(family.width(config, "vocabulary"), hidden, head_size, layers, carried)
+
+
+def _product(config: Mapping[str, Any], fields: str) -> int:
+    """Return the product of config fields and numbers joined by `*`; a field without a value counts as zero."""
+    return math.prod(int(name) if name.isdigit() else config.get(name) or 0 for name in fields.split("*"))
 
 
 def _types(

@@ -19,11 +19,12 @@ class Group:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One student layer: the source layer that hosts it (norms and FFN), its KV bundles, its neurons."""
+    """One student layer: the source layer that hosts it (norms and FFN), its KV bundles, its neurons, its experts."""
 
     host: int
     groups: tuple[Group, ...]
     neurons: tuple[int, ...]
+    experts: tuple[int, ...] = ()  # empty: all experts of the host, if it has any
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Blueprint(Stored):
     def sizes(self, source: Sizes) -> Sizes:
         """Return the widths of the student."""
         widths = (LayerSizes(sum(len(g.heads) for g in p.groups), len(p.groups), len(p.neurons)) for p in self.layers)
-        return replace(source, hidden=len(self.channels), layers=tuple(widths))
+        kept = max((len(plan.experts) for plan in self.layers), default=0)
+        carried = dict(source.carried) | ({"e": kept} if kept else {})
+        return replace(source, hidden=len(self.channels), layers=tuple(widths), carried=carried)
 
     def student(self, anatomy: Anatomy) -> Anatomy:
         """Return the anatomy of the student; ValueError if the plan does not fit the source."""
@@ -73,6 +76,7 @@ class Blueprint(Stored):
                         f"{at}: donor layer {group.layer} is {anatomy.layer_types[group.layer]} and host layer "
                         f"{plan.host} is {anatomy.layer_types[plan.host]}; a donor must have its host's type"
                     )
+        _check_experts(self, anatomy)
         for axis in _cut_axes(self, anatomy.sizes):
             check_axis(anatomy, axis)
 
@@ -82,6 +86,16 @@ class Step(Blueprint):
     """What one round takes from the student of the round before, where a run has several rounds."""
 
     FILE: ClassVar[str] = "step.json"
+
+
+def _check_experts(blueprint: Blueprint, anatomy: Anatomy) -> None:
+    """Raise ValueError where experts are repeated or out of range, or not equally many in every layer."""
+    counts = {len(plan.experts) for plan in blueprint.layers if "e" in anatomy.sizes.carried}
+    if len(counts) > 1:
+        raise ValueError(f"blueprint: layers keep {sorted(counts)} experts; a model has one number for all layers")
+    for place, plan in enumerate(blueprint.layers):
+        if plan.experts:
+            _distinct(f"blueprint layer {place} experts", plan.experts, anatomy.sizes.carried.get("e", 0))
 
 
 def check_axis(anatomy: Anatomy, axis: str) -> None:
@@ -141,7 +155,9 @@ def _composed(first: Blueprint, plan: LayerPlan) -> LayerPlan:
         group = first.layers[taken.layer].groups[taken.kv]
         begin = taken.kv * len(group.heads)  # heads of a layer are ordered by group
         groups.append(Group(group.layer, group.kv, tuple(group.heads[head - begin] for head in taken.heads)))
-    return LayerPlan(host.host, tuple(groups), tuple(host.neurons[neuron] for neuron in plan.neurons))
+    neurons = tuple(host.neurons[neuron] for neuron in plan.neurons)
+    experts = tuple(host.experts[expert] for expert in plan.experts) if host.experts else plan.experts
+    return LayerPlan(host.host, tuple(groups), neurons, experts or host.experts)
 
 
 def _distinct(what: str, indices: tuple[int, ...], length: int) -> None:

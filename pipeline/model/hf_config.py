@@ -20,11 +20,40 @@ def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
     for field in PER_LAYER_LISTS:
         if isinstance(config.get(field), list):
             edited[field] = [config[field][host] for host in hosts]
+    edited |= _expert_fields(config, source, blueprint)
     for field in ("pruned", "auto_map"):  # of a source that was a student itself
         edited.pop(field, None)
     edited |= class_fields(edited, student)
     pruned = _pruned(config, edited, student)
     return edited | ({"pruned": pruned} if pruned else {})
+
+
+def _expert_fields(config: Mapping[str, Any], source: Anatomy, blueprint: Blueprint) -> dict[str, int]:
+    """Return the config fields of a student's experts: their number and the number of first layers without any.
+
+    ValueError where fewer experts stay than a token is routed to, or groups of experts would be unequal or of one
+    expert (a group is scored by its best two).
+    """
+    family = source.family
+    if not family.experts:
+        return {}
+    count = blueprint.sizes(source.sizes).carried["e"]
+    fields = {field: count for field in family.experts if config.get(field) is not None}
+    if family.leading_dense is not None:
+        fields[family.leading_dense] = sum(plan.host < config[family.leading_dense] for plan in blueprint.layers)
+    top = config[family.top_k]
+    if count < top:
+        raise ValueError(f"{count} experts stay, and {family.top_k} is {top}; keep at least as many")
+    groups = (config.get(family.expert_groups) or 1) if family.expert_groups else 1
+    size = source.sizes.carried["e"] // groups
+    for plan in blueprint.layers if groups > 1 else ():
+        members = [sum(expert // size == group for expert in plan.experts) for group in range(groups)]
+        if plan.experts and (len(set(members)) > 1 or members[0] < 2 or list(plan.experts) != sorted(plan.experts)):
+            raise ValueError(
+                f"{members} experts of the {groups} groups of {family.expert_groups} stay in a layer, in the order "
+                f"{plan.experts}; keep equally many of each, at least two, in ascending order"
+            )
+    return fields
 
 
 def stated_widths(student: Anatomy, widths: LayerSizes) -> dict[str, int]:

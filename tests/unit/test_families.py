@@ -1,5 +1,7 @@
 """Laws of the tables: for every type with one, on a tiny random model of the real class, in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from pipeline.prune.surgery.cut import cut
 from pipeline.prune.surgery.reinit import stabilise_gains
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
 from pipeline.runtime.fused_layers import LAYER_OPERATORS, fused_layers
-from tests.laws import mask, plan_of
+from tests.laws import masked, plan_of
 from tests.tiny import TINY, config_of, model_type, save_tiny, tensors_of, tiny_model, tokens
 
 
@@ -38,7 +40,10 @@ def export(model, blueprint, folder):
 
 def student_of(model, blueprint, folder):
     """Return the student as its class loads it, which refuses missing and unexpected tensors."""
-    return load_model(export(model, blueprint, folder), model.dtype, "eager")
+    student = load_model(export(model, blueprint, folder), model.dtype, "eager")
+    if family_of(model.config.model_type).experts:
+        student.set_experts_implementation("eager")  # the others refuse float64
+    return student
 
 
 def test_every_type_with_a_table_has_a_tiny_model():
@@ -54,7 +59,8 @@ def test_keeping_everything_is_bit_identical_and_the_table_counts_the_parameters
     for name, tensor in source.items():
         assert torch.equal(kept[name], tensor), name
     assert of.shapes() == {name: tuple(tensor.shape) for name, tensor in source.items()}
-    buffers = sum(tensor.numel() for name, tensor in source.items() if name in dict(model.named_buffers()))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = sum(tensor.numel() for name, tensor in model.state_dict().items() if name not in parameters)
     assert of.parameters()[0] - buffers == model.num_parameters()
 
 
@@ -72,8 +78,7 @@ def test_cutting_equals_masking_and_the_stock_class_reloads_it(kind, axis, tmp_p
     stock = "pruned" not in config_of(student)
     assert stock != of_own_form(of, axis) and (type(student) is type(model)) == stock
     assert open_checkpoint(tmp_path / "s").anatomy.sizes == blueprint.sizes(of.sizes)
-    mask(model, of, blueprint)
-    assert_close(logits(student), logits(model))
+    assert_close(logits(student), logits(masked(model, of, blueprint, tmp_path / "masked")))
 
 
 def of_own_form(of, axis):
@@ -114,11 +119,45 @@ def test_layers_of_their_own_widths_equal_masking_and_reload(kind, tmp_path):
             export(model, blueprint, tmp_path / "s")
         return
     student = student_of(model, blueprint, tmp_path / "s")
-    mask(model, of, blueprint)
-    assert_close(logits(student), logits(model))
+    assert_close(logits(student), logits(masked(model, of, blueprint, tmp_path / "masked")))
     assert open_checkpoint(tmp_path / "s").anatomy.shapes() == {
         n: tuple(t.shape) for n, t in tensors_of(student).items()
     }
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TINY if FAMILIES[model_type(kind)].experts])
+def test_dropping_experts_equals_a_router_that_never_chooses_them(kind, tmp_path, monkeypatch):
+    """The logit of a dropped expert is minus infinity, and so is its correction bias, where it has one."""
+    model = tiny_model(kind)
+    of = anatomy(model)
+    total = of.sizes.carried["e"]
+    gone = [1, 6] if kind == "deepseek_v3-groups" else [1]
+    kept = tuple(expert for expert in range(total) if expert not in gone)
+    blueprint = Blueprint(
+        everything(of.sizes).channels, tuple(replace(p, experts=kept) for p in everything(of.sizes).layers)
+    )
+    student = student_of(model, blueprint, tmp_path / "s")
+    assert open_checkpoint(tmp_path / "s").anatomy.sizes.carried["e"] == len(kept)
+    whole = logits(model)
+    for name, tensor in model.state_dict().items():
+        if tensor.shape in ((total,), (1, total)) and "bias" in name:
+            tensor[..., gone] = -1e9
+    linear = torch.nn.functional.linear
+
+    def never_chosen(hidden, weight, bias=None):
+        output = linear(hidden, weight, bias)
+        if weight.shape == (total, 32):
+            output[..., gone] = -torch.inf
+        return output
+
+    monkeypatch.setattr(torch.nn.functional, "linear", never_chosen)
+    wanted = logits(model)
+    monkeypatch.undo()
+    assert_close(logits(student), wanted)
+    assert (wanted - whole).norm() / whole.norm() > 1e-3
+    short = Blueprint(blueprint.channels, tuple(replace(plan, experts=(0,)) for plan in blueprint.layers))
+    with pytest.raises(ValueError, match="experts"):
+        student_config(config_of(model), of, short)
 
 
 @pytest.mark.parametrize("kind", TINY)

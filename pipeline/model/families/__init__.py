@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.model.families.dense import DENSE
+from pipeline.model.families.experts import EXPERTS
 from pipeline.model.families.gpt import GPT
 from pipeline.model.families.other import OTHER
 from pipeline.model.families.refused import REFUSED
@@ -15,7 +16,7 @@ from pipeline.model.families.table import AXES, Family
 
 __all__ = ["AXES", "FAMILIES", "REFUSED", "Family", "family_for", "family_of"]
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENSE, *OTHER, *GPT)}
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENSE, *OTHER, *GPT, *EXPERTS)}
 
 
 def family_of(model_type: str) -> Family:

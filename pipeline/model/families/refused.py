@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 
 REASONS: Mapping[str, str] = {
-    "its layers are a mixture of experts, which no table describes yet": (
-        "afmoe aria_text axk1 axk2 beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots1 "
-        "dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe "
-        "granitemoe_swa granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 jetmoe kolibri1 laguna llama4_text longcat_flash "
-        "mellum mimo_v2_flash minimax_m2 minimax_m3_vl_text mixtral olmoe phimoe qwen2_moe qwen3_moe sarvam_mla "
+    "its layers are a mixture of experts that no table describes yet": (
+        "afmoe aria_text axk1 axk2 beam cohere2_moe dbrx deepseek_v2 deepseek_v32 deepseek_v4 "
+        "dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint glm4_moe_lite glm_moe_dsa "
+        "granitemoe_swa granitemoeshared hy_v3 hy_v4 jetmoe kolibri1 laguna llama4_text longcat_flash "
+        "mellum mimo_v2_flash minimax_m3_vl_text sarvam_mla "
         "sarvam_moe solar_open"
     ),
     "some of its layers are a state-space model, linear attention or a convolution": (
@@ -29,7 +29,7 @@ REASONS: Mapping[str, str] = {
     "norms over the outputs of all heads and over all neurons precede W_O and W_down, and its weights are ternary": (
         "bitnet"
     ),
-    "its attention factorises queries, keys and values over low-rank matrices (MLA)": "minicpm3 youtu",
+    "its multipliers follow from the depth and the hidden size": "minicpm3",
     "each layer's differential attention has a constant that follows from the layer's number": "diffllama",
     "it has per-layer embeddings, alternating updates or head sizes that differ by layer": (
         "gemma3n_text gemma4_text gemma4_unified_text"

@@ -64,6 +64,10 @@ class Family:
     tuples: bool = False  # its layers return a tuple whose first entry is the hidden state
     gainless: bool = False  # norms over hidden channels have no weights
     layer_norm: bool = False  # norms over hidden channels subtract the mean
+    experts: tuple[str, ...] = ()  # config fields of the number of experts, under each of their names
+    top_k: str | None = None  # config field of the experts per token
+    expert_groups: str | None = None  # config field of the groups that experts are routed by
+    leading_dense: str | None = None  # config field of the number of first layers that have no experts
     # Pairs of elements that a rotation mixes: half (i, i + d/2) | interleave (2i, 2i + 1) | class (in a way of its own,
     # which no operator computes)
     rotary: str = "half"

@@ -10,7 +10,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from pipeline.model.anatomy import Anatomy, Axis, Segment, Sizes, joint
+from pipeline.model.anatomy import EXPERT, Anatomy, Axis, Segment, Sizes, joint
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan
 
 Donate = Callable[[str, Tensor, int, int], Tensor]  # (name with {layer}, donated rows, donor layer, host layer) -> rows
@@ -43,14 +43,23 @@ def cut(
             kept = _scaled(kept, 1.0 / scale, 0.0)
         yield name, kept
     for place, plan in enumerate(blueprint.layers):
-        for name, segments in anatomy.layer_tensors.items():
+        for name, segments in student.layer_tensors.items():
             if not student.has(name, place):
                 continue
+            origin = _origin(student, plan, name)
             parts = [
-                _on_hidden(_part(anatomy, source, name, i, plan, donate), segment, channels)
+                _on_hidden(_part(anatomy, source, origin, i, plan, donate), segment, channels)
                 for i, segment in enumerate(segments)
             ]
             yield name.format(layer=place), parts[0] if len(parts) == 1 else torch.cat(parts, joint(segments))
+
+
+def _origin(student: Anatomy, plan: LayerPlan, name: str) -> str:
+    """Return the source's name, with a `{layer}` place, of a layer tensor: experts are renumbered."""
+    if not plan.experts or name not in student.expert_of:
+        return name
+    pattern, expert = student.expert_of[name]
+    return pattern.replace(EXPERT, str(plan.experts[expert]))
 
 
 def principal_layer(plan: LayerPlan) -> int:
@@ -82,6 +91,8 @@ def _part(
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, along)
     layer = principal_layer(plan) if segment == ("d",) else plan.host
     tensor = _segment(anatomy, source, name, index, layer)
+    if "e" in segment and plan.experts:
+        tensor = tensor.index_select(segment.index("e"), torch.tensor(plan.experts))
     for i, axis in enumerate(segment):
         if "f" in axis.split():
             each = anatomy.sizes.length(axis, layer) // anatomy.sizes.layers[layer].neurons

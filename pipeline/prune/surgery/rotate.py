@@ -122,6 +122,10 @@ def check_rotatable(anatomy: Anatomy) -> None:
             f"model_type {family.model_type!r} has post-norms ({', '.join(family.post_norms)}), whose gains do not "
             "commute with a rotation; absorb and fold them first, or keep hidden channels as they are"
         )
+    if family.experts:
+        raise ValueError(
+            f"model_type {family.model_type!r} has experts, which are not rotated; select channels by score"
+        )
     if family.layer_norm:
         raise ValueError(
             f"model_type {family.model_type!r} has LayerNorm, which subtracts the mean of the channels and does not "
