@@ -87,7 +87,6 @@ TINY: dict[str, dict] = {
     "cwm": {"sliding_window": 8, "layer_types": WINDOWS},
     "internlm3": {},
     "iquestcoder": {},
-    "exaone": {},
     "hyperclovax": {"logits_scaling": 0.3, "residual_multiplier": 0.4},
     "hyperclovax-no-post-norms": {"use_post_norm": False},
     "exaone4": {"sliding_window": 8, "layer_types": WINDOWS},

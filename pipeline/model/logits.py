@@ -1,7 +1,7 @@
 """What a model does to `hidden @ weight.T` before it calls the result logits: the one place that knows.
 
-Read from the fields of `config.json`, whatever the family: `logits_scaling` divides (Granite), `logit_scale` multiplies
-(Cohere), `final_logit_softcapping` bounds with a tanh (Gemma 2).
+The table of the family names the fields of `config.json`: `logits_scaling` divides in Granite and multiplies in
+HyperCLOVA X, `logit_scale` multiplies in Cohere, `final_logit_softcapping` bounds with a tanh in Gemma 2.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from pipeline.model.families import family_of
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,15 @@ PLAIN = LogitForm()  # logits are the product itself
 
 
 def logit_form(config: Any) -> LogitForm:
-    """Return the form of a Hugging Face configuration; a field that is absent or null changes nothing."""
-    scale = getattr(config, "logit_scale", None) or 1.0
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    return LogitForm(scale / divisor, getattr(config, "final_logit_softcapping", None) or None)
+    """Return the form of a Hugging Face configuration; a field that is absent or null changes nothing.
+
+    ValueError for a model type without a table.
+    """
+    family = family_of(config.model_type)
+    scale, divisor, cap = (
+        getattr(config, field or "", None) for field in (family.logit_scale, family.logit_divisor, family.logit_cap)
+    )
+    return LogitForm((scale or 1.0) / (divisor or 1.0), cap or None)
 
 
 def shaped(product: Tensor, form: LogitForm) -> Tensor:

@@ -1,15 +1,18 @@
 """Laws of the tables: for every type with one, on a tiny random model of the real class, in float64."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import fused
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
 from pipeline.model.families import AXES, FAMILIES, family_of
 from pipeline.model.hf_config import student_config
+from pipeline.model.logits import logits_of
 from pipeline.prune.surgery.cut import cut
 from pipeline.prune.surgery.reinit import stabilise_gains
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
@@ -36,6 +39,18 @@ def export(model, blueprint, folder):
     config = student_config(config_of(model), anatomy(model), blueprint)
     write_checkpoint(folder, config, cut(anatomy(model), blueprint, tensors_of(model)), 20_000)
     return folder
+
+
+def built(model, blueprint):
+    """Return the student as its class computes it, without a folder on disk."""
+    config = AutoConfig.for_model(**student_config(config_of(model), anatomy(model), blueprint))
+    student = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(model.dtype).eval()
+    tensors = dict(cut(anatomy(model), blueprint, tensors_of(model)))
+    if config.tie_word_embeddings:
+        family = family_of(model.config.model_type)
+        tensors[f"{family.head}.weight"] = tensors[f"{family.embedding}.weight"]
+    student.load_state_dict(tensors)
+    return student
 
 
 def student_of(model, blueprint, folder):
@@ -65,20 +80,40 @@ def test_keeping_everything_is_bit_identical_and_the_table_counts_the_parameters
 
 
 @pytest.mark.parametrize("kind", TINY)
-@pytest.mark.parametrize("axis", [*AXES, "all"])
-def test_cutting_equals_masking_and_the_stock_class_reloads_it(kind, axis, tmp_path):
+def test_cutting_equals_masking_for_every_axis(kind):
+    whole = tiny_model(kind)
+    of = anatomy(whole)
+    for axis in AXES:
+        if axis in of.family.fixed:
+            with pytest.raises(ValueError, match=r"shape\.(\w+): .*keeps its \1"):
+                everything_but(of, axis).check(of)
+        elif not (of.family.experts or of.family.modules or of_own_form(of, axis)):  # tested through their folders
+            blueprint, model = plan_of(of, axis), tiny_model(kind)
+            student = built(model, blueprint)
+            assert type(student) is type(model), axis
+            assert_close(logits(student), logits(masked(model, of, blueprint, Path())))
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_the_stock_class_reloads_a_student_with_fewer_of_all_axes_as_the_masked_model(kind, tmp_path):
     model = tiny_model(kind)
     of = anatomy(model)
-    if axis in of.family.fixed:
-        with pytest.raises(ValueError, match=r"shape\.(\w+): .*keeps its \1"):
-            everything_but(of, axis).check(of)
-        return
-    blueprint = plan_of(of, axis)
+    blueprint = plan_of(of, "all")
     student = student_of(model, blueprint, tmp_path / "s")
     stock = "pruned" not in config_of(student)
-    assert stock != of_own_form(of, axis) and (type(student) is type(model)) == stock
+    assert stock != of_own_form(of, "all") and (type(student) is type(model)) == stock
     assert open_checkpoint(tmp_path / "s").anatomy.sizes == blueprint.sizes(of.sizes)
     assert_close(logits(student), logits(masked(model, of, blueprint, tmp_path / "masked")))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TINY if FAMILIES[model_type(kind)].experts])
+@pytest.mark.parametrize("axis", ["layers", "hidden", "heads"])
+def test_a_student_with_experts_is_the_masked_model_for_every_axis(kind, axis, tmp_path):
+    model = tiny_model(kind)
+    of = anatomy(model)
+    if axis not in of.family.fixed:
+        student = student_of(model, plan_of(of, axis), tmp_path / "s")
+        assert_close(logits(student), logits(masked(model, of, plan_of(of, axis), tmp_path / "masked")))
 
 
 def of_own_form(of, axis):
@@ -161,6 +196,14 @@ def test_dropping_experts_equals_a_router_that_never_chooses_them(kind, tmp_path
 
 
 @pytest.mark.parametrize("kind", TINY)
+def test_logits_from_hidden_states_are_the_class_s(kind):
+    model = tiny_model(kind)
+    with torch.no_grad():
+        states = model.get_decoder()(tokens(), use_cache=False).last_hidden_state
+        assert_close(logits_of(model, states), logits(model))
+
+
+@pytest.mark.parametrize("kind", TINY)
 def test_the_operators_of_kernels_compute_what_the_class_computes(kind):
     model = tiny_model(kind)
     plain = logits(model)
@@ -222,8 +265,10 @@ def test_a_llama_whose_heads_do_not_divide_its_width_is_saved_as_mistral(tmp_pat
         export(biased, uniform, tmp_path / "b")
 
 
-def test_an_unknown_family_says_what_a_table_needs():
-    with pytest.raises(ValueError, match="model_type 'mamba' has no table.*axes"):
+def test_an_unknown_type_is_refused_with_what_a_table_needs_and_a_known_one_with_its_reason():
+    with pytest.raises(ValueError, match="model_type 'unheard_of' has no table.*axes"):
+        family_of("unheard_of")
+    with pytest.raises(ValueError, match="model_type 'mamba' has no table: .*state-space"):
         family_of("mamba")
 
 

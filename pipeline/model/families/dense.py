@@ -94,7 +94,6 @@ DENSE = (
     Family("cwm", "CwmForCausalLM", LLAMA, PRE, even_heads=True),
     Family("internlm3", "LlamaForCausalLM", LLAMA, PRE, even_heads=True),
     Family("iquestcoder", "LlamaForCausalLM", LLAMA, PRE, even_heads=True),
-    Family("exaone", "LlamaForCausalLM", LLAMA, PRE, even_heads=True),
     Family(
         "hyperclovax",
         "HyperCLOVAXForCausalLM",

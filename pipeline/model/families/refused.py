@@ -31,6 +31,7 @@ REASONS: Mapping[str, str] = {
     ),
     "its multipliers follow from the depth and the hidden size": "minicpm3",
     "each layer's differential attention has a constant that follows from the layer's number": "diffllama",
+    "its checkpoints name layers and projections otherwise than its class": "exaone",
     "it has per-layer embeddings, alternating updates or head sizes that differ by layer": (
         "gemma3n_text gemma4_text gemma4_unified_text"
     ),
