@@ -57,7 +57,7 @@ def test_a_method_holds_what_it_says_and_no_more(method):
 
 def test_the_next_token_loss_holds_what_it_says():
     class Body(torch.nn.Module):
-        config = SimpleNamespace(final_logit_softcapping=3.0, logit_scale=1.3)
+        config = SimpleNamespace(model_type="cohere", final_logit_softcapping=3.0, logit_scale=1.3)
 
         def get_output_embeddings(self):
             return torch.nn.Linear(2, VOCABULARY, bias=False)

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.model.anatomy import Anatomy, LayerSizes, Sizes
+from pipeline.model.anatomy import Anatomy, LayerSizes, Sizes, anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan
 from pipeline.model.families import FAMILIES
 from pipeline.model.scores import Scores
 from pipeline.prune.plan import kept_layers, plan, shuffled
+from tests.tiny import config_of, tensors_of, tiny_model
 
 
 def anatomy(layers=6, heads=6, groups=3, neurons=16, hidden=24, types=None):
@@ -119,6 +120,28 @@ def test_a_donor_of_another_attention_type_does_not_compete_and_is_refused_in_a_
     wrong = Blueprint(tuple(range(24)), (LayerPlan(1, (Group(2, 0, (0, 1)),), tuple(range(16))),))
     with pytest.raises(ValueError, match="donor layer 2 is sliding_attention and host layer 1 is full_attention"):
         wrong.check(of)
+
+
+def test_a_donor_matches_its_host_in_every_list_with_an_entry_per_layer():
+    """SmolLM3's layers 1 and 3 have no rotary embedding: all are full attention, and they are two types."""
+    model = tiny_model("smollm3")
+    of = anatomy_of(config_of(model), tensors_of(model))
+    assert of.layer_types[0] == of.layer_types[2] != of.layer_types[1] == of.layer_types[3]
+    assert all("full_attention" in kind for kind in of.layer_types)
+    given = scores(of)
+    loud = tuple(h * (100.0 if layer else 1e-4) for layer, h in enumerate(given.heads))
+    made = plan(of, replace(given, heads=loud), [0], [LayerSizes(4, 2, 24)], 32, clap=True)
+    assert {group.layer for group in made.layers[0].groups} == {2}
+
+
+def test_a_type_that_keeps_its_heads_gets_no_donors():
+    model = tiny_model("youtu")
+    of = anatomy_of(config_of(model), tensors_of(model))
+    given = scores(of)
+    loud = tuple(h * (100.0 if layer else 1e-4) for layer, h in enumerate(given.heads))
+    made = plan(of, replace(given, heads=loud), [0], [of.sizes.layers[0]], 32, clap=True)
+    assert {group.layer for group in made.layers[0].groups} == {0}
+    made.check(of)
 
 
 def test_a_donor_of_fewer_heads_a_group_than_its_host_is_asked_for_does_not_compete():
