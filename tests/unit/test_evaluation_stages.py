@@ -23,6 +23,7 @@ from pipeline.stages.prepare import tokens
 from tests.processes import on_ranks
 from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import byte_tokenizer, configured
+from tests.world import text
 
 OVERRIDES = (
     "evaluate.tokens=256",
@@ -51,12 +52,13 @@ def world(tmp_path_factory):
     texts = {name: folder / f"{name}.txt" for name in ("ships", "piers", "other")}
     for name, path in texts.items():
         path.write_text("\n\n".join(f"On {name}, {i}. {SENTENCES[0] * (1 + i % 3)}{SENTENCES[1]}" for i in range(60)))
+    texts["other"].write_text(text(160, seed=5))  # which shares no run of tokens with the evaluation texts
     paths = [f"data.{purpose}.path={texts['other']}" for purpose in ("calibration", "recovery")]
     config = configured(*paths, f"data.evaluation.path=[{texts['ships']},{texts['piers']}]", *OVERRIDES)
     teacher = save_tiny(tiny_model("llama", dtype=torch.float32, vocab_size=320), folder / "teacher")
     byte_tokenizer().save_pretrained(teacher)
     made = dict.fromkeys(("reference", "teacher", "subject"), teacher)
-    for name in ("tokens", "scores", "blueprint", "start"):
+    for name in ("tokens", "scores", "blueprint", "initial_student"):
         made[name] = folder / name
         made[name].mkdir()
     tokens.run(config, made, made["tokens"], machine())
