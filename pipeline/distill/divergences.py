@@ -48,7 +48,11 @@ def jsd(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
     return beta * from_teacher + (1.0 - beta) * from_student
 
 
-DIVERGENCES: dict[str, Divergence] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": jsd,
+}
 
 
 def check_kind(kind: str) -> None:

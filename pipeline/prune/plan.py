@@ -117,7 +117,11 @@ def deepest(influence: Sequence[float], drop: int, keep_first: int) -> set[int]:
     return set(range(len(influence) - drop, len(influence)))
 
 
-DEPTH_POLICIES: dict[str, DepthPolicy] = {"influence": least_influential, "contiguous": contiguous, "last": deepest}
+DEPTH_POLICIES: dict[str, DepthPolicy] = {
+    "influence": least_influential,
+    "contiguous": contiguous,
+    "last": deepest,
+}
 
 
 def _competes(anatomy: Anatomy, donor: int, host: int, width: LayerSizes) -> bool:

@@ -133,8 +133,8 @@ class Checkpoint(Mapping[str, Tensor]):
         elif head in self._stored:
             self.config["tie_word_embeddings"] = False
             self.notes.append(
-                "config.json ties the output matrix to the embedding, but a different output matrix is stored; it is "
-                "used, as transformers does"
+                f"config.json ties the output matrix to the embedding, but another {head} is stored; it is used, as "
+                "transformers does"
             )
 
     def _equal(self, one: str, other: str) -> bool:

@@ -23,7 +23,7 @@ from pipeline.stages.prepare import tokens
 from tests.processes import on_ranks
 from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import byte_tokenizer, configured
-from tests.world import text
+from tests.world import text as sentences
 
 OVERRIDES = (
     "evaluate.tokens=256",
@@ -52,7 +52,7 @@ def world(tmp_path_factory):
     texts = {name: folder / f"{name}.txt" for name in ("ships", "piers", "other")}
     for name, path in texts.items():
         path.write_text("\n\n".join(f"On {name}, {i}. {SENTENCES[0] * (1 + i % 3)}{SENTENCES[1]}" for i in range(60)))
-    texts["other"].write_text(text(160, seed=5))  # which shares no run of tokens with the evaluation texts
+    texts["other"].write_text(sentences(160, seed=5))  # which shares no run of tokens with the evaluation texts
     paths = [f"data.{purpose}.path={texts['other']}" for purpose in ("calibration", "recovery")]
     config = configured(*paths, f"data.evaluation.path=[{texts['ships']},{texts['piers']}]", *OVERRIDES)
     teacher = save_tiny(tiny_model("llama", dtype=torch.float32, vocab_size=320), folder / "teacher")
@@ -199,7 +199,7 @@ def test_the_report_tells_recovery_and_the_cost_of_every_stage_behind_it(world, 
     assert list(result["stages"]) == ["tokens", "distill"]
     assert result["stages"]["distill"] == {"seconds": 1.5, "peak_memory": 10, "devices": ["chip"]}
     assert result["recovery"]["tokens"] == 512
-    assert result["recovery"]["curves"]["held_out_kl"] == {"first": 3.0, "last": 1.0}
+    assert result["recovery"]["curves"]["held_out_kl"].items() >= {"first": 3.0, "last": 1.0}.items()
     assert "start" in result["perplexity"]["ships"]
     assert {"loss", "kl", "rate", "stages"} < {path.stem for path in (out / "figures").iterdir()}
 

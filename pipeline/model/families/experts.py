@@ -1,6 +1,7 @@
 """Mixtures of experts, and low-rank attention (MLA).
 
-`{expert}` in a name stands for every expert; the axis `e` runs over experts. Neurons of experts are carried whole.
+`{expert}` in a name is replaced by the index of every expert; the axis `e` runs over experts. Neurons of experts are
+carried whole.
 """
 
 from dataclasses import replace
