@@ -69,8 +69,11 @@ def test_every_reader_uses_these_logits(model):
 def test_the_form_is_read_from_fields_and_null_changes_nothing():
     from types import SimpleNamespace as Fields
 
-    assert logit_form(Fields(logit_scale=None, logits_scaling=None, final_logit_softcapping=None)) == LogitForm()
-    assert logit_form(Fields(logits_scaling=4.0, final_logit_softcapping=30.0)) == LogitForm(0.25, 30.0)
+    for kind, field in (("cohere", "logit_scale"), ("granite", "logits_scaling"), ("gemma2", "final_logit_softcapping")):
+        assert logit_form(Fields(model_type=kind, **{field: None})) == LogitForm()
+    assert logit_form(Fields(model_type="granite", logits_scaling=4.0)) == LogitForm(0.25)
+    assert logit_form(Fields(model_type="cohere", logit_scale=0.5)) == LogitForm(0.5)
+    assert logit_form(Fields(model_type="gemma2", final_logit_softcapping=30.0)) == LogitForm(1.0, 30.0)
     product = torch.randn(3, dtype=torch.float64)
     assert shaped(product, LogitForm()) is product
     torch.testing.assert_close(shaped(product, LogitForm(2.0, 5.0)), 5.0 * torch.tanh(2.0 * product / 5.0))

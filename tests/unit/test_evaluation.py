@@ -98,7 +98,7 @@ def test_a_token_costs_keys_and_values_of_every_group_of_every_layer():
 
 def test_an_opening_starts_a_sentence_and_ends_between_words():
     prompt, follows = opening("of the former. Then a new one begins, and it runs on and on and on.", 21)
-    assert (prompt, follows) == ("Then a new one", " begins, and it goes")
+    assert (prompt, follows) == ("Then a new one", " begins, and it runs")
 
 
 def test_models_are_timed_in_turn_and_the_medians_are_of_their_runs():

@@ -94,7 +94,7 @@ def test_layers_of_their_own_widths_keep_to_the_budget(world, policy):
         influence = scored(folders).layers
         neurons = torch.tensor([width.neurons for width in start.sizes.layers])
         assert neurons[influence.argmax()] == neurons.max() and neurons[influence.argmin()] == neurons.min()
-        sparsities = json.loads((folders["blueprint"] / "sparsities.json").read_text())
+        sparsities = json.loads((folders["blueprint"] / "sparsities.json").read_text())["sparsities"]
         assert sum(sparsities) / 4 == pytest.approx(0.4, abs=0.02)
 
 
@@ -182,18 +182,18 @@ def test_a_family_without_biases_is_refused_before_it_is_scored(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["plan.widths=adaptive", "plan.amplitude=0.3"], "plan.amplitude is 0.3, more than the step 0.25"),
+        (["plan.widths=adaptive", "plan.amplitude=0.3"], r"plan\.amplitude: 0\.3 .*0\.25"),
         (["recipe=adapt_pruner", "recipe.rounds=16"], "more than the step 0.01562"),
-        (["shape.layers=2", "budget.parameters=0.5"], r"budget.\* limits it by \['parameters'\]; give one"),
-        (["plan.widths=threshold", "budget.speedup=1.5"], "set budget.parameters alone"),
+        (["shape.layers=2", "budget.parameters=0.5"], r"shape: .*budget\.\* .*parameters"),
+        (["plan.widths=threshold", "budget.speedup=1.5"], r"plan\.widths: .*budget\.parameters"),
         (["plan.widths=threshold", "budget.axes=layers"], "makes all layers alike, and plan.widths=threshold does not"),
         (["plan.widths=adaptive", "budget.axes=neurons"], "makes all layers alike, and plan.widths=adaptive does not"),
         (["recipe=adapt_pruner", "recipe.repeat=[plan,cut]"], "plan needs a new result of importance, shape"),
         (["recipe=adapt_pruner", "recipe.repeat=[importance,shape,plan]"], "recipe.repeat: cut"),
-        (["recipe=adapt_pruner", "recipe.repeat=[importance,shape,plan,cut,melt]"], r"recipe.repeat names \['melt'\]"),
+        (["recipe=adapt_pruner", "recipe.repeat=[importance,shape,plan,cut,melt]"], r"recipe\.repeat: melt "),
         (["rotate.kind=principal", "plan.channels=leading", "recipe.rounds=2"], "set rotate.kind=none"),
         (["recipe.shape=search", "recipe.rounds=2"], "set recipe.shape=given"),
-        (["recipe=adapt_pruner", "distill.tokens=384"], "enough for 3 steps and so for no more rounds"),
+        (["recipe=adapt_pruner", "distill.tokens=384"], r"distill\.tokens: 384 .*recipe\.rounds"),
     ],
 )
 def test_choices_that_do_not_go_together_are_refused_before_any_work(overrides, message):

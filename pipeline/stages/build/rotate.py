@@ -107,6 +107,7 @@ STAGE = Stage(
     run=run,
     settings=settings,
     needs=("subject", "tokens"),
+    optional=("restored",),  # it makes the subject, where it is requested
     needs_also=needs_also,
     becomes=("subject",),
     enabled=enabled,
