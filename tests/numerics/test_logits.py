@@ -69,7 +69,8 @@ def test_every_reader_uses_these_logits(model):
 def test_the_form_is_read_from_fields_and_null_changes_nothing():
     from types import SimpleNamespace as Fields
 
-    for kind, field in (("cohere", "logit_scale"), ("granite", "logits_scaling"), ("gemma2", "final_logit_softcapping")):
+    fields = {"cohere": "logit_scale", "granite": "logits_scaling", "gemma2": "final_logit_softcapping"}
+    for kind, field in fields.items():
         assert logit_form(Fields(model_type=kind, **{field: None})) == LogitForm()
     assert logit_form(Fields(model_type="granite", logits_scaling=4.0)) == LogitForm(0.25)
     assert logit_form(Fields(model_type="cohere", logit_scale=0.5)) == LogitForm(0.5)

@@ -118,7 +118,7 @@ def test_what_kinds_lose_adds_up_to_the_perplexity_over_the_dense_models():
     rows = torch.randint(models[0].config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(0))
     dense, student = (where.loss_of(model, rows) for model in models)
     perplexities = [quality(tally(model, [rows], 64), 1).perplexity for model in models]
-    *lines, _, last = where.result(["a"] * 8 + ["b"] * 16, dense, student)
+    *lines, _, last = where.table(["a"] * 8 + ["b"] * 16, dense, student)
     assert float(last.split()[1]) == pytest.approx(perplexities[1] / perplexities[0], rel=1e-3)
     means = (student - dense).mean(1)
     assert float(last.split()[3]) == pytest.approx(float(last.split()[1]) * float(means.std()) / 3**0.5, abs=1e-3)

@@ -128,24 +128,19 @@ def test_streams_stay_where_they_are_in_memory(monkeypatch):
     assert not torch.equal(message[0][0], message[-1][0])
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_masks_and_rotations_of_batches_are_held_once_where_they_are_alike(masked):
+def test_masks_and_rotations_of_batches_are_held_once_where_they_are_alike():
     model = tiny_model("gemma2")  # attention masks of two kinds, made by the model
     layers = layerwise.layers_of(
         dict(model.get_decoder().named_modules(prefix="model")), anatomy_of(config_of(model), tensors_of(model))
     )
     batches = [tokens(seed=seed) for seed in range(3)]
-    if masked:
-        counted = torch.ones_like(batches[0])
-        batches[1:] = [(ids, counted.clone().index_fill_(1, torch.tensor([place]), 0)) for place, ids in
-                       enumerate(batches[1:])]  # fmt: skip
 
     def held(batches):
         steps = recorded(model.get_decoder(), layers, batches)
         return {id(tensor) for step in steps for tensor in layerwise._tensors(step.arguments)}
 
     one, three = len(held(batches[:1])), len(held(batches))
-    assert one < 10 and (three == one if not masked else three > one)
+    assert one < 10 and three == one
 
 
 def test_what_a_layer_learnt_from_is_free_before_the_next_streams_are_made(world, monkeypatch):
@@ -185,7 +180,7 @@ def test_the_last_distance_told_is_that_of_the_whole_student(world, tmp_path, ro
     changed = {}
     if rounds > 1:
         world, changed = make_world(tmp_path, "llama-tied", hidden_size=64), {"layers": 2, "hidden": 32}
-    line_ = [f"recipe.{part}=[{','.join(STAGES)}]" for part in ("line", "repeat")]
+    line_ = [f"recipe.{part}=[{','.join(STAGES)}]" for part in ("stages", "repeat")]
     folders = made(world, *LEARN, *line_, f"recipe.rounds={rounds}", **widths(**changed))
     channels = list(Blueprint.load(folders["blueprint"]).channels)
     assert open_checkpoint(folders["teacher"]).anatomy.sizes.hidden == (32 if rounds == 1 else 64)
@@ -235,23 +230,24 @@ def test_cut_off_it_goes_on_where_it_was_and_two_ranks_learn_what_one_learns(wor
 
 def test_the_report_tells_what_ffns_learnt_before_post_norms_became_scales(tmp_path):
     world = make_world(tmp_path, "gemma3_text")
-    rest = ["absorb_norms", "export", "evaluate_reference", "evaluate", "report"]
+    rest = ["absorb_norms", "export", "evaluate", "report"]
     made(world, *LEARN, "evaluate.speed=false", "report.samples=0", stages=[*STAGES, *rest])
     (learnt,) = (world / "artifacts").glob("local_distill-*")
     view = world / "runs" / "unit"
     assert "scales" in open_checkpoint(view / "initial_student").config["pruned"]
     errors = LayerErrors.load(learnt)
     assert LayerErrors.load(view) == errors
-    assert json.loads((view / "report.json").read_text())["blocks"] == errors.to_json()["layers"]
+    expected = json.loads(json.dumps(errors.to_json()["layers"]))
+    assert json.loads((view / "report.json").read_text())["blocks"] == expected
     assert "Local distillation" in (view / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        (["restore.sequential=true"], "restore.sequential=true has changed; set local_distill.epochs=0"),
-        (["recipe=tyr"], "plan.widths=evolved has changed; set local_distill.epochs=0, or rotate.kind=none"),
-        (["plan.depth=gates", "regularize.norm=l2"], "regularize.norm=l2 has changed; set local_distill.epochs=0"),
+        (["restore.sequential=true"], r"local_distill\.epochs: .*restore\.sequential=true"),
+        (["recipe=tyr"], r"local_distill\.epochs: .*plan\.widths=evolved"),
+        (["plan.depth=gates", "regularize.norm=l2"], r"local_distill\.epochs: .*regularize\.norm=l2"),
     ],
 )
 def test_the_teacher_of_a_turned_student_is_not_one_that_was_changed_before(chosen, message):
@@ -266,8 +262,8 @@ def test_the_teacher_of_a_turned_student_is_not_one_that_was_changed_before(chos
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"local_distill": {"tokens": 15}}, "local_distill.tokens is 15"),
-        ({"recipe": {"stages": ["importance", "shape", "plan", "cut"]}}, "recipe.stages needs local_distill"),
+        ({"local_distill": {"tokens": 15}}, r"local_distill\.tokens: 15"),
+        ({"recipe": {"stages": ["importance", "shape", "plan", "cut"]}}, r"recipe\.stages: .*local_distill"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(world, changed, message):

@@ -94,7 +94,7 @@ def test_layers_of_their_own_widths_keep_to_the_budget(world, policy):
         influence = scored(folders).layers
         neurons = torch.tensor([width.neurons for width in start.sizes.layers])
         assert neurons[influence.argmax()] == neurons.max() and neurons[influence.argmin()] == neurons.min()
-        sparsities = json.loads((folders["blueprint"] / "sparsities.json").read_text())["sparsities"]
+        sparsities = json.loads((folders["blueprint"] / "sparsities.json").read_text())["layers"]
         assert sum(sparsities) / 4 == pytest.approx(0.4, abs=0.02)
 
 

@@ -77,13 +77,14 @@ def found(world):
 def test_a_search_writes_the_shape_it_picked_and_how_it_was_found(found):
     result = json.loads((found / "search.json").read_text())
     picked = json.loads((found / "shape.json").read_text())
-    assert picked == result["picked"] and list(picked) == ["layers", "hidden", "heads", "groups", "neurons"]
+    axes = ["layers", "hidden", "heads", "groups", "neurons"]
+    assert all(picked[axis] == result["picked"][axis] for axis in axes)
     losses = [each["loss"] for each in result["candidates"]]
     good = [each for each in result["candidates"] if each["loss"] <= min(losses) + 0.05]
     assert picked == max(good, key=lambda each: each["decode_rate"])["shape"]
     assert 2 <= len(losses) <= 3 and all(each["kept"] <= 0.75 for each in result["candidates"])
     assert (found / "pareto.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert sorted(path.name for path in found.iterdir()) == ["losses.json", "pareto.png", "search.json", "shape.json"]
+    assert sorted(path.name for path in found.iterdir()) == ["pareto.png", "search.json", "shape.json"]
 
 
 def scored(folder: Path) -> dict[str, Path]:
@@ -160,21 +161,26 @@ def test_a_text_that_was_scored_to_its_end_is_refused_before_anything_is_cut(wor
     (tmp_path / "scores").mkdir()
     replace(scores, tokens=all_of_it).save(tmp_path / "scores")
     made = made | {"scores": tmp_path / "scores"}
-    with pytest.raises(ValueError, match=r"score.tokens is 512: scoring read all .* lower it"):
+    with pytest.raises(ValueError, match=r"score\.tokens: 512 "):
         made_by(shape_search, configure(folder), made, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_search_that_was_cut_short_measures_no_shape_twice(world, found, tmp_path):
+def test_a_search_that_was_cut_short_measures_no_shape_twice(world, tmp_path, monkeypatch):
     folder, made = world
-    losses = json.loads((found / "losses.json").read_text())
-    first, *rest = losses
-    (tmp_path / "losses.json").write_text(json.dumps({first: 1.25}))
-    (tmp_path / shape_search.SCRATCH).mkdir()
-    (tmp_path / shape_search.SCRATCH / "part-0.safetensors").write_bytes(b"half")
+    measured, student = [], shape_search._student
+
+    def dies(config, asked, *rest):
+        measured.append(asked)
+        if len(measured) == 2:
+            raise RuntimeError("killed")
+        return student(config, asked, *rest)
+
+    monkeypatch.setattr(shape_search, "_student", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        made_by(shape_search, configure(folder), made, tmp_path)
     made_by(shape_search, configure(folder), made, tmp_path)
-    again = json.loads((tmp_path / "losses.json").read_text())
-    assert again == {first: 1.25} | {name: losses[name] for name in rest}
+    assert len(measured) == len(set(measured)) + 1  # the shape of the interrupted measurement alone comes twice
     assert not (tmp_path / shape_search.SCRATCH).exists()
 
 
@@ -184,15 +190,15 @@ def test_one_stage_makes_the_shape_and_the_given_one_depends_on_no_scores(world)
     for config, maker, other in ((searching, shape_search, shape), (given, shape, shape_search)):
         assert maker.enabled(config) and not other.enabled(config)
         assert runner.check(config)[2:6] == ["teacher_correction", "importance", "shape", "shape_search"]
-    assert shape.STAGE.needs == ("teacher",)
+    assert "scores" not in shape.STAGE.needs
     assert shape.settings(given) == shape.settings(configure(folder, "recipe.shape=given", "device/chip=910B3"))
 
 
 def test_a_shape_that_is_given_and_limited_by_predictions_or_searched_is_refused(world):
     folder, _ = world
-    with pytest.raises(ValueError, match=r"recipe.shape is search, but shape.\* gives the shape"):
+    with pytest.raises(ValueError, match=r"recipe\.shape: search"):
         runner.check(configure(folder, "shape.layers=3"))
-    with pytest.raises(ValueError, match=r"budget.\* limits it by \['speedup'\]"):
+    with pytest.raises(ValueError, match=r"budget\.\* .*speedup"):
         runner.check(configure(folder, "recipe.shape=given", "shape.layers=3", "budget.speedup=1.2"))
 
 
@@ -280,7 +286,7 @@ def test_a_dry_run_counts_the_steps_that_training_takes(world):
 
 def test_a_dry_run_of_a_line_without_training_asks_for_no_chip(world):
     assert "no distill" in result(*world, "recipe=flap", "device.chip=null")
-    with pytest.raises(ValueError, match="device.chip is null"):
+    with pytest.raises(ValueError, match=r"device\.chip: null"):
         result(*world, "device.chip=null")
 
 
@@ -304,11 +310,11 @@ def test_a_dry_run_answers_for_a_student_that_was_cut_elsewhere(world):
 def test_the_report_draws_and_lists_every_measured_shape_and_rings_the_picked_one(found):
     result = json.loads((found / "search.json").read_text())
     dots = [mark for mark in shapes_searched(result).marks if isinstance(mark, Dot)]
-    (ring,) = [dot for dot in dots if dot.tip.startswith("picked: ")]
+    (ring,) = [dot for dot in dots if dot.tip.startswith("selected: ")]
     assert len(dots) == len(result["candidates"]) + 1
-    assert [(dot.x, dot.y) for dot in dots if dot.tip == ring.tip.removeprefix("picked: ")] == [(ring.x, ring.y)]
+    assert [(dot.x, dot.y) for dot in dots if dot.tip == ring.tip.removeprefix("selected: ")] == [(ring.x, ring.y)]
     rows = search_table(result, "").split("<tr>")[2:]
     assert len(rows) == len(result["candidates"])
     fastest = max(result["candidates"], key=lambda each: each["decode_rate"])
     assert f"{fastest['loss']:.3f}" in rows[0]
-    assert [f"{result['picked']['neurons']} neurons (picked)" in row for row in rows].count(True) == 1
+    assert [f"{result['picked']['neurons']} neurons (selected)" in row for row in rows].count(True) == 1

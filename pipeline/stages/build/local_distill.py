@@ -84,8 +84,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         if layer < done:
             _restore(trained, matrices, ranks)
         else:
-            read, target = (stream.to(device.torch) for stream in streams)
-            result = learn(branch.to(device.torch), _rows(read, target, sequence, ranks), lessons, ranks.sum_)
+            placed = (stream.to(device.torch) for stream in streams)  # held by no name: freed with `streams`
+            result = learn(branch.to(device.torch), _rows(*placed, sequence, ranks), lessons, ranks.sum_)
             branch.cpu()
             if ranks.rank == 0:
                 _write(trained / f"{layer}.safetensors", matrices)
