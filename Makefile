@@ -13,7 +13,7 @@ SHARE  ?= 25
 WORKERS ?= 2
 FAST   := -m "(unit or numerics or docs) and not slow and not stages"
 
-.PHONY: setup demo test test-fast coverage check bench clean
+.PHONY: setup types demo test test-fast coverage check bench clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements/demo.txt
@@ -39,8 +39,10 @@ check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports
 	$(RUN) .ci/check_language.py
-	$(RUN) -m mypy
 	$(RUN) -m pipeline.cli.reference docs/settings.md
+
+types: setup
+	$(RUN) -m mypy
 
 bench: setup
 	$(RUN) benchmarks/quality/texts.py

@@ -170,11 +170,11 @@ def test_a_search_that_was_cut_short_measures_no_shape_twice(world, tmp_path, mo
     folder, made = world
     measured, student = [], shape_search._student
 
-    def dies(config, asked, *rest):
-        measured.append(asked)
+    def dies(config, requested, *rest):
+        measured.append(requested)
         if len(measured) == 2:
             raise RuntimeError("killed")
-        return student(config, asked, *rest)
+        return student(config, requested, *rest)
 
     monkeypatch.setattr(shape_search, "_student", dies)
     with pytest.raises(RuntimeError, match="killed"):

@@ -84,8 +84,10 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         if layer < done:
             _restore(trained, matrices, ranks)
         else:
-            placed = (stream.to(device.torch) for stream in streams)  # held by no name: freed with `streams`
-            result = learn(branch.to(device.torch), _rows(*placed, sequence, ranks), lessons, ranks.sum_)
+            placed = [stream.to(device.torch) for stream in streams]
+            result = learn(
+                branch.to(device.torch), _rows(placed.pop(0), placed.pop(0), sequence, ranks), lessons, ranks.sum_
+            )
             branch.cpu()
             if ranks.rank == 0:
                 _write(trained / f"{layer}.safetensors", matrices)
