@@ -13,6 +13,9 @@ from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
 from pipeline.model.families import AXES, FAMILIES, family_of
 from pipeline.model.hf_config import student_config
 from pipeline.model.logits import logits_of
+from pipeline.prune.importance.coupled import coupled, is_coupled
+from pipeline.prune.importance.measure import measure
+from pipeline.prune.passes.layerwise import layers_of, recorded
 from pipeline.prune.surgery.cut import cut
 from pipeline.prune.surgery.reinit import stabilise_gains
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
@@ -193,6 +196,44 @@ def test_dropping_experts_equals_a_router_that_never_chooses_them(kind, tmp_path
     short = Blueprint(blueprint.channels, tuple(replace(plan, experts=(0,)) for plan in blueprint.layers))
     with pytest.raises(ValueError, match="experts"):
         student_config(config_of(model), of, short)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_a_structure_has_the_magnitude_in_the_student_that_it_has_in_the_model(kind):
+    model = tiny_model(kind)
+    of, source = anatomy(model), tensors_of(model)
+    whole, plans = coupled(of, lambda name: source[name].abs()), everything(of.sizes).layers
+    if not {"heads", "groups"} & of.family.fixed.keys() and len(plans[0].groups) > 1:
+        plans = tuple(replace(plan, groups=plan.groups[1:]) for plan in plans)
+    if "neurons" not in of.family.fixed:
+        plans = tuple(replace(plan, neurons=plan.neurons[::2]) for plan in plans)
+    blueprint = replace(everything(of.sizes), layers=plans)
+    student = dict(cut(of, blueprint, source))
+    narrow = coupled(blueprint.student(of), lambda name: student[name].abs())
+    for layer, plan in enumerate(plans):
+        heads = [head for group in plan.groups for head in group.heads]
+        torch.testing.assert_close(narrow.heads[layer], whole.heads[layer][heads])
+        torch.testing.assert_close(narrow.neurons[layer], whole.neurons[layer][list(plan.neurons)])
+        names = [name for name, segments in of.layer_tensors.items() if is_coupled(segments) and of.has(name, layer)]
+        total = sum(source[name.format(layer=layer)].double().abs().sum() for name in names)
+        torch.testing.assert_close(whole.heads[layer].sum() + whole.neurons[layer].sum(), total)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", TINY)
+def test_scores_are_measured_and_layers_run_one_by_one(kind):
+    model = tiny_model(kind)
+    of, decoder = anatomy(model), model.get_decoder()
+    scores = measure(decoder, of, [tokens()]).scores()
+    assert all(torch.isfinite(each).all() for each in (scores.channels, scores.layers, *scores.heads, *scores.neurons))
+    assert "heads" in of.family.fixed or all((heads > 0).all() for heads in scores.heads)
+    assert "neurons" in of.family.fixed or all((neurons > 0).any() for neurons in scores.neurons)
+    layers = layers_of(dict(decoder.named_modules(prefix=of.family.decoder)), of)
+    (step,) = recorded(decoder, layers, [tokens()])
+    for index, layer in enumerate(layers):
+        step.advance(layer, index, torch.device("cpu"))
+    final = model.get_submodule(of.family.final_norm)
+    assert_close(final(step.hidden), decoder(tokens(), use_cache=False).last_hidden_state)
 
 
 @pytest.mark.parametrize("kind", TINY)

@@ -3,15 +3,15 @@
 A KV group is coupled with its own queries, head h with group h // q; a neuron is its gate and up rows and down column.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from pipeline.model.anatomy import Anatomy
+from pipeline.model.anatomy import Anatomy, Segment, Sizes, joint
 from pipeline.prune.importance.score import Units
 
-AXES = ("n d", "k d", "f")  # of which coupled structures are made
+UNITS = frozenset("nkf")  # letters of the axes of which coupled structures are made
 
 
 def coupled(anatomy: Anatomy, terms: Callable[[str], Tensor]) -> Units:
@@ -22,17 +22,46 @@ def coupled(anatomy: Anatomy, terms: Callable[[str], Tensor]) -> Units:
     """
     heads, neurons = [], []
     for layer, widths in enumerate(anatomy.sizes.layers):
-        totals = {axis: torch.zeros(anatomy.sizes.length(axis, layer), dtype=torch.float64) for axis in AXES}
+        each = widths.heads // widths.groups
+        totals = {
+            letter: torch.zeros(length, dtype=torch.float64)
+            for letter, length in (("n", widths.heads), ("k", widths.groups), ("f", widths.neurons))
+        }
         for pattern, segments in anatomy.layer_tensors.items():
-            if not set(segments[0]) & set(AXES):
+            if not anatomy.has(pattern, layer) or not is_coupled(segments):
                 continue
-            lengths = [anatomy.sizes.length(segment[0], layer) for segment in segments]
-            parts = terms(pattern.format(layer=layer)).to(torch.float64).split(lengths)
+            along = joint(segments)
+            lengths = [anatomy.sizes.length(segment[along], layer) for segment in segments]
+            parts = terms(pattern.format(layer=layer)).to(torch.float64).split(lengths, along)
             for segment, part in zip(segments, parts, strict=True):
-                axis = next(axis for axis in segment if axis in AXES)
-                totals[axis] += part if part.ndim == 1 else part.sum(1 - segment.index(axis))
-        queries, keys = (totals[axis].unflatten(0, (-1, anatomy.sizes.head_size)).sum(1) for axis in ("n d", "k d"))
-        heads_per_group = widths.heads // widths.groups
-        heads.append(queries + keys.repeat_interleave(heads_per_group) / heads_per_group)
+                for letter, sums in _sums(segment, part, anatomy.sizes, layer):
+                    totals[letter] += sums
+        heads.append(totals["n"] + totals["k"].repeat_interleave(each) / each)
         neurons.append(totals["f"])
     return Units(tuple(heads), tuple(neurons))
+
+
+def is_coupled(segments: tuple[Segment, ...]) -> bool:
+    """Return whether a tensor of these segments belongs to heads, KV groups or neurons."""
+    return any(_axis_of(segment) is not None for segment in segments)
+
+
+def _axis_of(segment: Segment) -> int | None:
+    return next((i for i, axis in enumerate(segment) if UNITS & set(axis.split())), None)
+
+
+def _sums(segment: Segment, part: Tensor, sizes: Sizes, layer: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield sums over each head (`n`), KV group (`k`) or neuron (`f`) of a segment, by the letter of the unit."""
+    index = _axis_of(segment)
+    if index is None:
+        return
+    letters = segment[index].split()
+    grid = part.movedim(index, 0).flatten(1).sum(1) if part.ndim > 1 else part
+    grid = grid.view([sizes.length(letter, layer) for letter in letters])
+    unit = next(letter for letter in letters if letter in UNITS)
+    rows = grid.movedim(letters.index(unit), 0)
+    if "q+2" in letters:  # of each group: its query heads, its key, its value
+        rows = rows.flatten(2).sum(2) if rows.ndim > 2 else rows
+        yield "n", rows[:, :-2].flatten()
+        rows = rows[:, -2:]
+    yield unit, rows.flatten(1).sum(1) if rows.ndim > 1 else rows

@@ -18,12 +18,16 @@ from pipeline.prune.second_order.hessian import projections
 
 def channel_scores(anatomy: Anatomy, source: Mapping[str, Tensor], moments: Moments) -> dict[str, list[Tensor]]:
     """Return Var(X_j) · ‖W_:j‖² per layer, float64, by the axis of the channels: `n d` of W_O, `f` of W_down."""
-    scores: dict[str, list[Tensor]] = {}
-    for layer in range(len(anatomy.sizes.layers)):
+    layers = range(len(anatomy.sizes.layers))
+    scores: dict[str, list[Tensor]] = {  # zeros on an axis that the family keeps whole
+        axis: [torch.zeros(anatomy.sizes.length(axis, layer), dtype=torch.float64) for layer in layers]
+        for axis in ("n d", "f")
+    }
+    for layer in layers:
         for axis, module in projections(anatomy).items():
             name = module.format(layer=layer)
             norms = source[f"{name}.weight"].to(torch.float64).square().sum(0)
-            scores.setdefault(axis, []).append(moments.variance(name) * norms.cpu())
+            scores[axis][layer] = moments.variance(name) * norms.cpu()
     return scores
 
 

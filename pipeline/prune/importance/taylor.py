@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.causal import CausalModel
-from pipeline.prune.importance.coupled import AXES, coupled
+from pipeline.prune.importance.coupled import coupled, is_coupled
 from pipeline.prune.importance.score import Measured, Score, Units
 
 Head = Callable[[Tensor, Tensor], Tensor]  # final hidden states [b, s, h], labels [b, s] -> mean loss of labels, nats
@@ -26,7 +26,7 @@ def gradients(model: CausalModel, anatomy: Anatomy, batches: Iterable[Tensor], h
         pattern.format(layer=layer)
         for layer in range(len(anatomy.sizes.layers))
         for pattern, segments in anatomy.layer_tensors.items()
-        if set(segments[0]) & set(AXES)
+        if is_coupled(segments)
     }
     device = next(model.parameters()).device
     sums: dict[str, Tensor] = {}

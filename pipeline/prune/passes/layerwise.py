@@ -9,22 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.anatomy import Anatomy
+from pipeline.model.families import family_of
 from pipeline.model.forwards import replaced_forward
 
 
 class Step:
     """One batch under way: its stream, and the other arguments that the model gives to each layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, tuples: bool = False) -> None:
+        self.tuples = tuples  # layers return a tuple whose first entry is the hidden state
         self.hidden: Tensor  # [batch, sequence, h], set by the first layer
         self.arguments: list[tuple[tuple, dict[str, Any]]] = []  # by layer
 
-    def stand_in(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor:
+    def stand_in(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor | tuple[Tensor, None]:
         """Take a layer's place: note its arguments and pass the stream on."""
         if not self.arguments:
             self.hidden = hidden_states
         self.arguments.append((rest, named))
-        return hidden_states
+        return (hidden_states, None) if self.tuples else hidden_states
 
     def through(self, layer: nn.Module, index: int, place: torch.device) -> Tensor:
         """Return what a layer makes of the stream."""
@@ -58,7 +60,7 @@ def recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Te
     steps: list[Step] = []
     held: list[Tensor] = []
     for ids in batches:
-        step = Step()
+        step = Step(family_of(model.config.model_type).tuples)
         with replaced_forward(dict.fromkeys(layers, step.stand_in)):
             model(input_ids=ids.to(home), use_cache=False)
         step.arguments, held = _held_once(step.arguments, held)

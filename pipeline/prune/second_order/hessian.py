@@ -76,7 +76,8 @@ def projections(anatomy: Anatomy) -> dict[str, str]:
             f"model_type {anatomy.family.model_type!r} stores its matrices [in, out], which Hessians, FLAP and bias "
             "compensation do not read; choose score.kind=activation or taylor without them"
         )
-    writers = {axis: anatomy.writer(axis) for axis in ("n d", "f")}
+    fixed = anatomy.family.fixed
+    writers = {axis: anatomy.writer(axis) for axis, name in (("n d", "heads"), ("f", "neurons")) if name not in fixed}
     return {axis: module for axis, module in writers.items() if module is not None}
 
 
