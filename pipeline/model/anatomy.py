@@ -195,7 +195,7 @@ class Anatomy:
 
 def expanded(family: Family, sizes: Sizes) -> dict[str, str]:
     """Return a family's layer tensors with their axes, those of experts by the number of each."""
-    table = {}
+    table: dict[str, str] = {}
     for name, axes in family.layer.items():
         each = range(sizes.carried["e"]) if EXPERT in name else [0]
         table |= {name.replace(EXPERT, str(expert)): axes for expert in each}

@@ -35,7 +35,7 @@ def _expert_fields(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
     expert (a group is scored by its best two).
     """
     family = source.family
-    if not family.experts:
+    if not family.experts or family.top_k is None:
         return {}
     count = blueprint.sizes(source.sizes).carried["e"]
     fields = {field: count for field in family.experts if config.get(field) is not None}

@@ -5,6 +5,7 @@ carried whole.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from pipeline.model.families.table import (
     ATTENTION,
@@ -47,7 +48,7 @@ MLA_OPTIONAL = ("self_attn.q_proj.", "self_attn.q_a_proj.", "self_attn.q_a_layer
 MLA_READERS = ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
 
 
-def _experts(names: tuple[str, str, str], axis: str, router: str) -> dict[str, str]:
+def _experts(names: tuple[str, ...], axis: str, router: str) -> dict[str, str]:
     """Return the tensors of experts with gate, up and down projections, and of their router."""
     gate, up, down = names
     return {router: "e h", f"{gate}.weight": f"{axis} h", f"{up}.weight": f"{axis} h", f"{down}.weight": f"h {axis}"}
@@ -67,7 +68,7 @@ EXPERT_WIDTH = {"x": ("moe_intermediate_size",)}
 FFN_WIDTH = {"x": ("intermediate_size",)}
 SPARSE = {"decoder_sparse_step": (1, None), "mlp_only_layers": ([], None)}
 PRE = {"input_layernorm": QKV, "post_attention_layernorm": ()}
-DENSE_FIRST = {
+DENSE_FIRST: dict[str, Any] = {
     "optional": (
         "mlp.gate_proj.",
         "mlp.up_proj.",
@@ -153,13 +154,13 @@ EXPERTS = (
         MIXTRAL_FAMILY,
         model_type="minimax_m2",
         architecture="MiniMaxM2ForCausalLM",
-        layer=MIXTRAL_FAMILY.layer | QK_NORM_ALL | {"block_sparse_moe.e_score_correction_bias": "e"},
+        layer=dict(MIXTRAL_FAMILY.layer) | QK_NORM_ALL | {"block_sparse_moe.e_score_correction_bias": "e"},
     ),
     replace(
         MIXTRAL_FAMILY,
         model_type="phimoe",
         architecture="PhimoeForCausalLM",
-        layer=MIXTRAL_FAMILY.layer | ATTENTION_BIASES | NORM_BIASES,
+        layer=dict(MIXTRAL_FAMILY.layer) | ATTENTION_BIASES | NORM_BIASES,
         outer={"model.norm.bias": "h", "lm_head.bias": "v"},
         layer_norm=True,
     ),

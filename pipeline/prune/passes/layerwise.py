@@ -57,10 +57,12 @@ def recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Te
     sequence], is held once.
     """
     home = next(model.parameters()).device
+    config: Any = model.config
+    tuples = family_of(config.model_type).tuples
     steps: list[Step] = []
     held: list[Tensor] = []
     for ids in batches:
-        step = Step(family_of(model.config.model_type).tuples)
+        step = Step(tuples)
         with replaced_forward(dict.fromkeys(layers, step.stand_in)):
             model(input_ids=ids.to(home), use_cache=False)
         step.arguments, held = _held_once(step.arguments, held)
