@@ -1,8 +1,8 @@
-"""Which width each projection gets under a fixed budget: candidates, and an evolutionary search among them.
+"""The width of each projection under a fixed budget: candidates, and an evolutionary search among them.
 
 Týr-the-Pruner (2503.09657) and EvoPress (2410.14649): (1 + λ) evolution in which one place gains what another of the
-same kind loses, so that no step changes the number of parameters, and children are selected in stages on more and more
-text. Pure: the loss is a callable.
+same kind loses, so that no step changes the number of parameters. Children are selected in stages on increasing amounts
+of text; the loss is a function of widths and stage.
 """
 
 import math
@@ -34,10 +34,9 @@ class Generation:
 
 
 def spread(total: int, most: Sequence[int], least: int, step: int) -> Choice:
-    """Return places widths of `least` plus multiples of `step` that add up to `total`, as even a share of `most` as
-    can.
+    """Return widths of `least` plus multiples of `step` that add up to `total`, in nearly equal shares of `most`.
 
-    All of `most` must be `least` plus a multiple of `step`. What does not divide is spread over the places. ValueError
+    All of `most` must be `least` plus a multiple of `step`. The remainder is spread over the places. Raise ValueError
     if `total` is out of reach.
     """
     low, high = least * len(most), sum(most)
@@ -63,9 +62,9 @@ def candidate_widths(centre: int, most: int, least: int, granularity: float, ste
 
 
 def mutated(places: Sequence[Place], widths: Choice, draw: torch.Generator) -> Choice:
-    """Return a choice with one place a candidate wider and another of its kind as many parameters narrower.
+    """Return widths with one place a candidate wider and another of its kind narrower by as many parameters.
 
-    Every such pair is equally likely. Without one, `widths`.
+    Every such pair is equally likely. Where there is none, `widths` are returned.
     """
     ups: dict[tuple[str, int], list[tuple[int, int]]] = {}  # (kind, parameters) -> (place, its new width)
     downs: dict[tuple[str, int], list[tuple[int, int]]] = {}
@@ -128,7 +127,7 @@ def evolve(
 
 
 class _Measured:
-    """Losses measured so far, each once; one that is not a number counts as infinite."""
+    """Losses measured so far, each once; NaN counts as infinite."""
 
     def __init__(self, loss: Loss):
         self.loss = loss

@@ -8,7 +8,10 @@ from pipeline.costmodel.shapes import AXES, WIDTHS, ModelShape
 
 
 def given_shape(teacher: ModelShape, requested: Mapping[str, int | None]) -> ModelShape:
-    """Return the requested shape, the teacher's value where it is null; ValueError naming the nearest possible ones."""
+    """Return the requested shape, the teacher's value where it is null.
+
+    Raise ValueError, naming the nearest possible shapes, for one that cannot be cut.
+    """
     unknown = sorted(set(requested) - set(AXES))
     if unknown:
         raise ValueError(f"shape has no axis {unknown}; it has {list(AXES)}")
@@ -92,8 +95,8 @@ def _fault(teacher: ModelShape, values: Mapping[str, int]) -> str | None:
             f"must be {shape.heads} heads x {shape.head_size}"
         )
     if not shape.accepted:
-        said = " or ".join(map(str, sorted(shape.said_heads)))
-        return f"shape.hidden is {shape.hidden}; the student's class takes only multiples of its query heads ({said})"
+        near = " or ".join(map(str, sorted(shape.said_heads)))
+        return f"shape.hidden is {shape.hidden}; the student's class takes only multiples of its query heads ({near})"
     return None
 
 

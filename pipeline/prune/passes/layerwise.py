@@ -22,22 +22,22 @@ class Step:
         self.arguments: list[tuple[tuple, dict[str, Any]]] = []  # by layer
 
     def stand_in(self, hidden_states: Tensor, *rest: Any, **named: Any) -> Tensor | tuple[Tensor, None]:
-        """Take a layer's place: note its arguments and pass the stream on."""
+        """Record the arguments that a layer is called with and return its input, as its class returns it."""
         if not self.arguments:
             self.hidden = hidden_states
         self.arguments.append((rest, named))
         return (hidden_states, None) if self.tuples else hidden_states
 
     def through(self, layer: nn.Module, index: int, place: torch.device) -> Tensor:
-        """Return what a layer makes of the stream."""
+        """Return the output of a layer for the current stream."""
         rest, named = _moved(self.arguments[index], place)
         output = layer(self.hidden.to(place), *rest, **named)
         return output[0] if isinstance(output, tuple) else output
 
     def advance(self, layer: nn.Module, index: int, place: torch.device) -> None:
-        """Run the stream through a layer, written where it was.
+        """Run the stream through a layer, in place.
 
-        A new tensor a layer and batch would lie between what the layer needs meanwhile, and a heap so parted keeps
+        A new tensor for every layer and batch fragments the heap between the layer's own allocations, which then holds
         twice the streams.
         """
         self.hidden.copy_(self.through(layer, index, place))
@@ -81,9 +81,9 @@ def in_step(
     """Run two streams through a teacher and its student; yield for each layer of the student what its FFN is to match.
 
     Yielded are the layer, the student's stream before its FFN, and the teacher's where the host of the student's next
-    layer reads it, so that layers which went can be made up for; [tokens, h'] each. Layer s of the student
-    comes from layer `hosts[s]`, ascending; its channels are `channels` of the teacher's. Whatever is done to an
-    FFN before the next is requested, the student's stream passes through the FFN it then has.
+    layer reads it, so that an FFN can also compensate for removed layers; [tokens, h'] each. Layer s of the student
+    comes from layer `hosts[s]`, ascending; its channels are `channels` of the teacher's. The student's stream then
+    passes through the FFN with the weights that it has when the next item is requested.
 
     Models map ids [batch, sequence] to hidden states. Time: a forward pass of either.
     Memory: on `place` a layer and a batch; on the models' own device two streams of all batches and what is yielded.
@@ -179,8 +179,7 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _held_once(value: Any, held: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
-    """Return the same structure with those of the tensors held in the place of its own where they are alike, and
-    all."""
+    """Return the structure with tensors of `held` in place of equal ones, and all tensors of the result."""
     own = {id(tensor): tensor for tensor in _tensors(value)}
     once = {key: next((other for other in held if _alike(tensor, other)), tensor) for key, tensor in own.items()}
     return _mapped(value, lambda tensor: once[id(tensor)]), list(once.values())

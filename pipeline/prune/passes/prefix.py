@@ -1,4 +1,4 @@
-"""Passes that begin in the middle of a model: what a change costs is measured from where it is on."""
+"""Forward passes that begin in the middle of a model, to measure a change from the changed layer on."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,9 +12,9 @@ from pipeline.prune.importance.measure import layer_of, only_layers
 
 
 class PrefixCache:
-    """The streams of some batches of ids [batch, sequence] behind the first of a causal model's layers.
+    """The residual streams of batches of ids [batch, sequence] after the first layers of a causal model.
 
-    Exact: a pass that continues from there gives the numbers of a whole one. Memory: on the host one row [h] a token,
+    A pass that continues from there gives exactly the results of a whole one. Memory: on the host one row [h] a token,
     none before the first layer.
     """
 
@@ -25,7 +25,7 @@ class PrefixCache:
         self.streams: list[Tensor | None] = [None] * len(batches)  # none: as the embedding gives it
 
     def reach(self, layers: Sequence[int]) -> None:
-        """Be behind these layers, ascending; continue if they begin with those that are done, else start again."""
+        """Move the streams to after these layers, ascending: from where they are, else from the embedding."""
         if list(layers[: len(self.done)]) != self.done:
             self.done, self.streams = [], [None] * len(self.batches)
         for layer in layers[len(self.done) :]:
@@ -34,20 +34,20 @@ class PrefixCache:
             self.done.append(layer)
 
     def reach_for(self, kept: Sequence[int]) -> None:
-        """Be behind the layers that `kept` begins with as the choice tried before it did."""
+        """Move the streams to after the first layers that `kept` and the choice before it have in common."""
         self.reach(_shared(kept, self.tried))
         self.tried = kept
 
     def rest(self, number: int, kept: Sequence[int]) -> AbstractContextManager[None]:
-        """Make a pass of batch `number` through a model of the layers `kept` run those that are not done.
+        """Within the block, a pass of batch `number` runs the layers of `kept` that come after the streams.
 
-        `kept` begins with those that are done, and has one more at least.
+        `kept` begins with the layers that the streams have passed, and has at least one more.
         """
         return self._alone(kept[len(self.done) :], number)
 
     @torch.inference_mode()
     def _behind(self, layer: int, number: int) -> Tensor:
-        """Return the stream [batch, sequence, h] of a batch behind a layer, on the host."""
+        """Return the stream [batch, sequence, h] of a batch after a layer, on the host."""
         seen: list[Tensor] = []
 
         def keep(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
@@ -64,7 +64,7 @@ class PrefixCache:
 
     @contextmanager
     def _alone(self, layers: Sequence[int], number: int) -> Iterator[None]:
-        """Run these layers alone, the first of them on the stream that was kept, if one was."""
+        """Within the block, run these layers only, the first of them on the stored stream, if there is one."""
         first, stream = layer_of(self.model, layers[0]), self.streams[number]
         whole = first.forward
 
@@ -77,8 +77,7 @@ class PrefixCache:
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> list[int]:
-    """Return the layers that two choices begin with; the last of `one` is never among them, so that a pass has a
-    rest."""
+    """Return the first layers that two choices have in common, without the last of `one`: a pass runs at least that."""
     count = 0
     while count < min(len(one) - 1, len(other)) and one[count] == other[count]:
         count += 1

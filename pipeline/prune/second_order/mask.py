@@ -1,4 +1,4 @@
-"""One layer narrowed in place and put back: many widths of one model measured, each for a copy of a few matrices."""
+"""Narrow one layer of a model in place for a while: widths are measured at the cost of copying a few matrices."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -54,8 +54,7 @@ def masked(
 
 
 def without(anatomy: Anatomy, scores: Scores, layer: int, groups: int, neurons: int) -> LayerPlan:
-    """Return the plan of one layer without its lowest-ranked KV groups and neurons, so many: those that `plan`
-    drops."""
+    """Return the plan of one layer without its lowest-ranked `groups` KV groups and `neurons` neurons."""
     own = anatomy.sizes.layers[layer]
     left = own.groups - groups
     widths = LayerSizes(left * (own.heads // own.groups), left, own.neurons - neurons)

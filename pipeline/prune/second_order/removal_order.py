@@ -1,4 +1,4 @@
-"""Greedy order of removal from H = XᵀX: which head, KV group or neuron is missed least once the others are restored.
+"""Greedy order of removal from H = XᵀX: first the head, KV group or neuron of least error once the others are restored.
 
 Optimal brain surgeon over blocks of input columns P of W [out, in], C = H⁻¹: removing P and restoring the rest raises
 the output error by tr(W_P C_PP⁻¹ W_Pᵀ); then W ← W - W_P C_PP⁻¹ C_P: and C ← C - C_:P C_PP⁻¹ C_P:.
@@ -21,9 +21,9 @@ Score = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Removal:
-    """The order in which units go, nested by construction: the first n of it go wherever n units go.
+    """The order in which units are removed. It is nested: removing n units removes the first n of it.
 
-    Units that are not requested follow by their score at the end. An error is the rise of
+    Units beyond the requested number follow by their final score. An error is the rise of
     tr((W - W') H (W - W')ᵀ), damped H, by one removal.
     """
 
@@ -35,7 +35,7 @@ class Removal:
         return sorted(self.order[len(self.order) - count :].tolist())
 
     def scores(self) -> Tensor:
-        """Return ranks [units], 1 for the first to go, as scores that keep the same units at every width."""
+        """Return ranks [units], 1 for the first removed, as scores that keep these units at every width."""
         return torch.empty(len(self.order), dtype=torch.float64).scatter_(
             0, self.order, torch.arange(1.0, len(self.order) + 1, dtype=torch.float64)
         )
@@ -48,7 +48,7 @@ def obs_order(
 
     `size` is 1 for neurons, the head size for query heads of W_O, head size times queries per group for KV groups. With
     `at_once` above 1, every step removes that many of least score together, with one joint exact update: scores inside
-    a step do not know of each other. Time: drop / at_once products of W with a vector or a block.
+    a step do not account for each other. Time: drop / at_once products of W with a vector or a block.
     """
     return _greedy(gram, weight, size, drop, at_once, _exact, None, damping)
 
@@ -163,7 +163,7 @@ class _Stretch:
         return self.used + units * self.size <= self.width
 
     def remove(self, going: Tensor) -> Tensor:
-        """Remove units together; give the rise of the error by each, in their order, NaN where C_PP lost its rank."""
+        """Remove units together; return the rise of the error by each, in order, NaN where C_PP lost its rank."""
         columns = (going[:, None] * self.size + torch.arange(self.size, device=going.device)).flatten()
         old, new = slice(self.used), slice(self.used, self.used + len(columns))
         a, b, k = self.a[:, old], self.b[:, old], self.k[old, old]

@@ -1,4 +1,4 @@
-"""Least-squares restoration: the input columns that stay take over, as well as they can, the work of those that go.
+"""Least-squares restoration: the input columns that stay compensate for those that are removed.
 
 With H = XᵀX at the input of W and kept columns K, W'_K = argmin tr((W - W'_K) H (W - W'_K)ᵀ) = (W H)_K H_KK⁻¹. One
 core, H and then `removal` and then this solve, serves OSSCAR (2403.12983), FASP (2501.09412: its own scores and this

@@ -1,4 +1,4 @@
-"""Layer by layer: every projection is solved for what its pruned predecessors really give it (SlimGPT, Týr-the-Pruner).
+"""Layer by layer: a projection is solved for the inputs that the pruned layers give (SlimGPT, Týr-the-Pruner).
 
 Týr's supernet holds several candidates of every projection; the input of the next one is then their expectation
 (2503.09657, eq. 5), Σ_e (1 - S_e) X_e / Σ_e (1 - S_e). Where a projection adds to the stream this is the output of the

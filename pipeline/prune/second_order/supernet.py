@@ -1,7 +1,7 @@
 """Týr-the-Pruner's supernet (2503.09657): nested candidates of every W_O and W_down, and models composed of them.
 
 A candidate keeps so many units (KV groups with their heads, or neurons) of one greedy order, those restored exactly,
-and is kept as its columns [out, kept · size] alone; in a model it fills the whole matrix with zeros beside.
+and is stored as its columns [out, kept · size]; in a model zeros fill the rest of the matrix.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,10 +46,9 @@ def candidates(
 def expectation(
     weight: Tensor, gram: Tensor, removal: Removal, counts: Sequence[int], keep: Keep, damping: float = DAMPING
 ) -> Tensor:
-    """Return the weight [out, in], float64, whose output is the expectation of the candidates' (eq. 5); `keep` gets
-    each.
+    """Return the weight [out, in], float64, whose output is the expectation of the candidates' (eq. 5).
 
-    A candidate of sparsity S_e counts 1 - S_e, the share of its units that stay.
+    `keep` is called with each candidate. A candidate of sparsity S_e counts 1 - S_e, the share of its units that stay.
     """
     units = len(removal.order)
 
@@ -78,7 +77,7 @@ def compose(
     choice: Choice,
     present: dict[str, int],
 ) -> None:
-    """Return projections of a causal model the candidates of a choice; `present` says which it has, and is kept true.
+    """Load the candidates of a choice into the projections of a causal model, and update `present`, which it holds.
 
     `stored` may be lazy and holds, by `candidate`, columns, and by `removal_of` the order [units] of each module; the
     dense tensors of `source` are those whose gains span all heads and see the chosen ones (`alone`). Only what differs
