@@ -16,6 +16,7 @@ from pipeline.distill.selection import RecoveryFacts
 from pipeline.evaluation.results import Behaviour, Evaluation, ReferenceEvaluation
 from pipeline.model.anatomy import LayerSizes
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, Step
+from pipeline.model.exported import Exported
 from pipeline.model.shape import Depth, Shape, StreamEnergy, Trial, Widths
 from pipeline.model.stored import Stored
 from pipeline.runtime.ledger import Ledger
@@ -33,6 +34,7 @@ VALUES = [
     Sparsities((0.25, 0.5)),
     Sensitivities((Narrowing(None, None, 0, 0.0), Narrowing(1, "neurons", 8, 0.5))),
     LayerErrors((LayerError(0, 0.5, 0.25),)),
+    Exported("LlamaForCausalLM", 4, 0.0, "stock", False, None, 1024),
     RecoveryFacts("held_out_kl", 1.0, 0.5, 8, 0.25, 4, False, True, True),
     Blueprint((0, 1), (LAYER,)),
     Step((0, 1), (LAYER,)),

@@ -14,6 +14,7 @@ import torch
 from pipeline.config import Config
 from pipeline.model import decilm, export_forms
 from pipeline.model.anatomy import anatomy_of
+from pipeline.model.exported import Exported
 from pipeline.model.families import FAMILIES, family_of
 from pipeline.model.hf_config import folded_config
 from pipeline.prune.surgery.pad import pad
@@ -96,14 +97,16 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     for path in license_files(_source(config)):
         shutil.copyfile(path, out / path.name)
     _add_code(form, written, out)
-    record = prove(folder, out, dtype, config.export.tolerance, form)
-    record |= {"form": form, "folded": folds, "padded": export_forms.padding(student, wide)}
-    record |= {"bytes": open_checkpoint(out).bytes()}
-    (out / "export.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    cost = f", {_cost(record['padded'])}" if record["padded"] else ""
+    proof = prove(folder, out, dtype, config.export.tolerance, form)
+    padded = export_forms.padding(student, wide)
+    exported = Exported(
+        proof["class"], proof.get("generated"), proof["difference"], form, folds, padded, open_checkpoint(out).bytes()
+    )
+    exported.save(out)
+    cost = f", {_cost(padded)}" if padded else ""
     machine.say(
-        f"export: {record['class']} ({form}{cost}), loaded in a fresh process: logits differ by "
-        f"{record['difference']:.1e}"
+        f"export: {exported.architecture} ({form}{cost}), loaded in a fresh process: logits differ by "
+        f"{exported.difference:.1e}"
     )
 
 

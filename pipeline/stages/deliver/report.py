@@ -20,6 +20,7 @@ from pipeline.distill.selection import RecoveryFacts
 from pipeline.evaluation.results import Evaluation
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
+from pipeline.model.exported import Exported
 from pipeline.model.scores import Scores
 from pipeline.model.shape import StreamEnergy
 from pipeline.report.axes import number
@@ -107,9 +108,9 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     if distilled:
         report["blocks"] = LayerErrors.load(distilled).to_json()["layers"]
         drawings["blocks"] = errors_by_layer(report["blocks"])
-    if (inputs["student"] / "export.json").is_file():
+    if (inputs["student"] / Exported.FILE).is_file():
         place = {"folder": str(Path(config.runs) / config.run / "student")}
-        report["export"] = json.loads((inputs["student"] / "export.json").read_text(encoding="utf-8")) | place
+        report["export"] = Exported.load(inputs["student"]).to_json() | place
     drawings |= _training_figures(curves or {}, RECOVERY, cuts(rounds, SEEN) if rounds else [])
     if stages:
         drawings["stages"] = stage_costs(stages)
