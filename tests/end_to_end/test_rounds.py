@@ -1,6 +1,7 @@
 """Rounds of pruning and recovery on a tiny model through the whole pipeline: Adapt-Pruner, straight and interrupted."""
 
 import json
+import re
 from html import unescape
 
 import pytest
@@ -94,7 +95,8 @@ def test_one_schedule_one_text_and_one_curve_run_through_all_rounds(world, strai
     assert held[3][1] > held[2][1], "the second cut costs what recovery then wins back"
     report = json.loads((view(world) / "report.json").read_text())
     assert report["recovery"]["tokens"] == STEPS * TOKENS
-    assert report["recovery"]["curves"]["held_out_kl"] == {"first": held[0][1], "last": held[-1][1]}
+    curve = report["recovery"]["curves"]["held_out_kl"]
+    assert (curve["first"], curve["last"]) == (held[0][1], held[-1][1])
     result = json.loads((view(world) / "run.json").read_text())["stages"]
     assert {"importance, round 1", "distill, round 1", "importance", "distill", "report"} <= set(result)
     both = [json.loads((f / "manifest.json").read_text())["seconds"] for f in recovered(world)]
@@ -142,7 +144,10 @@ def test_cut_off_in_the_second_round_it_goes_on_as_if_nothing_had_happened(world
     capsys.readouterr()
     adapted(world, "cut-off", "stages=[importance,shape,plan,cut,distill]", artifacts=place)
     said = capsys.readouterr().out
-    assert "distill: resumes after step 12 of 16" in said and said.count("importance: finished before") == 2
+    assert (
+        "distill: resumes after step 12 of 16" in said
+        and len(re.findall(r", importance \(.*\): finished before", said)) == 2
+    )
     for one, other in zip(recovered(world), recovered(world, "cut-off"), strict=True):
         tensors = open_checkpoint(one)
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in open_checkpoint(other).items())
@@ -151,7 +156,7 @@ def test_cut_off_in_the_second_round_it_goes_on_as_if_nothing_had_happened(world
 
 def test_without_its_recovery_a_round_ends_the_line(world, capsys):
     adapted(world, "part", "stages=[importance,shape,plan,cut]", seed=3)
-    assert "stages leaves out what round 2 of 2 begins with" in capsys.readouterr().out
+    assert re.search(r"^stages: round 2 of 2 ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_shape_is_reached_in_equal_parts(world):

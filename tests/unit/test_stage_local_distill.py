@@ -186,8 +186,7 @@ def test_the_last_distance_told_is_that_of_the_whole_student(world, tmp_path, ro
     assert open_checkpoint(folders["teacher"]).anatomy.sizes.hidden == (32 if rounds == 1 else 64)
     models = [load_model(folders[name], torch.float32, "eager") for name in ("teacher", "initial_student")]
     text = beginning(Packed(folders["tokens"] / "calibration"), 2048, 8, 0, 1, 0)
-    batches = [(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in text]
-    wanted, given = (streams(model, batches)[0][len(model.model.layers)][15::16] for model in models)
+    wanted, given = (streams(model, text)[0][len(model.model.layers)][15::16] for model in models)
     wanted = wanted[:, channels]
     distance = ((given - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
     assert LayerErrors.load(folders["initial_student"]).layers[-1].after == pytest.approx(float(distance), rel=0.02)

@@ -32,8 +32,8 @@ def check(config: Config) -> None:
     held, other = config.teacher_correction.eval_tokens, config.distill.eval_tokens
     if held != other and "distill" in config.recipe.stages:
         raise ValueError(
-            f"teacher_correction.eval_tokens is {held} and distill.eval_tokens {other}; recovery reads on where the "
-            "correction ended, so both hold out the same text: set them alike"
+            f"teacher_correction.eval_tokens: {held}, and distill.eval_tokens is {other}; recovery continues in the "
+            "text after the correction, so both hold out the same part: set them to one value"
         )
 
 
