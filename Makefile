@@ -13,7 +13,7 @@ SHARE  ?= 25
 WORKERS ?= 2
 FAST   := -m "(unit or numerics or docs) and not slow and not stages"
 
-.PHONY: setup types demo test test-fast coverage check bench clean
+.PHONY: setup demo test test-fast coverage check bench clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements/demo.txt
@@ -38,11 +38,9 @@ coverage: setup
 check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports
+	$(RUN) -m mypy
 	$(RUN) .ci/check_language.py
 	$(RUN) -m pipeline.cli.reference docs/settings.md
-
-types: setup
-	$(RUN) -m mypy
 
 bench: setup
 	$(RUN) benchmarks/quality/texts.py
