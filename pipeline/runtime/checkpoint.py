@@ -341,12 +341,21 @@ def model_of(
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False):
-    """Load the tokenizer of a model folder; ValueError for none, a damaged one, or untrusted code of its own."""
+    """Load the tokenizer of a model folder; ValueError for none, a damaged one, or untrusted code of its own.
+
+    The configuration code of a folder of a known family is not run, even if its code is trusted.
+    """
+    folder = Path(folder)
+    config = read_config(folder) if (folder / "config.json").exists() else {}
+    known = config.get("model_type") in FAMILIES
+    options = {"config": stock_config(config, folder)} if known else {}
     for pattern in (*TOKENIZER, "special_tokens_map.json", "added_tokens.json"):
-        for path in Path(folder).glob(pattern):
+        for path in folder.glob(pattern):
             check_file(path)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code, **options
+        )
     except Exception as fault:  # a damaged file raises whatever its reader, in Python or Rust, meets first
         if "trust_remote_code" in str(fault):
             raise ValueError(
