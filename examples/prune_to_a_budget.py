@@ -26,7 +26,7 @@ def main() -> None:
     parameters = run.report["parameters"]
     print(f"parameters: {parameters['teacher']:,} -> {parameters['student']:,}")
     for text, values in run.report["perplexity"].items():
-        print(f"perplexity on {text}: {values['teacher']:.2f} -> {values['student']:.2f}")
+        print(f"perplexity on {text}: {values['teacher']['perplexity']:.2f} -> {values['student']['perplexity']:.2f}")
     print(f"student: {run.folder / 'student'}")
 
 

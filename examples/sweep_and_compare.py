@@ -33,7 +33,8 @@ def main() -> None:
         )
         for text, values in run.report["perplexity"].items():
             parameters = run.report["parameters"]["student"]
-            print(f"{recipe:<16}{text:<16}{parameters:>14,}{values['teacher']:>10.2f}{values['student']:>10.2f}")
+            teacher, student = (values[model]["perplexity"] for model in ("teacher", "student"))
+            print(f"{recipe:<16}{text:<16}{parameters:>14,}{teacher:>10.2f}{student:>10.2f}")
 
 
 if __name__ == "__main__":

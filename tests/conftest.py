@@ -6,7 +6,6 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-KNOWN = {line for line in (HERE / "known_failures.txt").read_text().splitlines() if line and line[0] != "#"}
 
 
 def pytest_collection_modifyitems(items):
@@ -17,8 +16,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(folder)
         if item.path.name.startswith(("test_stage_", "test_recipe_")):
             item.add_marker("stages")
-        if item.nodeid.partition("[")[0] in KNOWN:
-            item.add_marker(pytest.mark.xfail(reason="listed in tests/known_failures.txt", strict=False))
 
 
 @pytest.fixture(autouse=True)

@@ -34,15 +34,15 @@ def rows(world, artifacts):
 
 def rounds(world, artifacts):
     (folder,) = (world / artifacts).glob("layer_gates-*")
-    return json.loads((folder / "rounds.json").read_text())
+    return [json.loads(line)["entry"] for line in (folder / "rounds.jsonl").read_text().splitlines()]
 
 
 def test_one_command_deletes_the_picked_layers_of_the_settled_model_and_reports(world):
     said = pipeline("run=trsp", *requested(world), cwd=world).stdout
     view = world / "runs" / "trsp"
-    depth, report = (json.loads((view / f"{name}.json").read_text()) for name in ("layer_loss", "report"))
+    depth, report = (json.loads((view / f"{name}.json").read_text()) for name in ("depth", "report"))
     assert depth["kept"] == depth["tried"][-1]["kept"] and len(depth["kept"]) == 3 and 0 in depth["kept"]
-    settled, start, student = (open_checkpoint(view / name) for name in ("restored", "start", "student"))
+    settled, start, student = (open_checkpoint(view / name) for name in ("restored", "initial_student", "student"))
     for name, tensor in start.items():
         layer = name.split(".")[2] if ".layers." in name else None
         origin = name if layer is None else name.replace(f".{layer}.", f".{depth['kept'][int(layer)]}.", 1)
@@ -74,7 +74,8 @@ def test_two_ranks_pick_and_settle_as_one(world):
     for one, two in zip(rounds(world, "one"), rounds(world, "two"), strict=True):
         assert one["picked"] == two["picked"]
         torch.testing.assert_close(torch.tensor(one["gates"]), torch.tensor(two["gates"]), rtol=1e-3, atol=1e-3)
-        assert one["loss_without"] == pytest.approx(two["loss_without"], rel=1e-4)
+        for (layer, alone), (same, together) in zip(one["losses"], two["losses"], strict=True):
+            assert layer == same and alone == pytest.approx(together, rel=1e-4)
     one, two = (rows(world, name) for name in ("one", "two"))
     assert len(one) == len(two) == 9
     for key in ("loss", "change", "held_out_cross_entropy"):

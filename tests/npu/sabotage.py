@@ -25,8 +25,8 @@ FAULTS = {
     ),
     "a missing .to": (
         "pipeline/prune/importance/measure.py",
-        "model(input_ids=ids.to(place), attention_mask",
-        "model(input_ids=ids, attention_mask",
+        "model(input_ids=ids.to(device), use_cache=False)\n    for total",
+        "model(input_ids=ids, use_cache=False)\n    for total",
     ),
     "a tensor made on the CPU": (
         "pipeline/distill/next_token.py",
@@ -89,5 +89,7 @@ if __name__ == "__main__":
             places = {"runs": folder / "runs", "artifacts": folder / "artifacts"}
             own = settings(world, **places, device="npu", distill__tokens=512)
             code = run(copied(folder, fault), ["run=sabotaged", *own, STAGES], Path(scratch) / f"{place}.txt")
-            result[name] = {"exit": code, "said": (Path(scratch) / f"{place}.txt").read_text()[-2000:]}
+            said = (Path(scratch) / f"{place}.txt").read_text()
+            tracebacks = "".join(path.read_text() for path in folder.glob("runs/*/traceback-*.txt"))
+            result[name] = {"exit": code, "said": (tracebacks + said)[-6000:]}
     print(json.dumps(result))

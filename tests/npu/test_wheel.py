@@ -37,14 +37,14 @@ def schemas(text: str) -> set[str]:
 def test_every_simulated_operator_has_the_real_schema(wheel):
     library = wheel.read("torch_npu/lib/libtorch_npu.so")
     ours = schemas((HERE / "package/torch_npu/ops.py").read_text())
-    assert len(ours) == 5
+    assert len(ours) == 4
     assert [schema for schema in ours if b"\0" + schema.encode() + b"\0" not in library] == []
 
 
-def test_every_operator_that_the_kernels_call_is_simulated():
+def test_every_operator_that_the_kernels_or_transformers_call_is_simulated():
     called = set(re.findall(r"torch\.ops\.npu\.(\w+)", KERNELS.read_text())) - {"*"}
     simulated = {schema.partition("(")[0] for schema in schemas((HERE / "package/torch_npu/ops.py").read_text())}
-    assert called == simulated
+    assert called | {"npu_fusion_attention"} == simulated  # transformers imports that one by name
 
 
 @needs_wheel

@@ -114,7 +114,7 @@ STAGE = Stage(
     run=run,
     settings=settings,
     needs=("subject", "tokens"),
-    choices={"score.kind": tuple(SCORES)},
+    choices={"score.kind": SCORES},
     revision=2,
     shows={"scores": ""},
 )

@@ -105,7 +105,7 @@ STAGE = Stage(
     optional=("depth",),
     becomes=("subject",),
     enabled=enabled,
-    choices={"restore.local": tuple(LOCAL_ORDERS)},
+    choices={"restore.local": LOCAL_ORDERS},
     check=check,
     shows={"restored": ""},
 )
