@@ -29,20 +29,24 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Blueprint(Stored):
-    """The whole student: kept hidden channels and the layers, all in indices of the source model."""
+    """The whole student: kept hidden channels, the layers and the kept tokens, all in indices of the source model."""
 
     FILE: ClassVar[str] = "blueprint.json"
     INDENT: ClassVar[int | None] = None
 
     channels: tuple[int, ...]
     layers: tuple[LayerPlan, ...]
+    vocabulary: tuple[int, ...] = ()  # empty: all tokens; else the student's token i is the source's vocabulary[i]
 
     def sizes(self, source: Sizes) -> Sizes:
         """Return the widths of the student."""
         widths = (LayerSizes(sum(len(g.heads) for g in p.groups), len(p.groups), len(p.neurons)) for p in self.layers)
         kept = max((len(plan.experts) for plan in self.layers), default=0)
         carried = dict(source.carried) | ({"e": kept} if kept else {})
-        return replace(source, hidden=len(self.channels), layers=tuple(widths), carried=carried)
+        vocabulary = len(self.vocabulary) or source.vocabulary
+        return replace(
+            source, vocabulary=vocabulary, hidden=len(self.channels), layers=tuple(widths), carried=carried
+        )
 
     def student(self, anatomy: Anatomy) -> Anatomy:
         """Return the anatomy of the student; ValueError if the plan does not fit the source."""
@@ -55,6 +59,8 @@ class Blueprint(Stored):
         donor has another layer type, or the groups of a layer differ in their number of heads (repeat-KV attention
         needs them equal)."""
         _distinct("channels", self.channels, anatomy.sizes.hidden)
+        if self.vocabulary:
+            _distinct("blueprint vocabulary", self.vocabulary, anatomy.sizes.vocabulary)
         for place, plan in enumerate(self.layers):
             at = f"blueprint layer {place}"
             _distinct(f"{at} host", (plan.host,), len(anatomy.sizes.layers))
@@ -142,9 +148,11 @@ def compose(first: Blueprint, second: Blueprint) -> Blueprint:
     Cutting by it equals cutting twice, except for a gain over the head size (QK-norm) of a layer with donated groups,
     which follows one source layer at each cut.
     """
+    tokens = tuple(first.vocabulary[token] for token in second.vocabulary) if first.vocabulary else second.vocabulary
     return Blueprint(
         tuple(first.channels[channel] for channel in second.channels),
         tuple(_composed(first, plan) for plan in second.layers),
+        tokens or first.vocabulary,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.model.anatomy import PER_LAYER_LISTS, Anatomy, LayerSizes
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.families import FAMILIES
+from pipeline.model.token_ids import Renumbering
 
 
 def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Blueprint) -> dict[str, Any]:
@@ -21,6 +22,8 @@ def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
         if isinstance(config.get(field), list):
             edited[field] = [config[field][host] for host in hosts]
     edited |= _expert_fields(config, source, blueprint)
+    if blueprint.vocabulary:
+        edited = Renumbering.of(blueprint.vocabulary, source.sizes.vocabulary).fields(edited)
     for field in ("pruned", "auto_map"):  # of a source that was a student itself
         edited.pop(field, None)
     edited |= class_fields(edited, student)
@@ -60,6 +63,7 @@ def stated_widths(student: Anatomy, widths: LayerSizes) -> dict[str, int]:
     """Return the config fields of a student's widths, `widths` being those stated for all layers."""
     family, sizes = student.family, student.sizes
     values = {
+        "vocabulary": sizes.vocabulary,
         "layers": len(sizes.layers),
         "hidden": sizes.hidden,
         "heads": widths.heads,

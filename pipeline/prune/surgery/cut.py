@@ -1,6 +1,6 @@
 """Cutting: the student's tensors, streamed out of the source's, as a blueprint says.
 
-Depth, hidden width, query heads, KV groups, neurons and cross-layer donation are this one function.
+Depth, hidden width, query heads, KV groups, neurons, vocabulary and cross-layer donation are this one function.
 """
 
 import math
@@ -31,24 +31,26 @@ def cut(
     is the output matrix too, the final norm by sqrt(h' / h), so that narrowing changes no magnitude.
     """
     student = blueprint.student(anatomy)
-    channels = torch.tensor(blueprint.channels)
-    scale = math.sqrt(anatomy.sizes.hidden / len(channels)) if anatomy.family.embedding_times_root_hidden else 1.0
+    kept = {"h": torch.tensor(blueprint.channels)}
+    outer = kept | ({"v": torch.tensor(blueprint.vocabulary)} if blueprint.vocabulary else {})
+    width = len(blueprint.channels)
+    scale = math.sqrt(anatomy.sizes.hidden / width) if anatomy.family.embedding_times_root_hidden else 1.0
     for name, (segment,) in anatomy.outer_tensors.items():
-        kept = _on_hidden(source[name], segment, channels)
+        tensor = _selected(source[name], segment, outer)
         if name == anatomy.embedding:
-            kept = _scaled(kept, scale, 0.0)
+            tensor = _scaled(tensor, scale, 0.0)
         elif name == anatomy.final_norm and anatomy.tied:
-            kept = _scaled(kept, 1.0 / scale, anatomy.family.norm_offset)
+            tensor = _scaled(tensor, 1.0 / scale, anatomy.family.norm_offset)
         elif name == f"{anatomy.family.final_norm}.bias" and anatomy.tied:
-            kept = _scaled(kept, 1.0 / scale, 0.0)
-        yield name, kept
+            tensor = _scaled(tensor, 1.0 / scale, 0.0)
+        yield name, tensor
     for place, plan in enumerate(blueprint.layers):
         for name, segments in student.layer_tensors.items():
             if not student.has(name, place):
                 continue
             origin = _origin(student, plan, name)
             parts = [
-                _on_hidden(_part(anatomy, source, origin, i, plan, donate), segment, channels)
+                _selected(_part(anatomy, source, origin, i, plan, donate), segment, kept)
                 for i, segment in enumerate(segments)
             ]
             yield name.format(layer=place), parts[0] if len(parts) == 1 else torch.cat(parts, joint(segments))
@@ -131,8 +133,12 @@ def _segment(anatomy: Anatomy, source: Mapping[str, Tensor], name: str, index: i
     return tensor.split([anatomy.sizes.length(segment[along], layer) for segment in segments], along)[index]
 
 
-def _on_hidden(tensor: Tensor, segment: Segment, channels: Tensor) -> Tensor:
-    return tensor.index_select(segment.index("h"), channels) if "h" in segment else tensor
+def _selected(tensor: Tensor, segment: Segment, kept: Mapping[Axis, Tensor]) -> Tensor:
+    """Return a tensor with the kept indices of each axis that `kept` names."""
+    for place, axis in enumerate(segment):
+        if axis in kept:
+            tensor = tensor.index_select(place, kept[axis])
+    return tensor
 
 
 def _scaled(stored: Tensor, factor: float, offset: float) -> Tensor:
