@@ -18,6 +18,7 @@ REGISTRIES = {  # setting -> (file, variable) of the dictionaries and tuples who
     "plan.depth": (("prune/plan.py", "DEPTH_POLICIES"), ("config/methods.py", "MEASURED_DEPTH")),
     "plan.widths": (("stages/widths.py", "WIDTH_POLICIES"),),
     "restore.local": (("prune/second_order/narrow.py", "LOCAL_ORDERS"),),
+    "score.experts": (("prune/importance/experts.py", "EXPERT_SCORES"),),
     "score.kind": (("prune/importance/__init__.py", "SCORES"),),
 }
 

@@ -12,6 +12,7 @@ class Score(Section):
     tokens: Count
     aggregation: Literal["sum", "minitron"]
     norms: Literal["all", "pre"]
+    experts: str  # a registered score, see prune/importance/experts.py
 
 
 class Rotate(Section):

@@ -110,6 +110,21 @@ class Anatomy:
         }
 
     @cached_property
+    def routed(self) -> frozenset[str]:
+        """Return the layer tensors of experts; a weight of the axes `e h` is the router's."""
+        fused = {name for name, (first, *_) in self.layer_tensors.items() if first[:1] == ("e",) != first}
+        routers = {name for name in fused if name.endswith(".weight") and self.layer_tensors[name] == (("e", "h"),)}
+        return frozenset(self.expert_of.keys() & self.layer_tensors.keys() | (fused - routers))
+
+    def sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return any(self.has(name, layer) for name in self.routed)
+
+    def expert_module(self, layer: int) -> str:
+        """Return the name of the class's module of all experts of a layer."""
+        return f"{self.family.prefix}{self.family.expert_module}".format(layer=layer)
+
+    @cached_property
     def outer_tensors(self) -> dict[str, tuple[Segment, ...]]:
         """Return the tensors outside the layers; a tied output matrix is no tensor of its own."""
         outer = {self.embedding: parse("v h")}

@@ -1,6 +1,6 @@
 """Importance scores of a model, saved beside what made them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FILE = "scores.safetensors"
+OF_EXPERTS = ("experts", "expert_neurons", "routing")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class Scores:
     # [2, layer]: what the scores of heads and of neurons are divided by where layers are compared; None: by their own
     # standard deviations
     deviations: Tensor | None = None
+    experts: tuple[Tensor, ...] = ()  # per layer [e]; of no expert where a layer has none
+    expert_neurons: tuple[Tensor, ...] = ()  # per layer [e, x]
+    routing: tuple[Tensor, ...] = ()  # per layer [4, e]: tokens, sum of weights, of output norms, of their products
 
     def with_units(
         self, heads: Sequence[Tensor], neurons: Sequence[Tensor], deviations: Tensor | None = None
@@ -39,6 +43,10 @@ class Scores:
             yield f"neurons.{layer}", neurons
         if self.deviations is not None:
             yield "deviations", self.deviations
+        for kind in OF_EXPERTS:
+            for layer, values in enumerate(getattr(self, kind)):
+                if values.numel():
+                    yield f"{kind}.{layer}", values
 
     def save(self, folder: Path) -> None:
         """Write the scores into a folder."""
@@ -56,4 +64,12 @@ class Scores:
         heads = tuple(tensors[f"heads.{layer}"] for layer in range(count))
         neurons = tuple(tensors[f"neurons.{layer}"] for layer in range(count))
         layers = tensors["layers"].to(torch.float64)
-        return Scores(tensors["channels"], heads, neurons, layers, tokens, tensors.get("deviations"))
+        of_experts = {kind: _of_layers(tensors, kind, count) for kind in OF_EXPERTS}
+        return Scores(tensors["channels"], heads, neurons, layers, tokens, tensors.get("deviations"), **of_experts)
+
+
+def _of_layers(tensors: Mapping[str, Tensor], kind: str, count: int) -> tuple[Tensor, ...]:
+    """Return a kind of scores of experts by layer, none where no layer has experts."""
+    if not any(name.startswith(f"{kind}.") for name in tensors):
+        return ()
+    return tuple(tensors.get(f"{kind}.{layer}", torch.zeros(0, dtype=torch.float64)) for layer in range(count))

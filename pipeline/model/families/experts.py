@@ -178,6 +178,7 @@ EXPERTS = (
         PRE,
         lengths=FFN_WIDTH,
         experts=("num_local_experts",),
+        expert_module="block_sparse_moe.experts",
         top_k="num_experts_per_tok",
         logit_divisor="logits_scaling",
         fixed=WHOLE,

@@ -65,6 +65,7 @@ class Family:
     gainless: bool = False  # norms over hidden channels have no weights
     layer_norm: bool = False  # norms over hidden channels subtract the mean
     experts: tuple[str, ...] = ()  # config fields of the number of experts, under each of their names
+    expert_module: str = "mlp.experts"  # module of a layer that holds all experts, fused
     top_k: str | None = None  # config field of the experts per token
     expert_groups: str | None = None  # config field of the groups that experts are routed by
     leading_dense: str | None = None  # config field of the number of first layers that have no experts

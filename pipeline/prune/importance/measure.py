@@ -13,6 +13,7 @@ from pipeline.model.causal import CausalModel
 from pipeline.model.families import family_of
 from pipeline.model.forwards import replaced_forward
 from pipeline.model.scores import Scores
+from pipeline.prune.importance.experts import ExpertScore, ExpertSums, empty_sums, reap, watch_experts
 
 AGGREGATIONS = ("sum", "minitron")
 NORMS = ("all", "pre")
@@ -31,13 +32,14 @@ class Sums:
     neurons: list[Tensor]  # per layer [f]
     cosines: Tensor  # [layer]
     tokens: Tensor  # [1]
+    experts: ExpertSums
 
     def tensors(self) -> list[Tensor]:
         """Return every sum, to be added over ranks in place."""
-        return [self.channels, *self.heads, *self.neurons, self.cosines, self.tokens]
+        return [self.channels, *self.heads, *self.neurons, self.cosines, self.tokens, *self.experts.tensors()]
 
-    def scores(self) -> Scores:
-        """Return the finished scores. Raise ValueError if no token was read."""
+    def scores(self, of_experts: ExpertScore = reap) -> Scores:
+        """Return the finished scores, of experts by `of_experts`. Raise ValueError if no token was read."""
         count = int(self.tokens)
         if not count:
             raise ValueError("score.tokens: no calibration token was read; raise it")
@@ -48,6 +50,9 @@ class Sums:
             tuple(map(finish, self.neurons)),
             1.0 - self.cosines / count,
             count,
+            experts=tuple(map(of_experts, self.experts.routing)),
+            expert_neurons=tuple(self.experts.neurons),
+            routing=tuple(self.experts.routing),
         )
 
 
@@ -61,7 +66,8 @@ def measure(
     tokens; `minitron` takes the L2 norm over sequences of their mean over the sequence (2407.14679), of every norm by
     itself for channels, whose scores are then summed over norms. However sequences are grouped into batches and ranks,
     scores are the same. norms `all` scores channels at every norm over them, `pre` at pre-norms and the final norm
-    only. Raise ValueError for another aggregation or other norms.
+    only. Experts and the neurons of each are measured on the tokens that are routed to them, by sums whatever the
+    aggregation is. Raise ValueError for another aggregation or other norms.
     """
     for setting, value, choices in (("aggregation", aggregation, AGGREGATIONS), ("norms", norms, NORMS)):
         if value not in choices:
@@ -79,9 +85,11 @@ def measure(
         [zeros(w.neurons) for w in sizes.layers],
         zeros(len(sizes.layers)),
         zeros(1),
+        empty_sums(anatomy, zeros),
     )
     with ExitStack() as hooks:
         _watch(model, anatomy, sums, scored, hooks)
+        watch_experts(model, anatomy, sums.experts, hooks)
         for ids in batches:
             sums.tokens += ids.numel()
             model(input_ids=ids.to(device), use_cache=False)

@@ -11,6 +11,7 @@ from pipeline.model.anatomy import Anatomy
 from pipeline.model.causal import CausalModel
 from pipeline.model.scores import Scores
 from pipeline.prune.importance import SCORES, score_named
+from pipeline.prune.importance.experts import EXPERT_SCORES
 from pipeline.prune.importance.measure import measure
 from pipeline.prune.importance.moments import Moments, moments
 from pipeline.prune.importance.score import Measured
@@ -35,8 +36,8 @@ def settings(config: Config) -> dict:
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """Write scores.safetensors over `score.tokens` calibration tokens, added over ranks.
 
-    Channels and layers are scored by eq. 1 and 4, heads and neurons by `score.kind`. Where biases will compensate,
-    means/ holds the mean inputs of W_O and W_down by module name.
+    Channels and layers are scored by eq. 1 and 4, heads and neurons by `score.kind`, experts by `score.experts`. Where
+    biases will compensate, means/ holds the mean inputs of W_O and W_down by module name.
 
     Raise ValueError before any pass for a family that has no biases to compensate with, and for gradients of a model
     that is too large for the device.
@@ -76,7 +77,7 @@ def _forward_scores(
     text = machine.progress(batches, len(batches), "importance")
     sums = measure(model.get_decoder(), anatomy, text, config.score.aggregation, config.score.norms)
     machine.ranks.sum_(sums.tensors())
-    scores = sums.scores()
+    scores = sums.scores(EXPERT_SCORES[config.score.experts])
     broken = next((name for name, values in scores.items() if not torch.isfinite(values).all()), None)
     if broken:
         raise ValueError(
@@ -114,7 +115,7 @@ STAGE = Stage(
     run=run,
     settings=settings,
     needs=("subject", "tokens"),
-    choices={"score.kind": SCORES},
-    revision=2,
+    choices={"score.kind": SCORES, "score.experts": EXPERT_SCORES},
+    revision=3,
     shows={"scores": ""},
 )

@@ -1,0 +1,95 @@
+"""Laws of the scores of experts: their formulas against a plain reading, in float64, for every family that has them."""
+
+import pytest
+import torch
+
+from pipeline.model.anatomy import anatomy_of
+from pipeline.model.families import FAMILIES
+from pipeline.model.scores import Scores
+from pipeline.prune.importance.experts import EXPERT_SCORES
+from pipeline.prune.importance.measure import measure
+from tests.tiny import TINY, config_of, model_type, tensors_of, tiny_model, tokens
+
+MIXTURES = [kind for kind in TINY if FAMILIES[model_type(kind)].experts]
+
+
+def anatomy(model):
+    return anatomy_of(config_of(model), tensors_of(model))
+
+
+def plainly(model, of, layer, states, chosen, weights):
+    """Return what each expert of a layer scores, token by token: lists of (weight, norm of the output), and neurons."""
+    module = model.get_submodule(of.expert_module(layer))
+    count, width = of.sizes.carried["e"], of.sizes.carried["x"]
+    found, neurons = [[] for _ in range(count)], torch.zeros(count, width, dtype=torch.float64)
+    for token, (experts, shares) in enumerate(zip(chosen.tolist(), weights)):
+        for expert, share in zip(experts, shares):
+            one = torch.tensor([[expert]])
+            output = vars(module)["whole"](states[token : token + 1], one, torch.ones_like(share).view(1, 1))
+            found[expert].append((float(share), float(output.norm())))
+            gate_up = module.gate_up_proj[expert]
+            inner = states[token] @ (gate_up if module.is_transposed else gate_up.T)
+            inner = inner + module.gate_up_proj_bias[expert] if module.has_bias else inner
+            neurons[expert] += module._apply_gate(inner[None])[0].abs()
+    return found, neurons
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_scores_of_experts_are_those_of_their_formulas_and_the_pass_computes_what_the_class_does(kind):
+    model, ids = tiny_model(kind), tokens(2, 10)
+    of, read = anatomy(model), {}
+    sparse = [layer for layer in range(4) if of.sparse(layer)]
+    for layer in sparse:
+        module = model.get_submodule(of.expert_module(layer))
+        vars(module)["whole"] = module.forward  # of the class, for one token and expert at a time
+        module.register_forward_pre_hook(lambda _, inputs, layer=layer: read.setdefault(layer, []).append(inputs))
+    whole = model.get_decoder()(ids, use_cache=False).last_hidden_state
+    read.clear()
+    outputs = []
+    hook = model.get_submodule(of.family.final_norm).register_forward_hook(lambda *seen: outputs.append(seen[2]))
+    sums = measure(model.get_decoder(), of, [ids[:1], ids[1:]])
+    hook.remove()
+    torch.testing.assert_close(torch.cat(outputs), whole, rtol=1e-6, atol=1e-6)
+    reap, often, man = (sums.scores(EXPERT_SCORES[name]).experts for name in ("reap", "frequency", "man"))
+    for layer in range(4):
+        assert len(reap[layer]) == (of.sizes.carried["e"] if layer in sparse else 0)
+    for layer in sparse:
+        joined = [torch.cat(parts) for parts in zip(*read[layer], strict=True)]
+        found, neurons = plainly(model, of, layer, *joined)
+        for expert, routed in enumerate(found):
+            count = max(1, len(routed))
+            assert often[layer][expert] == len(routed)
+            assert float(reap[layer][expert]) == pytest.approx(sum(g * n for g, n in routed) / count, rel=1e-6)
+            assert float(man[layer][expert]) == pytest.approx(sum(n for _, n in routed) / count, rel=1e-6)
+        torch.testing.assert_close(sums.scores().expert_neurons[layer], neurons, rtol=1e-6, atol=1e-9)
+
+
+def test_scores_of_experts_add_over_ranks_and_are_kept_on_disk(tmp_path):
+    model, ids = tiny_model("deepseek_v3"), tokens(4, 8)
+    of = anatomy(model)
+    whole = measure(model.model, of, [ids]).scores()
+    ranks = [measure(model.model, of, [part]) for part in ids.split(2)]
+    for total, part in zip(ranks[0].tensors(), ranks[1].tensors(), strict=True):
+        total += part
+    whole.save(tmp_path)
+    for other in (ranks[0].scores(), Scores.load(tmp_path)):
+        for (name, one), (again, two) in zip(whole.items(), other.items(), strict=True):
+            assert name == again
+            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_the_weights_of_experts_are_not_copied(monkeypatch):
+    model = tiny_model("mixtral")
+    module, seen = model.model.layers[0].mlp.experts, []
+    plain = torch.Tensor.__getitem__
+
+    def indexed(self, key):
+        result = plain(self, key)
+        if self is module.down_proj:
+            seen.append(result.untyped_storage().data_ptr() == self.untyped_storage().data_ptr())
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "__getitem__", indexed)
+    measure(model.model, anatomy(model), [tokens()])
+    assert seen and all(seen)
