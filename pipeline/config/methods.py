@@ -80,6 +80,7 @@ class Plan(Section):
     channels: Literal["scores", "leading", "random"]
     heads: Literal["scores", "random"]
     neurons: Literal["scores", "random"]
+    experts: Literal["scores", "random"]
     widths: str
     amplitude: Portion
     steps: Count
@@ -91,11 +92,11 @@ class Plan(Section):
 
     @property
     def policy(self) -> dict[str, Any]:
-        """How scores select layers, heads, neurons and channels; `drawn` lists the kinds that are chosen at random.
+        """How scores select layers, heads, neurons, channels and experts; `drawn`: the kinds chosen at random.
 
         The depth policy is block influence until a loss has been measured or gates have been learned.
         """
-        drawn = [kind for kind in ("channels", "heads", "neurons") if getattr(self, kind) == "random"]
+        drawn = [kind for kind in ("channels", "heads", "neurons", "experts") if getattr(self, kind) == "random"]
         depth = "influence" if self.measures_depth else self.depth
         options = self.model_dump(include={"keep_first", "clap", "clap_normalise"})
         return options | {"depth": depth, "drawn": drawn}

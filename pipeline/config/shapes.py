@@ -13,6 +13,7 @@ class Shape(Section):
     heads: Count | None
     groups: Count | None
     neurons: Count | None
+    experts: Count | None
 
     @property
     def given(self) -> bool:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.model.families import Family, family_for
+from pipeline.model.mixture import Routing, experts_of, routing_of
 
 EXPERT = "{expert}"
 Axis = str  # letters that share a dimension: "v", "h", "f", "d", "n d", "k q+2 d"
@@ -92,6 +93,7 @@ class Anatomy:
     lacking: Mapping[str, frozenset[str]] = field(default_factory=dict)  # type: optional prefixes its layers lack
     outer: frozenset[str] = frozenset()  # further tensors outside the layers that this checkpoint has
     whole_heads: bool = False  # the class takes hidden sizes only that are query heads x head size
+    routing: Routing | None = None  # of a mixture of experts
 
     @cached_property
     def layer_tensors(self) -> dict[str, tuple[Segment, ...]]:
@@ -241,6 +243,7 @@ def anatomy_of(config: Mapping[str, Any], names: Iterable[str]) -> Anatomy:
         lacking=lacking,
         outer=frozenset(family.outer) & names,
         whole_heads=family.whole_heads or _rope_type(config) in family.whole_heads_ropes,
+        routing=routing_of(config, family),
     )
     expected = set(anatomy.shapes())
     required = (n for n in table if not n.endswith(".bias"))
@@ -273,7 +276,7 @@ def sizes_of(config: Mapping[str, Any], family: Family) -> Sizes:
     )
     carried = {axis: sum(_product(config, name) for name in fields) for axis, fields in family.lengths.items()}
     if family.experts:
-        carried["e"] = next(config[name] for name in family.experts if config.get(name) is not None)
+        carried["e"] = experts_of(config, family)
     head_size = family.width(config, "head_size") or hidden // heads
     return Sizes(family.width(config, "vocabulary"), hidden, head_size, layers, carried)
 

@@ -96,7 +96,7 @@ class Step(Blueprint):
 
 def _check_experts(blueprint: Blueprint, anatomy: Anatomy) -> None:
     """Raise ValueError where experts are repeated or out of range, or not equally many in every layer."""
-    counts = {len(plan.experts) for plan in blueprint.layers if "e" in anatomy.sizes.carried}
+    counts = {len(plan.experts) for plan in blueprint.layers if anatomy.sparse(plan.host)}
     if len(counts) > 1:
         raise ValueError(f"blueprint: layers keep {sorted(counts)} experts; a model has one number for all layers")
     for place, plan in enumerate(blueprint.layers):

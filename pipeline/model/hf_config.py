@@ -32,31 +32,27 @@ def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
 
 
 def _expert_fields(config: Mapping[str, Any], source: Anatomy, blueprint: Blueprint) -> dict[str, int]:
-    """Return the config fields of a student's experts: their number and the number of first layers without any.
+    """Return the config fields of a student's experts: their number, those of a token, and the first dense layers.
 
-    ValueError where fewer experts stay than a token is routed to, or groups of experts would be unequal or of one
-    expert (a group is scored by its best two).
+    ValueError where fewer experts stay than a token is routed to, or groups of experts would be unequal.
     """
-    family = source.family
-    if not family.experts or family.top_k is None:
+    family, routing = source.family, source.routing
+    if routing is None or family.top_k is None:
         return {}
-    count = blueprint.sizes(source.sizes).carried["e"]
+    count, most = blueprint.sizes(source.sizes).carried["e"], source.sizes.carried["e"]
+    routing.check(count, most)
+    for plan in blueprint.layers if routing.groups > 1 else ():
+        members = [sum(expert * routing.groups // most == group for expert in plan.experts)
+                   for group in range(routing.groups)]  # fmt: skip
+        if plan.experts and (len(set(members)) > 1 or list(plan.experts) != sorted(plan.experts)):
+            raise ValueError(
+                f"{members} experts of the {routing.groups} groups of {family.expert_groups} stay in a layer, in the "
+                f"order {plan.experts}; keep equally many of each, in ascending order"
+            )
     fields = {field: count for field in family.experts if config.get(field) is not None}
     if family.leading_dense is not None:
         fields[family.leading_dense] = sum(plan.host < config[family.leading_dense] for plan in blueprint.layers)
-    top = config[family.top_k]
-    if count < top:
-        raise ValueError(f"{count} experts stay, and {family.top_k} is {top}; keep at least as many")
-    groups = (config.get(family.expert_groups) or 1) if family.expert_groups else 1
-    size = source.sizes.carried["e"] // groups
-    for plan in blueprint.layers if groups > 1 else ():
-        members = [sum(expert // size == group for expert in plan.experts) for group in range(groups)]
-        if plan.experts and (len(set(members)) > 1 or members[0] < 2 or list(plan.experts) != sorted(plan.experts)):
-            raise ValueError(
-                f"{members} experts of the {groups} groups of {family.expert_groups} stay in a layer, in the order "
-                f"{plan.experts}; keep equally many of each, at least two, in ascending order"
-            )
-    return fields
+    return fields | {family.top_k: routing.top}
 
 
 def stated_widths(student: Anatomy, widths: LayerSizes) -> dict[str, int]:

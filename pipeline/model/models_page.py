@@ -18,10 +18,10 @@ reloads it without missing or unexpected tensors; SLNP keeps the L2 norm of ever
 The columns are the axes of `shape.*`. `with heads` and `with hidden`: hidden channels and heads change together, since
 the class computes the head size as hidden size / heads. `own widths`: the class computes the neurons from the hidden
 size, so a student with fewer is written in the form `own`. `no`: the reason is listed below. Basis rotation
-(`rotate.kind`) needs RMSNorm and no post-norms. In parentheses: config fields by which a type has several tables.
+(`rotate.kind`) needs RMSNorm, no post-norms and no experts. `-` under experts: there are none. In parentheses: config fields by which a type has several tables.
 
-| type | layers | hidden | heads | groups | neurons | basis rotation |
-|---|---|---|---|---|---|---|
+| type | layers | hidden | heads | groups | neurons | experts | basis rotation |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -67,4 +67,5 @@ def _cells(family: Family) -> Iterable[str]:
             yield "own widths"
         else:
             yield "yes"
-    yield "no" if family.layer_norm or family.post_norms or not family.pre_norms or "hidden" in family.fixed else "yes"
+    yield "yes" if family.experts else "-"
+    yield "no" if family.experts or family.layer_norm or family.post_norms or not family.pre_norms or "hidden" in family.fixed else "yes"

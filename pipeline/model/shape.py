@@ -23,6 +23,7 @@ class Shape(Stored):
     groups: int
     neurons: int
     weights: int | None = None
+    experts: int | None = None  # per layer that has any; None: all
 
     @property
     def widest(self) -> LayerSizes:

@@ -17,6 +17,7 @@ from pipeline.model.blueprint import Blueprint, Group, LayerPlan
 from pipeline.model.scores import Scores
 from pipeline.model.shape import Depth, Shape
 
+DRAWN = ("channels", "heads", "neurons", "experts")  # kinds of scores that can be replaced by random ones
 # (block influence [layer], how many layers to remove, how many at the bottom must stay) -> layers to remove
 DepthPolicy = Callable[[Sequence[float], int, int], set[int]]
 
@@ -30,6 +31,7 @@ def plan(
     *,
     clap: bool,
     clap_normalise: bool = False,
+    experts: int | None = None,
 ) -> Blueprint:
     """Return the blueprint of a student whose layer i is hosted by source layer hosts[i] and has widths[i].
 
@@ -37,6 +39,8 @@ def plan(
     places (a run of dropped layers in one ranking, which equals folding them deepest first). A donor whose attention
     type differs from the host's, or whose KV groups have fewer query heads than the width asks of one, does not
     compete. `clap_normalise` divides scores by their layer's mean first.
+
+    `experts`: how many stay in each layer that has any, those of the highest score; None: all.
     """
     ends = [*hosts[1:], len(anatomy.sizes.layers)]
     plans = []
@@ -44,7 +48,8 @@ def plan(
         dropped = range(host + 1, end) if clap else ()
         donors = [layer for layer in dropped if _competes(anatomy, layer, host, width)]
         groups = _groups(anatomy, scores, [host, *donors], width, clap_normalise)
-        plans.append(LayerPlan(host, groups, _top(scores.neurons[host], width.neurons)))
+        own = kept_experts(anatomy, scores, host, experts) if experts is not None else ()
+        plans.append(LayerPlan(host, groups, _top(scores.neurons[host], width.neurons), own))
     return Blueprint(_top(scores.channels, hidden), tuple(plans))
 
 
@@ -62,16 +67,33 @@ def plan_by(
     clap: bool,
     clap_normalise: bool = False,
     hosts: Sequence[int] | None = None,
+    experts: int | None = None,
 ) -> Blueprint:
     """Return the blueprint of a student of `layers` layers whose source layers would have these widths.
 
-    The layers `hosts` stay, or those that `kept_layers` chooses. Of the kinds `drawn` (channels, heads, neurons) random
-    ones stay, drawn from `seed`.
+    The layers `hosts` stay, or those that `kept_layers` chooses. Of the kinds `drawn` (of `DRAWN`) random ones stay,
+    drawn from `seed`. `experts` stay in each layer that has any, all where it is None.
     """
     hosts = hosts or kept_layers(scores.layers, layers, depth, keep_first)
     scores = shuffled(scores, drawn, seed)
     own = [widths[host] for host in hosts]
-    return plan(anatomy, scores, hosts, own, hidden, clap=clap, clap_normalise=clap_normalise)
+    return plan(anatomy, scores, hosts, own, hidden, clap=clap, clap_normalise=clap_normalise, experts=experts)
+
+
+def kept_experts(anatomy: Anatomy, scores: Scores, layer: int, count: int) -> tuple[int, ...]:
+    """Return the `count` experts of a layer of the highest score, equally many of each group that tokens are routed by.
+
+    Empty where the layer has no experts, or all stay. Raise ValueError for a number that the class cannot have.
+    """
+    if anatomy.routing is None or not anatomy.sparse(layer):
+        return ()
+    most, groups = anatomy.sizes.carried["e"], anatomy.routing.groups
+    anatomy.routing.check(count, most)
+    if count == most:
+        return ()
+    best = scores.experts[layer].view(groups, -1).topk(count // groups, dim=1).indices
+    first = torch.arange(groups)[:, None] * (most // groups)
+    return tuple(sorted((best + first).flatten().tolist()))
 
 
 def layers_that_stay(inputs: Mapping[str, Path], influence: Tensor, policy: Mapping[str, Any]) -> list[int]:
@@ -174,7 +196,7 @@ def leading(scores: Scores) -> Scores:
 
 
 def shuffled(scores: Scores, kinds: Sequence[str], seed: int) -> Scores:
-    """Return scores whose named kinds (`channels`, `heads`, `neurons`) are random: the control of every ablation."""
+    """Return scores whose named kinds, of `DRAWN`, are random: the control of every ablation."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(value: Tensor | tuple[Tensor, ...]):
@@ -182,7 +204,7 @@ def shuffled(scores: Scores, kinds: Sequence[str], seed: int) -> Scores:
             return torch.rand(value.shape, generator=generator, dtype=torch.float64)
         return tuple(torch.rand(v.shape, generator=generator, dtype=torch.float64) for v in value)
 
-    random = {kind: draw(getattr(scores, kind)) for kind in ("channels", "heads", "neurons") if kind in kinds}
+    random = {kind: draw(getattr(scores, kind)) for kind in DRAWN if kind in kinds}
     deviations = scores.deviations
     if deviations is not None:
         given = dict(zip(("heads", "neurons"), deviations, strict=True))

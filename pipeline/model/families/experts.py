@@ -81,6 +81,7 @@ DENSE_FIRST: dict[str, Any] = {
     "experts": ("n_routed_experts",),
     "top_k": "num_experts_per_tok",
     "expert_groups": "n_group",
+    "chosen_groups": "topk_group",
     "fixed": WHOLE,
 }
 DEEPSEEK_FFN = (

@@ -68,6 +68,7 @@ class Family:
     expert_module: str = "mlp.experts"  # module of a layer that holds all experts, fused
     top_k: str | None = None  # config field of the experts per token
     expert_groups: str | None = None  # config field of the groups that experts are routed by
+    chosen_groups: str | None = None  # config field of the groups that a token's experts are taken from
     leading_dense: str | None = None  # config field of the number of first layers that have no experts
     # Pairs of elements that a rotation mixes: half (i, i + d/2) | interleave (2i, 2i + 1) | class (in a way of its own,
     # which no operator computes)

@@ -52,7 +52,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     chosen = WIDTH_POLICIES[config.plan.widths](PolicyInputs(config, inputs, out, anatomy, scores, hosts, shape))
     for host, width in zip(hosts, chosen, strict=True):
         widths[host] = width
-    step = plan_by(anatomy, scores, widths, shape.hidden, shape.layers, **policy, seed=config.seed, hosts=hosts)
+    chosen_by = policy | {"seed": config.seed, "hosts": hosts, "experts": shape.experts}
+    step = plan_by(anatomy, scores, widths, shape.hidden, shape.layers, **chosen_by)
     step.check(anatomy)
     blueprint = step
     if "previous_blueprint" in inputs:

@@ -12,7 +12,7 @@ from pipeline.config import Config
 from pipeline.costmodel.chip import Chip
 from pipeline.costmodel.nearest_shape import given_shape
 from pipeline.costmodel.pareto import Limits, Serving, check_alike, shape_within
-from pipeline.costmodel.shapes import ModelShape, depth_for, multiples_for, neurons_for, shape_for
+from pipeline.costmodel.shapes import AXES, ModelShape, depth_for, multiples_for, neurons_for, shape_for
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.shape import Shape
 from pipeline.prune.plan import kept_layers
@@ -64,6 +64,7 @@ def check(config: Config) -> None:
         check_alike(ModelShape.of(anatomy))
     elif enabled(config) and (config.stages is None or "shape" in config.stages):
         student, _ = _student(config, anatomy)
+        _experts(config, anatomy)
         if "plan" in config.recipe.stages:
             kept_layers(torch.zeros(len(anatomy.sizes.layers)), student.layers, "last", config.plan.keep_first)
 
@@ -100,7 +101,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     anatomy = checkpoint(config, inputs["teacher"]).anatomy
     teacher = ModelShape.of(anatomy)
     student, weights = _student(config, anatomy)
-    Shape(**student.axes(), weights=weights).save(out)
+    Shape(**student.axes(), weights=weights, experts=_experts(config, anatomy)).save(out)
     kept = student.non_embedding_parameters() / teacher.non_embedding_parameters()
     machine.say(f"shape: {student.axes()} keeps {kept:.1%} of the parameters outside the embeddings")
 
@@ -112,7 +113,7 @@ def _student(config: Config, anatomy: Anatomy) -> tuple[ModelShape, int | None]:
     budget = config.budget.parameters or config.budget.fallback
     teacher = ModelShape.of(anatomy, config.reinit.bias_compensation)
     if config.shape.given:
-        student = given_shape(teacher, config.shape.model_dump())
+        student = given_shape(teacher, config.shape.model_dump(include=set(AXES)))
     elif config.budget.predicted:
         chip = Chip(**config.device.chip_facts)
         student = shape_within(chip, teacher, Serving(**config.shape_search.serving), Limits(**config.budget.limits))
@@ -124,6 +125,21 @@ def _student(config: Config, anatomy: Anatomy) -> tuple[ModelShape, int | None]:
     else:
         student = BUDGET_AXES[config.budget.axes](teacher, budget)
     return partway(teacher, student, done, rounds), None
+
+
+def _experts(config: Config, anatomy: Anatomy) -> int | None:
+    """Return the experts of a layer after this round; None where all stay. Raise ValueError where they cannot."""
+    wanted, routing = config.shape.experts, anatomy.routing
+    if wanted is None:
+        return None
+    if routing is None:
+        raise ValueError(
+            f"shape.experts: model_type {anatomy.family.model_type!r} has no experts; leave shape.experts unset"
+        )
+    most = anatomy.sizes.carried["e"]
+    routing.check(wanted, most)
+    done, rounds = config.recipe.part
+    return wanted + (most - wanted) * (rounds - done) // (rounds * routing.groups) * routing.groups
 
 
 STAGE = Stage(

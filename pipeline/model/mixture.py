@@ -1,0 +1,55 @@
+"""Mixtures of experts: how tokens are routed, and how many experts a student can have."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.model.families import Family
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A token is sent to `top` experts, those of `chosen` of the `groups` groups that experts are divided into."""
+
+    top: int
+    groups: int = 1
+    chosen: int = 1
+
+    def check(self, count: int, most: int) -> None:
+        """Raise ValueError, naming the setting, where a student cannot have `count` of `most` experts."""
+        if not 1 <= count <= most:
+            raise ValueError(f"shape.experts: {count} is outside 1..{most} (the teacher's); choose a number of these")
+        if count % self.groups:
+            below = count // self.groups * self.groups
+            near = " or ".join(str(value) for value in (below, below + self.groups) if value)
+            raise ValueError(f"shape.experts: {count} is no multiple of the {self.groups} groups; nearest: {near}")
+        least = -(-self.top // self.chosen) * self.groups
+        if self.groups > 1:  # a group is scored by its best two
+            least = max(least, 2 * self.groups)
+        if count < least:
+            raise ValueError(
+                f"shape.experts: {count} is too few for tokens that are sent to {self.top} experts of {self.chosen} of "
+                f"{self.groups} groups; keep at least {least}"
+            )
+
+
+def routing_of(config: Mapping[str, Any], family: Family) -> Routing | None:
+    """Return how a model routes tokens; None where it has no experts."""
+    if not family.experts or family.top_k is None:
+        return None
+    groups = (config.get(family.expert_groups) or 1) if family.expert_groups else 1
+    chosen = config[family.chosen_groups] if family.chosen_groups and groups > 1 else 1
+    return Routing(one_value(config, family.top_k), groups, chosen)
+
+
+def experts_of(config: Mapping[str, Any], family: Family) -> int:
+    """Return the number of experts of a layer."""
+    return one_value(config, next(name for name in family.experts if config.get(name) is not None))
+
+
+def one_value(config: Mapping[str, Any], name: str) -> int:
+    """Return a number of a config that may be stated once for each layer. Raise ValueError where layers differ."""
+    values = set(config[name]) if isinstance(config[name], list) else {config[name]}
+    if len(values) > 1:
+        raise ValueError(f"config.json: {name} is {sorted(values)} in different layers; give a model with one number")
+    return int(values.pop())

@@ -1,0 +1,64 @@
+"""Tiny mixtures of experts: worlds to run stages in, and models whose routers never choose some experts."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from pipeline.model.blueprint import Blueprint
+from pipeline.model.families import FAMILIES
+from pipeline.runtime.checkpoint import load_model
+from tests.tiny import TINY, model_type, save_tiny, tiny_model
+from tests.world import make_world
+
+MIXTURES = [kind for kind in TINY if FAMILIES[model_type(kind)].experts]
+
+
+def mixture_world(folder: Path, kind: str, dtype: torch.dtype = torch.float64) -> Path:
+    """Fill a folder as `make_world` does, with a model of a type."""
+    world = make_world(folder, kind)
+    save_tiny(tiny_model(kind, dtype=dtype), world / "model")
+    return world
+
+
+def loaded(folder: Path):
+    """Return a model in float64, whose experts no other implementation than the class's own computes."""
+    model = load_model(folder, torch.float64, "eager")
+    model.set_experts_implementation("eager")
+    return model
+
+
+@contextmanager
+def never_routed(model, blueprint: Blueprint, total: int):
+    """Within the block, no router chooses an expert that the blueprint removes: its logit is minus infinity, and so is
+    its correction bias, where it has one."""
+    gone = {
+        plan.host: [expert for expert in range(total) if expert not in plan.experts]
+        for plan in blueprint.layers
+        if plan.experts
+    }
+    current, linear = [0], torch.nn.functional.linear
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, index=index: current.__setitem__(0, index))
+        for index, layer in enumerate(model.get_decoder().layers)
+    ]
+    kept = {name: tensor.clone() for name, tensor in model.named_buffers() if "correction_bias" in name}
+    for name, tensor in model.named_buffers():
+        if name in kept:
+            tensor[gone.get(int(name.split(".")[2]), [])] = -1e9
+
+    def masked(hidden, weight, bias=None):
+        output = linear(hidden, weight, bias)
+        if weight.shape == (total, model.config.hidden_size):
+            output[..., gone.get(current[0], [])] = -torch.inf
+        return output
+
+    torch.nn.functional.linear = masked
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = linear
+        for hook in hooks:
+            hook.remove()
+        for name, tensor in kept.items():
+            model.get_buffer(name).copy_(tensor)
