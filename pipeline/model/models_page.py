@@ -18,7 +18,8 @@ reloads it without missing or unexpected tensors; SLNP keeps the L2 norm of ever
 The columns are the axes of `shape.*`. `with heads` and `with hidden`: hidden channels and heads change together, since
 the class computes the head size as hidden size / heads. `own widths`: the class computes the neurons from the hidden
 size, so a student with fewer is written in the form `own`. `no`: the reason is listed below. Basis rotation
-(`rotate.kind`) needs RMSNorm, no post-norms and no experts. `-` under experts: there are none. In parentheses: config fields by which a type has several tables.
+(`rotate.kind`) needs RMSNorm, no post-norms and no experts. `-` under experts: there are none. In parentheses: config
+fields by which a type has several tables.
 
 | type | layers | hidden | heads | groups | neurons | experts | basis rotation |
 |---|---|---|---|---|---|---|---|
@@ -68,4 +69,5 @@ def _cells(family: Family) -> Iterable[str]:
         else:
             yield "yes"
     yield "yes" if family.experts else "-"
-    yield "no" if family.experts or family.layer_norm or family.post_norms or not family.pre_norms or "hidden" in family.fixed else "yes"
+    plain = family.pre_norms and not (family.experts or family.layer_norm or family.post_norms)
+    yield "yes" if plain and "hidden" not in family.fixed else "no"
