@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from pipeline.model.families import AXES, FAMILIES, REFUSED, Family
+from pipeline.model.families import AXES, FAMILIES, REFUSED, WRAPPERS, Family, Wrapper
 
 HEAD = """# Models
 
@@ -25,6 +25,17 @@ fields by which a type has several tables.
 |---|---|---|---|---|---|---|---|
 """
 
+WRAPPED = """
+## Image-text models
+
+The text half is pruned and recovered on text; the vision tower is carried, and the projector follows the hidden
+channels. The exported folder is one of the image-text class, in the form `stock` or `padded`. Laws: keeping everything
+is bit-identical; a student computes what the masked model computes, for text and for text with an image.
+
+| type | class | text half |
+|---|---|---|
+"""
+
 
 def models_page(types: Iterable[str]) -> str:
     """Return the page for the model types of a transformers installation.
@@ -32,7 +43,7 @@ def models_page(types: Iterable[str]) -> str:
     ValueError for a type that has neither a table nor a reason why not.
     """
     types = sorted(types)
-    unknown = [name for name in types if name not in FAMILIES and name not in REFUSED]
+    unknown = [name for name in types if name not in {*FAMILIES, *REFUSED, *WRAPPERS}]
     if unknown:
         raise ValueError(f"pipeline/model/families: no table and no reason for {', '.join(unknown)}; add one of them")
     accepted = [FAMILIES[name] for name in types if name in FAMILIES]
@@ -44,13 +55,20 @@ def models_page(types: Iterable[str]) -> str:
         for axis, reason in family.fixed.items():
             reasons.setdefault(reason, []).append(axis)
         lines += [f"- `{family.model_type}` keeps its {', '.join(axes)}: {why}.\n" for why, axes in reasons.items()]
+    lines.append(WRAPPED)
+    lines += [f"| `{each.model_type}` | `{each.architecture}` | {_texts(each)} |\n" for each in WRAPPERS.values()]
     lines.append("\n## Types without a table\n\n")
     groups: dict[str, list[str]] = {}
     for name in types:
-        if name not in FAMILIES:
+        if name not in FAMILIES and name not in WRAPPERS:
             groups.setdefault(REFUSED[name], []).append(f"`{name}`")
     lines += [f"- {', '.join(names)}: {reason}.\n" for reason, names in sorted(groups.items())]
     return "".join(lines)
+
+
+def _texts(wrapper: Wrapper) -> str:
+    named = ", ".join(f"`{own}`, as `{table}`" for own, table in wrapper.texts.items())
+    return named or "a type above whose layers are `model.layers`"
 
 
 def _name(family: Family) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,16 +18,20 @@ from transformers.utils import logging
 
 from pipeline.model import decilm
 from pipeline.model.anatomy import PER_LAYER_LISTS, Anatomy, anatomy_of
-from pipeline.model.families import FAMILIES, family_of
+from pipeline.model.families import FAMILIES, WRAPPERS, Family, family_of
+from pipeline.model.families.wrappers import text_names
 from pipeline.model.hf_config import frozen_modules, per_layer
-from pipeline.runtime.described import check_file, read_config, stored_config
+from pipeline.runtime import wrapper
+from pipeline.runtime.described import check_file, read_config, read_mapping, stored_config, wrapper_config
 from pipeline.runtime.modelling import HEADS, pruned_class
 from pipeline.runtime.weight_files import FLOATING, INDEX, SINGLE, Tensors
-from pipeline.runtime.weight_names import canonical_names
+from pipeline.runtime.weight_names import PREDICTION, canonical_names
+from pipeline.runtime.wrapper import Around
 
 TOKENIZER = ("tokeniz*", "vocab*", "merges.txt", "*.model")
 GENERATION = "generation_config.json"
-CARRIED = (*TOKENIZER, "special_tokens_map.json", "added_tokens.json", "chat_template*", GENERATION)
+PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+CARRIED = (*TOKENIZER, "special_tokens_map.json", "added_tokens.json", "chat_template*", *PROCESSOR, GENERATION)
 FROM_CLASS = ("head_size", "groups", "neurons", "layers", "hidden", "heads")  # widths, where config.json is silent
 
 logging.disable_progress_bar()  # the pipeline shows its own
@@ -47,6 +52,8 @@ class Checkpoint(Mapping[str, Tensor]):
         self.config: dict[str, Any] = read_config(self.folder)
         self._tensors = Tensors(self.folder, allow_pickle)
         self._stored = {name: name for name in self._tensors}
+        self.around: Around | None = None  # what an image-text model has around this text half of it
+        self.wrapped = False  # whether the folder holds the whole of it
         if self.config.get("model_type") == decilm.MODEL_TYPE:
             self.config = self._plain_decilm()
         if self.config.get("model_type") in FAMILIES:
@@ -58,11 +65,29 @@ class Checkpoint(Mapping[str, Tensor]):
                 for field in ("tie_word_embeddings", *PER_LAYER_LISTS, *filter(None, fields))
                 if self.config.get(field) is None and (value := getattr(whole, field, None)) is not None
             }
-            self._stored, left_out = canonical_names(self._tensors, self.config)
+            self.around, text = self._surroundings(family)
+            names, left_out = canonical_names(text, self.config)
+            self._stored = {name: text[own] for name, own in names.items()}
             if left_out:
                 count = f"{len(left_out)} tensors of multi-token prediction"
                 self.notes.append(f"{count} are left out: {', '.join(left_out[:2])}{', ...' if left_out[2:] else ''}")
             self._tie()
+
+    def _surroundings(self, family: Family) -> tuple[Around | None, dict[str, str]]:
+        """Return what is around the text half, and the stored name by the name in the text half of each tensor."""
+        inside, stored = self.folder / wrapper.FOLDER, read_mapping(self.folder / "config.json")
+        if stored.get("model_type") in WRAPPERS:
+            text = text_names(self._tensors, family)
+            taken = set(text.values())
+            beside = [name for name in self._tensors if name not in taken and not PREDICTION.search(name)]
+            self.wrapped = True
+            whole = wrapper_config(stored, self.folder / "config.json")
+            return wrapper.around_of(whole, self._tensors, beside), text
+        around = None
+        if inside.is_dir():
+            facts = read_mapping(inside / "config.json")
+            around = Around(facts["config"], facts["prefix"], facts["head"], Tensors(inside, False))
+        return around, {name: name for name in self._tensors}
 
     @property
     def anatomy(self) -> Anatomy:
@@ -70,7 +95,9 @@ class Checkpoint(Mapping[str, Tensor]):
         if "model_type" not in self.config:
             path = self.folder / "config.json"
             raise ValueError(f"{path} has no model_type; give a model folder of transformers, or fetch it again")
-        return anatomy_of(self.config, self)
+        anatomy = anatomy_of(self.config, self)
+        whole_heads = anatomy.whole_heads or (self.around is not None and self.around.wrapper.whole_heads)
+        return replace(anatomy, whole_heads=whole_heads)
 
     def check(self) -> None:
         """Compare the headers of all weights with the table and with the class that transformers builds.
@@ -253,7 +280,16 @@ def write_checkpoint(
         (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     if copy_from is not None:
         carry_tokenizer(copy_from, folder)
+        around = Path(copy_from) / wrapper.FOLDER
+        if around.is_dir() and config.get("model_type") not in WRAPPERS:
+            shutil.copytree(around, folder / wrapper.FOLDER, dirs_exist_ok=True)
     (folder / "config.json").write_text(json.dumps(stored_config(config), indent=2) + "\n", encoding="utf-8")
+
+
+def write_around(folder: Path, around: Around, tensors: Iterable[tuple[str, Tensor]], shard_bytes: float) -> None:
+    """Write what is around the text half of a model folder, with these tensors, in place of what was carried there."""
+    shutil.rmtree(folder / wrapper.FOLDER, ignore_errors=True)
+    write_checkpoint(folder / wrapper.FOLDER, around.facts(), tensors, shard_bytes)
 
 
 def finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -294,12 +330,16 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], limit: float) -> Iterator[dic
 def load_model(folder: Path, dtype: torch.dtype | Literal["auto"], attention: str) -> PreTrainedModel:
     """Load a model folder on the CPU, in evaluation mode; a pruned one by this project's own modelling code.
 
-    `attention` is an implementation of transformers, or auto for the one its class prefers. The class is always one of
+    `attention` is an implementation of transformers, or auto for the one its class prefers. Of an image-text model the
+    text half is loaded. The class is always one of
     the table of families. Raise ValueError if a weight would be missing, unexpected or newly initialised.
     """
     folder = Path(folder)
     checkpoint = open_checkpoint(folder)
     config = checkpoint.config
+    if checkpoint.wrapped:
+        kind = getattr(torch, config["dtype"] or "float32") if dtype == "auto" else dtype
+        return model_of(config, checkpoint, kind, None if attention == "auto" else attention)
     family = family_of(config.get("model_type", "none"))
     loader = pruned_class(family.architecture) if "pruned" in config else AutoModelForCausalLM
     options = {} if attention == "auto" else {"attn_implementation": attention}
@@ -323,7 +363,7 @@ def load_whole(loader: Any, folder: Path, **options: Any) -> PreTrainedModel:
 
 
 def model_of(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype, attention: str
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype, attention: str | None
 ) -> PreTrainedModel:
     """Return a model in memory from a config.json and the tensors of a checkpoint, in evaluation mode, on the CPU.
 

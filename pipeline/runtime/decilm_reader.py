@@ -101,6 +101,6 @@ def rotation(config, tokens, size):
 
 
 if __name__ == "__main__":
-    folder, dtype, ids, out, _ = sys.argv[1:]
+    folder, dtype, ids, out, *_ = sys.argv[1:]
     torch.save(logits(folder, json.loads(ids), getattr(torch, dtype)).float(), out)
     print(json.dumps({"class": "DeciLMForCausalLM, by our reader of its rules"}))

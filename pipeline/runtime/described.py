@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.model.anatomy import PER_LAYER_LISTS
-from pipeline.model.families import FAMILIES
+from pipeline.model.families import FAMILIES, WRAPPERS
+from pipeline.model.families.table import FIELDS
+from pipeline.runtime.wrapper import text_config, whole_config
 
 PANGU = "PanguEmbedded"  # openPangu-Embedded 1B and 7B: a Llama with biases under a name of its own
 OWN_TYPE = "pruned_"  # before the model_type of a network that the stock class of that type would compute wrongly
@@ -33,7 +35,9 @@ POINTER = b"version https://git-lfs.github.com/spec"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the config.json of a model or training checkpoint; openPangu-Embedded is returned as the Llama it is.
+    """Return the config.json of a model or training checkpoint; of an image-text model, that of its text half.
+
+    openPangu-Embedded is returned as the Llama it is.
 
     Fields that would choose code or files (`auto_map` among them) are left out: the model is always of a class of the
     table of families. Raise ValueError, naming the file and what to do, for one that is missing, damaged, out of
@@ -50,6 +54,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def checked_config(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return the fields of a config.json, read from `path`, that this project acts on; see `read_config`."""
     _check_names(stored, path)
+    if stored.get("model_type") in WRAPPERS:
+        return checked_config(text_config(wrapper_config(stored, path)), path)
     config = {name: value for name, value in stored.items() if name not in DROPPED and not name.startswith("_")}
     if stored.get("dtype") is None and isinstance(stored.get("torch_dtype"), str):
         config["dtype"] = stored["torch_dtype"]
@@ -72,6 +78,34 @@ def checked_config(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if config.get("quantization_config"):
         raise ValueError(f"{path} has a quantization_config; give the model's unquantised weights, or its GGUF")
     return config
+
+
+def wrapper_config(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return the config.json of an image-text model, read from `path`, completed by its class.
+
+    ValueError, naming the file, for counts out of bounds and for what transformers refuses.
+    """
+    text = stored.get("text_config", {})
+    fields = {**stored, **text} if isinstance(text, dict) else {}  # an old file has the text half's fields outside
+    for width, limit in (LIMITS | OPTIONAL).items():
+        if fields.get(str(FIELDS[width])) is not None:
+            _check_count(str(FIELDS[width]), fields[str(FIELDS[width])], limit, path)
+    try:
+        return whole_config(_believed(stored))
+    except Exception as fault:  # transformers' validation raises whatever a field's value leads to
+        raise ValueError(
+            f"{path} is refused by transformers ({type(fault).__name__}: {' '.join(str(fault).split()):.160}); correct "
+            "that field, or fetch it again"
+        ) from fault
+
+
+def _believed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a config.json and its sections without those that would choose code or files."""
+    return {
+        name: _believed(value) if isinstance(value, dict) else value
+        for name, value in stored.items()
+        if name not in DROPPED and not name.startswith("_")
+    } | ({"dtype": stored["torch_dtype"]} if isinstance(stored.get("torch_dtype"), str) else {})
 
 
 def stored_config(config: Mapping[str, Any]) -> dict[str, Any]:

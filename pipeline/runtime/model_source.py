@@ -11,12 +11,20 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from pipeline.runtime.checkpoint import CARRIED, GENERATION, Checkpoint, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import (
+    CARRIED,
+    GENERATION,
+    Checkpoint,
+    open_checkpoint,
+    write_around,
+    write_checkpoint,
+)
 from pipeline.runtime.described import read_mapping
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.gguf_model import check_parts, unpack
 from pipeline.runtime.hashing import digest, fingerprint
 from pipeline.runtime.weight_files import weight_files
+from pipeline.runtime.wrapper import FOLDER
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CODE = "*.py"
@@ -37,6 +45,7 @@ class ModelSource:
             return "-".join(fingerprint(part) for part in self.parts)
         names = {path.name for pattern in (*CARRIED, CODE) for path in self.folder.glob(pattern) if path.is_file()}
         names |= {path.name for path in weight_files(self.folder, self.allow_pickle)} | {"config.json"}
+        names |= {f"{FOLDER}/{path.name}" for path in (self.folder / FOLDER).glob("*")}
         return digest({name: fingerprint(self.folder / name) for name in sorted(names - {GENERATION})})
 
     def bytes(self) -> int:
@@ -120,9 +129,14 @@ def _copy(origin: Path, allow_pickle: bool, folder: Path, shard_bytes: float, tr
     checkpoint.check()
     try:
         write_checkpoint(folder, checkpoint.config, checkpoint.items(), shard_bytes, origin)
+        if checkpoint.around is not None:
+            write_around(folder, checkpoint.around, checkpoint.around.tensors.items(), shard_bytes)
     except ValueError as fault:
         raise ValueError(f"{origin}: {fault}") from fault
     notes = list(checkpoint.notes)
+    if checkpoint.wrapped and checkpoint.around is not None:
+        kind, count = checkpoint.around.wrapper.architecture, len(checkpoint.around.tensors)
+        notes.append(f"the text half of {kind} is pruned; its {count} other tensors are carried to the export")
     if trusted:
         for path in origin.glob(CODE):
             shutil.copyfile(path, folder / path.name)

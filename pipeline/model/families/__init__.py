@@ -13,8 +13,9 @@ from pipeline.model.families.gpt import GPT
 from pipeline.model.families.other import OTHER
 from pipeline.model.families.refused import REFUSED
 from pipeline.model.families.table import AXES, Family
+from pipeline.model.families.wrappers import WRAPPERS, Wrapper
 
-__all__ = ["AXES", "FAMILIES", "REFUSED", "Family", "family_for", "family_of"]
+__all__ = ["AXES", "FAMILIES", "REFUSED", "WRAPPERS", "Family", "Wrapper", "family_for", "family_of"]
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENSE, *OTHER, *GPT, *EXPERTS)}
 

@@ -9,7 +9,8 @@ from pipeline.model.blueprint import Blueprint, Step
 from pipeline.model.hf_config import student_config
 from pipeline.prune.surgery.bias import biased_anatomy, biased_config, compensate_biases
 from pipeline.prune.surgery.initial_student import begun
-from pipeline.runtime.checkpoint import open_tensors, write_checkpoint
+from pipeline.prune.surgery.projector import check_layers, narrowed
+from pipeline.runtime.checkpoint import open_tensors, write_around, write_checkpoint
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.machine import Machine
 from pipeline.stages.models import checkpoint
@@ -40,7 +41,9 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     need_space(out, source.bytes())
     shutil.rmtree(out, ignore_errors=True)
     anatomy, config_json = source.anatomy, source.config
-    blueprint = _blueprint(inputs["blueprint"])
+    blueprint, around = _blueprint(inputs["blueprint"]), source.around
+    if around is not None:
+        check_layers(around.wrapper, around.injected(), blueprint)
     options = config.reinit.model_dump(include={"slnp", "gain_compensation"})
     if config.restore.outputs:
         options |= {"grams": open_tensors(inputs["hessians"]), "damping": config.restore.damping}
@@ -52,6 +55,9 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     tensors = machine.progress(stream, len(student.shapes()), "cut")
     written = student_config(config_json, anatomy, blueprint)
     write_checkpoint(out, written, tensors, config.checkpoint.shard_bytes, inputs["subject"])
+    if around is not None:
+        carried = narrowed(around.wrapper, around.tensors, blueprint)
+        write_around(out, around, carried, config.checkpoint.shard_bytes)
     total, inner = student.parameters()
     machine.say(f"cut: {total / 1e6:.1f}M parameters, {inner / 1e6:.1f}M without embeddings")
 

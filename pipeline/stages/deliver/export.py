@@ -15,16 +15,17 @@ from pipeline.config import Config
 from pipeline.model import decilm, export_forms
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.exported import Exported
-from pipeline.model.families import FAMILIES, family_of
+from pipeline.model.families import FAMILIES, WRAPPERS, family_of
 from pipeline.model.hf_config import folded_config
 from pipeline.prune.surgery.pad import pad
 from pipeline.prune.surgery.reinit import Stream, fold_scales, post_norm_modules
 from pipeline.runtime import configuration_decilm, decilm_reader, modelling
 from pipeline.runtime.checkpoint import GENERATION, Checkpoint, load_model, open_checkpoint, write_checkpoint
-from pipeline.runtime.described import read_config, stored_config
+from pipeline.runtime.described import read_config, read_mapping, stored_config
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_source import generation_of, model_folder
 from pipeline.runtime.source_card import license_digests, license_files
+from pipeline.runtime.wrapper import wrapped_config
 from pipeline.stages.stage import Inputs, Stage
 
 FORMS = {"stock": export_forms.stock, "own": export_forms.own, "padded": export_forms.padded, "decilm": decilm.decilm}
@@ -34,11 +35,15 @@ PROBE = 24  # tokens of the reload check
 RELOAD = """
 import json, sys
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
-folder, dtype, ids, out, code = sys.argv[1:]
+import transformers
+from transformers import GenerationConfig
+folder, dtype, ids, out, code, name = sys.argv[1:]
 dtype, ids = getattr(torch, dtype), json.loads(ids)
-model = AutoModelForCausalLM.from_pretrained(
-    folder, dtype=dtype, attn_implementation="eager", local_files_only=True, trust_remote_code=code == "code").eval()
+model, loaded = getattr(transformers, name).from_pretrained(
+    folder, dtype=dtype, attn_implementation="eager", local_files_only=True, trust_remote_code=code == "code",
+    output_loading_info=True)
+assert not loaded["missing_keys"] and not loaded["unexpected_keys"], loaded
+model.eval()
 model.generation_config = GenerationConfig(max_new_tokens=4, do_sample=False)  # not the folder's own
 with torch.no_grad():
     logits = model(torch.tensor([ids])).logits[0].float()
@@ -51,8 +56,11 @@ print(json.dumps({"class": type(model).__name__, "generated": new.shape[1] - len
 def check(config: Config) -> None:
     """Refuse a form that the teacher's family cannot take, where its config.json can be read before any work."""
     form = config.export.form
-    folder = model_folder(config.model.path, config.model.allow_pickle) if form in CHECKS else None
-    if folder is None:
+    folder = model_folder(config.model.path, config.model.allow_pickle)
+    if folder is None or not (folder / "config.json").is_file():
+        return
+    whole = read_mapping(folder / "config.json").get("model_type") in WRAPPERS
+    if form not in CHECKS and not whole:
         return
     student = read_config(folder)
     family = FAMILIES.get(str(student.get("model_type")))
@@ -61,7 +69,10 @@ def check(config: Config) -> None:
     absorbs = config.reinit.absorb is not False and "absorb_norms" in config.recipe.stages
     if absorbs and family.sandwich and family.folded is None:
         student["pruned"] = {"scales": list(family.post_norms)}
-    CHECKS[form](student)
+    if whole:
+        _check_stock("own" if form == "auto" and "pruned" in student else "stock" if form == "auto" else form)
+    if form in CHECKS:
+        CHECKS[form](student)
 
 
 def settings(config: Config) -> dict:
@@ -84,20 +95,26 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """
     shutil.rmtree(out, ignore_errors=True)
     folder = inputs.get("recovered", inputs["initial_student"])
-    stream, names, student_config, folds = _folded(open_checkpoint(folder))
+    source = open_checkpoint(folder)
+    stream, names, student_config, folds = _folded(source)
     student = anatomy_of(student_config, names)
     form: str = config.export.form
     if form == "auto":
         form = "own" if "pruned" in student_config else "stock"
     written, wide = FORMS[form](student_config | {"dtype": config.export.dtype}, student)
-    dtype = getattr(torch, config.export.dtype)
-    cast = ((name, tensor.to(dtype)) for name, tensor in pad(student, wide, stream))
+    dtype, tensors = getattr(torch, config.export.dtype), pad(student, wide, stream)
+    if source.around is not None:
+        _check_stock(form)
+        written = wrapped_config(source.around.config, written, student.sizes.hidden)
+        tensors = source.around.stored(tensors)
+    cast = ((name, tensor.to(dtype)) for name, tensor in tensors)
     write_checkpoint(out, written, cast, config.checkpoint.shard_bytes, folder)
     _write_generation(_generation(config), out)
     for path in license_files(_source(config)):
         shutil.copyfile(path, out / path.name)
     _add_code(form, written, out)
-    proof = prove(folder, out, dtype, config.export.tolerance, form)
+    auto = source.around.wrapper.architecture if source.around else "AutoModelForCausalLM"
+    proof = prove(folder, out, dtype, config.export.tolerance, form, auto)
     padded = export_forms.padding(student, wide)
     exported = Exported(
         proof["class"], proof.get("generated"), proof["difference"], form, folds, padded, open_checkpoint(out).bytes()
@@ -108,6 +125,15 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         f"export: {exported.architecture} ({form}{cost}), loaded in a fresh process: logits differ by "
         f"{exported.difference:.1e}"
     )
+
+
+def _check_stock(form: str) -> None:
+    """Raise ValueError for a form whose code computes a text model alone."""
+    if form not in ("stock", "padded"):
+        raise ValueError(
+            f"export.form is {form}, and an image-text model is written for its stock class, whose layers have one "
+            "width and norms of their own; set export.form=padded, or plan.widths=uniform and reinit.absorb=false"
+        )
 
 
 def _generation(config: Config) -> dict[str, Any] | None:
@@ -164,10 +190,13 @@ def _add_code(form: str, config: dict[str, Any], out: Path) -> None:
         shutil.copyfile(configuration_decilm.__file__, out / decilm.CONFIGURATION_FILE)
 
 
-def prove(source: Path, folder: Path, dtype: torch.dtype, tolerance: float, form: str) -> dict:
+def prove(
+    source: Path, folder: Path, dtype: torch.dtype, tolerance: float, form: str, auto: str = "AutoModelForCausalLM"
+) -> dict:
     """Load `folder` in a fresh process that has transformers and not this project; compare logits with `source`'s.
 
-    The stock classes and our modelling file load as anyone loads them; the DeciLM form is read by `decilm_reader`.
+    `auto` is the class of transformers that loads a stock folder. The stock classes and our modelling file load as
+    anyone loads them; the DeciLM form is read by `decilm_reader`.
     Return class, generated tokens, and the largest logit difference relative to the largest logit. Raise RuntimeError
     above `tolerance` or if the process fails.
     """
@@ -179,7 +208,7 @@ def prove(source: Path, folder: Path, dtype: torch.dtype, tolerance: float, form
     with tempfile.TemporaryDirectory() as scratch:
         saved = Path(scratch) / "logits.pt"
         kind = str(dtype).removeprefix("torch.")
-        arguments = [str(folder.resolve()), kind, json.dumps(ids), str(saved), "code" if form == "own" else ""]
+        arguments = [str(folder.resolve()), kind, json.dumps(ids), str(saved), "code" if form == "own" else "", auto]
         program = Path(decilm_reader.__file__).read_text(encoding="utf-8") if form == "decilm" else RELOAD
         done = subprocess.run(
             [sys.executable, "-I", "-c", program, *arguments],

@@ -1,0 +1,36 @@
+"""The whole pipeline on an image-text model: the student is of its class and has its vision tower."""
+
+import json
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+from tests.tiny import tokenizer_folder
+from tests.tiny_wrappers import image_inputs, tiny_wrapper
+from tests.world import make_world, pipeline, settings
+
+
+def test_a_wrapper_is_pruned_recovered_on_text_and_exported_as_the_wrapper(tmp_path):
+    world = make_world(tmp_path)
+    for path in (world / "model").glob("*"):
+        path.unlink()
+    tiny_wrapper("qwen2_5_vl", dtype=torch.float32).save_pretrained(world / "model")
+    tokenizer_folder(world / "model", (world / "calibration.txt").read_text())
+    (world / "model" / "preprocessor_config.json").write_text("{}")
+    rotated = {"rotate__kind": "principal", "plan__channels": "leading"}
+    small = settings(world, run="w", shape__heads=2, shape__groups=1, shape__hidden=16, **rotated)
+    said = pipeline(*small, cwd=world).stdout
+    folder = world / "runs" / "w" / "student"
+    assert "Qwen2_5_VLForConditionalGeneration" in said and (folder / "preprocessor_config.json").is_file()
+    assert (world / "runs" / "w" / "report.html").is_file()
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "qwen2_5_vl" and config["vision_config"]["out_hidden_size"] == 16
+    assert config["text_config"]["num_hidden_layers"] == 3 and config["text_config"]["hidden_size"] == 16
+    student = AutoModelForImageTextToText.from_pretrained(folder)
+    teacher = AutoModelForImageTextToText.from_pretrained(world / "model").state_dict()
+    for name, tensor in student.state_dict().items():
+        if "visual" in name and "merger.mlp.2" not in name:
+            assert torch.equal(tensor, teacher[name]), name
+    inputs = image_inputs("qwen2_5_vl")
+    with torch.no_grad():
+        assert bool(torch.isfinite(student(**inputs | {"pixel_values": inputs["pixel_values"].float()}).logits).all())

@@ -1,0 +1,146 @@
+"""Tiny random image-text models of the real classes, and inputs with an image for each."""
+
+import torch
+import transformers
+from transformers import AutoConfig
+
+from pipeline.model.families import FAMILIES, WRAPPERS
+from pipeline.runtime.wrapper import text_config
+from tests.tiny import BASE, GEMMA, config_of
+
+IMAGE = 90  # the token id of an image patch
+SIGLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+CLIP = SIGLIP | {"model_type": "clip_vision_model", "num_hidden_layers": 2, "projection_dim": 8}
+PIXTRAL = SIGLIP | {"model_type": "pixtral", "head_dim": 8, "image_size": 16}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+QWEN = {"depth": 2, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "patch_size": 4}
+QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+
+# By model_type: fields of text_config beside BASE, of vision_config, and others; then the shape of pixel_values, the
+# number of image tokens, and further inputs.
+TINY_WRAPPERS: dict[str, tuple] = {
+    "gemma3": (
+        {"model_type": "gemma3_text", **GEMMA},
+        SIGLIP,
+        {"mm_tokens_per_image": 4, "image_token_index": IMAGE},
+        (1, 3, 8, 8),
+        4,
+        {},
+    ),
+    "mistral3": (
+        {"model_type": "mistral"},
+        PIXTRAL,
+        {"image_token_index": IMAGE, "spatial_merge_size": 2, "tie_word_embeddings": False},
+        (1, 3, 16, 16),
+        4,
+        {"image_sizes": [[16, 16]]},
+    ),
+    "llava": (
+        {"model_type": "llama"},
+        CLIP,
+        {"image_token_index": IMAGE, "image_seq_length": 4},
+        (1, 3, 8, 8),
+        4,
+        {},
+    ),
+    "llava_next": (
+        {"model_type": "mistral"},
+        CLIP,
+        {"image_token_index": IMAGE, "image_grid_pinpoints": [[8, 16]]},
+        (1, 3, 3, 8, 8),
+        14,
+        {"image_sizes": [[8, 16]]},
+    ),
+    "internvl": (
+        {"model_type": "qwen2"},
+        SIGLIP | {"image_size": [8, 8], "patch_size": [4, 4]},
+        {"image_token_id": IMAGE, "image_seq_length": 1},
+        (1, 3, 8, 8),
+        1,
+        {},
+    ),
+    "idefics3": (
+        {"model_type": "llama"},
+        SIGLIP,
+        {"image_token_id": IMAGE, "scale_factor": 2},
+        (1, 1, 3, 8, 8),
+        1,
+        {},
+    ),
+    "smolvlm": (
+        {"model_type": "llama"},
+        SIGLIP,
+        {"image_token_id": IMAGE, "scale_factor": 2},
+        (1, 1, 3, 8, 8),
+        1,
+        {},
+    ),
+    "qwen2_vl": (
+        {"model_type": "qwen2_vl_text", **MROPE},
+        QWEN | {"embed_dim": 16, "hidden_size": 32, "spatial_merge_size": 2, "mlp_ratio": 2},
+        QWEN_IDS,
+        (16, 96),
+        4,
+        {"image_grid_thw": [[1, 4, 4]]},
+    ),
+    "qwen2_5_vl": (
+        {"model_type": "qwen2_5_vl_text", **MROPE},
+        QWEN | {"out_hidden_size": 32, "spatial_merge_size": 2, "window_size": 16, "fullatt_block_indexes": [0]},
+        QWEN_IDS,
+        (16, 96),
+        4,
+        {"image_grid_thw": [[1, 4, 4]]},
+    ),
+    "qwen3_vl": (
+        {"model_type": "qwen3_vl_text", **MROPE},
+        QWEN | {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        QWEN_IDS,
+        (16, 96),
+        4,
+        {"image_grid_thw": [[1, 4, 4]]},
+    ),
+}
+
+
+def tiny_wrapper(kind: str, dtype: torch.dtype = torch.float64, **text):
+    """Return a tiny image-text model in evaluation mode, every parameter drawn from a normal of deviation 0.3."""
+    fields, vision, others, *_ = TINY_WRAPPERS[kind]
+    config = AutoConfig.for_model(kind, text_config={**BASE, **fields, **text}, vision_config=vision, **others)
+    config._attn_implementation = "eager"
+    model = getattr(transformers, WRAPPERS[kind].architecture)(config).to(dtype).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+    return model
+
+
+def text_half(model):
+    """Return the text half as a model of its own class, whose decoder and output matrix are the model's modules."""
+    fields = text_config(config_of(model))
+    config = AutoConfig.for_model(**fields)
+    text = getattr(transformers, FAMILIES[fields["model_type"]].architecture)(config)
+    text.model, text.lm_head = model.model.get_decoder(), model.lm_head
+    return text.to(model.dtype).eval()
+
+
+def image_inputs(kind: str) -> dict[str, torch.Tensor]:
+    """Return a text with an image in it: token ids [1, t], pixels, and what else the class reads."""
+    *_, shape, count, others = TINY_WRAPPERS[kind]
+    generator = torch.Generator().manual_seed(3)
+    marks = ([92], [93]) if "image_grid_thw" in others else ([], [])
+    ids = torch.tensor([[5, 6, 7, *marks[0], *[IMAGE] * count, *marks[1], 8, 9, 10]])
+    inputs = {name: torch.tensor(value) for name, value in others.items()}
+    if "image_grid_thw" in others:
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+    elif kind == "gemma3":
+        inputs["token_type_ids"] = (ids == IMAGE).int()
+    pixels = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return inputs | {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
