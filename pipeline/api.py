@@ -65,7 +65,7 @@ class Run:
 def prune(
     model: str | Path,
     *,
-    budget: float | None = None,
+    budget: float | Mapping[str, float] | None = None,
     recipe: str | None = None,
     data: str | Path | Sequence[str | Path] | None = None,
     run: str | None = None,
@@ -75,7 +75,8 @@ def prune(
 
     Args:
         model: a model folder, a .gguf file, a hub id or package:NAME, as `model.path`.
-        budget: fraction of the parameters outside the embeddings to keep, as `budget.parameters`.
+        budget: fraction of the parameters outside the embeddings to keep, as `budget.parameters`; or the names and
+            values of settings of `budget`, e.g. ``{"total": 0.7}``, ``{"bytes": 8e9, "context": 8192}``.
         recipe: the name of a file in conf/recipe/.
         data: one text or several for calibration, recovery and evaluation, which share no passage of it.
         run: the name of the run folder.
@@ -85,7 +86,8 @@ def prune(
         ValueError: for a setting that does not exist, a value that is refused, or input that cannot be used.
     """
     words: dict[str, Any] = {"model.path": str(model)}
-    chosen = {"recipe": recipe, "run": run, "budget.parameters": budget}
+    limits = budget if isinstance(budget, Mapping) else {"parameters": budget}
+    chosen = {"recipe": recipe, "run": run} | {f"budget.{name}": value for name, value in limits.items()}
     words |= {key: value for key, value in chosen.items() if value is not None}
     if data is not None:
         paths = [str(path) for path in data] if isinstance(data, Sequence) and not isinstance(data, str) else str(data)

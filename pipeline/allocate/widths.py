@@ -45,6 +45,22 @@ def weights_within(anatomy: Anatomy, fraction: float) -> int:
     return left
 
 
+def weights_of_size(sizes: Sizes, everything: int, limit: float, budget: str) -> int:
+    """Return the weights the layers may hold together so that at most `limit` of all parameters stays.
+
+    `everything`: the parameters of a student that keeps all channels, layers, heads and neurons, embeddings included.
+    Raise ValueError, naming the setting `budget`, where what is in no head and neuron is more.
+    """
+    rest = everything - layer_weights(sizes, sizes.layers)
+    left = math.floor(limit) - rest
+    if left <= 0:
+        raise ValueError(
+            f"budget.{budget}: cannot be reached: {rest / everything:.4g} of the parameters are in no head or neuron, "
+            f"and plan.widths keeps them; raise it above {rest / everything:.4g} of the model"
+        )
+    return left
+
+
 def even_widths(sizes: Sizes, weights: int, multiple: int) -> list[LayerSizes]:
     """Return the widest layers of one sparsity, KV groups whole and neurons in multiples, that hold at most
     `weights`."""

@@ -22,12 +22,20 @@ class Shape(Section):
 
 class Budget(Section):
     parameters: Fraction | None
+    total: Fraction | None
+    bytes: Positive | None
+    context: Count | None
     axes: Literal["all", "layers", "neurons"]
     fallback: Fraction
     speedup: Positive | None
     memory_gb: Positive | None
     decode_rate: Positive | None
     prefill_seconds: Positive | None
+
+    @property
+    def sized(self) -> dict[str, float]:
+        """The limits of the student's size, where set: of which a run has one."""
+        return self.model_dump(include={"parameters", "total", "bytes"}, exclude_none=True)
 
     @property
     def predicted(self) -> dict[str, float]:

@@ -18,6 +18,8 @@ from pipeline.costmodel.cost import (
     serving_bytes,
 )
 from pipeline.costmodel.shapes import AXES, Grid, ModelShape, Multiples, imbalance, multiples_for
+from pipeline.costmodel.size_budget import Choice
+from pipeline.model.shape import Budgeted
 
 ROOM = 0.9  # candidates have at least this share of the weights of the largest shape within the budget
 SKEW = 0.48  # ln² 2: no axis of a candidate below half its balanced share
@@ -39,6 +41,10 @@ class Serving:
 
     def reading(self) -> Work:
         return prefill(self.batch_size, self.prompt, self.precision, self.tensor_parallel)
+
+    def work(self) -> Work:
+        """The pass that the search makes fast."""
+        return self.reading() if self.speed == "prefill" else self.decoding()
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,15 @@ def shape_within(
     """
     sieve = _sift(chip, teacher, serving, limits, multiples)
     return _shape(teacher, sieve.rows[np.argmin(sieve.prior)])
+
+
+def speedup_of(chip: Chip, teacher: ModelShape, serving: Serving, requested: float, chosen: ModelShape) -> Budgeted:
+    """Return what budget.speedup reaches with a shape, and the reachable shapes next to it on both sides."""
+    grid = Grid(teacher, multiples_for(teacher, serving.tensor_parallel))
+    whole = describe(chip, teacher, teacher, serving).seconds(serving)
+    values = whole / _grid_seconds(chip, teacher, serving.work(), grid)
+    reached = whole / describe(chip, teacher, chosen, serving).seconds(serving)
+    return Choice(teacher, grid, grid.accepted).budgeted(values, requested, "speedup", requested, reached, least=True)
 
 
 def candidates(
@@ -224,6 +239,11 @@ def _sift(chip: Chip, teacher: ModelShape, serving: Serving, limits: Limits, mul
     if limits.memory_bytes is not None:
         mask &= _grid_bytes(teacher, serving, grid) <= limits.memory_bytes
     if not mask.any():
+        reach = float((describe(chip, teacher, teacher, serving).seconds(serving) / seconds[grid.accepted]).max())
+        if limits == Limits(speedup=limits.speedup):
+            raise ValueError(
+                f"budget.speedup: {limits.speedup:g} cannot be reached on {chip.name}; at most {reach:.4g} is"
+            )
         raise ValueError(
             f"no aligned student of this teacher keeps to {_stated(limits)} on {chip.name}; "
             "give a wider budget or another device/chip"

@@ -36,6 +36,50 @@ class Shape(Stored):
 
 
 @dataclass(frozen=True)
+class Reachable:
+    """What a possible shape reaches of a budget, and the shape, by axis."""
+
+    value: float
+    shape: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Budgeted(Stored):
+    """A budget and what the chosen shape reaches of it; `within` and `beyond`: the shapes nearest to it on both sides.
+
+    Values are fractions for parameters and total, bytes for bytes, and the teacher's time over the student's for
+    speedup. `context`: the tokens of the KV cache that bytes counts.
+    """
+
+    FILE: ClassVar[str] = "budget.json"
+
+    budget: str
+    requested: float
+    reached: float
+    within: Reachable
+    beyond: Reachable | None
+    context: int = 0
+
+    def sentence(self) -> str:
+        """Return the budget, what is reached of it and the nearest reachable shapes, as one line."""
+        near = ", ".join(
+            f"{self.shown(each.value)} ({_words(each.shape)})" for each in (self.within, self.beyond) if each
+        )
+        requested, reached = self.shown(self.requested), self.shown(self.reached)
+        return f"budget.{self.budget}: {requested} requested, {reached} reached; nearest: {near}"
+
+    def shown(self, value: float) -> str:
+        """Return a value of this budget as text."""
+        if self.budget == "bytes":
+            return f"{value / 1e9:.4g} GB"
+        return f"{value:.3f} x" if self.budget == "speedup" else f"{value:.2%}"
+
+
+def _words(shape: dict[str, int]) -> str:
+    return " ".join(f"{axis}={value}" for axis, value in shape.items())
+
+
+@dataclass(frozen=True)
 class Trial:
     """A set of layers, ascending, and the loss of the model that has only these, in nats per token."""
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.report.budget import budget_of
 from pipeline.report.facts import MODELS, Report, perplexity_of, start_of, times
 
 MINUS = "\N{MINUS SIGN}"
@@ -57,6 +58,9 @@ def summary(report: Report) -> str:
         f"{row.label:<{wide[0]}}  {row.teacher:>{wide[1]}}  {row.student:>{wide[2]}}  {row.change:>{wide[3]}}".rstrip()
         for row in lines
     ]
+    requested = budget_of(report)
+    if requested:
+        table.append(f"{requested[0]}: {requested[1]}; {requested[2]}")
     for name, values in perplexity_of(report).items():
         if "start" in values:
             table.append(f"perplexity on {name} {start_of(report)}: {times(values['start'])}")

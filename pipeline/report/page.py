@@ -7,6 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from pipeline.report.budget import budget_of
 from pipeline.report.comparison import MINUS, count, percent, rate, size, unsteady, whole
 from pipeline.report.drawing import COLOURS, Drawing, svg
 from pipeline.report.exported import export_section
@@ -85,6 +86,7 @@ def _headline(report: Report) -> str:
     name, values = next(iter(perplexity_of(report).items()))
     before = f", {times(values['start'], '.1f')} {start_of(report)}" if "start" in values else ""
     entries = [
+        *filter(None, [budget_of(report)]),
         ("Parameters", signed("parameters"), _sizes(report)),
         (f"Perplexity, {name}", times(values["student"], ".1f"), f"teacher {times(values['teacher'], '.1f')}{before}"),
     ]

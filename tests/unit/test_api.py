@@ -95,3 +95,11 @@ def test_paths_with_any_character_reach_the_configuration_as_they_are(tmp_path):
         folder / "model", run="odd", settings=chosen(folder, stages="[importance]") | {"runs": folder / "runs"}
     )
     assert run.folder == folder / "runs" / "odd" and run.artifacts["scores"].is_dir()
+
+
+def test_a_budget_is_a_fraction_or_settings_of_their_section(world):
+    for budget, message in ((1.7, r"^budget\.parameters: 1\.7 "), ({"total": 1.7}, r"^budget\.total: 1\.7 ")):
+        with pytest.raises(ValueError, match=message):
+            api.prune(world / "model", budget=budget)
+    with pytest.raises(ValueError, match=r"'budget\.totel'; did you mean 'budget\.total'"):
+        api.prune(world / "model", budget={"totel": 0.7})

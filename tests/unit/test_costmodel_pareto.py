@@ -83,8 +83,10 @@ def test_what_the_class_of_the_students_refuses_is_no_candidate():
 
 
 def test_limits_no_shape_keeps_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"no aligned student of this teacher keeps to speedup=1000 on 910B1"):
+    with pytest.raises(ValueError, match=r"budget.speedup: 1000 cannot be reached on 910B1; at most \d"):
         candidates(chip("910B1"), TEACHER, DECODE, Limits(speedup=1000.0), 4)
+    with pytest.raises(ValueError, match=r"no aligned student .* keeps to parameters=0.5, speedup=1000 on 910B1"):
+        candidates(chip("910B1"), TEACHER, DECODE, Limits(parameters=0.5, speedup=1000.0), 4)
 
 
 def measured_search(tolerance: float):

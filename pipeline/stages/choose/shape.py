@@ -1,21 +1,23 @@
 """shape: the student's five widths, as given or as a budget determines them without a measurement."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.allocate.widths import even_widths, partway, weights_within
+from pipeline.allocate.widths import even_widths, partway, weights_of_size, weights_within
 from pipeline.config import Config
 from pipeline.costmodel.chip import Chip
 from pipeline.costmodel.nearest_shape import given_shape
-from pipeline.costmodel.pareto import Limits, Serving, check_alike, shape_within
+from pipeline.costmodel.pareto import Limits, Serving, check_alike, shape_within, speedup_of
 from pipeline.costmodel.shapes import AXES, ModelShape, depth_for, multiples_for, neurons_for, shape_for
+from pipeline.costmodel.size_budget import Unit, parameters_of, shape_of_size
 from pipeline.model.anatomy import Anatomy
-from pipeline.model.shape import Shape
+from pipeline.model.shape import Budgeted, Shape
 from pipeline.prune.plan import kept_layers
+from pipeline.prune.surgery.bias import biased_anatomy
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_source import model_folder
@@ -37,24 +39,33 @@ def check(config: Config) -> None:
     model cannot predict.
     """
     budget, widths = config.budget, config.plan.widths
-    limited = [*budget.predicted, *(["parameters"] if budget.parameters is not None else [])]
+    limited = [*budget.predicted, *budget.sized]
     if config.recipe.shape == "given" and config.shape.given and limited:
         raise ValueError(f"shape: the shape is given and budget.* limits it by {limited}; set only one of them")
+    requested = [*budget.sized, *(["speedup"] if budget.speedup else [])]
+    if config.recipe.shape == "given" and len(requested) > 1:
+        raise ValueError(f"budget: {' and '.join(requested)} are given, and each determines the shape; keep one")
+    if budget.context and not budget.bytes:
+        raise ValueError("budget.context: counts a KV cache into budget.bytes, which is null; set budget.bytes too")
+    if budget.context and widths != "uniform":
+        raise ValueError(
+            f"budget.context: plan.widths={widths} gives layers different KV groups, so the cache is not known; set "
+            "plan.widths=uniform, or leave budget.context out"
+        )
     if budget.axes != "all" and budget.predicted:
         raise ValueError(
-            f"budget.axes: {budget.axes} supports budget.parameters only; remove {list(budget.predicted)}, or set "
-            "budget.axes=all"
+            f"budget.axes: {budget.axes} supports budget.parameters, total and bytes only; remove "
+            f"{list(budget.predicted)}, or set budget.axes=all"
         )
     alike = budget.axes == "layers" or (budget.axes == "neurons" and widths != "measured")
     if alike and widths != "uniform":
         raise ValueError(
-            f"budget.axes: {budget.axes} makes all layers alike, and plan.widths={widths} does not; set "
-            "budget.axes=all"
+            f"budget.axes: {budget.axes} makes all layers alike, and plan.widths={widths} does not; set budget.axes=all"
         )
     if widths != "uniform" and budget.predicted:
         raise ValueError(
             f"plan.widths: {widths} gives layers different widths, and {list(budget.predicted)} of budget.* are only "
-            "predicted for equal ones; set budget.parameters only"
+            "predicted for equal ones; set budget.parameters, total or bytes"
         )
     folder = model_folder(config.model.path, config.model.allow_pickle)
     if folder is None:
@@ -63,7 +74,7 @@ def check(config: Config) -> None:
     if config.recipe.shape == "search" or budget.predicted:
         check_alike(ModelShape.of(anatomy))
     elif enabled(config) and (config.stages is None or "shape" in config.stages):
-        student, _ = _student(config, anatomy)
+        student = _student(config, anatomy).shape
         _experts(config, anatomy)
         if "plan" in config.recipe.stages:
             kept_layers(torch.zeros(len(anatomy.sizes.layers)), student.layers, "last", config.plan.keep_first)
@@ -86,6 +97,13 @@ def settings(config: Config) -> dict[str, Any]:
         "bias_compensation": config.reinit.bias_compensation,
         "progress": config.recipe.progress,
     }
+    counted = {name: value for name, value in config.budget.sized.items() if name != "parameters"}
+    if counted:
+        result["size"] = counted | {
+            "context": config.budget.context,
+            "dtype": config.export.dtype if config.budget.bytes else None,
+            "untied": _unties(config),
+        }
     if config.budget.predicted:
         result["limits"] = config.budget.limits
         result["serving"] = config.shape_search.serving
@@ -94,37 +112,89 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
-    """Write shape.json: the student's shape after this round.
+    """Write shape.json: the student's shape after this round; and budget.json where a budget determined it.
 
-    Raise ValueError, naming the nearest possible shapes, for one that cannot be cut.
+    Raise ValueError, naming the nearest possible shapes, for one that cannot be cut, and naming the reachable range,
+    for a budget that no shape keeps to.
     """
     anatomy = checkpoint(config, inputs["teacher"]).anatomy
     teacher = ModelShape.of(anatomy)
-    student, weights = _student(config, anatomy)
-    Shape(**student.axes(), weights=weights, experts=_experts(config, anatomy)).save(out)
-    kept = student.non_embedding_parameters() / teacher.non_embedding_parameters()
-    machine.say(f"shape: {student.axes()} keeps {kept:.1%} of the parameters outside the embeddings")
+    student = _student(config, anatomy)
+    Shape(**student.shape.axes(), weights=student.weights, experts=_experts(config, anatomy)).save(out)
+    kept = student.shape.non_embedding_parameters() / teacher.non_embedding_parameters()
+    machine.say(f"shape: {student.shape.axes()} keeps {kept:.1%} of the parameters outside the embeddings")
+    if student.budget is not None:
+        student.budget.save(out)
+        machine.say(student.budget.sentence())
 
 
-def _student(config: Config, anatomy: Anatomy) -> tuple[ModelShape, int | None]:
-    """Return this round's shape and, where layers get widths of their own within a budget, the weights they may
-    hold."""
+@dataclass(frozen=True)
+class Student:
+    """This round's shape; where layers get widths of their own within a budget, the weights they may hold; and, in the
+    last round, what a budget for equal layers reached."""
+
+    shape: ModelShape
+    weights: int | None = None
+    budget: Budgeted | None = None
+
+
+def _student(config: Config, anatomy: Anatomy) -> Student:
+    """Return the student of this round."""
     done, rounds = config.recipe.part
-    budget = config.budget.parameters or config.budget.fallback
     teacher = ModelShape.of(anatomy, config.reinit.bias_compensation)
     if config.shape.given:
-        student = given_shape(teacher, config.shape.model_dump(include=set(AXES)))
-    elif config.budget.predicted:
-        chip = Chip(**config.device.chip_facts)
-        student = shape_within(chip, teacher, Serving(**config.shape_search.serving), Limits(**config.budget.limits))
-    elif config.plan.widths != "uniform":
-        weights = weights_within(anatomy, 1.0 - (1.0 - budget) * done / rounds)
+        shape = given_shape(teacher, config.shape.model_dump(include=set(AXES)))
+        return Student(partway(teacher, shape, done, rounds))
+    if config.plan.widths != "uniform":
+        weights = _weights(config, anatomy, done / rounds)
         even = even_widths(anatomy.sizes, weights, multiples_for(teacher).neurons)
         sizes = replace(anatomy.sizes, layers=tuple(even))
-        return ModelShape.of(anatomy.narrowed(sizes, anatomy.layer_types)), weights
+        return Student(ModelShape.of(anatomy.narrowed(sizes, anatomy.layer_types)), weights)
+    shape, budget = _budgeted(config, anatomy, teacher)
+    return Student(partway(teacher, shape, done, rounds), None, budget if done == rounds else None)
+
+
+def _budgeted(config: Config, anatomy: Anatomy, teacher: ModelShape) -> tuple[ModelShape, Budgeted | None]:
+    """Return the shape that budget.* determines and what it reaches; None for limits that name no single size."""
+    budget = config.budget
+    if budget.predicted:
+        chip, serving = Chip(**config.device.chip_facts), Serving(**config.shape_search.serving)
+        shape = shape_within(chip, teacher, serving, Limits(**budget.limits))
+        return shape, speedup_of(chip, teacher, serving, budget.speedup, shape) if budget.speedup else None
+    if budget.total or budget.bytes:
+        counted = _counted(config, anatomy)
+        size = getattr(torch, config.export.dtype).itemsize if budget.bytes else 1
+        unit = Unit(size, (budget.context or 0) * 2 * anatomy.sizes.head_size * size)
+        (name, requested), *_ = budget.sized.items()
+        most = requested if budget.bytes else requested * anatomy.parameters()[0]
+        shape, made = shape_of_size(counted, teacher, name, requested, most, unit, budget.axes)
+        return shape, replace(made, context=budget.context or 0)
+    fraction = budget.parameters or budget.fallback
+    shape = BUDGET_AXES[budget.axes](teacher, fraction)
+    return shape, parameters_of(teacher, fraction, shape, budget.axes)
+
+
+def _weights(config: Config, anatomy: Anatomy, part: float) -> int:
+    """Return the weights that layers of different widths may hold after a part, in (0, 1], of the way to the budget."""
+    budget, everything = config.budget, anatomy.parameters()[0]
+    if not budget.total and not budget.bytes:
+        return weights_within(anatomy, 1.0 - (1.0 - (budget.parameters or budget.fallback)) * part)
+    if budget.bytes:
+        most, name = budget.bytes / getattr(torch, config.export.dtype).itemsize, "bytes"
     else:
-        student = BUDGET_AXES[config.budget.axes](teacher, budget)
-    return partway(teacher, student, done, rounds), None
+        most, name = (budget.total or 1.0) * everything, "total"
+    counted = _counted(config, anatomy).parameters()[0]
+    return weights_of_size(anatomy.sizes, counted, counted - (counted - min(most, counted)) * part, name)
+
+
+def _counted(config: Config, anatomy: Anatomy) -> Anatomy:
+    """Return the tensors of a student that keeps every width: with the biases and the matrix that settings add."""
+    counted = biased_anatomy(anatomy) if config.reinit.bias_compensation else anatomy
+    return replace(counted, tied=anatomy.tied and not _unties(config))
+
+
+def _unties(config: Config) -> bool:
+    return config.rotate.kind == "principal" and config.rotate.tie == "untied"
 
 
 def _experts(config: Config, anatomy: Anatomy) -> int | None:

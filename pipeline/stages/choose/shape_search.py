@@ -55,6 +55,11 @@ def check(config: Config) -> None:
         return
     if config.shape.given:
         raise ValueError("recipe.shape: search, but shape.* gives the shape; limit a search by budget.* instead")
+    for name in set(config.budget.sized) - {"parameters"}:
+        raise ValueError(
+            f"budget.{name}: recipe.shape=search is limited by budget.parameters and by what the chip model predicts, "
+            "such as budget.memory_gb; set one of these, or recipe.shape=given"
+        )
     if config.budget.axes != "all":
         raise ValueError(
             f"budget.axes: {config.budget.axes}, but recipe.shape=search considers all axes; set budget.axes=all, or "

@@ -22,7 +22,7 @@ from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.exported import Exported
 from pipeline.model.scores import Scores
-from pipeline.model.shape import StreamEnergy
+from pipeline.model.shape import Budgeted, StreamEnergy
 from pipeline.report.axes import number
 from pipeline.report.card import card
 from pipeline.report.comparison import summary
@@ -89,6 +89,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     if curves and HELD_OUT in curves:
         report["recovery"]["curves"][HELD_OUT]["points"] = thinned(curves[HELD_OUT], POINTS)
     drawings = cut_figures(sizes, blueprint, scores)
+    if "shape" in inputs and (inputs["shape"] / Budgeted.FILE).is_file():
+        report["budget"] = Budgeted.load(inputs["shape"]).to_json()
     if "shape" in inputs and (inputs["shape"] / SearchResult.FILE).is_file():
         report["search"] = SearchResult.load(inputs["shape"]).to_json()
         drawings["shapes"] = shapes_searched(report["search"])
