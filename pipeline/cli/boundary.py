@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pipeline.runtime.faults import PeerFailed
+from pipeline.runtime.faults import REPORTER, PeerFailed
 
 PACKAGE = Path(__file__).resolve().parents[1]
 REFUSED, DEFECT, INTERRUPTED = 2, 70, 130  # exit statuses; 70 is EX_SOFTWARE of sysexits.h
@@ -27,8 +27,8 @@ class Boundary:
     def __call__(self) -> Iterator[None]:
         """Turn exceptions of the block into a line on standard error and an exit status.
 
-        With torchrun rank 0 prints, the faults of other ranks included, which it learns of; tracebacks are written by
-        every rank. PIPELINE_TRACEBACK=1 lets exceptions through.
+        With torchrun one rank of a node prints, and every rank writes its traceback. PIPELINE_TRACEBACK=1 lets
+        exceptions through.
         """
         try:
             yield
@@ -41,7 +41,7 @@ class Boundary:
         """Report an exception and return the exit status for it."""
         rank = os.environ.get("RANK", "0")
         if isinstance(error, KeyboardInterrupt):
-            if rank == "0":
+            if REPORTER.prints():
                 _print("interrupted; run the same command again to resume")
             return INTERRUPTED
         line, status = known(error), REFUSED
@@ -50,7 +50,7 @@ class Boundary:
             line = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
             file = self.write(error, rank)
             line = f"internal error ({line}), a defect of this program; traceback in {file}: please report that file"
-        if rank == "0" or (isinstance(error, PeerFailed) and _is_all_that_is_left(line)):
+        if REPORTER.prints():
             _print(f"error: {line}")
         return status
 
@@ -106,11 +106,6 @@ def _raised_here(error: BaseException) -> bool:
 
 def _flat(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _is_all_that_is_left(line: str) -> bool:
-    """Return whether rank 0 cannot report a failed peer itself: it is the one that failed, or on another node."""
-    return "rank 0 " in line or os.environ.get("LOCAL_RANK") == "0"
 
 
 def _print(line: str) -> None:

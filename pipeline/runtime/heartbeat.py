@@ -12,6 +12,8 @@ import time
 
 import torch.distributed as dist
 
+from pipeline.runtime.faults import REPORTER
+
 EVERY = 5.0        # most seconds between two heartbeats
 GRACE = 30.0       # most seconds that the main thread has to end by itself
 GAVE_UP = 70       # the exit code of a process that ended itself
@@ -32,6 +34,7 @@ class Pulse:
         self._neighbour = (rank + 1) % world
         self._every = min(EVERY, timeout / 4)
         self._reason: str | None = None
+        self._prints = True  # where the store does not answer, nobody knows whether another rank prints
         self._answered = time.monotonic()  # when the store last answered
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=work, name="pulse", daemon=True) for work in (self._beat, self._watch)]
@@ -60,6 +63,8 @@ class Pulse:
                 elif now - heard > self._timeout and self._reason is None:
                     self._reason = f"rank {self._neighbour} sent no heartbeat for {self._timeout:g} s"
                     self._store.set(SILENT, self._reason)
+                if self._reason is not None:
+                    self._prints = REPORTER.prints(self._store)
                 if self._stop.wait(self._every):
                     self._store.set(f"left/{self._rank}", "")
                     return
@@ -78,5 +83,6 @@ class Pulse:
                 self._reason = f"the store that all ranks share did not answer for {silence:.0f} s"
             else:
                 continue
-            print(f"error: rank {self._rank} stops: {self._reason}", file=sys.stderr, flush=True)
+            if self._prints:
+                print(f"error: rank {self._rank} stops: {self._reason}", file=sys.stderr, flush=True)
             os._exit(GAVE_UP)

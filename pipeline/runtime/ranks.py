@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.runtime.faults import PeerFailed
+from pipeline.runtime.faults import REPORTER, PeerFailed
 from pipeline.runtime.heartbeat import FAILED, Pulse, alive
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -109,6 +109,7 @@ class Ranks:
                 if lost and self.keys.check([FAILED]):
                     raise PeerFailed(self.keys.get(FAILED).decode()) from error
                 if not lost:
+                    REPORTER.prints()  # before the others learn of it: this rank knows most
                     self.keys.set(FAILED, f"rank {self.rank} failed: {type(error).__name__}: {error}")
             if lost:
                 raise PeerFailed(_lost(self.rank, "a collective", error)) from error
@@ -201,6 +202,7 @@ def join(device, timeout: float) -> Ranks:
     ours: Any = dist.PrefixStore("pipeline", store)
     _joined = Ranks(rank, world, local_rank, timeout, device.torch, ours)
     if world > 1:
+        REPORTER.meet(ours)
         _pulse = Pulse(ours.clone(), rank, world, timeout)
         atexit.register(_pulse.end)
     return _joined
@@ -236,6 +238,7 @@ def leave() -> None:
     if _pulse is not None:
         _pulse.end()
         _pulse = None
+    REPORTER.meet(None)
     if _joined is not None and dist.is_initialized():
         dist.destroy_process_group()
     _joined = None
@@ -267,7 +270,7 @@ def _of_a_collective(error: BaseException) -> bool:
 
 def _lost(rank: int, what: str, error: BaseException) -> str:
     text = re.sub(r"^\[\S+\] ", "", str(error))  # the place in gloo's own source
-    reason = (text.splitlines() or [type(error).__name__])[0]
+    reason = (text.splitlines() or [type(error).__name__])[0].partition(". ")[0]  # without gloo's advice
     return f"rank {rank}: {what} failed; did another rank stop? ({reason:.200})"
 
 

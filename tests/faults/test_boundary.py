@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.cli.boundary import Boundary
-from pipeline.runtime.faults import PeerFailed
+from pipeline.runtime.faults import REPORTER, PeerFailed
 
 
 @pytest.fixture
@@ -61,17 +61,54 @@ def test_memory_that_runs_out_is_no_defect_and_names_what_to_lower(folder, capsy
     assert status == 2 and "distill.micro_batch_size" in line and line.count("\n") == 1 and not files
 
 
-def test_of_several_ranks_the_first_one_prints_and_each_writes_its_traceback(folder, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert left(folder, PeerFailed("rank 2 failed: ValueError: no"), capsys) == (2, "", [])
-    assert left(folder, OSError("no space left on device"), capsys) == (2, "", [])
+class Counters(dict):
+    """The counters of a store; without a limit, or gone."""
+
+    gone = False
+
+    def add(self, key: str, amount: int) -> int:
+        if self.gone:
+            raise torch.distributed.DistNetworkError("connection was closed")
+        self[key] = self.get(key, 0) + amount
+        return self[key]
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Return a function that makes this process a rank of a node among others, which share the counters it returns."""
+    counters = Counters()
+
+    def become(rank: int, node: int = 0, local_rank: int = 0, meet: bool = True):
+        for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("GROUP_RANK", node)):
+            monkeypatch.setenv(name, str(value))
+        REPORTER.meet(counters if meet else None)
+        return counters
+
+    yield become
+    REPORTER.meet(None)
+
+
+def test_of_the_ranks_of_a_node_one_prints_and_each_writes_its_traceback(folder, capsys, ranks):
+    ranks(rank=1, local_rank=1)
     status, line, (file,) = left(folder, KeyError("lost"), capsys)
-    assert (status, line) == (70, "") and file.name.endswith("-rank1.txt")
-    status, line, _ = left(folder, PeerFailed("rank 0 did not reach `stage cut`"), capsys)
-    assert status == 2 and "rank 0" in line  # nobody else is left to print it
-    monkeypatch.setenv("RANK", "0")
-    assert "rank 2 failed" in left(folder, PeerFailed("rank 2 failed: ValueError: no"), capsys)[1]
+    assert status == 70 and line.count("\n") == 1 and str(file) in line and file.name.endswith("-rank1.txt")
+    ranks(rank=0)
+    assert left(folder, PeerFailed("rank 1 failed: KeyError: 'lost'"), capsys)[:2] == (2, "")
+    ranks(rank=2, node=1)
+    assert "rank 1 failed" in left(folder, PeerFailed("rank 1 failed: KeyError: 'lost'"), capsys)[1]
+    ranks(rank=3, node=1, local_rank=1)
+    assert left(folder, KeyboardInterrupt(), capsys)[:2] == (130, "")
+
+
+def test_a_rank_prints_where_it_cannot_know_of_the_others(folder, capsys, ranks):
+    ranks(rank=1, local_rank=1).gone = True
+    assert "no heartbeat" in left(folder, PeerFailed("rank 0 sent no heartbeat"), capsys)[1]
+
+
+def test_before_ranks_have_met_the_first_of_each_node_prints(folder, capsys, ranks):
+    for local_rank, lines in ((0, 1), (1, 0)):
+        ranks(rank=4 + local_rank, node=1, local_rank=local_rank, meet=False)
+        assert left(folder, OSError("no space left on device"), capsys)[1].count("\n") == lines
 
 
 def test_an_exception_comes_through_where_a_developer_wants_it(folder, monkeypatch):

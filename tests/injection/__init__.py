@@ -47,12 +47,7 @@ class Driver:
         self._number += 1
         log = self._folder / f"attempt-{self._number}.log"
         job = {"overrides": overrides, "root": str(root), "kind": kind, "at": at, "seconds": seconds, "log": str(log)}
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the driver ended: {(self._folder / 'driver.log').read_text()[-3000:]}")
-        return Outcome(**json.loads(line), output=log.read_text(errors="replace"))
+        return Outcome(**answered(self._process, self._folder, job), output=log.read_text(errors="replace"))
 
 
 @contextmanager
@@ -64,11 +59,19 @@ def driver(folder: Path) -> Iterator[Driver]:
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / "faulty.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, HERE / "faulty.c", "-ldl"], check=True)
+    with started("tests.injection.driver", folder, {"LD_PRELOAD": str(library)}) as process:
+        yield Driver(process, folder)
+
+
+@contextmanager
+def started(module: str, folder: Path, more: dict[str, str]) -> Iterator[subprocess.Popen]:
+    """Start a module that answers a line of JSON with another, its output in driver.log; end it afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "driver.log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.injection.driver"],
+            [sys.executable, "-m", module],
             cwd=ROOT,
-            env=environment() | {"LD_PRELOAD": str(library), "TOKENIZERS_PARALLELISM": "false"},
+            env=environment() | {"TOKENIZERS_PARALLELISM": "false"} | more,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -78,10 +81,20 @@ def driver(folder: Path) -> Iterator[Driver]:
         while (line := process.stdout.readline()) != "ready\n":  # what libraries print while they are imported
             if not line:
                 raise RuntimeError((folder / "driver.log").read_text()[-3000:])
-        yield Driver(process, folder)
+        yield process
     finally:
         process.stdin.close()
         process.wait(60)
+
+
+def answered(process: subprocess.Popen, folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Send a job to a process of `started` and return its answer."""
+    process.stdin.write(json.dumps(job) + "\n")
+    process.stdin.flush()
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"the driver ended: {(folder / 'driver.log').read_text()[-3000:]}")
+    return json.loads(line)
 
 
 def student_of(folder: Path) -> dict[str, str]:
