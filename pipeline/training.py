@@ -23,7 +23,8 @@ from pipeline.distill.loop import HELD_OUT, Course, train
 from pipeline.distill.schedule import learning_rate
 from pipeline.distill.selection import Selection
 from pipeline.runtime.artifacts import write_atomically
-from pipeline.runtime.checkpoint import Checkpoint, load_model, write_checkpoint
+from pipeline.runtime.checkpoint import Checkpoint, class_of, load_model, write_checkpoint
+from pipeline.runtime.class_parameters import ClassParameters, stored_tensors
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.fused_layers import fused_layers, operators
@@ -77,12 +78,13 @@ def train_model(
     parameters = sum(math.prod(shape) for shape in origin.anatomy.shapes().values())
     kept = options.save_total_limit + 1 + selection.best  # one more while it is written
     need_space(out, parameters * (STATE_BYTES * kept + WEIGHT_BYTES))
+    start = ClassParameters(class_of(origin.config, origin.folder), origin)
     rest, held = hold_out(text, max(1, options.eval_tokens // config.data.sequence_length), section)
     with ExitStack() as undo:
         engine = _engine(section, config, options, module, machine, count, undo)
         done, selection = _resumed(engine, section, out, first, last, stretch.before, selection, machine)
         if done == 0:
-            engine.take(origin)
+            engine.take(start)
         elif done:
             machine.say(f"{section}: resumes after step {first + done} of {steps}")
         tokens = options.global_batch_size * rest.sequence
@@ -111,8 +113,8 @@ def train_model(
             selection,
         )
         if selection.exported not in (None, selection.last_step):
-            engine.load(out / CHECKPOINTS, selection.exported) if selection.exported else engine.take(origin)
-        _write(config, engine, origin, out, ranks.rank)
+            engine.load(out / CHECKPOINTS, selection.exported) if selection.exported else engine.take(start)
+        _write(config, engine, origin, start, out, ranks.rank)
     for line in selection.messages(section, first):
         machine.say(line)
     if selection.metric and ranks.rank == 0:
@@ -273,9 +275,9 @@ def _record(path: Path, section: str, steps: int, machine: Machine, metrics: dic
         machine.say(f"{section}: step {metrics['step']}/{steps}, {', '.join(parts)}")
 
 
-def _write(config: Config, engine: Engine, origin: Checkpoint, out: Path, rank: int) -> None:
+def _write(config: Config, engine: Engine, origin: Checkpoint, start: ClassParameters, out: Path, rank: int) -> None:
     """Write the model under the names of the origin's tensors; every rank takes part, rank 0 writes."""
-    tensors = _tensors(engine, origin)
+    tensors = _tensors(engine, origin, start)
     if rank == 0:
         settings = origin.config | {"dtype": "float32"}
         write_checkpoint(out, settings, tensors, config.checkpoint.shard_bytes, origin.folder)
@@ -284,14 +286,13 @@ def _write(config: Config, engine: Engine, origin: Checkpoint, out: Path, rank: 
             pass
 
 
-def _tensors(engine: Engine, origin: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+def _tensors(engine: Engine, origin: Checkpoint, start: ClassParameters) -> Iterator[tuple[str, Tensor]]:
     """Yield the trained weights, then the other tensors of the model as they are in the origin.
 
     A stored copy of a tied output matrix is left out, as it would be the old one.
     """
     trained = {origin.anatomy.head} if origin.config.get("tie_word_embeddings") else set()
-    for parameter, tensor in engine.student_state():
-        name = origin.anatomy.family.stored(parameter)
+    for name, tensor in stored_tensors(start, engine.student_state()):
         trained.add(name)
         yield name, tensor
     yield from ((name, origin[name]) for name in origin.anatomy.shapes() if name not in trained)

@@ -205,6 +205,24 @@ class Anatomy:
         inner = sum(count for name, count in counts.items() if name not in (self.embedding, self.head))
         return sum(counts.values()), inner
 
+    def active_parameters(self) -> tuple[int, int]:
+        """Return the number of parameters that a token uses: all, and without the embedding and output matrices.
+
+        Of the experts of a layer a token uses those that it is sent to.
+        """
+        whole, inner = self.parameters()
+        if self.routing is None:
+            return whole, inner
+        layers = range(len(self.sizes.layers))
+        experts = sum(
+            math.prod(self.shape(self.layer_tensors[name], layer))
+            for layer in layers
+            for name in self.routed
+            if self.has(name, layer)
+        )
+        idle = experts // self.sizes.carried["e"] * (self.sizes.carried["e"] - self.routing.top)
+        return whole - idle, inner - idle
+
     def narrowed(self, sizes: Sizes, layer_types: tuple[str, ...]) -> "Anatomy":
         """Return the anatomy of a student of these sizes."""
         return replace(self, sizes=sizes, layer_types=layer_types)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FILE = "scores.safetensors"
+TOKENS, WEIGHTS, NORMS, PRODUCTS = range(4)  # rows of routing: tokens, sums of router weight g, of norm |f|, of g |f|
 OF_EXPERTS = ("experts", "expert_neurons", "routing")
 
 
@@ -27,7 +28,7 @@ class Scores:
     deviations: Tensor | None = None
     experts: tuple[Tensor, ...] = ()  # per layer [e]; of no expert where a layer has none
     expert_neurons: tuple[Tensor, ...] = ()  # per layer [e, x]
-    routing: tuple[Tensor, ...] = ()  # per layer [4, e]: tokens, sum of weights, of output norms, of their products
+    routing: tuple[Tensor, ...] = ()  # per layer [4, e]: sums over the tokens routed to each expert
 
     def with_units(
         self, heads: Sequence[Tensor], neurons: Sequence[Tensor], deviations: Tensor | None = None

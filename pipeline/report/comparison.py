@@ -32,6 +32,10 @@ def rows(report: Report) -> list[Row]:
         )
     ]
     teacher, student = report["shape"]["teacher"], report["shape"]["student"]
+    if "experts" in teacher:
+        active = report["active_parameters"]
+        before, after = active["teacher"], active["student"]
+        found.insert(1, Row("used by a token", count(before), count(after), change(before, after)))
     for label, key in (
         ("layers", "layers"),
         ("hidden channels", "hidden"),
@@ -41,6 +45,9 @@ def rows(report: Report) -> list[Row]:
     ):
         before, after = teacher[key], student[key]
         found.append(Row(label, widths(before), widths(after), change(mean(before), mean(after))))
+    if "experts" in teacher:
+        before, after = teacher["experts"], student["experts"]
+        found.append(Row("experts per layer", widths(before), widths(after), change(before, after)))
     for name, values in perplexity_of(report).items():
         ratio = f"×{times(values['student'] / values['teacher'])}"
         found.append(Row(f"perplexity, {name}", times(values["teacher"]), times(values["student"]), ratio))

@@ -8,6 +8,7 @@ from pipeline.model.anatomy import Sizes
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
 from pipeline.report.anatomy_map import fate
+from pipeline.report.expert_map import kept_experts, tokens_kept
 
 MODELS = ("teacher", "student")
 Report = dict[str, Any]
@@ -32,6 +33,8 @@ def gather(
         key: {who: models[who][key] for who in MODELS}
         for key in ("parameters", "non_embedding_parameters", "checkpoint_bytes", "kv_bytes_per_token", "shape")
     }
+    if all("active_parameters" in models[who] for who in MODELS):
+        sizes["active_parameters"] = {who: models[who]["active_parameters"] for who in MODELS}
     left_out = () if recovery else ("start",)
     texts = {
         name: {key: value for key, value in text.items() if key not in left_out}
@@ -97,8 +100,17 @@ def cut_facts(sizes: Sizes, blueprint: Blueprint, scores: Scores) -> dict[str, A
     shares = [
         float(scores.neurons[layer][sorted(kept)].double().sum() / scores.neurons[layer].double().sum())
         for layer, kept in found.neurons.items()
+        if scores.neurons[layer].any()
     ]
+    experts = kept_experts(blueprint, scores)
+    routed = [tokens_kept(scores, experts, layer) for layer in experts if experts[layer]]
+    mixture = {
+        "experts": sum(len(scores.experts[layer]) for layer in experts),
+        "experts_kept": sum(map(len, experts.values())),
+        "expert_tokens_kept": sum(routed) / max(1, len(routed)),  # in the remaining layers
+    }
     return {
+        **(mixture if experts else {}),
         "layers": len(sizes.layers),
         "dropped_layers": sorted(set(range(len(sizes.layers))) - found.hosts),
         "donations": [{"from": donor, "to": host, "groups": n} for (donor, host), n in found.donations.items()],
@@ -106,7 +118,7 @@ def cut_facts(sizes: Sizes, blueprint: Blueprint, scores: Scores) -> dict[str, A
         "heads_kept": len(found.heads),
         "neurons": sum(widths.neurons for widths in sizes.layers),
         "neurons_kept": sum(map(len, found.neurons.values())),
-        "neuron_score_kept": sum(shares) / len(shares),  # in the remaining layers
+        "neuron_score_kept": sum(shares) / len(shares) if shares else 1.0,  # in the remaining layers
         "channels": sizes.hidden,
         "channels_kept": len(blueprint.channels),
         "channel_score_kept": float(channels[list(blueprint.channels)].sum() / channels.sum()),

@@ -9,6 +9,7 @@ from pipeline.model.scores import Scores
 from pipeline.report.anatomy_map import anatomy_map, fate
 from pipeline.report.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, legend, number, panel, scale
 from pipeline.report.drawing import Area, Box, Dot, Drawing, Line, Mark, Text
+from pipeline.report.expert_map import expert_map
 from pipeline.report.facts import Curve, faster, times, widths
 
 BARS = 120
@@ -17,8 +18,9 @@ NAMED = 4  # cuts whose names have room beside their lines
 
 
 def cut_figures(sizes: Sizes, blueprint: Blueprint, scores: Scores) -> dict[str, Drawing]:
-    """Return the figures of the cut: the map, the importance of layers and of hidden channels."""
-    return {
+    """Return the figures of the cut: the maps, the importance of layers and of hidden channels."""
+    experts = {"experts": expert_map(blueprint, scores)} if any(map(len, scores.experts)) else {}
+    return experts | {
         "map": anatomy_map(sizes, blueprint, scores),
         "layers": layer_importance(scores, fate(blueprint).hosts),
         "channels": channel_importance(scores, frozenset(blueprint.channels)),

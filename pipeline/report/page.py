@@ -212,17 +212,32 @@ def _cut(report: Report, drawings: Mapping[str, Drawing]) -> str:
             f"{whole(cut['neurons_kept'])} of {whole(cut['neurons'])} neurons remain; they hold "
             f"{cut['neuron_score_kept']:.0%} of the score in the remaining layers."
         )
+    if cut.get("experts_kept", 0) < cut.get("experts", 0):
+        sentences.append(
+            f"{whole(cut['experts_kept'])} of {whole(cut['experts'])} experts remain; the router sent them "
+            f"{cut['expert_tokens_kept']:.0%} of the calibration tokens of the remaining layers."
+        )
     caption = (
         "One row per layer of the teacher, input at the top. Darker bins of neurons keep more of them; “score kept” is "
         "their share of the layer’s score. Hover over a part for its values."
     )
     text = paragraph(" ".join(sentences) or "All layers, heads and neurons remain.")
+    experts = ""
+    if "experts" in drawings:
+        figure = f'<div class="scroll map">{svg(drawings["experts"])}</div><figcaption>{EXPERTS}</figcaption>'
+        experts = f"<figure>{figure}</figure>"
     if _layers_alike(report):
-        return section("Removed parts", text)
+        return section("Removed parts", text, experts)
     drawing = drawings["map"]
     wide = ' class="wide"' if drawing.width > TEXT_WIDTH else ""
     figure = f'<div class="scroll map">{svg(drawing)}</div><figcaption>{caption}</figcaption>'
-    return section("Removed parts", text, f"<figure{wide}>{figure}</figure>")
+    return section("Removed parts", text, f"<figure{wide}>{figure}</figure>", experts)
+
+
+EXPERTS = (
+    "One row per layer of the teacher that has experts. Darker experts were sent more calibration tokens; “tokens "
+    "kept” is the share of the experts that remain. Hover over an expert for its values."
+)
 
 
 def _layers_alike(report: Report) -> bool:

@@ -220,24 +220,31 @@ def stock_config(config: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
 def class_shapes(config: Mapping[str, Any], folder: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every weight of the class that a config describes; a tied output matrix is left out.
 
-    The class is built on the meta device. Raise ValueError, naming config.json, where it cannot be built.
+    Raise ValueError as `class_of`.
+    """
+    model = class_of(config, folder)
+    tensors: dict[str, Tensor] = dict(model.named_parameters())  # a tied one comes once
+    doubled = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= {name: buffer for name, buffer in model.state_dict().items() if name not in doubled}
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, tensors).items()}
+
+
+def class_of(config: Mapping[str, Any], folder: Path) -> PreTrainedModel:
+    """Return the class that a config describes, built on the meta device.
+
+    Raise ValueError, naming config.json, where it cannot be built.
     """
     whole = stock_config(config, folder)
     try:
         with torch.device("meta"):
             if "pruned" in config:
-                model = pruned_class(family_of(config["model_type"]).architecture)(whole)
-            else:
-                model = AutoModelForCausalLM.from_config(whole)
+                return pruned_class(family_of(config["model_type"]).architecture)(whole)
+            return AutoModelForCausalLM.from_config(whole)
     except Exception as fault:  # a class raises whatever a field's value leads to
         raise ValueError(
             f"{folder / 'config.json'} is refused by {config['architectures'][0]} ({_reason(fault)}); correct that "
             "field, or fetch it again"
         ) from fault
-    tensors = dict(model.named_parameters())  # a tied one comes once
-    doubled = dict(model.named_parameters(remove_duplicate=False))
-    tensors |= {name: buffer for name, buffer in model.state_dict().items() if name not in doubled}
-    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, tensors).items()}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

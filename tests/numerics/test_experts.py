@@ -93,3 +93,15 @@ def test_the_weights_of_experts_are_not_copied(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__getitem__", indexed)
     measure(model.model, anatomy(model), [tokens()])
     assert seen and all(seen)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_token_uses_the_parameters_of_the_experts_it_is_sent_to(kind):
+    model = tiny_model(kind)
+    of = anatomy(model)
+    of_experts = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if f".{of.family.expert_module}." in name
+    )
+    whole, active = of.parameters(), of.active_parameters()
+    share = of.routing.top / of.sizes.carried["e"]
+    assert [all_of - used for all_of, used in zip(whole, active)] == [of_experts * (1 - share)] * 2

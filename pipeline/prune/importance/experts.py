@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.forwards import replaced_forward
-
-TOKENS, WEIGHTS, NORMS, PRODUCTS = range(4)  # rows of the sums: |T_j|, sum of g_j, of |f_j|, of g_j |f_j|
+from pipeline.model.scores import NORMS, PRODUCTS, TOKENS
 
 
 @dataclass
@@ -26,7 +25,7 @@ class ExpertSums:
     Layers without experts have sums of no expert.
     """
 
-    routing: list[Tensor]  # per layer [4, e]
+    routing: list[Tensor]  # per layer [4, e], the rows as `Scores` has them
     neurons: list[Tensor]  # per layer [e, x], |(act(X W_gate) * X W_up)_m| summed over T_j (Pangu Light eq. 3)
 
     def tensors(self) -> list[Tensor]:

@@ -98,12 +98,15 @@ def _need_memory(config: Config, inputs: Inputs, machine: Machine) -> None:
 def _sizes(config: Config, folder: Path) -> dict[str, Any]:
     """Return the parameters, bytes and widths of a model folder."""
     source = checkpoint(config, folder)
-    parameters, inner = source.anatomy.parameters()
+    anatomy = source.anatomy
+    parameters, inner = anatomy.parameters()
+    experts = {"experts": anatomy.sizes.carried["e"]} if anatomy.routing else {}
     return {
         "parameters": parameters,
+        "active_parameters": anatomy.active_parameters()[0],
         "non_embedding_parameters": inner,
         "checkpoint_bytes": source.bytes(),
-        "shape": _shape(source.anatomy.sizes),
+        "shape": _shape(anatomy.sizes) | experts,
     }
 
 
