@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.costmodel.calibrate import calibrate, write_chip
 from pipeline.costmodel.chip import Chip
+from pipeline.costmodel.expert_budget import check_counted
 from pipeline.costmodel.pareto import Limits, Serving, shape_within
 from pipeline.costmodel.shapes import ModelShape
 from pipeline.costmodel.training_cost import Recovery, training_needs
@@ -33,6 +34,7 @@ def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
     """
     checkpoint = open_checkpoint(made["teacher"], config.model.allow_pickle)
     teacher = ModelShape.of(checkpoint.anatomy, config.reinit.bias_compensation)
+    check_counted(teacher, "dry_run", "set dry_run=false")
     devices, regularizes = ranks if ranks > 1 else None, config.regularize.norm != "none"
     student, sentences = _student(config, made, teacher)
     for section, trains in (("teacher_correction", config.corrects), ("regularize", regularizes)):

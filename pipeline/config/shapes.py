@@ -23,9 +23,10 @@ class Shape(Section):
 class Budget(Section):
     parameters: Fraction | None
     total: Fraction | None
+    active_parameters: Fraction | None
     bytes: Positive | None
     context: Count | None
-    axes: Literal["all", "layers", "neurons"]
+    axes: Literal["all", "layers", "neurons", "experts"]
     fallback: Fraction
     speedup: Positive | None
     memory_gb: Positive | None
@@ -35,7 +36,7 @@ class Budget(Section):
     @property
     def sized(self) -> dict[str, float]:
         """The limits of the student's size, where set: of which a run has one."""
-        return self.model_dump(include={"parameters", "total", "bytes"}, exclude_none=True)
+        return self.model_dump(include={"parameters", "total", "active_parameters", "bytes"}, exclude_none=True)
 
     @property
     def predicted(self) -> dict[str, float]:

@@ -39,6 +39,7 @@ class ModelShape:
     even_heads: bool = False
     whole_heads: bool = False
     fixed: Mapping[str, str] = field(default_factory=dict, hash=False)
+    experts: int = 0  # routed experts per layer, which no count and no cost of this class includes
 
     @staticmethod
     def of(anatomy: Anatomy, biased: bool = False) -> "ModelShape":
@@ -61,6 +62,7 @@ class ModelShape:
             even_heads=needs_even_heads(anatomy, biased),
             whole_heads=anatomy.whole_heads,
             fixed=anatomy.family.fixed,
+            experts=sizes.carried["e"] if anatomy.routing else 0,
         )
 
     def changed(self, axes: Mapping[str, int]) -> "ModelShape":

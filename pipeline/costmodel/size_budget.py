@@ -22,11 +22,13 @@ FREE = {"all": AXES, "layers": ("layers",), "neurons": ("neurons",)}  # by budge
 class Unit:
     """What a size is counted in: parameters times `bytes`, and per layer and KV group `cached` bytes of a KV cache.
 
-    Every layer caches the whole context; `cached` is context x 2 x head size x bytes of an element.
+    `active`: of the experts of a layer, those that a token is sent to are counted. Every layer caches the whole
+    context; `cached` is context x 2 x head size x bytes of an element.
     """
 
     bytes: int = 1
     cached: int = 0
+    active: bool = False
 
 
 def sizes(anatomy: Anatomy, grid: Grid, unit: Unit) -> np.ndarray:
@@ -65,10 +67,16 @@ def _within(own: LayerSizes, heads: np.ndarray, groups: np.ndarray, neurons: np.
 def _layer(anatomy: Anatomy, layer: int, widths: Mapping[str, Any], hidden: Any, unit: Unit) -> np.ndarray:
     """Return the size of one layer for arrays of widths, [hidden, (heads, groups), neurons]."""
     every = replace(anatomy.sizes, hidden=hidden, layers=(LayerSizes(**widths),) * len(anatomy.sizes.layers))
-    shapes = (
-        anatomy.shape(axes, layer, every) for name, axes in anatomy.layer_tensors.items() if anatomy.has(name, layer)
-    )
-    count = sum(math.prod(shape) for shape in shapes)
+    counts = {
+        name: math.prod(anatomy.shape(axes, layer, every))
+        for name, axes in anatomy.layer_tensors.items()
+        if anatomy.has(name, layer)
+    }
+    count = sum(counts.values())
+    if unit.active and anatomy.routing is not None:
+        total = anatomy.sizes.carried["e"]
+        experts = sum(count for name, count in counts.items() if name in anatomy.routed)
+        count = count - experts // total * (total - anatomy.routing.top)
     size = count * unit.bytes + widths["groups"] * unit.cached
     return np.broadcast_to(size, np.broadcast_shapes(hidden.shape, *(each.shape for each in widths.values())))
 

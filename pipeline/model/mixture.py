@@ -17,20 +17,27 @@ class Routing:
 
     def check(self, count: int, most: int) -> None:
         """Raise ValueError, naming the setting, where a student cannot have `count` of `most` experts."""
+        fault = self.fault(count, most)
+        if fault is not None:
+            raise ValueError(f"shape.experts: {count} {fault}")
+
+    def fault(self, count: int, most: int) -> str | None:
+        """Return why a student cannot have `count` of `most` experts, and which it can; None where it can."""
         if not 1 <= count <= most:
-            raise ValueError(f"shape.experts: {count} is outside 1..{most} (the teacher's); choose a number of these")
+            return f"is outside 1..{most} (the teacher's); choose a number of these"
         if count % self.groups:
             below = count // self.groups * self.groups
             near = " or ".join(str(value) for value in (below, below + self.groups) if value)
-            raise ValueError(f"shape.experts: {count} is no multiple of the {self.groups} groups; nearest: {near}")
+            return f"is no multiple of the {self.groups} groups; nearest: {near}"
         least = -(-self.top // self.chosen) * self.groups
         if self.groups > 1:  # a group is scored by its best two
             least = max(least, 2 * self.groups)
-        if count < least:
-            raise ValueError(
-                f"shape.experts: {count} is too few for tokens that are sent to {self.top} experts of {self.chosen} of "
-                f"{self.groups} groups; keep at least {least}"
-            )
+        if count >= least:
+            return None
+        return (
+            f"is too few for tokens that are sent to {self.top} experts of {self.chosen} of {self.groups} groups; keep "
+            f"at least {least}"
+        )
 
 
 def routing_of(config: Mapping[str, Any], family: Family) -> Routing | None:

@@ -47,8 +47,8 @@ class Reachable:
 class Budgeted(Stored):
     """A budget and what the chosen shape reaches of it; `within` and `beyond`: the shapes nearest to it on both sides.
 
-    Values are fractions for parameters and total, bytes for bytes, and the teacher's time over the student's for
-    speedup. `context`: the tokens of the KV cache that bytes counts.
+    Values are fractions for parameters, total and active_parameters, bytes for bytes, and the teacher's time over the
+    student's for speedup. `context`: the tokens of the KV cache that bytes counts.
     """
 
     FILE: ClassVar[str] = "budget.json"

@@ -10,11 +10,12 @@ import torch
 from pipeline.allocate.widths import even_widths, partway, weights_of_size, weights_within
 from pipeline.config import Config
 from pipeline.costmodel.chip import Chip
+from pipeline.costmodel.expert_budget import check_counted, experts_for, with_experts
 from pipeline.costmodel.nearest_shape import given_shape
 from pipeline.costmodel.pareto import Limits, Serving, check_alike, shape_within, speedup_of
 from pipeline.costmodel.shapes import AXES, ModelShape, depth_for, multiples_for, neurons_for, shape_for
 from pipeline.costmodel.size_budget import Unit, parameters_of, shape_of_size
-from pipeline.model.anatomy import Anatomy
+from pipeline.model.anatomy import Anatomy, LayerSizes
 from pipeline.model.shape import Budgeted, Shape
 from pipeline.prune.plan import kept_layers
 from pipeline.prune.surgery.bias import biased_anatomy
@@ -24,11 +25,18 @@ from pipeline.runtime.model_source import model_folder
 from pipeline.stages.models import checkpoint
 from pipeline.stages.stage import Inputs, Stage
 
+
+def unchanged(teacher: ModelShape, fraction: float) -> ModelShape:
+    """Return the teacher's shape, whose experts alone a budget narrows."""
+    return teacher
+
+
 # By budget.axes: (teacher, fraction of its non-embedding parameters) -> student.
 BUDGET_AXES: dict[str, Callable[[ModelShape, float], ModelShape]] = {
     "all": shape_for,
     "layers": depth_for,
     "neurons": neurons_for,
+    "experts": unchanged,  # `experts_for` counts them
 }
 
 
@@ -57,7 +65,13 @@ def check(config: Config) -> None:
             f"budget.axes: {budget.axes} supports budget.parameters, total and bytes only; remove "
             f"{list(budget.predicted)}, or set budget.axes=all"
         )
-    alike = budget.axes == "layers" or (budget.axes == "neurons" and widths != "measured")
+    if budget.active_parameters and (budget.axes == "experts" or widths != "uniform"):
+        chosen = "budget.axes=experts" if budget.axes == "experts" else f"plan.widths={widths}"
+        raise ValueError(
+            f"budget.active_parameters: {chosen} does not determine what a token uses; set plan.widths=uniform and "
+            "budget.axes=all, layers or neurons"
+        )
+    alike = budget.axes in ("layers", "experts") or (budget.axes == "neurons" and widths != "measured")
     if alike and widths != "uniform":
         raise ValueError(
             f"budget.axes: {budget.axes} makes all layers alike, and plan.widths={widths} does not; set budget.axes=all"
@@ -75,7 +89,6 @@ def check(config: Config) -> None:
         check_alike(ModelShape.of(anatomy))
     elif enabled(config) and (config.stages is None or "shape" in config.stages):
         student = _student(config, anatomy).shape
-        _experts(config, anatomy)
         if "plan" in config.recipe.stages:
             kept_layers(torch.zeros(len(anatomy.sizes.layers)), student.layers, "last", config.plan.keep_first)
 
@@ -120,9 +133,17 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     anatomy = checkpoint(config, inputs["teacher"]).anatomy
     teacher = ModelShape.of(anatomy)
     student = _student(config, anatomy)
-    Shape(**student.shape.axes(), weights=student.weights, experts=_experts(config, anatomy)).save(out)
-    kept = student.shape.non_embedding_parameters() / teacher.non_embedding_parameters()
-    machine.say(f"shape: {student.shape.axes()} keeps {kept:.1%} of the parameters outside the embeddings")
+    Shape(**student.shape.axes(), weights=student.weights, experts=student.experts).save(out)
+    if teacher.experts:
+        kept, used = _kept(anatomy, student)
+        words = f"{student.shape.axes()}, {student.experts or teacher.experts} of {teacher.experts} experts per layer"
+        machine.say(
+            f"shape: {words}, keeps {kept:.1%} of the parameters outside the embeddings, and {used:.1%} of those that "
+            "a token uses"
+        )
+    else:
+        kept = student.shape.non_embedding_parameters() / teacher.non_embedding_parameters()
+        machine.say(f"shape: {student.shape.axes()} keeps {kept:.1%} of the parameters outside the embeddings")
     if student.budget is not None:
         student.budget.save(out)
         machine.say(student.budget.sentence())
@@ -130,12 +151,13 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
 
 @dataclass(frozen=True)
 class Student:
-    """This round's shape; where layers get widths of their own within a budget, the weights they may hold; and, in the
-    last round, what a budget for equal layers reached."""
+    """This round's shape; where layers get widths of their own within a budget, the weights they may hold; in the last
+    round, what a budget for equal layers reached; and the experts of a layer, None where all stay."""
 
     shape: ModelShape
     weights: int | None = None
     budget: Budgeted | None = None
+    experts: int | None = None
 
 
 def _student(config: Config, anatomy: Anatomy) -> Student:
@@ -144,7 +166,13 @@ def _student(config: Config, anatomy: Anatomy) -> Student:
     teacher = ModelShape.of(anatomy, config.reinit.bias_compensation)
     if config.shape.given:
         shape = given_shape(teacher, config.shape.model_dump(include=set(AXES)))
-        return Student(partway(teacher, shape, done, rounds))
+        return Student(partway(teacher, shape, done, rounds), experts=_experts(config, anatomy, config.shape.experts))
+    if config.budget.axes == "experts":
+        count, made = _experts_budgeted(config, anatomy)
+        return Student(teacher, None, made if done == rounds else None, _experts(config, anatomy, count))
+    if not (config.budget.total or config.budget.active_parameters or config.budget.bytes):
+        remedy = "set shape.*, budget.axes=experts, budget.total or budget.active_parameters"
+        check_counted(teacher, "budget.parameters", remedy)
     if config.plan.widths != "uniform":
         weights = _weights(config, anatomy, done / rounds)
         even = even_widths(anatomy.sizes, weights, multiples_for(teacher).neurons)
@@ -161,12 +189,14 @@ def _budgeted(config: Config, anatomy: Anatomy, teacher: ModelShape) -> tuple[Mo
         chip, serving = Chip(**config.device.chip_facts), Serving(**config.shape_search.serving)
         shape = shape_within(chip, teacher, serving, Limits(**budget.limits))
         return shape, speedup_of(chip, teacher, serving, budget.speedup, shape) if budget.speedup else None
-    if budget.total or budget.bytes:
+    if budget.total or budget.active_parameters or budget.bytes:
         counted = _counted(config, anatomy)
+        active = budget.active_parameters is not None
         size = getattr(torch, config.export.dtype).itemsize if budget.bytes else 1
-        unit = Unit(size, (budget.context or 0) * 2 * anatomy.sizes.head_size * size)
+        unit = Unit(size, (budget.context or 0) * 2 * anatomy.sizes.head_size * size, active)
         (name, requested), *_ = budget.sized.items()
-        most = requested if budget.bytes else requested * anatomy.parameters()[0]
+        whole = anatomy.active_parameters() if active else anatomy.parameters()
+        most = requested if budget.bytes else requested * whole[0]
         shape, made = shape_of_size(counted, teacher, name, requested, most, unit, budget.axes)
         return shape, replace(made, context=budget.context or 0)
     fraction = budget.parameters or budget.fallback
@@ -197,9 +227,19 @@ def _unties(config: Config) -> bool:
     return config.rotate.kind == "principal" and config.rotate.tie == "untied"
 
 
-def _experts(config: Config, anatomy: Anatomy) -> int | None:
+def _experts_budgeted(config: Config, anatomy: Anatomy) -> tuple[int, Budgeted]:
+    """Return the experts per layer that budget.* leaves, the other axes being the teacher's, and what they reach."""
+    budget = config.budget
+    (name, requested), *_ = (budget.sized or {"parameters": budget.fallback}).items()
+    size = getattr(torch, config.export.dtype).itemsize if budget.bytes else 1
+    unit = Unit(size, (budget.context or 0) * 2 * anatomy.sizes.head_size * size)
+    count, made = experts_for(_counted(config, anatomy), name, requested, unit, anatomy)
+    return count, replace(made, context=budget.context or 0)
+
+
+def _experts(config: Config, anatomy: Anatomy, wanted: int | None) -> int | None:
     """Return the experts of a layer after this round; None where all stay. Raise ValueError where they cannot."""
-    wanted, routing = config.shape.experts, anatomy.routing
+    routing = anatomy.routing
     if wanted is None:
         return None
     if routing is None:
@@ -210,6 +250,23 @@ def _experts(config: Config, anatomy: Anatomy) -> int | None:
     routing.check(wanted, most)
     done, rounds = config.recipe.part
     return wanted + (most - wanted) * (rounds - done) // (rounds * routing.groups) * routing.groups
+
+
+def _kept(anatomy: Anatomy, student: Student) -> tuple[float, float]:
+    """Return the shares of the parameters outside the embeddings, and of those a token uses, that a student keeps.
+
+    Of the layers, as many of the first ones are counted.
+    """
+    count, sizes = student.shape.layers, anatomy.sizes
+    layers = tuple(
+        LayerSizes(student.shape.heads, student.shape.groups, student.shape.neurons).within(own)
+        for own in sizes.layers[:count]
+    )
+    narrow = anatomy.narrowed(replace(sizes, hidden=student.shape.hidden, layers=layers), anatomy.layer_types[:count])
+    made = with_experts(narrow, student.experts or sizes.carried["e"])
+    pairs = ((made.parameters(), anatomy.parameters()), (made.active_parameters(), anatomy.active_parameters()))
+    shares = [some[1] / whole[1] for some, whole in pairs]
+    return shares[0], shares[1]
 
 
 STAGE = Stage(

@@ -1,0 +1,91 @@
+"""Budgets of mixtures of experts are exact, and what does not count experts refuses them."""
+
+import json
+
+import pytest
+
+from pipeline import runner
+from pipeline.costmodel.expert_budget import experts_for, possible_counts, with_experts
+from pipeline.costmodel.shapes import Grid, ModelShape, multiples_for
+from pipeline.costmodel.size_budget import Unit, sizes
+from pipeline.model.anatomy import LayerSizes, anatomy_of
+from tests.mixtures import MIXTURES
+from tests.tiny import config_of, tensors_of, tiny_model
+from tests.tiny_text import configured
+from tests.world import make_world, settings
+
+
+def anatomy(kind):
+    model = tiny_model(kind)
+    return anatomy_of(config_of(model), tensors_of(model))
+
+
+def shaped(world, *overrides):
+    given = settings(world, run="unit", shape__layers=None, shape__neurons=None)
+    return runner.run(configured(*given, "stages=[shape]", *overrides), "a test")
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3-groups", "gpt_oss"])
+@pytest.mark.parametrize("budget, unit", [("parameters", Unit()), ("total", Unit()), ("bytes", Unit(2, 100))])
+def test_the_most_experts_within_a_budget_stay(kind, budget, unit):
+    of = anatomy(kind)
+
+    def size(count):
+        whole, inner = with_experts(of, count).parameters()
+        if budget == "bytes":
+            return 2 * whole + 100 * sum(layer.groups for layer in of.sizes.layers)
+        return inner / of.parameters()[1] if budget == "parameters" else whole / of.parameters()[0]
+
+    counts = possible_counts(of)
+    for fewer, count in zip(counts, counts[1:]):
+        kept, made = experts_for(of, budget, size(count), unit, of)
+        assert kept == count and made.reached == pytest.approx(size(count))
+        assert experts_for(of, budget, size(count) * (1 - 1e-9), unit, of)[0] == fewer
+    with pytest.raises(ValueError, match=rf"^budget\.{budget}: "):
+        experts_for(of, budget, size(counts[0]) * 0.99, unit, of)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_the_parameters_that_a_token_uses_are_counted_exactly_for_every_shape(kind):
+    of = anatomy(kind)
+    grid = Grid(ModelShape.of(of), multiples_for(ModelShape.of(of)))
+    found = sizes(of, grid, Unit(active=True))
+    hidden, pair, neurons = len(grid.hidden) - 1, len(grid.attention) - 1, len(grid.neurons) - 1
+    heads, groups = grid.attention[pair].tolist()
+    whole = of.narrowed(of.sizes, of.layer_types).active_parameters()[0]
+    assert (of.sizes.layers[0].heads, of.sizes.layers[0].groups) == (heads, groups)
+    assert found[-1, hidden, pair, neurons] == whole
+    last = of.narrowed(type(of.sizes)(**vars(of.sizes) | {"layers": of.sizes.layers[-1:]}), of.layer_types[-1:])
+    assert found[0, hidden, pair, neurons] == last.active_parameters()[0]
+    assert isinstance(of.sizes.layers[0], LayerSizes)
+
+
+def test_budgets_through_the_stage(tmp_path):
+    world = make_world(tmp_path, "mixtral")
+    folders = shaped(world, "budget.axes=experts", "budget.parameters=0.8")
+    shape, of = json.loads((folders["shape"] / "shape.json").read_text()), anatomy("mixtral")
+    assert with_experts(of, shape["experts"]).parameters()[1] <= 0.8 * of.parameters()[1]
+    assert with_experts(of, shape["experts"] + 1).parameters()[1] > 0.8 * of.parameters()[1]
+    folders = shaped(world, "budget.axes=layers", "budget.active_parameters=0.8")
+    shape = json.loads((folders["shape"] / "shape.json").read_text())
+    assert (shape["layers"], shape["experts"]) == (3, None)
+
+
+@pytest.mark.parametrize(
+    "setting, overrides",
+    [
+        ("budget.parameters", ["budget.parameters=0.8"]),
+        ("budget.parameters", []),
+        ("model.path", ["budget.speedup=1.1"]),
+        ("budget.active_parameters", ["budget.active_parameters=0.8", "budget.axes=experts"]),
+        ("dry_run", ["shape.experts=2", "dry_run=true", "stages=null"]),
+    ],
+)
+def test_what_does_not_count_experts_refuses_them(setting, overrides, tmp_path):
+    with pytest.raises(ValueError, match=f"^{setting}"):
+        shaped(make_world(tmp_path, "mixtral"), *overrides)
+
+
+def test_a_dense_model_has_no_budget_of_experts(tmp_path):
+    with pytest.raises(ValueError, match=r"^budget\.axes: "):
+        shaped(make_world(tmp_path, "llama"), "budget.axes=experts", "budget.parameters=0.8")
