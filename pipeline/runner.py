@@ -70,6 +70,8 @@ def run(config: Config, command: str) -> dict[str, Path]:
     settings = (track.mode, track.project, track.entity, track.group, track.tags)
     with ranks.guard(), open_track(*settings, config.run, folder, dumped, ranks.rank) as tracker:
         machine = Machine(device, ranks, tracker)
+        if config.recipe.reason is not None:
+            machine.say(f"recipe: {config.recipe.name}, as {config.recipe.reason} (docs/results.md)")
         store = artifacts.Store(Path(config.artifacts), ranks, artifacts.code_revision(), device.name, config.verify)
         if config.dry_run:
             names = ["teacher", "external_student", "shape"]

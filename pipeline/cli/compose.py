@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.cli.auto_recipe import AUTO, Choice, recipe_for
 from pipeline.cli.words import Setting, quoted
 from pipeline.config import SETTINGS, unknown_key
 from pipeline.config.names import CHOICES, STAGES, suggested_word
@@ -163,15 +164,26 @@ def _composed(settings: Sequence[Setting], config_dir: Path | None, source: Path
     own = [f"hydra.searchpath=[{_url(config_dir)}]"] if config_dir is not None else []
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            if source is None:
-                config = compose("config", overrides=[*own, *words])
-            else:
-                config = _repeated(source, settings, own)
-            return as_values(config)
+            if source is not None:
+                return as_values(_repeated(source, settings, own))
+            values = as_values(compose("config", overrides=[*own, *words]))
+            if values["recipe"]["name"] != AUTO:
+                return values
+            chosen = _chosen(recipe_for(values), settings)
+            return as_values(compose("config", overrides=[*own, *chosen]))
     except (HydraException, OmegaConfBaseException) as error:
         if any(setting.key.startswith("device.chip.") for setting in settings) and "chip" in str(error):
             raise ValueError("device.chip: null; choose a chip before its settings, e.g. device/chip=910B3") from None
         raise ValueError(" ".join(str(error).split())) from None
+
+
+def _chosen(choice: Choice, settings: Sequence[Setting]) -> list[str]:
+    """Return the settings of a command with the chosen recipe instead of recipe=auto; typed settings come last."""
+    beside = {**choice.settings, "recipe": choice.recipe, "recipe.reason": choice.reason}
+    others = [setting for setting in settings if setting.key not in ("recipe", "recipe.reason")]
+    typed = {setting.key for setting in others}
+    own = [quoted(Setting("", key, value), False) for key, value in beside.items() if key not in typed]
+    return [str(setting) for setting in (*own, *others)]
 
 
 def _url(folder: Path) -> str:

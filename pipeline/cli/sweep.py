@@ -12,7 +12,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pipeline.cli.compose import CONF, QUOTES, as_values, checked, composed, groups, swept
+from pipeline.cli.auto_recipe import AUTO
+from pipeline.cli.compose import CONF, QUOTES, as_values, checked, compose_point, composed, groups, swept
 from pipeline.cli.words import Setting
 
 Job = Callable[[dict[str, Any], str], Mapping[str, Path]]  # (configuration, swept settings) -> artifacts by name
@@ -32,7 +33,10 @@ def run_sweep(settings: Sequence[str], config_dir: Path | None, job: Job) -> Pat
     def point(config: DictConfig) -> float | None:
         chosen = HydraConfig.get().overrides.task
         name = ",".join(word.translate(QUOTES) for word in chosen if Setting.of(word).key not in fixed)
-        return objective(job(as_values(config), name))
+        values = as_values(config)
+        if values["recipe"]["name"] == AUTO:
+            values = compose_point([word for word in chosen if not word.startswith("hydra")], config_dir)
+        return objective(job(values, name))
 
     common = [str(setting) for setting in typed if setting.key in fixed and not setting.key.startswith("hydra")]
     values = composed(common, config_dir)  # before sys.argv and Hydra's state change

@@ -20,6 +20,7 @@ LONGEST_NAME = 200  # bytes of a folder's name; file systems allow 255, and temp
 
 class Recipe(Section):
     name: str
+    reason: str | None
     shape: Literal["given", "search"]
     stages: list[str]
     rounds: Count

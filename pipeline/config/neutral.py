@@ -19,6 +19,7 @@ NEUTRAL = frozenset(
         "dry_run",
         "track",
         "verify",
+        "recipe.reason",
         "output",
         "model.allow_pickle",  # permits a file format; what is read from it is the same
         "calibration.batch_size",

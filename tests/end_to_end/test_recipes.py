@@ -17,6 +17,7 @@ ANY = {"budget.parameters": 0.7, "plan.depth_tokens": 128}
 # By recipe: what is changed for a tiny model, and the file that the run ends with.
 RECIPES: dict[str, tuple[dict[str, object], str]] = {
     "pangu_light": ({"teacher_correction.tokens": 512}, "report.html"),
+    "auto": ({}, "report.html"),
     "minitron": ({}, "report.html"),
     "best": ({"local_distill.tokens": 512, "local_distill.epochs": 1, "plan.depth_tokens": 128}, "report.html"),
     "adapt_pruner": (ANY | {"recipe.rounds": 2, "plan.amplitude": 0.01}, "report.html"),

@@ -58,7 +58,7 @@ def test_a_setting_without_a_comment_is_found(monkeypatch, tmp_path):
 def test_the_help_holds_every_setting_and_its_choices():
     whole = reference.help_text("")
     assert all(f" {key}=" in whole for key in SETTINGS if not key.startswith("device.chip."))
-    assert "recipe=NAME: adapt_pruner, best" in whole
+    assert "recipe=NAME: adapt_pruner, auto, best" in whole
     group = reference.help_text("distill")
     assert group.startswith("distill\n") and "distill.learning_rate=3.0e-4" in group and "plan.depth" not in group
     assert "reverse_kl" in reference.help_text("distill.loss.kind")

@@ -17,6 +17,7 @@ OTHER = {
     "stages": ["plan"],
     "verify": "size",
     "output": "delivered",
+    "recipe.reason": "the fastest",
     "track.mode": "online",
     "track.project": "other",
     "track.entity": "somebody",
