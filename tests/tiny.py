@@ -44,6 +44,28 @@ LOW_RANK = {
     "num_key_value_heads": 4,
     "head_dim": 4,
 }
+LINEAR = {
+    "layer_types": ["linear_attention"] * 2 + ["full_attention"] * 2,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_conv_kernel_dim": 3,
+}
+SHARED = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 20,
+}
+MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 4,
+    "mamba_d_conv": 3,
+    "mamba_expand": 2,
+}
 GEMMA = {"query_pre_attn_scalar": 8, "sliding_window": 8}
 
 # Config fields beside BASE of every type with a table, by model_type, and of further settings as `model_type-setting`.
@@ -150,6 +172,20 @@ TINY: dict[str, dict] = {
     "glm4_moe": ROUTED | {"use_qk_norm": True},
     "dots1": ROUTED,
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "qwen3_5_text": LINEAR,
+    "qwen3_next": LINEAR | SHARED | {"norm_topk_prob": True},
+    "qwen3_5_moe_text": LINEAR | SHARED,
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "lm_head_multiplier": 0.3, "mamba_rms_norm": True},
+    "bamba": MAMBA | {"attn_layer_indices": [2, 3]},
+    "granitemoehybrid": MAMBA
+    | {
+        "layer_types": ["mamba", "mamba", "attention", "attention"],
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 24,
+        "logits_scaling": 5.0,
+    },
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention", "full_attention"], "block_auto_adjust_ff_dim": False},
     "youtu": LOW_RANK | {"pad_token_id": None},  # whose class zeroes the embedding of padding when it loads
 }
 FLOAT32 = {"xglm"}  # whose class overflows in float64

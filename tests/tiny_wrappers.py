@@ -6,7 +6,7 @@ from transformers import AutoConfig
 
 from pipeline.model.families import FAMILIES, WRAPPERS
 from pipeline.runtime.wrapper import text_config
-from tests.tiny import BASE, GEMMA, config_of
+from tests.tiny import BASE, GEMMA, LINEAR, config_of
 
 IMAGE = 90  # the token id of an image patch
 SIGLIP = {
@@ -101,6 +101,14 @@ TINY_WRAPPERS: dict[str, tuple] = {
     "qwen3_vl": (
         {"model_type": "qwen3_vl_text", **MROPE},
         QWEN | {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        QWEN_IDS,
+        (16, 96),
+        4,
+        {"image_grid_thw": [[1, 4, 4]]},
+    ),
+    "qwen3_5": (
+        {"model_type": "qwen3_5_text", **LINEAR, **MROPE},
+        QWEN | {"out_hidden_size": 32, "num_position_embeddings": 16},
         QWEN_IDS,
         (16, 96),
         4,

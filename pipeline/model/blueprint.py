@@ -83,6 +83,7 @@ class Blueprint(Stored):
                         f"{plan.host} is {anatomy.layer_types[plan.host]}; a donor must have its host's type"
                     )
         _check_experts(self, anatomy)
+        _check_attention(self, anatomy)
         for axis in _cut_axes(self, anatomy.sizes):
             check_axis(anatomy, axis)
 
@@ -102,6 +103,17 @@ def _check_experts(blueprint: Blueprint, anatomy: Anatomy) -> None:
     for place, plan in enumerate(blueprint.layers):
         if plan.experts:
             _distinct(f"blueprint layer {place} experts", plan.experts, anatomy.sizes.carried.get("e", 0))
+
+
+def _check_attention(blueprint: Blueprint, anatomy: Anatomy) -> None:
+    """Raise ValueError where layers of other kinds stay, and none with attention: a class's cache needs one."""
+    output = f"{anatomy.writer('n d')}.weight"
+    with_attention = {layer for layer in range(len(anatomy.sizes.layers)) if anatomy.has(output, layer)}
+    if with_attention and with_attention.isdisjoint(plan.host for plan in blueprint.layers):
+        raise ValueError(
+            f"shape.layers: of the layers with attention ({', '.join(map(str, sorted(with_attention)))}) none stays; "
+            "keep one of them, or more layers"
+        )
 
 
 def check_axis(anatomy: Anatomy, axis: str) -> None:

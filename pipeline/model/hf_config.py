@@ -21,6 +21,9 @@ def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
     for field in PER_LAYER_LISTS:
         if isinstance(config.get(field), list):
             edited[field] = [config[field][host] for host in hosts]
+    for field in source.family.layer_indices:
+        if config.get(field) is not None:
+            edited[field] = [place for place, host in enumerate(hosts) if host in config[field]]
     edited |= _expert_fields(config, source, blueprint)
     if blueprint.vocabulary:
         edited = Renumbering.of(blueprint.vocabulary, source.sizes.vocabulary).fields(edited)
@@ -155,7 +158,7 @@ def per_layer(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any]:
                 "num_key_value_heads": w.groups,
             }
             for i, w in enumerate(student.sizes.layers)
-            if family.field("groups") is not None
+            if family.field("groups") is not None and "heads" not in family.fixed
         },
     }
 

@@ -57,14 +57,8 @@ class Checkpoint(Mapping[str, Tensor]):
         if self.config.get("model_type") == decilm.MODEL_TYPE:
             self.config = self._plain_decilm()
         if self.config.get("model_type") in FAMILIES:
-            whole = stock_config(self.config, self.folder)
             family = family_of(self.config["model_type"])
-            fields = (family.field(width) for width in FROM_CLASS)
-            self.config |= {
-                field: value
-                for field in ("tie_word_embeddings", *PER_LAYER_LISTS, *filter(None, fields))
-                if self.config.get(field) is None and (value := getattr(whole, field, None)) is not None
-            }
+            self._complete(family)
             self.around, text = self._surroundings(family)
             names, left_out = canonical_names(text, self.config)
             self._stored = {name: text[own] for name, own in names.items()}
@@ -72,6 +66,26 @@ class Checkpoint(Mapping[str, Tensor]):
                 count = f"{len(left_out)} tensors of multi-token prediction"
                 self.notes.append(f"{count} are left out: {', '.join(left_out[:2])}{', ...' if left_out[2:] else ''}")
             self._tie()
+
+    def _complete(self, family: Family) -> None:
+        """Set the fields that config.json leaves to the class, and drop those that other fields replace."""
+        whole = stock_config(self.config, self.folder)
+        lengths = {name for terms in family.lengths.values() for term in terms for name in term.split("*")}
+        experts = (*family.experts, family.top_k, family.leading_dense)
+        fields = (*(family.field(width) for width in FROM_CLASS), *sorted(lengths), *experts, *family.layer_indices)
+        lists = [name for name in PER_LAYER_LISTS if name in vars(whole)]  # some classes compute them
+        self.config |= {
+            field: value
+            for field in ("tie_word_embeddings", *lists, *filter(None, fields))
+            if self.config.get(field) is None and (value := getattr(whole, field, None)) is not None
+        }
+        for field in family.superseded:
+            self.config.pop(field, None)
+        if family.adjusted and getattr(whole, family.adjusted[0], False):
+            field, tensor = family.adjusted
+            name = family.prefix.format(layer=0) + tensor
+            if name in self._tensors:
+                self.config |= {field: False, str(family.field("neurons")): self._tensors.shape(name)[0]}
 
     def _surroundings(self, family: Family) -> tuple[Around | None, dict[str, str]]:
         """Return what is around the text half, and the stored name by the name in the text half of each tensor."""

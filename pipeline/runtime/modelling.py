@@ -64,6 +64,10 @@ def pruned_class(base_name, config_class=None):
             super().__init__(config)
             narrow(self, config.pruned)
 
+        @classmethod
+        def is_custom_code(cls):  # the stock class's own initialisation sets its buffers
+            return False
+
     PrunedForCausalLM.config_class = config_class or base.config_class
     return PrunedForCausalLM
 

@@ -1,5 +1,6 @@
 """Laws of the tables: for every type with one, on a tiny random model of the real class, in float64."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_check
 from pipeline.runtime.fused_layers import LAYER_OPERATORS, fused_layers
 from tests.laws import masked, plan_of
 from tests.tiny import TINY, config_of, model_type, save_tiny, tensors_of, tiny_model, tokens
+
+FLOAT64 = torch.float64
 
 
 def assert_close(one, other):
@@ -215,7 +218,7 @@ def test_a_structure_has_the_magnitude_in_the_student_that_it_has_in_the_model(k
         torch.testing.assert_close(narrow.heads[layer], whole.heads[layer][heads])
         torch.testing.assert_close(narrow.neurons[layer], whole.neurons[layer][list(plan.neurons)])
         names = [name for name, segments in of.layer_tensors.items() if is_coupled(segments) and of.has(name, layer)]
-        total = sum(source[name.format(layer=layer)].double().abs().sum() for name in names)
+        total = sum((source[n.format(layer=layer)].double().abs().sum() for n in names), torch.zeros((), dtype=FLOAT64))
         torch.testing.assert_close(whole.heads[layer].sum() + whole.neurons[layer].sum(), total)
 
 
@@ -343,3 +346,22 @@ def test_pickled_weights_are_refused_unless_asked_and_then_read_weights_only(tmp
     torch.save({"x": print}, folder / "pytorch_model.bin")
     with pytest.raises(Exception, match="[Ww]eights"):
         open_checkpoint(folder, allow_pickle=True)
+
+
+def test_a_student_of_a_hybrid_keeps_a_layer_with_attention():
+    of = anatomy(tiny_model("bamba"))
+    whole = everything(of.sizes)
+    Blueprint(whole.channels, whole.layers[:3]).check(of)
+    with pytest.raises(ValueError, match=r"shape\.layers: of the layers with attention \(2, 3\) none stays"):
+        Blueprint(whole.channels, whole.layers[:2]).check(of)
+
+
+def test_neurons_that_a_class_adjusts_are_read_from_the_weights_and_stated(tmp_path):
+    model = tiny_model("lfm2", block_auto_adjust_ff_dim=True, block_multiple_of=8)
+    folder = save_tiny(model, tmp_path / "m")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"block_ff_dim": 24, "full_attn_idxs": [2, 3]}))
+    source = open_checkpoint(folder)
+    source.check()
+    assert source.anatomy.sizes.layers[0].neurons == source.config["intermediate_size"] == 16
+    assert "block_ff_dim" not in source.config and source.config["layer_types"] == TINY["lfm2"]["layer_types"]

@@ -48,13 +48,14 @@ MLA_OPTIONAL = ("self_attn.q_proj.", "self_attn.q_a_proj.", "self_attn.q_a_layer
 MLA_READERS = ("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
 
 
-def _experts(names: tuple[str, ...], axis: str, router: str) -> dict[str, str]:
+def experts(names: tuple[str, ...], axis: str, router: str) -> dict[str, str]:
     """Return the tensors of experts with gate, up and down projections, and of their router."""
     gate, up, down = names
     return {router: "e h", f"{gate}.weight": f"{axis} h", f"{up}.weight": f"{axis} h", f"{down}.weight": f"h {axis}"}
 
 
-def _shared(name: str, axis: str) -> dict[str, str]:
+def shared(name: str, axis: str) -> dict[str, str]:
+    """Return the tensors of a gated FFN that every token passes through."""
     return {
         f"{name}.gate_proj.weight": f"{axis} h",
         f"{name}.up_proj.weight": f"{axis} h",
@@ -85,8 +86,8 @@ DENSE_FIRST: dict[str, Any] = {
     "fixed": WHOLE,
 }
 DEEPSEEK_FFN = (
-    _experts(NAMED, "x", "mlp.gate.weight")
-    | _shared("mlp.shared_experts", "y")
+    experts(NAMED, "x", "mlp.gate.weight")
+    | shared("mlp.shared_experts", "y")
     | {"mlp.gate.e_score_correction_bias": "e"}
     | GATED
 )
@@ -102,7 +103,7 @@ DEEPSEEK = Family(
 MIXTRAL_FAMILY = Family(
     "mixtral",
     "MixtralForCausalLM",
-    ATTENTION | _experts(MIXTRAL, "x", "block_sparse_moe.gate.weight") | NORMS,
+    ATTENTION | experts(MIXTRAL, "x", "block_sparse_moe.gate.weight") | NORMS,
     PRE,
     lengths=FFN_WIDTH,
     experts=("num_local_experts",),
@@ -114,7 +115,7 @@ EXPERTS = (
     Family(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
-        ATTENTION | ATTENTION_BIASES | QK_NORM | _experts(NAMED, "x", "mlp.gate.weight") | NORMS,
+        ATTENTION | ATTENTION_BIASES | QK_NORM | experts(NAMED, "x", "mlp.gate.weight") | NORMS,
         PRE,
         lengths=EXPERT_WIDTH,
         requires=SPARSE,
@@ -127,8 +128,8 @@ EXPERTS = (
         "Qwen2MoeForCausalLM",
         ATTENTION
         | ATTENTION_BIASES
-        | _experts(NAMED, "x", "mlp.gate.weight")
-        | _shared("mlp.shared_expert", "y")
+        | experts(NAMED, "x", "mlp.gate.weight")
+        | shared("mlp.shared_expert", "y")
         | {"mlp.shared_expert_gate.weight": "1 h"}
         | NORMS,
         PRE,
@@ -141,7 +142,7 @@ EXPERTS = (
     Family(
         "olmoe",
         "OlmoeForCausalLM",
-        ATTENTION | ATTENTION_BIASES | QK_NORM_ALL | _experts(NAMED, "x", "mlp.gate.weight") | NORMS,
+        ATTENTION | ATTENTION_BIASES | QK_NORM_ALL | experts(NAMED, "x", "mlp.gate.weight") | NORMS,
         PRE,
         lengths=FFN_WIDTH,
         fields={"head_size": None},
@@ -229,8 +230,8 @@ EXPERTS = (
         ATTENTION
         | ATTENTION_BIASES
         | {"self_attn.query_layernorm.weight": "d", "self_attn.key_layernorm.weight": "d"}
-        | _experts(NAMED, "x", "mlp.gate.wg.weight")
-        | _shared("mlp.shared_mlp", "x")
+        | experts(NAMED, "x", "mlp.gate.wg.weight")
+        | shared("mlp.shared_mlp", "x")
         | NORMS,
         PRE,
         lengths=FFN_WIDTH,

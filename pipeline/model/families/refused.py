@@ -11,9 +11,9 @@ REASONS: Mapping[str, str] = {
         "sarvam_moe solar_open"
     ),
     "some of its layers are a state-space model, linear attention or a convolution": (
-        "bailing_hybrid bamba falcon_h1 falcon_mamba granitemoehybrid inkling2_loop_text inkling2_text inkling_text "
-        "jamba kimi_linear lara_mini lfm2 lfm2_moe lfm3 mamba mamba2 minimax nemotron_h olmo_hybrid qwen3_5_moe_text "
-        "qwen3_5_text qwen3_next qwen4_exp_text recurrent_gemma rwkv xlstm zamba zamba2 zaya"
+        "bailing_hybrid falcon_mamba inkling2_loop_text inkling2_text inkling_text "
+        "jamba kimi_linear lara_mini lfm2_moe lfm3 mamba mamba2 minimax nemotron_h olmo_hybrid "
+        "qwen4_exp_text recurrent_gemma rwkv xlstm zamba zamba2 zaya"
     ),
     "it is an encoder, has one, or is used as one": (
         "bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert cohere_compass_text "
@@ -22,7 +22,7 @@ REASONS: Mapping[str, str] = {
     ),
     "it wraps a text model beside a vision, audio or assistant model": (
         "blt dots3_note emu3 fuyu gemma3n gemma4 gemma4_assistant gemma4_unified gemma4_unified_assistant "
-        "got_ocr2 llama4 mllama moshi moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal qwen3_5 "
+        "got_ocr2 llama4 mllama moshi moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal "
         "qwen3_5_moe qwen4_exp"
     ),
     "its layers are run several times over, by a hierarchy of states": "hrm_text",

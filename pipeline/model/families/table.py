@@ -57,6 +57,10 @@ class Family:
     follows: Mapping[str, str] = field(default_factory=dict)  # config fields that repeat a width of FIELDS
     requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # config values this table holds for
     variants: tuple["Family", ...] = ()  # tables of the same type for other config values
+    layer_indices: tuple[str, ...] = ()  # config fields that list numbers of layers
+    superseded: tuple[str, ...] = ()  # config fields of older files, which a later field of the class replaces
+    # A config field by which the class changes the neurons that the config states, and the tensor whose rows they are
+    adjusted: tuple[str, str] | None = None
     fixed: Mapping[str, str] = field(default_factory=dict)  # of AXES: those that cannot be cut, with the reason
 
     norm_offset: float = 0.0  # the checkpoint stores gain - offset

@@ -114,5 +114,11 @@ WRAPPERS: Mapping[str, Wrapper] = {
             follows=("vision_config.out_hidden_size",),
             injects="vision_config.deepstack_visual_indexes",
         ),
+        Wrapper(
+            "qwen3_5",
+            "Qwen3_5ForConditionalGeneration",
+            {name: axes for name, axes in QWEN3.items() if "deepstack" not in name},
+            follows=("vision_config.out_hidden_size",),
+        ),
     )
 }

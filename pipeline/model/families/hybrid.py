@@ -1,0 +1,189 @@
+"""Hybrids: some layers have attention, others a state-space model, linear attention or a convolution.
+
+The tensors of each kind of layer are optional in the table: a layer has those of its kind. What is not attention is
+carried whole, on axes of its own.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from pipeline.model.families.experts import EXPERT_WIDTH, NAMED, WHOLE, experts, shared
+from pipeline.model.families.table import (
+    ATTENTION,
+    ATTENTION_BIASES,
+    GATE_UP,
+    GATED,
+    NORMS,
+    QK_NORM,
+    QKV,
+    Family,
+)
+
+KINDS = "its layers of other kinds have no heads of attention to cut beside"
+WIDE = "its other layers are as wide as a multiple of the hidden size"
+CARRIED = {"heads": KINDS, "groups": KINDS}
+FF = {name.replace("mlp.", "feed_forward."): axes for name, axes in GATED.items()}
+FF_NORMS = {"input_layernorm.weight": "h", "pre_ff_layernorm.weight": "h"}
+FF_READERS = ("feed_forward.gate_proj", "feed_forward.up_proj")
+
+MAMBA = {
+    "mamba.in_proj.weight": "i h",
+    "mamba.in_proj.bias": "i",
+    "mamba.conv1d.weight": "c 1 l",
+    "mamba.conv1d.bias": "c",
+    "mamba.A_log": "m",
+    "mamba.D": "m",
+    "mamba.dt_bias": "m",
+    "mamba.norm.weight": "s",
+    "mamba.out_proj.weight": "h s",
+    "mamba.out_proj.bias": "h",
+}
+
+
+def mamba_lengths(width: str) -> dict[str, tuple[str, ...]]:
+    """Return the lengths of the axes of MAMBA, where `width` is the product of fields that a state-space model is."""
+    states = "mamba_n_groups*mamba_d_state*2"
+    return {
+        "i": (f"{width}*2", states, "mamba_n_heads"),
+        "c": (width, states),
+        "m": ("mamba_n_heads",),
+        "s": (width,),
+        "l": ("mamba_d_conv",),
+    }
+
+
+LINEAR = {
+    "linear_attn.conv1d.weight": "c 1 l",
+    "linear_attn.A_log": "m",
+    "linear_attn.dt_bias": "m",
+    "linear_attn.norm.weight": "g",
+    "linear_attn.out_proj.weight": "h z",
+}
+LINEAR_PARTS = {f"linear_attn.in_proj_{name}.weight": f"{axis} h" for name, axis in zip(("qkv", "z", "b", "a"), "czmm")}
+LINEAR_FUSED = {"linear_attn.in_proj_qkvz.weight": "j h", "linear_attn.in_proj_ba.weight": "(2 m) h"}
+KEYS, VALUES = "linear_num_key_heads*linear_key_head_dim*2", "linear_num_value_heads*linear_value_head_dim"
+LINEAR_LENGTHS = {
+    "c": (KEYS, VALUES),
+    "j": (KEYS, f"{VALUES}*2"),
+    "z": (VALUES,),
+    "m": ("linear_num_value_heads",),
+    "g": ("linear_value_head_dim",),
+    "l": ("linear_conv_kernel_dim",),
+}
+GATED_ATTENTION = ATTENTION | ATTENTION_BIASES | QK_NORM | {"self_attn.q_proj.weight": "(n 2 d) h"}
+LINEAR_READERS = QKV + tuple(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a", "qkvz", "ba"))
+MIXTURE = (
+    experts(NAMED, "x", "mlp.gate.weight") | shared("mlp.shared_expert", "y") | {"mlp.shared_expert_gate.weight": "1 h"}
+)
+MIXTURE_FIELDS: dict[str, Any] = {
+    "lengths": LINEAR_LENGTHS | EXPERT_WIDTH | {"y": ("shared_expert_intermediate_size",)},
+    "experts": ("num_experts", "num_local_experts"),
+    "top_k": "num_experts_per_tok",
+    "fixed": CARRIED | WHOLE,
+}
+QWEN3_5 = Family(
+    "qwen3_5_text",
+    "Qwen3_5ForCausalLM",
+    GATED_ATTENTION | LINEAR | LINEAR_PARTS | GATED | NORMS,
+    {"input_layernorm": LINEAR_READERS, "post_attention_layernorm": GATE_UP},
+    optional=("self_attn.", "linear_attn."),
+    lengths=LINEAR_LENGTHS,
+    fixed=CARRIED,
+    norm_offset=1.0,
+)
+SHORT = {
+    "conv.conv.weight": "h 1 l",
+    "conv.conv.bias": "h",
+    "conv.in_proj.weight": "(3 h) h",
+    "conv.in_proj.bias": "(3 h)",
+    "conv.out_proj.weight": "h h",
+    "conv.out_proj.bias": "h",
+}
+SHORT_FIXED = CARRIED | {"hidden": "its convolutions have a channel for each hidden channel"}
+LFM = {"feed_forward.w1.weight": "f h", "feed_forward.w3.weight": "f h", "feed_forward.w2.weight": "h f"}
+LFM_NORMS = {"operator_norm.weight": "h", "ffn_norm.weight": "h"}
+LFM_PRE = {
+    "operator_norm": (*QKV, "conv.in_proj"),
+    "ffn_norm": ("feed_forward.w1", "feed_forward.w3"),
+}
+LFM2 = Family(
+    "lfm2",
+    "Lfm2ForCausalLM",
+    {name.replace("o_proj", "out_proj"): axes for name, axes in (ATTENTION | ATTENTION_BIASES).items()}
+    | {"self_attn.q_layernorm.weight": "d", "self_attn.k_layernorm.weight": "d"}
+    | SHORT
+    | LFM
+    | LFM_NORMS,
+    LFM_PRE,
+    final_norm="model.embedding_norm",
+    optional=("self_attn.", "conv."),
+    fields={"head_size": None},
+    lengths={"l": ("conv_L_cache",)},
+    adjusted=("block_auto_adjust_ff_dim", "feed_forward.w1.weight"),
+    superseded=("block_ff_dim", "full_attn_idxs"),
+    fixed=SHORT_FIXED,
+)
+
+HYBRID = (
+    QWEN3_5,
+    replace(
+        QWEN3_5,
+        model_type="qwen3_next",
+        architecture="Qwen3NextForCausalLM",
+        layer=GATED_ATTENTION | LINEAR | LINEAR_FUSED | MIXTURE | NORMS,
+        pre_norms={"input_layernorm": LINEAR_READERS, "post_attention_layernorm": ()},
+        requires={"decoder_sparse_step": (1, None), "mlp_only_layers": ([], None)},
+        **MIXTURE_FIELDS,
+    ),
+    replace(
+        QWEN3_5,
+        model_type="qwen3_5_moe_text",
+        architecture="Qwen3_5MoeForCausalLM",
+        layer=GATED_ATTENTION | LINEAR | LINEAR_PARTS | MIXTURE | NORMS,
+        pre_norms={"input_layernorm": LINEAR_READERS, "post_attention_layernorm": ()},
+        **MIXTURE_FIELDS,
+    ),
+    Family(
+        "falcon_h1",
+        "FalconH1ForCausalLM",
+        ATTENTION | ATTENTION_BIASES | MAMBA | FF | FF_NORMS,
+        {"input_layernorm": (*QKV, "mamba.in_proj"), "pre_ff_layernorm": FF_READERS},
+        final_norm="model.final_layernorm",
+        tuples=True,
+        optional=("mamba.norm.",),
+        lengths=mamba_lengths("mamba_d_ssm"),
+        requires={"projectors_bias": (False, None), "mlp_bias": (False, None)},
+        fixed=CARRIED,
+        logit_scale="lm_head_multiplier",
+    ),
+    Family(
+        "bamba",
+        "BambaForCausalLM",
+        ATTENTION | ATTENTION_BIASES | MAMBA | FF | FF_NORMS,
+        {"input_layernorm": (*QKV, "mamba.in_proj"), "pre_ff_layernorm": FF_READERS},
+        final_norm="model.final_layernorm",
+        tuples=True,
+        optional=("self_attn.", "mamba."),
+        fields={"head_size": None},
+        lengths=mamba_lengths("mamba_expand*hidden_size"),
+        layer_indices=("attn_layer_indices",),
+        fixed=CARRIED | {"hidden": WIDE},
+    ),
+    Family(
+        "granitemoehybrid",
+        "GraniteMoeHybridForCausalLM",
+        ATTENTION
+        | ATTENTION_BIASES
+        | MAMBA
+        | {"shared_mlp.input_linear.weight": "f h + f h", "shared_mlp.output_linear.weight": "h f"}
+        | NORMS,
+        {"input_layernorm": (*QKV, "mamba.in_proj"), "post_attention_layernorm": ("shared_mlp.input_linear",)},
+        optional=("self_attn.", "mamba."),
+        fields={"head_size": None, "neurons": "shared_intermediate_size"},
+        lengths=mamba_lengths("mamba_expand*hidden_size"),
+        requires={"num_local_experts": (0,)},
+        fixed=CARRIED | {"hidden": WIDE},
+        logit_divisor="logits_scaling",
+    ),
+    LFM2,
+)
