@@ -4,6 +4,7 @@ import datetime
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,7 @@ def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
     checkpoint = open_checkpoint(made["teacher"], config.model.allow_pickle)
     teacher = ModelShape.of(checkpoint.anatomy, config.reinit.bias_compensation)
     check_counted(teacher, "dry_run", "set dry_run=false")
+    teacher = replace(teacher, vocabulary=min(teacher.vocabulary, config.budget.vocabulary or teacher.vocabulary))
     devices, regularizes = ranks if ranks > 1 else None, config.regularize.norm != "none"
     student, sentences = _student(config, made, teacher)
     for section, trains in (("teacher_correction", config.corrects), ("regularize", regularizes)):

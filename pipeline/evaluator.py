@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ from pipeline.runtime.log import bars_on_terminals_only
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import place
 
-REVISION = 3  # 2: losses by sequence; 3: questions spread evenly over each text
+REVISION = 4  # 2: losses by sequence; 3: questions spread evenly over each text; 4: bytes per token
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -38,12 +40,20 @@ def settings(config: Config) -> dict[str, Any]:
 
 
 class Bench:
-    """The held-out text of a run, and which part of it is measured: the same for every model."""
+    """The held-out text of a run, and which part of it is measured: the same for every model.
 
-    def __init__(self, config: Config, tokens: Path, tokenizer: Any, machine: Machine):
-        self.config, self.tokenizer, self.machine = config, tokenizer, machine
+    Where the student has another tokenizer than the reference, it has a bench of its own, and `original` is that of the
+    reference: the student's rows are as many as hold the same stretch of text, to within half a row, and questions and
+    prompts are the reference's.
+    """
+
+    def __init__(
+        self, config: Config, tokens: Path, tokenizer: Any, machine: Machine, original: "Bench | None" = None
+    ):
+        self.config, self.tokenizer, self.machine, self.original = config, tokenizer, machine, original
         self.texts = {folder.name[3:]: Packed(folder) for folder in sorted((tokens / "evaluation").iterdir())}
-        self.questions = {name: self._questions(packed) for name, packed in self.texts.items()}
+        self.rows = {name: self._count(name) for name in self.texts}
+        self.questions = {name: self._questions(name) for name in self.texts}
 
     def load(self, folder: Path) -> nn.Module:
         """Return the model of a folder, on the host."""
@@ -58,10 +68,10 @@ class Bench:
         """Return by text: length and stride of sequences, their number, predicted tokens and bytes."""
         ranks, facts = self.machine.ranks, {}
         for name, packed in self.texts.items():
-            rows = self._rows(packed)
+            rows = self.rows[name]
             read = torch.zeros(1, dtype=torch.float64)
             for row in range(ranks.rank, rows, ranks.world):
-                read += len(self.tokenizer.decode(packed[row][1:].tolist(), skip_special_tokens=True).encode())
+                read += self._bytes(packed[row][1:])
             ranks.sum_([read])
             counts = {"sequences": rows, "tokens": rows * (packed.sequence - 1), "bytes": int(read)}
             facts[name] = {"sequence": packed.sequence, "stride": packed.sequence, **counts}
@@ -70,15 +80,19 @@ class Bench:
     def measure(self, model: nn.Module, who: str, facts: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, Any]]:
         """Return loss, perplexity, accuracy, bits per byte and next-word accuracy by text, over all ranks.
 
-        Beside them the `losses` of the sequences in order, the mean of each in nats.
+        Beside them the `losses` of the sequences in order, the mean of each in nats, and the bytes of a predicted
+        token. `facts` are the reference's: loss and perplexity are per token of its tokenizer, also where the model
+        has another one; accuracy is of the model's own tokens.
         """
         figures = {}
-        for name, packed in self.texts.items():
-            sums, words = self._tally(model, packed, self.questions[name], f"{who} on {name}")
-            numbers = asdict(quality(sums.sum(0), facts[name]["bytes"]))
+        read = self.facts() if self.original else facts
+        for name in self.texts:
+            own, unit = (each[name]["bytes"] / each[name]["tokens"] for each in (read, facts))
+            sums, words = self._tally(model, name, f"{who} on {name}")
+            numbers = asdict(quality(sums.sum(0), read[name]["bytes"], unit / own)) | {"bytes_per_token": own}
             if words[1]:
                 numbers["next_word"] = float(words[0] / words[1])
-            figures[name] = numbers | {"losses": (sums[:, 0] / sums[:, 2]).tolist()}
+            figures[name] = numbers | {"losses": (sums[:, 0] / sums[:, 2] * (unit / own)).tolist()}
             self.machine.say(f"{who} on {name}: perplexity {numbers['perplexity']:.3f}")
             self.machine.track.log({f"{who}/{name}/{key}": value for key, value in numbers.items()}, None, "evaluate")
         return figures
@@ -104,6 +118,8 @@ class Bench:
 
     def prompts(self) -> list[dict[str, str]]:
         """Return prompts from the texts in turn, each with the text that follows it."""
+        if self.original:
+            return self.original.prompts()
         prompts: list[dict[str, str]] = []
         report = self.config.report
         for turn in range(report.samples):
@@ -114,12 +130,13 @@ class Bench:
             prompts.append({"text": name, "prompt": prompt, "reference": follows})
         return prompts
 
-    def _tally(self, model: nn.Module, packed: Packed, words: list[Question], label: str) -> tuple[Tensor, Tensor]:
+    def _tally(self, model: nn.Module, name: str, label: str) -> tuple[Tensor, Tensor]:
         """Return the tallies [sequences, 3] and the counts of correct and all words [2], over all ranks."""
         ranks, size = self.machine.ranks, self.config.evaluate.batch_size
-        rows = range(ranks.rank, self._rows(packed), ranks.world)
+        packed, words = self.texts[name], self.questions[name]
+        rows = range(ranks.rank, self.rows[name], ranks.world)
         batches = self.machine.progress(_batches(packed, rows, size), -(-len(rows) // size), label)
-        sums = torch.zeros(self._rows(packed), 3, dtype=torch.float64)
+        sums = torch.zeros(self.rows[name], 3, dtype=torch.float64)
         for number, tally in enumerate(tallies(model, batches, self.config.logits.chunk)):
             own = rows[number * size : (number + 1) * size]
             sums[own.start : own.stop : own.step] = tally
@@ -131,8 +148,19 @@ class Bench:
         ranks.sum_([sums, correct])
         return sums, correct
 
-    def _rows(self, packed: Packed) -> int:
-        return min(len(packed), max(1, self.config.evaluate.tokens // packed.sequence))
+    def _count(self, name: str) -> int:
+        """Return how many rows of a text are measured."""
+        packed = self.texts[name]
+        if self.original is None:
+            return min(len(packed), max(1, self.config.evaluate.tokens // packed.sequence))
+        whole = self.original
+        wanted = sum(whole._bytes(whole.texts[name][row]) for row in range(whole.rows[name]))
+        ends = list(accumulate(self._bytes(packed[row]) for row in range(len(packed))))
+        return 1 + min(range(len(ends)), key=lambda row: abs(ends[row] - wanted))
+
+    def _bytes(self, row: np.ndarray) -> int:
+        """Return the length of the text of some tokens, in bytes."""
+        return len(self.tokenizer.decode(row.tolist(), skip_special_tokens=True).encode())
 
     def _documents(self, packed: Packed, row: int) -> list[str]:
         """Return the texts of a row, split where a document ends."""
@@ -145,9 +173,11 @@ class Bench:
                 documents[-1].append(token)
         return [self.tokenizer.decode(some, skip_special_tokens=True) for some in documents]
 
-    def _questions(self, packed: Packed) -> list[Question]:
-        opened = [] if packed.index["first"] is None else [packed.index["first"]]
-        documents = (text for row in range(self._rows(packed)) for text in self._documents(packed, row))
+    def _questions(self, name: str) -> list[Question]:
+        first, whole = self.texts[name].index["first"], self.original or self
+        opened = [] if first is None else [first]
+        rows = range(whole.rows[name])
+        documents = (text for row in rows for text in whole._documents(whole.texts[name], row))
 
         def encode(text: str) -> list[int]:
             return opened + self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -7,7 +7,14 @@ from pipeline.stages.analyse import hessian, importance, layer_gates, layer_loss
 from pipeline.stages.build import absorb_norms, cut, local_distill, regularize, rotate, sequential, supernet
 from pipeline.stages.choose import plan, shape, shape_search
 from pipeline.stages.deliver import evaluate, evaluate_reference, export, report
-from pipeline.stages.prepare import external_student, self_generate, teacher, teacher_correction, tokens
+from pipeline.stages.prepare import (
+    external_student,
+    self_generate,
+    teacher,
+    teacher_correction,
+    tokens,
+    vocabulary,
+)
 from pipeline.stages.recover import distill
 from pipeline.stages.stage import Stage, always
 
@@ -15,6 +22,7 @@ MODULES = (
     teacher,
     tokens,
     self_generate,
+    vocabulary,
     teacher_correction,
     importance,
     shape,
@@ -41,7 +49,7 @@ MODULES = (
 )
 STAGES: dict[str, Stage] = {module.STAGE.name: module.STAGE for module in MODULES}
 FIRST = ("teacher", "tokens")  # every run begins with them; recipes do not list them
-ROLES = ("teacher", "subject")  # bound by the runner, see Stage
+ROLES = ("teacher", "subject", "tokens", "reference_tokens")  # bound by the runner, see Stage
 
 
 def check(config: Config) -> list[str]:

@@ -82,6 +82,7 @@ KEYS = {
     "teacher": "model.path",
     "torch_dtype": "export.dtype",
     "trust_remote_code": "model.trust_remote_code",
+    "vocab_size": "budget.vocabulary",
     "wandb": "track.mode",
     "wandb_project": "track.project",
     "zero_stage": "deepspeed.stage",

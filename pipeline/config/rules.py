@@ -143,6 +143,14 @@ def layer_by_layer_methods_choose_alone(config: Config) -> None:
         )
 
 
+def external_students_keep_their_tokens(config: Config) -> None:
+    if config.budget.vocabulary is not None and config.model.start is not None:
+        raise ValueError(
+            "budget.vocabulary: the student in model.start has its own tokens; set budget.vocabulary=null, or prune "
+            "them with the rest of the model"
+        )
+
+
 def _rotated(config: Config) -> bool:
     return config.rotate.kind == "principal"
 
@@ -165,4 +173,5 @@ RULES: tuple[Callable[[Config], None], ...] = (
     measured_absorption_has_its_stage,
     local_distillation_keeps_the_axes,
     layer_by_layer_methods_choose_alone,
+    external_students_keep_their_tokens,
 )

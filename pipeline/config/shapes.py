@@ -28,6 +28,7 @@ class Budget(Section):
     context: Count | None
     axes: Literal["all", "layers", "neurons", "experts"]
     fallback: Fraction
+    vocabulary: Count | None
     speedup: Positive | None
     memory_gb: Positive | None
     decode_rate: Positive | None

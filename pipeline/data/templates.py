@@ -4,13 +4,17 @@ A template is a program that comes with a model. Jinja's sandbox keeps it from t
 end, nor from texts and numbers that outgrow the memory.
 """
 
+import ast
 import multiprocessing
 import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
+
+from jinja2 import Environment, TemplateSyntaxError
 
 from pipeline.data.lines import printable
 
@@ -19,6 +23,36 @@ MEMORY = 1 << 30  # bytes that the child may take beyond what it starts with
 OUTPUT = 1 << 20  # characters that a template may add to a record, beside GROWTH times the record
 GROWTH = 16
 NO_TEMPLATE = "add a chat_template.jinja to the model folder, or set data.text_field to a column of text"
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def template_texts(tokenizer: Any) -> list[str]:
+    """Return the texts that a tokenizer's chat template can add to a chat; none without a template.
+
+    They are a chat as the template writes it, the names of roles, and the literal texts in the template.
+    """
+    template = tokenizer.chat_template
+    if not template:
+        return []
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    with ChatTemplate(tokenizer) as rendered:
+        chat = rendered.render(turns, "budget.vocabulary: a chat of three turns")
+    sources = template.values() if isinstance(template, dict) else [template]
+    return [chat, *ROLES, *(f"{role}\n" for role in ROLES), *(text for each in sources for text in _literals(each))]
+
+
+def _literals(template: str) -> Iterator[str]:
+    """Yield the text outside of a template's tags, and the quoted texts in them."""
+    try:
+        parts = list(Environment().lex(template))
+    except TemplateSyntaxError as fault:
+        raise ValueError(f"the chat template is no Jinja template ({fault}); correct chat_template") from None
+    for _, kind, text in parts:
+        if kind == "data":
+            yield text
+        elif kind == "string":
+            yield ast.literal_eval(text)
 
 
 class ChatTemplate:

@@ -21,11 +21,15 @@ LARGEST = math.log(sys.float_info.max)
 
 @dataclass(frozen=True)
 class Quality:
-    """How well a model predicts a text. `loss` is the mean negative log-likelihood of a token in nats."""
+    """How well a model predicts a text.
+
+    `loss` is the mean negative log-likelihood in nats of a token, of the model's own or of another tokenizer's on the
+    same text (`quality`), and `perplexity` its exponential.
+    """
 
     loss: float
     perplexity: float  # infinite where it overflows, or the loss is NaN
-    accuracy: float  # fraction of tokens that are the model's first choice
+    accuracy: float  # fraction of the model's own tokens that are its first choice
     bits_per_byte: float
 
 
@@ -72,27 +76,32 @@ class Over:
     error: float
 
 
-def over(losses: Sequence[float | None], others: Sequence[float | None]) -> Over | None:
+def over(losses: Sequence[float | None], others: Sequence[float | None], paired: bool = True) -> Over | None:
     """Compare mean losses in nats by sequence, equally long sequences in the same order; None for a single sequence.
 
     A loss of None is NaN (`finite`). Sequences that are hard are so for both models, so the standard error is that of
     the mean difference, propagated through exp: e^d s / sqrt(n), s the deviation of the n differences, d their mean.
+    Sequences of different tokenizers are not `paired`: s² / n is then the sum of the two models' own, which is larger.
     """
-    if len(losses) < 2:
+    if min(len(losses), len(others)) < 2:
         return None
     both = ([math.nan if loss is None else loss for loss in each] for each in (losses, others))
     ours, theirs = (torch.tensor(each, dtype=torch.float64) for each in both)
-    times = _exp(float((ours - theirs).mean()))
-    error = times * float((ours - theirs).std()) / math.sqrt(len(losses))
+    times = _exp(float(ours.mean() - theirs.mean()))
+    parts = [ours - theirs] if paired else [ours, theirs]
+    error = times * math.sqrt(sum(float(part.var()) / len(part) for part in parts))
     return Over(times, error if math.isfinite(times) else math.inf)
 
 
-def quality(total: Tensor, text_bytes: int) -> Quality:
-    """Return the figures of a tally [3] and the UTF-8 length of the predicted text; ValueError without a token."""
+def quality(total: Tensor, text_bytes: int, unit: float = 1.0) -> Quality:
+    """Return the figures of a tally [3] and the UTF-8 length of the predicted text; ValueError without a token.
+
+    `unit`: the length of the token that loss and perplexity are of, in the model's own tokens.
+    """
     nats, hits, tokens = total.tolist()
     if not tokens or not text_bytes:
         raise ValueError("data.evaluation: the text has no predicted token; use at least one sequence")
-    loss = nats / tokens
+    loss = nats / tokens * unit
     return Quality(loss, _exp(loss), hits / tokens, nats / math.log(2) / text_bytes)
 
 

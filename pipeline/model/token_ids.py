@@ -3,7 +3,9 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from pipeline.model.stored import Stored
 
 ONE = re.compile(r"(^|_)token_(id|ids|index)$")  # an id, or a list of ids that mean the same
 SETS = ("suppress_tokens", "begin_suppress_tokens")  # ids that are not generated
@@ -63,6 +65,24 @@ class Renumbering:
 
     def _kept(self, ids: Iterable[int]) -> list[int]:
         return [new for id_ in ids if (new := self.get(id_)) is not None]
+
+
+@dataclass(frozen=True)
+class Vocabulary(Stored):
+    """The tokens of a model that remain, ascending, of `rows` ones; and how much of a text's tokens are among them."""
+
+    FILE: ClassVar[str] = "vocabulary.json"
+    INDENT: ClassVar[int | None] = None
+
+    kept: tuple[int, ...]
+    rows: int
+    used: int  # different tokens in the text
+    used_kept: int
+    share: float  # of the text's tokens
+
+    @property
+    def renumbering(self) -> Renumbering:
+        return Renumbering.of(self.kept, self.rows)
 
 
 def used_ids(fields: Mapping[str, Any]) -> set[int]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.report.budget import budget_of
-from pipeline.report.facts import MODELS, Report, perplexity_of, start_of, times
+from pipeline.report.facts import MODELS, Report, infinite, perplexity_of, start_of, times
 
 MINUS = "\N{MINUS SIGN}"
 SPACE = "\N{NO-BREAK SPACE}"
@@ -42,6 +42,7 @@ def rows(report: Report) -> list[Row]:
         ("query heads", "heads"),
         ("KV groups", "groups"),
         ("FFN neurons", "neurons"),
+        ("vocabulary", "vocabulary"),
     ):
         before, after = teacher[key], student[key]
         found.append(Row(label, widths(before), widths(after), change(mean(before), mean(after))))
@@ -51,6 +52,8 @@ def rows(report: Report) -> list[Row]:
     for name, values in perplexity_of(report).items():
         ratio = f"×{times(values['student'] / values['teacher'])}"
         found.append(Row(f"perplexity, {name}", times(values["teacher"]), times(values["student"]), ratio))
+        before, after = (infinite(report["perplexity"][name][who]["bits_per_byte"]) for who in MODELS)
+        found.append(Row(f"bits per byte, {name}", times(before, ".3f"), times(after, ".3f"), change(before, after)))
     for kind in ("prefill", "decode") if report["speed"] else ():
         before, after = (report["speed"][who][kind] for who in ("teacher", "student"))
         found.append(Row(f"{kind}, tokens/s", rate(before), rate(after), f"×{after / before:.2f}"))

@@ -12,6 +12,7 @@ WHO = ("teacher", "start", "student")
 MEASURES = (
     ("perplexity", "perplexity", ".2f"),
     ("bits_per_byte", "bits per byte", ".3f"),
+    ("bytes_per_token", "bytes per token", ".2f"),
     ("accuracy", "next-token accuracy", ".1%"),
     ("next_word", "last-word accuracy", ".1%"),
 )

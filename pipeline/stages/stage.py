@@ -40,6 +40,7 @@ class Stage:
 
     Two model roles are bound by the runner, and a stage may rebind them (`becomes`): `teacher`, what the student learns
     from, and `subject`, what is pruned now. A third, `reference`, is what results are compared with and never changes.
+    `tokens` are the texts in the ids of teacher and subject, `reference_tokens` in those of the reference.
     """
 
     name: str  # names the artifact's folder and enters its digest

@@ -67,6 +67,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, object]]] = {
         "importance,shape,layer_loss,plan,cut",
         {"plan.depth": "evolved", "layer_loss.generations": 1, "layer_loss.offspring": 1, "plan.depth_tokens": 128},
     ),
+    "vocabulary": ("pangu_light", f"vocabulary,{SHORT}", {"budget.vocabulary": 64}),
     "random": ("pangu_light", SHORT, {"plan.heads": "random", "plan.neurons": "random", "plan.channels": "random"}),
     "taylor": ("pangu_light", SHORT, {"score.kind": "taylor"}),
     "magnitude": ("pangu_light", SHORT, {"score.kind": "magnitude"}),

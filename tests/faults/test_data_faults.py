@@ -14,6 +14,7 @@ from pipeline.data.encoding import frame
 from pipeline.data.packing import Domain, Packed, build
 from pipeline.data.sources import Piece, check, locate, read
 from pipeline.stages.prepare import tokens
+from pipeline.stages.texts import PURPOSES
 from tests.tiny_text import byte_tokenizer, configured, run_tokens
 
 PROSE = "Words enough for a sequence or two, again and again. " * 20
@@ -135,7 +136,7 @@ def test_a_text_shorter_than_a_sequence_is_found_before_any_work(tmp_path):
 
 def test_a_share_shorter_than_a_sequence_is_found_before_any_work(tmp_path):
     (tmp_path / "one.jsonl").write_text(json.dumps({"text": PROSE}))
-    paths = [f"data.{purpose}.path={tmp_path}/one.jsonl" for purpose in tokens.PURPOSES]
+    paths = [f"data.{purpose}.path={tmp_path}/one.jsonl" for purpose in PURPOSES]
     with pytest.raises(ValueError, match="data.calibration.path: .*one.jsonl from 10% to 40% has at most 0 tokens"):
         tokens.check(configured(*paths))
 

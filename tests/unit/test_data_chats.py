@@ -10,6 +10,7 @@ import pytest
 from pipeline.data.packing import Packed
 from pipeline.data.sources import check, locate, read
 from pipeline.stages.prepare import tokens
+from pipeline.stages.texts import PURPOSES
 from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import byte_tokenizer, configured, run_tokens
 
@@ -49,7 +50,7 @@ def written(path, chats, field="messages"):
 
 
 def asking(path, *more):
-    return configured(*(f"data.{purpose}.path={path}" for purpose in tokens.PURPOSES[:2]), *more)
+    return configured(*(f"data.{purpose}.path={path}" for purpose in PURPOSES[:2]), *more)
 
 
 @pytest.mark.slow
@@ -82,9 +83,9 @@ def test_sharegpts_spelling_is_the_same_chat(tmp_path):
 
 def test_chats_are_split_between_purposes_as_texts_are(tmp_path):
     path = written(tmp_path / "a.parquet", [chat_of(number) for number in range(81)])
-    given = [f"data.{purpose}.path={path}" for purpose in tokens.PURPOSES]
+    given = [f"data.{purpose}.path={path}" for purpose in PURPOSES]
     record = run_tokens(configured(*given, "data.text_field=messages"), tmp_path, talking())
-    assert [part["stop"] for purpose in tokens.PURPOSES for part in record["parts"][purpose]] == [0.4, 1.0, 0.1]
+    assert [part["stop"] for purpose in PURPOSES for part in record["parts"][purpose]] == [0.4, 1.0, 0.1]
 
 
 FINE, ODD = CHATS[0], [{"role": "user", "content": "Hello."}, {"speaker": "bot", "content": "Yes."}]

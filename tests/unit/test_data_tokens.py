@@ -9,6 +9,7 @@ import pytest
 from pipeline.data.overlap import COMMON
 from pipeline.data.packing import Packed
 from pipeline.stages.prepare import tokens
+from pipeline.stages.texts import PURPOSES
 from tests.tiny_text import byte_tokenizer, configured, run_tokens
 
 
@@ -29,7 +30,7 @@ def paragraphs(folder):
 
 def test_a_text_of_all_purposes_is_split_said_and_recorded(tmp_path, capsys):
     path = book(tmp_path / "book.txt", "Book")
-    config = configured(*(f"data.{purpose}.path={path}" for purpose in tokens.PURPOSES), "data.split.evaluation=0.2")
+    config = configured(*(f"data.{purpose}.path={path}" for purpose in PURPOSES), "data.split.evaluation=0.2")
     record = run_tokens(config, tmp_path)
     evaluated = paragraphs(tmp_path / "out/evaluation/00-book")
     calibrated, recovered = paragraphs(tmp_path / "out/calibration"), paragraphs(tmp_path / "out/recovery")
@@ -67,7 +68,7 @@ def test_tokens_are_named_by_what_a_text_holds_and_not_by_where_or_since_when_it
     path = book(tmp_path / "book.txt", "Book")
 
     def named(path, *more):
-        return tokens.settings(configured(*(f"data.{purpose}.path={path}" for purpose in tokens.PURPOSES), *more))
+        return tokens.settings(configured(*(f"data.{purpose}.path={path}" for purpose in PURPOSES), *more))
 
     before, more = named(path), []
     if change == "place":

@@ -20,6 +20,7 @@ from pipeline.runtime.track import Track
 from pipeline.stages.build import cut
 from pipeline.stages.deliver import evaluate, evaluate_reference, report
 from pipeline.stages.prepare import tokens
+from pipeline.stages.texts import PURPOSES
 from tests.processes import on_ranks
 from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import byte_tokenizer, configured
@@ -61,6 +62,7 @@ def world(tmp_path_factory):
     for name in ("tokens", "scores", "blueprint", "initial_student"):
         made[name] = folder / name
         made[name].mkdir()
+    made["reference_tokens"] = made["tokens"]
     tokens.run(config, made, made["tokens"], machine())
     sizes = open_checkpoint(teacher).anatomy.sizes
     heads, neurons = (tuple(torch.rand(getattr(w, axis)) + 0.1 for w in sizes.layers) for axis in ("heads", "neurons"))
@@ -150,7 +152,7 @@ def test_two_ranks_give_the_numbers_of_one(world, found):
         name: str(path)
         for name, path in (made | {"student": made["initial_student"], "recovered": made["initial_student"]}).items()
     }
-    paths = [f"data.{name}.path={getattr(config.data, name).path}" for name in tokens.PURPOSES]
+    paths = [f"data.{name}.path={getattr(config.data, name).path}" for name in PURPOSES]
     assert on_ranks(two_ranks, folder / "ranks", 2, 60.0, (paths, inputs, str(folder / "two"))) == [None, None]
     both = json.loads((folder / "two-0" / "evaluation.json").read_text())
     assert not (folder / "two-1" / "evaluation.json").exists()

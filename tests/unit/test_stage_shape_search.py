@@ -189,7 +189,7 @@ def test_one_stage_makes_the_shape_and_the_given_one_depends_on_no_scores(world)
     searching, given = configure(folder), configure(folder, "recipe.shape=given", "shape_search.batch_size=3")
     for config, maker, other in ((searching, shape_search, shape), (given, shape, shape_search)):
         assert maker.enabled(config) and not other.enabled(config)
-        assert runner.check(config)[2:6] == ["teacher_correction", "importance", "shape", "shape_search"]
+        assert runner.check(config)[2:7] == ["vocabulary", "teacher_correction", "importance", "shape", "shape_search"]
     assert "scores" not in shape.STAGE.needs
     assert shape.settings(given) == shape.settings(configure(folder, "recipe.shape=given", "device/chip=910B3"))
 

@@ -43,8 +43,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     if config.evaluate.speed:
         _need_memory(config, inputs, machine)
     reference = ReferenceEvaluation.load(inputs["reference_evaluation"])
-    tokenizer = load_tokenizer(inputs["reference"], config.model.trust_remote_code)
-    bench = evaluator.Bench(config, inputs["tokens"], tokenizer, machine)
+    bench = _bench(config, inputs, machine)
     figures: dict[str, dict[str, Any]] = {"teacher": reference.figures}
     if "recovered" in inputs:
         with bench.placed(inputs["initial_student"]) as model:
@@ -57,7 +56,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         behaviours = {"teacher": reference.behaviour, "student": bench.behaviour(model)}
     for who, texts in figures.items():
         if who != "teacher":
-            _compare(texts, reference.figures)
+            _compare(texts, reference.figures, paired=bench.original is None)
     folders = {"teacher": inputs["reference"], "student": inputs["student"]}
     samples = zip(bench.prompts(), *(each.samples for each in behaviours.values()), strict=True)
     speed = None
@@ -80,10 +79,20 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     ).save(out)
 
 
-def _compare(texts: Mapping[str, dict[str, Any]], reference: Mapping[str, dict[str, Any]]) -> None:
+def _bench(config: Config, inputs: Inputs, machine: Machine) -> evaluator.Bench:
+    """Return the bench of the student: the reference's, or its own where it has another tokenizer."""
+    trusted = config.model.trust_remote_code
+    tokenizer = load_tokenizer(inputs["reference"], trusted)
+    bench = evaluator.Bench(config, inputs["reference_tokens"], tokenizer, machine)
+    if inputs["tokens"] == inputs["reference_tokens"]:
+        return bench
+    return evaluator.Bench(config, inputs["tokens"], load_tokenizer(inputs["student"], trusted), machine, bench)
+
+
+def _compare(texts: Mapping[str, dict[str, Any]], reference: Mapping[str, dict[str, Any]], paired: bool) -> None:
     """Add to the figures of each text the ratio of its perplexity to the reference's."""
     for name, text in texts.items():
-        ratio = over(text["losses"], reference[name]["losses"])
+        ratio = over(text["losses"], reference[name]["losses"], paired)
         if ratio is not None:
             text["over_teacher"] = asdict(ratio)
 
@@ -152,7 +161,7 @@ STAGE = Stage(
     makes="evaluation",
     run=run,
     settings=settings,
-    needs=("reference", "initial_student", "student", "tokens", "reference_evaluation"),
+    needs=("reference", "initial_student", "student", "tokens", "reference_tokens", "reference_evaluation"),
     optional=("recovered",),
     check=check,
     revision=evaluator.REVISION,

@@ -25,7 +25,7 @@ def settings(config: Config) -> dict[str, Any]:
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """Write reference.json: facts of every text, the model's figures on it, and its behaviour."""
     tokenizer = load_tokenizer(inputs["reference"], config.model.trust_remote_code)
-    bench = evaluator.Bench(config, inputs["tokens"], tokenizer, machine)
+    bench = evaluator.Bench(config, inputs["reference_tokens"], tokenizer, machine)
     facts = bench.facts()
     with bench.placed(inputs["reference"]) as model:
         figures = bench.measure(model, "teacher", facts)
@@ -38,7 +38,7 @@ STAGE = Stage(
     makes="reference_evaluation",
     run=run,
     settings=settings,
-    needs=("reference", "tokens"),
+    needs=("reference", "reference_tokens"),
     check=check,
     implied=True,
     revision=evaluator.REVISION,

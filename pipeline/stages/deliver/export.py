@@ -17,6 +17,7 @@ from pipeline.model.anatomy import anatomy_of
 from pipeline.model.exported import Exported
 from pipeline.model.families import FAMILIES, WRAPPERS, family_of
 from pipeline.model.hf_config import folded_config
+from pipeline.model.token_ids import Vocabulary
 from pipeline.prune.surgery.pad import pad
 from pipeline.prune.surgery.reinit import Stream, fold_scales, post_norm_modules
 from pipeline.runtime import configuration_decilm, decilm_reader, modelling
@@ -109,7 +110,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         tensors = source.around.stored(tensors)
     cast = ((name, tensor.to(dtype)) for name, tensor in tensors)
     write_checkpoint(out, written, cast, config.checkpoint.shard_bytes, folder)
-    _write_generation(_generation(config), out)
+    _write_generation(_generation(config), inputs, out)
     for path in license_files(_source(config)):
         shutil.copyfile(path, out / path.name)
     _add_code(form, written, out)
@@ -149,8 +150,13 @@ def _generation(config: Config) -> dict[str, Any] | None:
     return None
 
 
-def _write_generation(fields: dict[str, Any] | None, out: Path) -> None:
-    """Replace the generation_config.json that was carried through the stages by the present one, if there is one."""
+def _write_generation(fields: dict[str, Any] | None, inputs: Inputs, out: Path) -> None:
+    """Replace the generation_config.json that was carried through the stages by the present one, if there is one.
+
+    Its ids are those of the student's tokens, where these are fewer.
+    """
+    if fields is not None and "vocabulary" in inputs:
+        fields = Vocabulary.load(inputs["vocabulary"]).renumbering.fields(fields)
     if fields is not None:
         (out / GENERATION).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -241,7 +247,7 @@ STAGE = Stage(
     run=run,
     settings=settings,
     needs=("initial_student",),
-    optional=("recovered",),
+    optional=("recovered", "vocabulary"),
     check=check,
     all_ranks=False,
     shows={"student": ""},
