@@ -54,10 +54,12 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """Write a model folder with the kept tokens, vocabulary.json that lists them, and the texts in its ids.
 
     The texts are those of the stage `tokens`, tokenised again. Raise ValueError where more tokens always remain than
-    are asked for, the tokenizer is of an unknown kind, or a text would not decode as before.
+    are requested, the tokenizer is of an unknown kind, or a text would not decode as before.
     """
     shutil.rmtree(out, ignore_errors=True)
     source = checkpoint(config, inputs["teacher"])
+    if source.around is not None:
+        raise ValueError(f"{FIELD}: the model reads images too, whose tokens are not renumbered; set {FIELD}=null")
     need_space(out, source.bytes())
     tokenizer = load_tokenizer(source.folder, config.model.trust_remote_code)
     document = _document(tokenizer)
