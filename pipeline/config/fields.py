@@ -1,8 +1,10 @@
 """The base of every section, which refuses unknown fields, and the ranges that settings share."""
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -16,3 +18,23 @@ Positive = Annotated[float, Field(gt=0.0)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where a number is expected: Python counts them as 1 and 0."""
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if _holds_truth(value) and not any(part is bool or isinstance(part, bool) for part in _parts(kind)):
+            raise PydanticCustomError("truth_value", "true and false are no numbers")
+        return value
+
+
+def _holds_truth(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_holds_truth, value)))
+
+
+def _parts(kind: Any) -> Iterator[Any]:
+    """Yield a type and the types and literal values inside it."""
+    yield kind
+    for inner in get_args(kind):
+        yield from _parts(inner)

@@ -172,6 +172,10 @@ REFUSED = {
     "distill.max_grad_norm=nan": "^distill.max_grad_norm: ",
     "distill.adam_betas=[0.9,1.0]": "^distill.adam_betas.1: ",
     "distill.adam_betas=[-0.1,0.9]": "^distill.adam_betas.0: ",
+    "distill.tokens=true": "^distill.tokens: true .*whole number",
+    "distill.learning_rate=true": "^distill.learning_rate: true .*number",
+    "distill.adam_betas=[true,0.9]": "^distill.adam_betas: ",
+    "shape.layers=false": "^shape.layers: false ",
     "seed=-1": "^seed: ",
     "seed=4294967296": "^seed: ",
 }
