@@ -37,7 +37,13 @@ class Budget(Section):
     @property
     def sized(self) -> dict[str, float]:
         """The limits of the student's size, where set: of which a run has one."""
-        return self.model_dump(include={"parameters", "total", "active_parameters", "bytes"}, exclude_none=True)
+        limits = {
+            "parameters": self.parameters,
+            "total": self.total,
+            "active_parameters": self.active_parameters,
+            "bytes": self.bytes,
+        }
+        return {name: value for name, value in limits.items() if value is not None}
 
     @property
     def predicted(self) -> dict[str, float]:
