@@ -53,8 +53,9 @@ class Distiller(nn.Module):
     def __init__(
         self, teacher: Any, student: Any, objective: Objective, match: Match | None, gradient_checkpointing: bool
     ):
-        """Wrap two Hugging Face causal language models on the CPU, which must have the same vocabulary.
+        """Wrap two Hugging Face causal language models on the CPU, which must have the same tokens.
 
+        Where one has more rows in its output matrix, for no tokens, the first rows that both have are compared.
         `match` is needed where the objective has hidden-state terms; ValueError where it is missing or does not fit.
         """
         super().__init__()
@@ -130,6 +131,7 @@ class Head(nn.Module):
         self.teacher_weight, self.teacher_bias = _frozen_output(teacher)
         output = student.get_output_embeddings()
         self.student_weight, self.student_bias = output.weight, output.bias
+        self.rows = min(len(self.teacher_weight), len(self.student_weight))  # as the matrices are before any sharding
         self._forms: dict[str, Any] = {
             "student_logits": logit_form(student.config),
             "teacher_logits": logit_form(teacher.config),
@@ -146,18 +148,22 @@ class Head(nn.Module):
         held_out: dict[str, Any] = {"kind": "forward_kl", "temperature": 1.0, "cross_entropy": 0.0}
         return linear_distillation(
             states.flatten(0, 1),
-            self.student_weight,
+            self._shared(self.student_weight),
             target.flatten(0, 1),
-            self.teacher_weight,
+            self._shared(self.teacher_weight),
             beta=objective.beta,
             labels=labels.flatten(),
             chunk=objective.chunk,
             kernel=objective.kernel,
-            student_bias=self.student_bias,
-            teacher_bias=self.teacher_bias,
+            student_bias=None if self.student_bias is None else self._shared(self.student_bias),
+            teacher_bias=None if self.teacher_bias is None else self._shared(self.teacher_bias),
             **(training if self.training else held_out),
             **self._forms,
         )
+
+    def _shared(self, tensor: Tensor) -> Tensor:
+        """Return the rows [v, ...] that teacher and student both have."""
+        return tensor if len(tensor) == self.rows else tensor[: self.rows]
 
 
 def _frozen_output(model: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
@@ -191,9 +197,6 @@ def _keep_output(states: dict[int, Tensor], place: int):
 
 
 def _check(teacher: Any, student: Any, objective: Objective, match: Match | None) -> None:
-    ours, theirs = (model.get_output_embeddings().weight.shape for model in (student, teacher))
-    if ours[0] != theirs[0]:
-        raise ValueError(f"the student's vocabulary has {ours[0]} entries, the teacher's {theirs[0]}; they must agree")
     for term in ("hidden", "embedding"):
         if not getattr(objective, term):
             continue

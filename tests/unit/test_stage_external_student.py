@@ -61,6 +61,20 @@ def test_a_student_without_a_tokenizer_gets_the_teachers_and_one_with_its_own_ke
     assert {path.name: path.read_bytes() for path in given.iterdir()} == before
 
 
+def test_a_student_with_more_or_fewer_rows_without_a_token_is_recovered(world, tmp_path):
+    """The tokenizer has 96 tokens; the teacher, which is the student of another run here, 96 rows, or 104."""
+    sizes = {"wide": 104, "plain": 96}
+    for name, size in sizes.items():
+        model = tiny_model("llama-tied", dtype=torch.float32, num_hidden_layers=2, vocab_size=size)
+        save_tiny(model, tmp_path / name)
+        for path in (world / "model").glob("tokeniz*"):
+            shutil.copy(path, tmp_path / name)
+    for teacher, student in (("wide", "plain"), ("plain", "wide")):
+        chosen = (f"model.path={tmp_path / teacher}", f"model.start={tmp_path / student}", "distill.max_steps=1")
+        folders = made(world, "recipe=recover", "recipe.stages=[external_student,distill]", *chosen)
+        assert open_checkpoint(folders["recovered"]).config["vocab_size"] == sizes[student]
+
+
 def test_a_student_whose_tokenizer_gives_other_ids_is_refused_before_any_work(world, tmp_path):
     given = tmp_path / "given"
     save_tiny(tiny_model("llama-tied", dtype=torch.float32, num_hidden_layers=2), given)

@@ -54,21 +54,28 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
 
 
 def _check_alike(config: Config, teacher: Path, student: Path) -> None:
-    """Raise ValueError where the student's vocabulary or its tokenizer's ids are not the teacher's."""
+    """Raise ValueError where the student's tokens are not the teacher's.
+
+    Their numbers of rows may differ by rows without a token (padding): recovery compares as many as both have.
+    """
     sizes = [open_checkpoint(folder, config.model.allow_pickle).config["vocab_size"] for folder in (teacher, student)]
+    rows, trusted = min(sizes), config.model.trust_remote_code
     if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"{FIELD}: {config.model.start} has a vocabulary of {sizes[1]}, the teacher one of {sizes[0]}; recovery "
-            "compares their distributions and needs one vocabulary"
-        )
+        try:
+            check_fits(load_tokenizer(teacher, trusted), rows)
+        except ValueError as fault:
+            raise ValueError(
+                f"{FIELD}: {config.model.start} has a vocabulary of {sizes[1]}, the teacher one of {sizes[0]}, and not "
+                f"by padding alone ({fault}); recovery compares their distributions and needs one vocabulary"
+            ) from None
     if not _has_tokenizer(student):
         return
     try:
-        ours, theirs = (load_tokenizer(folder, config.model.trust_remote_code) for folder in (student, teacher))
-        check_fits(ours, sizes[0])
+        ours, theirs = (load_tokenizer(folder, trusted) for folder in (student, teacher))
+        check_fits(ours, rows)
     except ValueError as fault:
         raise ValueError(f"{FIELD}: {fault}") from fault
-    unlike = difference(ours, theirs, sizes[0])
+    unlike = difference(ours, theirs, rows)
     if unlike:
         raise ValueError(
             f"{FIELD}: the tokenizer of {config.model.start} gives other ids than the teacher's ({unlike}); remove its "
