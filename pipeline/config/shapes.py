@@ -14,6 +14,7 @@ class Shape(Section):
     groups: Count | None
     neurons: Count | None
     experts: Count | None
+    expert_neurons: Count | None
 
     @property
     def given(self) -> bool:

@@ -8,9 +8,9 @@ from pipeline.model.anatomy import Anatomy
 from pipeline.model.shape import Budgeted, Reachable
 
 
-def with_experts(anatomy: Anatomy, count: int) -> Anatomy:
-    """Return the anatomy of a student with another number of experts per layer."""
-    carried = dict(anatomy.sizes.carried) | {"e": count}
+def with_experts(anatomy: Anatomy, count: int, neurons: int | None = None) -> Anatomy:
+    """Return the anatomy of a student with another number of experts per layer, and of neurons of each."""
+    carried = dict(anatomy.sizes.carried) | {"e": count} | ({"x": neurons} if neurons else {})
     return anatomy.narrowed(replace(anatomy.sizes, carried=carried), anatomy.layer_types)
 
 

@@ -25,6 +25,7 @@ class LayerPlan:
     groups: tuple[Group, ...]
     neurons: tuple[int, ...]
     experts: tuple[int, ...] = ()  # empty: all experts of the host, if it has any
+    expert_neurons: tuple[tuple[int, ...], ...] = ()  # of each expert that stays; empty: all neurons
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Blueprint(Stored):
         widths = (LayerSizes(sum(len(g.heads) for g in p.groups), len(p.groups), len(p.neurons)) for p in self.layers)
         kept = max((len(plan.experts) for plan in self.layers), default=0)
         carried = dict(source.carried) | ({"e": kept} if kept else {})
+        inner = next((len(plan.expert_neurons[0]) for plan in self.layers if plan.expert_neurons), 0)
+        carried |= {"x": inner} if inner else {}
         vocabulary = len(self.vocabulary) or source.vocabulary
         return replace(
             source, vocabulary=vocabulary, hidden=len(self.channels), layers=tuple(widths), carried=carried
@@ -100,9 +103,38 @@ def _check_experts(blueprint: Blueprint, anatomy: Anatomy) -> None:
     counts = {len(plan.experts) for plan in blueprint.layers if anatomy.sparse(plan.host)}
     if len(counts) > 1:
         raise ValueError(f"blueprint: layers keep {sorted(counts)} experts; a model has one number for all layers")
+    widths = {len(own) for plan in blueprint.layers for own in plan.expert_neurons}
+    narrowed = {bool(plan.expert_neurons) for plan in blueprint.layers if anatomy.sparse(plan.host)}
+    if len(widths) > 1 or (widths and len(narrowed) > 1):
+        raise ValueError("blueprint: experts keep different numbers of neurons; a model has one number for all")
+    if widths:
+        check_expert_neurons(anatomy)
     for place, plan in enumerate(blueprint.layers):
         if plan.experts:
             _distinct(f"blueprint layer {place} experts", plan.experts, anatomy.sizes.carried.get("e", 0))
+        if plan.expert_neurons and len(plan.expert_neurons) != (len(plan.experts) or anatomy.sizes.carried["e"]):
+            raise ValueError(f"blueprint layer {place}: not every expert that stays has neurons")
+        for own in plan.expert_neurons:
+            _distinct(f"blueprint layer {place} neurons of experts", own, anatomy.sizes.carried["x"])
+
+
+def check_expert_neurons(anatomy: Anatomy) -> None:
+    """Raise ValueError where a student cannot have fewer neurons in each expert: there are no experts, or another part
+    of the model has its width from the same field of the config."""
+    family = anatomy.family
+    reason = None if anatomy.routing else "it has no experts"
+    if anatomy.routing:
+        field = family.lengths["x"][0]
+        names = [name for name in anatomy.layer_tensors if name not in anatomy.routed]
+        letters = {letter for name in names for axes in anatomy.layer_tensors[name] for axis in axes
+                   for letter in axis.split()}  # fmt: skip
+        fields = {part for letter in letters for each in family.lengths.get(letter, ()) for part in each.split("*")}
+        reason = f"its shared experts have their width from {field} too" if field in fields else None
+    if reason:
+        raise ValueError(
+            f"shape.expert_neurons: model_type {family.model_type!r} keeps the neurons of experts: {reason}; leave "
+            "shape.expert_neurons unset"
+        )
 
 
 def _check_attention(blueprint: Blueprint, anatomy: Anatomy) -> None:
@@ -177,7 +209,12 @@ def _composed(first: Blueprint, plan: LayerPlan) -> LayerPlan:
         groups.append(Group(group.layer, group.kv, tuple(group.heads[head - begin] for head in taken.heads)))
     neurons = tuple(host.neurons[neuron] for neuron in plan.neurons)
     experts = tuple(host.experts[expert] for expert in plan.experts) if host.experts else plan.experts
-    return LayerPlan(host.host, tuple(groups), neurons, experts or host.experts)
+    inner = plan.expert_neurons
+    if host.expert_neurons:
+        stay = plan.experts or range(len(host.expert_neurons))
+        own = [host.expert_neurons[expert] for expert in stay]
+        inner = tuple(tuple(each[i] for i in kept) for each, kept in zip(own, inner or map(range, map(len, own))))
+    return LayerPlan(host.host, tuple(groups), neurons, experts or host.experts, inner)
 
 
 def _distinct(what: str, indices: tuple[int, ...], length: int) -> None:

@@ -55,6 +55,9 @@ def _expert_fields(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
     fields = {field: count for field in family.experts if config.get(field) is not None}
     if family.leading_dense is not None:
         fields[family.leading_dense] = sum(plan.host < config[family.leading_dense] for plan in blueprint.layers)
+    width = blueprint.sizes(source.sizes).carried["x"]
+    if width < source.sizes.carried["x"]:
+        fields[family.lengths["x"][0]] = width
     return fields | {family.top_k: routing.top}
 
 

@@ -24,6 +24,7 @@ class Shape(Stored):
     neurons: int
     weights: int | None = None
     experts: int | None = None  # per layer that has any; None: all
+    expert_neurons: int | None = None  # of each expert; None: all
 
     @property
     def widest(self) -> LayerSizes:

@@ -32,6 +32,7 @@ def plan(
     clap: bool,
     clap_normalise: bool = False,
     experts: int | None = None,
+    expert_neurons: int | None = None,
 ) -> Blueprint:
     """Return the blueprint of a student whose layer i is hosted by source layer hosts[i] and has widths[i].
 
@@ -40,7 +41,8 @@ def plan(
     type differs from the host's, or whose KV groups have fewer query heads than the width asks of one, does not
     compete. `clap_normalise` divides scores by their layer's mean first.
 
-    `experts`: how many stay in each layer that has any, those of the highest score; None: all.
+    `experts`: how many stay in each layer that has any, those of the highest score; `expert_neurons`: how many
+    neurons of each of them; None: all.
     """
     ends = [*hosts[1:], len(anatomy.sizes.layers)]
     plans = []
@@ -49,7 +51,11 @@ def plan(
         donors = [layer for layer in dropped if _competes(anatomy, layer, host, width)]
         groups = _groups(anatomy, scores, [host, *donors], width, clap_normalise)
         own = kept_experts(anatomy, scores, host, experts) if experts is not None else ()
-        plans.append(LayerPlan(host, groups, _top(scores.neurons[host], width.neurons), own))
+        inner: tuple[tuple[int, ...], ...] = ()
+        if expert_neurons is not None and anatomy.sparse(host):
+            stay = own or range(anatomy.sizes.carried["e"])
+            inner = tuple(_top(scores.expert_neurons[host][expert], expert_neurons) for expert in stay)
+        plans.append(LayerPlan(host, groups, _top(scores.neurons[host], width.neurons), own, inner))
     return Blueprint(_top(scores.channels, hidden), tuple(plans))
 
 
@@ -68,16 +74,18 @@ def plan_by(
     clap_normalise: bool = False,
     hosts: Sequence[int] | None = None,
     experts: int | None = None,
+    expert_neurons: int | None = None,
 ) -> Blueprint:
     """Return the blueprint of a student of `layers` layers whose source layers would have these widths.
 
     The layers `hosts` stay, or those that `kept_layers` chooses. Of the kinds `drawn` (of `DRAWN`) random ones stay,
-    drawn from `seed`. `experts` stay in each layer that has any, all where it is None.
+    drawn from `seed`. `experts` stay in each layer that has any, with `expert_neurons` each, all where it is None.
     """
     hosts = hosts or kept_layers(scores.layers, layers, depth, keep_first)
     scores = shuffled(scores, drawn, seed)
     own = [widths[host] for host in hosts]
-    return plan(anatomy, scores, hosts, own, hidden, clap=clap, clap_normalise=clap_normalise, experts=experts)
+    of_experts = {"experts": experts, "expert_neurons": expert_neurons}
+    return plan(anatomy, scores, hosts, own, hidden, clap=clap, clap_normalise=clap_normalise, **of_experts)
 
 
 def kept_experts(anatomy: Anatomy, scores: Scores, layer: int, count: int) -> tuple[int, ...]:

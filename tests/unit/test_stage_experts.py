@@ -10,6 +10,7 @@ from pipeline import runner
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.mixture import Routing
 from pipeline.model.scores import Scores
+from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import open_checkpoint
 from tests.mixtures import loaded, mixture_world, never_routed
 from tests.tiny import tokens
@@ -82,9 +83,72 @@ def test_an_impossible_number_of_experts_is_refused_before_any_work(kind, expert
     assert not (world / "artifacts").exists() or not list((world / "artifacts").glob("importance-*"))
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "setting, stages, others",
+    [
+        ("local_distill.epochs", "local_distill", ["local_distill.epochs=1"]),
+        ("restore.order", "obs_order", ["restore.order=obs", "plan.clap=false"]),
+        ("plan.widths", "supernet", ["plan.widths=evolved", "plan.clap=false"]),
+    ],
+)
+def test_methods_that_need_an_ffn_of_its_own_refuse_experts(kind, setting, stages, others, tmp_path):
+    order = {
+        "local_distill": "importance,shape,plan,cut,local_distill",
+        "obs_order": "importance,shape,hessian,obs_order",
+        "supernet": "importance,shape,supernet",
+    }
+    with pytest.raises(ValueError, match=f"^{setting}"):
+        made(make_world(tmp_path, kind), f"stages=[{order[stages]}]", "restore.tokens=256", *others, shape__experts=3)
+
+
 def test_routing_by_groups_needs_enough_experts_in_the_groups_that_a_token_chooses():
     routing = Routing(top=4, groups=4, chosen=2)
     routing.check(8, 16)
     for count in (4, 6, 20):
         with pytest.raises(ValueError, match=r"^shape\.experts: "):
             routing.check(count, 16)
+
+
+def silenced(model, of, blueprint):
+    """Zero, in place, what removed neurons of experts write."""
+    for plan in blueprint.layers:
+        module = model.get_submodule(of.expert_module(plan.host))
+        total = of.sizes.carried["x"]
+        for expert, kept in zip(plan.experts or range(of.sizes.carried["e"]), plan.expert_neurons, strict=True):
+            gone = [neuron for neuron in range(total) if neuron not in kept]
+            weight = module.down_proj[expert].T if not module.is_transposed else module.down_proj[expert]
+            with torch.no_grad():
+                weight[gone] = 0.0
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "granitemoe", "gpt_oss"])
+def test_removed_neurons_of_experts_write_nothing(kind, tmp_path):
+    world = mixture_world(tmp_path, kind)
+    folders = made(world, CUT, shape__experts=3, shape__expert_neurons=7)
+    blueprint, scores = Blueprint.load(folders["blueprint"]), Scores.load(folders["scores"])
+    of, student = open_checkpoint(folders["teacher"]).anatomy, open_checkpoint(folders["initial_student"])
+    for plan in blueprint.layers:
+        for expert, kept in zip(plan.experts, plan.expert_neurons, strict=True):
+            assert kept == tuple(sorted(scores.expert_neurons[plan.host][expert].topk(7).indices.tolist()))
+    assert (student.anatomy.sizes.carried["e"], student.anatomy.sizes.carried["x"]) == (3, 7)
+    teacher = loaded(folders["teacher"])
+    silenced(teacher, of, blueprint)
+    with never_routed(teacher, blueprint, of.sizes.carried["e"]):
+        wanted = logits(teacher)
+    assert (logits(loaded(folders["initial_student"])) - wanted).norm() / wanted.norm() < 1e-6
+
+
+def test_rounds_narrow_experts_step_by_step(tmp_path):
+    world = mixture_world(tmp_path, "qwen3_moe")
+    rounds = ["recipe.rounds=2", "recipe.repeat=[importance,shape,plan,cut]", "reinit.slnp=false"]
+    folders = made(world, CUT, *rounds, shape__experts=2, shape__expert_neurons=6)
+    source, last = open_checkpoint(folders["teacher"]), open_checkpoint(folders["initial_student"])
+    once = dict(cut(source.anatomy, Blueprint.load(folders["blueprint"]), source))
+    assert set(once) == set(last) and all(torch.equal(tensor, last[name]) for name, tensor in once.items())
+
+
+@pytest.mark.parametrize("kind, neurons", [("deepseek_v3", 6), ("hunyuan_v1_moe", 6), ("mixtral", 25), ("llama", 6)])
+def test_an_impossible_number_of_neurons_of_experts_is_refused(kind, neurons, tmp_path):
+    with pytest.raises(ValueError, match=r"^shape\.expert_neurons: "):
+        made(make_world(tmp_path, kind), CUT, shape__expert_neurons=neurons)

@@ -1,7 +1,7 @@
 """Mixtures of experts, and low-rank attention (MLA).
 
-`{expert}` in a name is replaced by the index of every expert; the axis `e` runs over experts. Neurons of experts are
-carried whole.
+`{expert}` in a name is replaced by the index of every expert; the axis `e` runs over experts and `x` over
+the neurons of each.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ from pipeline.model.families.table import (
     Family,
 )
 
-WHOLE = {"neurons": "the neurons of its experts are not scored"}
+WHOLE = {"neurons": "its FFN neurons are those of experts, which shape.expert_neurons narrows"}
 LOW_RANK = "queries, keys and values are products of low-rank matrices (MLA)"
 MLA_FIXED = {"heads": LOW_RANK, "groups": LOW_RANK}
 MLA_LENGTHS = {

@@ -81,6 +81,16 @@ def projections(anatomy: Anatomy) -> dict[str, str]:
     return {axis: module for axis, module in writers.items() if module is not None}
 
 
+def need_projections(anatomy: Anatomy, setting: str, remedy: str) -> None:
+    """Raise ValueError, naming a setting, where a family has no W_O and W_down of its own, as mixtures of experts."""
+    missing = [name for axis, name in (("n d", "heads"), ("f", "neurons")) if axis not in projections(anatomy)]
+    if missing:
+        raise ValueError(
+            f"{setting}: model_type {anatomy.family.model_type!r} keeps its {' and '.join(missing)}, of which this "
+            f"chooses; set {remedy}"
+        )
+
+
 def with_float64(place: torch.device) -> torch.device:
     """Return the device where float64 sums for a model on `place` live: its own, or the CPU."""
     return torch.device("cpu") if place.type in ("npu", "mps") else place

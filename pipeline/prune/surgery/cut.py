@@ -97,11 +97,25 @@ def _part(
         tensor = tensor.index_select(segment.index("e"), torch.tensor(plan.experts))
     for i, axis in enumerate(segment):
         if "f" in axis.split():
-            each = anatomy.sizes.length(axis, layer) // anatomy.sizes.layers[layer].neurons
-            fastest = axis.split()[-1] == "f"  # "2 f": whole blocks of all neurons; "f 2": pairs, neuron by neuron
-            grid = torch.arange(tensor.shape[i]).view((each, -1) if fastest else (-1, each))
-            tensor = tensor.index_select(i, grid.index_select(int(fastest), torch.tensor(plan.neurons)).flatten())
+            tensor = _of_neurons(tensor, i, axis, "f", anatomy.sizes.layers[layer].neurons, plan.neurons)
+        elif "x" in axis.split() and plan.expert_neurons:
+            width, own = anatomy.sizes.carried["x"], plan.expert_neurons
+            if "e" in segment:  # the first dimension
+                pairs = zip(tensor, own, strict=True)
+                tensor = torch.stack([_of_neurons(each, i - 1, axis, "x", width, kept) for each, kept in pairs])
+            else:
+                expert = anatomy.expert_of[name][1]
+                place = plan.experts.index(expert) if plan.experts else expert
+                tensor = _of_neurons(tensor, i, axis, "x", width, own[place])
     return tensor
+
+
+def _of_neurons(tensor: Tensor, along: int, axis: Axis, letter: str, count: int, kept: Sequence[int]) -> Tensor:
+    """Return what some of `count` neurons, the axis's `letter`, have in a dimension of a tensor."""
+    each = tensor.shape[along] // count
+    fastest = axis.split()[-1] == letter  # "2 f": whole blocks of all neurons; "f 2": pairs, neuron by neuron
+    grid = torch.arange(tensor.shape[along]).view((each, -1) if fastest else (-1, each))
+    return tensor.index_select(along, grid.index_select(int(fastest), torch.tensor(kept)).flatten())
 
 
 def units(axis: Axis, sizes: Sizes, layer: int, groups: Sequence[Group]) -> Tensor:

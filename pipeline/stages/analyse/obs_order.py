@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config import Config
 from pipeline.model.scores import Scores
-from pipeline.prune.second_order.hessian import projections, with_float64
+from pipeline.prune.second_order.hessian import need_projections, projections, with_float64
 from pipeline.prune.second_order.removal_order import head_order, head_scores, obs_order
 from pipeline.runtime.checkpoint import open_tensors
 from pipeline.runtime.machine import Machine
@@ -35,6 +35,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     ranks, damping = machine.ranks, config.restore.damping
     place = with_float64(machine.device.torch)
     source = checkpoint(config, inputs["subject"])
+    need_projections(source.anatomy, "restore.order=obs", "restore.order=scores")
     anatomy, grams = source.anatomy, open_tensors(inputs["hessians"])
     scores = Scores.load(inputs["scores"])
     heads = [torch.zeros(len(each), dtype=torch.float64) for each in scores.heads]

@@ -61,6 +61,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     ranks, device, section = machine.ranks, machine.device, config.local_distill
     origin = checkpoint(config, inputs.get("rotated", inputs["teacher"]))
     start = checkpoint(config, inputs["initial_student"])
+    if start.anatomy.routing is not None:
+        raise ValueError("local_distill.epochs: the model has experts, whose FFNs are not trained alone; set it to 0")
     need_space(out, 3 * start.bytes())  # the student, and until it is written its FFNs in float32
     blueprint = Blueprint.load(inputs["blueprint"])  # of all rounds so far
     teacher, student = ((load(each.folder, machine).get_decoder(), each.anatomy) for each in (origin, start))

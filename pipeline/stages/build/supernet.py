@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.model.scores import Scores
 from pipeline.model.shape import Shape, Widths
 from pipeline.prune.plan import layers_that_stay
-from pipeline.prune.second_order.hessian import projections
+from pipeline.prune.second_order.hessian import need_projections, projections
 from pipeline.prune.second_order.narrow import Narrowed
 from pipeline.runtime.checkpoint import write_checkpoint
 from pipeline.runtime.disk import need_space
@@ -62,6 +62,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """
     section, ranks = config.supernet, machine.ranks
     source = checkpoint(config, inputs["subject"])
+    need_projections(source.anatomy, "plan.widths=evolved", "plan.widths=uniform")
     need_space(out, source.bytes() * (2 + 2 * section.steps))
     scores, shape = Scores.load(inputs["scores"]), Shape.load(inputs["shape"])
     kept = layers_that_stay(inputs, scores.layers, config.plan.policy)

@@ -53,7 +53,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     chosen = WIDTH_POLICIES[config.plan.widths](PolicyInputs(config, inputs, out, anatomy, scores, hosts, shape))
     for host, width in zip(hosts, chosen, strict=True):
         widths[host] = width
-    chosen_by = policy | {"seed": config.seed, "hosts": hosts, "experts": shape.experts}
+    mixture = {"experts": shape.experts, "expert_neurons": shape.expert_neurons}
+    chosen_by = policy | mixture | {"seed": config.seed, "hosts": hosts}
     step = plan_by(anatomy, scores, widths, shape.hidden, shape.layers, **chosen_by)
     step.check(anatomy)
     blueprint = step

@@ -16,6 +16,7 @@ from pipeline.costmodel.pareto import Limits, Serving, check_alike, shape_within
 from pipeline.costmodel.shapes import AXES, ModelShape, depth_for, multiples_for, neurons_for, shape_for
 from pipeline.costmodel.size_budget import Unit, parameters_of, shape_of_size
 from pipeline.model.anatomy import Anatomy, LayerSizes
+from pipeline.model.blueprint import check_expert_neurons
 from pipeline.model.shape import Budgeted, Shape
 from pipeline.prune.plan import kept_layers
 from pipeline.prune.surgery.bias import biased_anatomy
@@ -133,7 +134,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     anatomy = checkpoint(config, inputs["teacher"]).anatomy
     teacher = ModelShape.of(anatomy)
     student = _student(config, anatomy)
-    Shape(**student.shape.axes(), weights=student.weights, experts=student.experts).save(out)
+    made = Shape(**student.shape.axes(), weights=student.weights)
+    replace(made, experts=student.experts, expert_neurons=student.expert_neurons).save(out)
     if teacher.experts:
         kept, used = _kept(anatomy, student)
         words = f"{student.shape.axes()}, {student.experts or teacher.experts} of {teacher.experts} experts per layer"
@@ -152,12 +154,14 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
 @dataclass(frozen=True)
 class Student:
     """This round's shape; where layers get widths of their own within a budget, the weights they may hold; in the last
-    round, what a budget for equal layers reached; and the experts of a layer, None where all stay."""
+    round, what a budget for equal layers reached; and the experts of a layer and the neurons of each, None where all
+    stay."""
 
     shape: ModelShape
     weights: int | None = None
     budget: Budgeted | None = None
     experts: int | None = None
+    expert_neurons: int | None = None
 
 
 def _student(config: Config, anatomy: Anatomy) -> Student:
@@ -166,7 +170,8 @@ def _student(config: Config, anatomy: Anatomy) -> Student:
     teacher = ModelShape.of(anatomy, config.reinit.bias_compensation)
     if config.shape.given:
         shape = given_shape(teacher, config.shape.model_dump(include=set(AXES)))
-        return Student(partway(teacher, shape, done, rounds), experts=_experts(config, anatomy, config.shape.experts))
+        mixture = _experts(config, anatomy, config.shape.experts), _expert_neurons(config, anatomy)
+        return Student(partway(teacher, shape, done, rounds), None, None, *mixture)
     if config.budget.axes == "experts":
         count, made = _experts_budgeted(config, anatomy)
         return Student(teacher, None, made if done == rounds else None, _experts(config, anatomy, count))
@@ -252,6 +257,21 @@ def _experts(config: Config, anatomy: Anatomy, wanted: int | None) -> int | None
     return wanted + (most - wanted) * (rounds - done) // (rounds * routing.groups) * routing.groups
 
 
+def _expert_neurons(config: Config, anatomy: Anatomy) -> int | None:
+    """Return the neurons of an expert after this round; None where all stay. Raise ValueError where they cannot."""
+    wanted = config.shape.expert_neurons
+    if wanted is None:
+        return None
+    check_expert_neurons(anatomy)
+    most = anatomy.sizes.carried["x"]
+    if wanted > most:
+        raise ValueError(
+            f"shape.expert_neurons: {wanted} is outside 1..{most} (the teacher's); choose a number of these"
+        )
+    done, rounds = config.recipe.part
+    return wanted + (most - wanted) * (rounds - done) // rounds
+
+
 def _kept(anatomy: Anatomy, student: Student) -> tuple[float, float]:
     """Return the shares of the parameters outside the embeddings, and of those a token uses, that a student keeps.
 
@@ -263,7 +283,7 @@ def _kept(anatomy: Anatomy, student: Student) -> tuple[float, float]:
         for own in sizes.layers[:count]
     )
     narrow = anatomy.narrowed(replace(sizes, hidden=student.shape.hidden, layers=layers), anatomy.layer_types[:count])
-    made = with_experts(narrow, student.experts or sizes.carried["e"])
+    made = with_experts(narrow, student.experts or sizes.carried["e"], student.expert_neurons)
     pairs = ((made.parameters(), anatomy.parameters()), (made.active_parameters(), anatomy.active_parameters()))
     shares = [some[1] / whole[1] for some, whole in pairs]
     return shares[0], shares[1]
