@@ -4,7 +4,6 @@ A template is a program that comes with a model. Jinja's sandbox keeps it from t
 end, nor from texts and numbers that outgrow the memory.
 """
 
-import ast
 import multiprocessing
 import os
 import resource
@@ -44,15 +43,11 @@ def template_texts(tokenizer: Any) -> list[str]:
 
 def _literals(template: str) -> Iterator[str]:
     """Yield the text outside of a template's tags, and the quoted texts in them."""
+    lexer = Environment(trim_blocks=True, lstrip_blocks=True).lexer
     try:
-        parts = list(Environment().lex(template))
+        yield from (token.value for token in lexer.tokenize(template) if token.type in ("data", "string"))
     except TemplateSyntaxError as fault:
         raise ValueError(f"the chat template is no Jinja template ({fault}); correct chat_template") from None
-    for _, kind, text in parts:
-        if kind == "data":
-            yield text
-        elif kind == "string":
-            yield ast.literal_eval(text)
 
 
 class ChatTemplate:

@@ -115,8 +115,25 @@ def of_hidden(row: str, now: dict[str, str], other: str | None) -> list[float]:
     return [each["ratios"][now["text"]] for each in saved("hidden_widths") if each["row"] == row]
 
 
-READERS = {"quality": of_quality, "reinit_ablation": of_reinit, "absorption": of_absorption, "hidden_widths": of_hidden}
-FACTS = ("removed", "KV bytes", "recovery")  # columns that are neither a text nor a description
+def of_vocabulary(row: str, now: dict[str, str], other: str | None) -> list[float]:
+    (figures,) = (each for each in saved("vocabulary") if each["row"] == row)
+    sizes = {"M parameters": "parameters", "MB": "checkpoint_bytes"}
+    if other in sizes:
+        return [figures[sizes[other]] / 1e6]
+    return [figures["texts"][now["text"]][str(other).replace(" ", "_")]]
+
+
+READERS = {
+    "quality": of_quality,
+    "reinit_ablation": of_reinit,
+    "absorption": of_absorption,
+    "hidden_widths": of_hidden,
+    "vocabulary": of_vocabulary,
+}
+FACTS = {
+    "quality": ("removed", "KV bytes", "recovery"),
+    "vocabulary": ("M parameters", "MB", "perplexity", "bits per byte", "bytes per token"),
+}  # columns that are neither a text nor a description
 
 
 def agrees(cell: str, values: list[float] | None) -> bool:
@@ -135,7 +152,7 @@ def wrong(table: Table) -> list[str]:
     for row, heading, cell in table.figures():
         now = dict(table.options) if heading == table.header[1] else now
         other = place(heading, now)
-        if other is None or (other in FACTS and table.source == "quality"):
+        if other is None or other in FACTS.get(str(table.source), ()):
             values = read(row, now, other)
             if not agrees(cell, values):
                 faults.append(f"{table.file.name}: {row}, {heading} ({now}): {cell}, the file has {values}")

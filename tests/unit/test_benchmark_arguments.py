@@ -40,6 +40,7 @@ WRONG = [
     ("absorption", "--seeds a", "--seeds: 'a' is no whole number of at least 0"),
     ("absorption", "--row keep --sedes 1", "unrecognized arguments: --sedes"),
     ("hidden_widths", "--texts /nowhere", "--texts: /nowhere has no jargon.txt"),
+    ("vocabulary", "--rows 500", "--rows: names ['500']; there are 32768, 16384"),
     ("reinit_ablation", "--seeds=", "--seeds: '' is no whole number of at least 0"),
     ("run", "--removed x", "--removed: 'x' is no percentage between 0 and 100"),
     ("run", "--rows nosuch", "--rows: names ['nosuch']; there are"),

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.data.packing import Packed
 from pipeline.data.sources import check, locate, read
+from pipeline.data.templates import template_texts
 from pipeline.stages.prepare import tokens
 from pipeline.stages.texts import PURPOSES
 from tests.tiny import save_tiny, tiny_model
@@ -21,6 +22,20 @@ TEMPLATES = {  # a template that writes no special token, one that ends in EOS a
     "closed": "{% for m in messages %}" + TURN + "<{{ m.role }}> {{ m.content }}{{ eos_token }}\n{% endfor %}",
     "opened": "{{ bos_token }}{% for m in messages %}" + TURN + "<{{ m.role }}> {{ m.content }}\n{% endfor %}",
 }
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_the_texts_of_a_template_are_those_that_it_can_add_to_a_chat(quote):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ QStart\n of Q + turn.role + Q\\nQ + turn.content }}[end]\n"
+        "{% endfor %}{% if tools is defined %}{{ Qnever writtenQ }}{% endif %}"
+    ).replace("Q", quote)
+    texts = template_texts(tokenizer)
+    assert texts[0].startswith("Start\n of user\na[end]\nStart\n of assistant\na[end]")
+    assert {"Start\n of ", "\n", "[end]\n", "never written", "system", "assistant\n"} <= set(texts)
+    tokenizer.chat_template = None
+    assert template_texts(tokenizer) == []
 
 
 def chat_of(number):
