@@ -30,6 +30,7 @@ from pipeline.prune import plan as planning
 from pipeline.prune.importance.measure import measure as sums_of
 from pipeline.prune.surgery.initial_student import begun
 from pipeline.runtime.checkpoint import load_model, model_of
+from pipeline.runtime.class_parameters import tensors_of
 
 PURPOSES = ("calibration", "recovery", "evaluation")
 
@@ -117,13 +118,14 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
 
     Raise ValueError for a class without a table of families.
     """
-    return anatomy_of(model.config.to_dict(), _tensors(model))
+    return anatomy_of(model.config.to_dict(), tensors_of(model))
 
 
 def measure(
     model: PreTrainedModel, batches: Iterable[Tensor], *, aggregation: str = "sum", norms: str = "all"
 ) -> Scores:
-    """Return the importance of channels, heads, neurons and layers (Pangu Light, arXiv 2505.20155, eq. 1-4).
+    """Return the importance of channels, heads, neurons and layers (Pangu Light, arXiv 2505.20155, eq. 1-4), and of
+    experts (REAP, arXiv 2510.13999).
 
     `batches` hold token ids [batch, sequence]; one forward pass, no gradients. `aggregation` is `sum` or `minitron`,
     `norms` is `all` or `pre`, as `score.aggregation` and `score.norms`.
@@ -140,6 +142,8 @@ def plan(
     heads: int | None = None,
     groups: int | None = None,
     neurons: int | None = None,
+    experts: int | None = None,
+    expert_neurons: int | None = None,
     clap: bool = True,
 ) -> Blueprint:
     """Return the plan of a student of this shape; what is None stays as it is in the model.
@@ -155,7 +159,16 @@ def plan(
     ]
     hosts = planning.kept_layers(scores.layers, layers or len(own), "influence", keep_first=1)
     chosen = [widths[host] for host in hosts]
-    blueprint = planning.plan(source, scores, hosts, chosen, hidden or source.sizes.hidden, clap=clap)
+    blueprint = planning.plan(
+        source,
+        scores,
+        hosts,
+        chosen,
+        hidden or source.sizes.hidden,
+        clap=clap,
+        experts=experts,
+        expert_neurons=expert_neurons,
+    )
     blueprint.check(source)
     return blueprint
 
@@ -168,18 +181,12 @@ def cut(
     With `slnp` every narrowed norm keeps the L2 norm of its gain (stabilised layer-norm pruning). A plan that keeps
     everything returns the same weights bit for bit. The model is not changed.
     """
-    source, tensors = anatomy(model), _tensors(model)
+    source, tensors = anatomy(model), tensors_of(model)
     config = model.config.to_dict()
     weights = begun(source, blueprint, tensors, config, slnp=slnp, gain_compensation=gain_compensation)
     return model_of(
         student_config(config, source, blueprint), dict(weights), model.dtype, model.config._attn_implementation
     )
-
-
-def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return a model's tensors by the names a checkpoint gives them; a tied output matrix is the embedding."""
-    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def _as_typed(value: Any) -> str:

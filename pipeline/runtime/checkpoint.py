@@ -22,6 +22,7 @@ from pipeline.model.families import FAMILIES, WRAPPERS, Family, family_of
 from pipeline.model.families.wrappers import text_names
 from pipeline.model.hf_config import frozen_modules, per_layer
 from pipeline.runtime import wrapper
+from pipeline.runtime.class_parameters import ClassParameters
 from pipeline.runtime.described import check_file, read_config, read_mapping, stored_config, wrapper_config
 from pipeline.runtime.modelling import HEADS, pruned_class
 from pipeline.runtime.weight_files import FLOATING, INDEX, SINGLE, Tensors
@@ -393,7 +394,10 @@ def model_of(
     name = family_of(config["model_type"]).architecture
     loader = pruned_class(name) if "pruned" in config else getattr(transformers, name)
     model = loader._from_config(loader.config_class(**config), dtype=dtype, attn_implementation=attention)
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    parameters = ClassParameters(model, weights)
+    used = {each for name in parameters for each in parameters.stored(name)}
+    missing, _ = model.load_state_dict(dict(parameters), strict=False)
+    unexpected = weights.keys() - used
     tied = set(model.all_tied_weights_keys) if config.get("tie_word_embeddings") else set()
     if set(missing) - tied or unexpected:
         strange = f"missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}"

@@ -58,6 +58,14 @@ class ClassParameters(Mapping[str, Tensor]):
         return name if name in self._tensors else self._family.stored(name)
 
 
+def tensors_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return a model's tensors on the CPU, by their names on disk; a tied output matrix is left out."""
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    state = {name: each.detach().cpu() for name, each in model.state_dict().items() if name not in tied}
+    family = family_of(model.config.model_type)
+    return {family.stored(name): each for name, each in revert_weight_conversion(model, state).items()}
+
+
 def stored_tensors(parameters: ClassParameters, trained: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors on disk of trained parameters, one parameter at a time."""
     for name, values in trained:

@@ -103,3 +103,19 @@ def test_a_budget_is_a_fraction_or_settings_of_their_section(world):
             api.prune(world / "model", budget=budget)
     with pytest.raises(ValueError, match=r"'budget\.totel'; did you mean 'budget\.total'"):
         api.prune(world / "model", budget={"totel": 0.7})
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_experts_are_pruned_in_memory(kind, tmp_path):
+    model = tiny_model(kind)
+    same = api.cut(model, everything(api.anatomy(model).sizes))
+    for name, tensor in model.state_dict().items():  # up to the float32 in which some classes keep their router
+        assert torch.equal(same.state_dict()[name].float(), tensor.float()), name
+    student = api.cut(model, api.plan(model, api.measure(model, [tokens(4, 16)]), experts=3))
+    student.set_experts_implementation("eager")
+    student.save_pretrained(tmp_path)
+    again = load_model(tmp_path, torch.float64, "eager")
+    again.set_experts_implementation("eager")
+    with torch.no_grad():
+        assert torch.equal(again(tokens()).logits, student(tokens()).logits)
+    assert api.anatomy(again).sizes.carried["e"] == 3
