@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from pipeline.runtime.device import open_device
 from pipeline.runtime.ranks import join, place
 from tests.npu import simulated
+from tests.world import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.processes"])  # torch is imported once, not once a rank
@@ -65,3 +68,17 @@ def _rank(work: Callable, environment: dict, timeout: float, answer: Path, argum
     except Exception as fault:
         value = f"{type(fault).__name__}: {fault}"
     answer.write_text(json.dumps(value))
+
+
+def launch(world: int, script: Path, *arguments: str) -> None:
+    """Run a script of the tests on so many ranks by torchrun, or in one process; it must end with exit code 0."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(script), *arguments],
+        env=clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -10,22 +10,8 @@ from pipeline.prune.second_order.hessian import gram
 from pipeline.prune.second_order.restore import damped, restore, restore_outputs
 from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import load_model, write_checkpoint
+from tests.restoration import output_error, problem
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
-
-
-def problem(width=24, out=10, rows=200, seed=0):
-    """A weight [out, width] and the Gram matrix of correlated inputs."""
-    draw = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(width, width, generator=draw, dtype=torch.float64) / width**0.5
-    inputs = torch.randn(rows, width, generator=draw, dtype=torch.float64) @ (mixing + torch.eye(width))
-    return torch.randn(out, width, generator=draw, dtype=torch.float64), inputs.T @ inputs
-
-
-def output_error(weight, columns, moments, kept):
-    """Return tr((W - W') H (W - W')ᵀ) for W' [out, in] that has these columns [out, kept] and zeros elsewhere."""
-    gap = weight.to(torch.float64, copy=True)
-    gap[:, torch.as_tensor(kept)] -= columns.to(gap)
-    return float(((gap @ moments.to(torch.float64)) * gap).sum())
 
 
 def parts(kind):

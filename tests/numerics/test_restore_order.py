@@ -8,7 +8,7 @@ from pipeline.model.scores import Scores
 from pipeline.prune.plan import plan
 from pipeline.prune.second_order.removal_order import head_order, head_scores, obs_order, tyr_order
 from pipeline.prune.second_order.restore import damped, restore
-from tests.numerics.test_restore import output_error, problem
+from tests.restoration import output_error, problem
 from tests.tiny import config_of, tensors_of, tiny_model
 
 TINY = 1e-14

@@ -5,23 +5,12 @@ import copy
 import pytest
 import torch
 
-from pipeline.model.anatomy import anatomy_of
 from pipeline.prune.second_order.hessian import gram
 from pipeline.prune.second_order.removal_order import obs_order
 from pipeline.prune.second_order.restore import restore
 from pipeline.prune.second_order.sequential import at_width, expected_weight, prune_in_sequence
-from tests.numerics.test_restore import output_error, problem
-from tests.tiny import CLASSES, config_of, inputs_of, tensors_of, tiny_model, tokens
-
-HERE = torch.device("cpu")
-
-
-def anatomy(model):
-    return anatomy_of(config_of(model), tensors_of(model))
-
-
-def batches():
-    return [tokens(2, 10), tokens(1, 7, seed=1)]
+from tests.restoration import HERE, anatomy, batches, output_error, problem
+from tests.tiny import CLASSES, inputs_of, tiny_model, tokens
 
 
 def half(name, weight, moments):

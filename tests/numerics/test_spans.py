@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Group, LayerPlan, everything
 from pipeline.model.hf_config import student_config
 from pipeline.prune.head_norms import alone
@@ -14,8 +13,7 @@ from pipeline.prune.second_order.sequential import columns_of, prune_in_sequence
 from pipeline.prune.second_order.supernet import compose
 from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import load_model, write_checkpoint
-from tests.numerics.test_sequential import HERE, batches
-from tests.numerics.test_supernet import names_in, supernet
+from tests.restoration import HERE, anatomy, batches, names_in, supernet
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
 
 OUTPUT, DOWN = "model.layers.{}.self_attn.o_proj.weight", "model.layers.{}.mlp.down_proj.weight"
@@ -30,10 +28,6 @@ def dense_and_anatomy(**changed):
     """A model whose norms span all heads, four in two groups, with an epsilon that counts."""
     model = tiny_model("olmo2", rms_norm_eps=0.5, **changed)
     return model, {name: tensor.clone() for name, tensor in tensors_of(model).items()}, anatomy(model)
-
-
-def anatomy(model):
-    return anatomy_of(config_of(model), tensors_of(model))
 
 
 def read_by(weight, size):

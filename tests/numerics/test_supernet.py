@@ -10,8 +10,7 @@ from pipeline.model.anatomy import LayerSizes
 from pipeline.prune.second_order.narrow import LOCAL_ORDERS, local_order, narrow_heads, narrow_units
 from pipeline.prune.second_order.sequential import at_width, columns_of, expected_weight, prune_in_sequence
 from pipeline.prune.second_order.supernet import candidate, candidates, compose, expectation, removal_of, widened
-from tests.numerics.test_restore import output_error, problem
-from tests.numerics.test_sequential import HERE, anatomy, batches
+from tests.restoration import HERE, anatomy, batches, names_in, output_error, problem, supernet
 from tests.tiny import tiny_model, tokens
 
 
@@ -89,30 +88,6 @@ def test_divergence_from_kept_states_is_that_of_the_logits(kind):
         total = divergence(other, ids, kept, chunk)
         assert total.tolist() == pytest.approx([float(wanted), 30], rel=1e-6) and wanted > 1e-3
     assert float(divergence(dense, ids, kept, 64)[0]) == pytest.approx(0.0, abs=1e-9)
-
-
-def supernet(model, counts, accumulation=True, text=None):
-    """Candidates of every projection of a model, its weights left at their expectation."""
-    stored = {}
-
-    def prune(name, weight, moments):
-        size = 16 if name.endswith("o_proj") else 1
-        some = [count for count in counts if count <= 2] if size > 1 else [count for count in counts if count > 2]
-        removal = local_order("obs", moments, weight, size, weight.shape[1] // size - min(some))
-        stored[removal_of(name)] = removal.order
-
-        def keep(count, columns):
-            stored[candidate(name, count)] = columns
-
-        passed = expectation(weight, moments, removal, some, keep)
-        return passed if accumulation else weight
-
-    dict(prune_in_sequence(model.model, anatomy(model), text or batches(), prune, HERE))
-    return stored
-
-
-def names_in(stored):
-    return [name.removesuffix(".order") for name in stored if name.endswith(".order")]
 
 
 def test_accumulation_lowers_the_error_of_the_whole_model():

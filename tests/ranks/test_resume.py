@@ -13,7 +13,7 @@ from pipeline.model.blueprint import Blueprint, Group, LayerPlan
 from pipeline.model.hf_config import with_scales
 from pipeline.model.shape import Depth
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
-from tests.ranks.test_engine import launch
+from tests.processes import launch
 from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import DOCUMENTS, byte_tokenizer
 

@@ -19,7 +19,7 @@ from pipeline.model.scores import Scores
 from pipeline.prune.importance.measure import measure, only_layers
 from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import load_model, open_checkpoint, open_tensors, write_checkpoint
-from tests.numerics.test_restore import output_error
+from tests.restoration import output_error
 from tests.tiny import config_of, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
 from tests.world import make_world, pipeline, settings
