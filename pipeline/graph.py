@@ -4,7 +4,7 @@ from operator import attrgetter
 
 from pipeline.config import Config
 from pipeline.stages.analyse import hessian, importance, layer_gates, layer_loss, obs_order, sensitivity
-from pipeline.stages.build import absorb_norms, cut, local_distill, regularize, rotate, sequential, supernet
+from pipeline.stages.build import absorb_norms, bypass, cut, local_distill, regularize, rotate, sequential, supernet
 from pipeline.stages.choose import plan, shape, shape_search
 from pipeline.stages.deliver import evaluate, evaluate_reference, export, report
 from pipeline.stages.prepare import (
@@ -37,6 +37,7 @@ MODULES = (
     supernet,
     rotate,
     plan,
+    bypass,
     cut,
     external_student,
     local_distill,

@@ -108,3 +108,5 @@ class Reinit(Section):
     absorb: Literal["auto", "fitted", "removed", False]
     absorb_tokens: Count
     bias_compensation: bool
+    bypass: bool
+    bypass_tokens: Count

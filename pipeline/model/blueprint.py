@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 from pipeline.model.anatomy import Anatomy, LayerSizes, Sizes
@@ -96,6 +97,11 @@ class Step(Blueprint):
     """What one round takes from the student of the round before, where a run has several rounds."""
 
     FILE: ClassVar[str] = "step.json"
+
+
+def to_cut(folder: Path) -> Blueprint:
+    """Load what is cut from the subject: the step of this round where there are several, else the blueprint."""
+    return Step.load(folder) if (folder / Step.FILE).exists() else Blueprint.load(folder)
 
 
 def _check_experts(blueprint: Blueprint, anatomy: Anatomy) -> None:

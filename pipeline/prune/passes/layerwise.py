@@ -102,7 +102,7 @@ def in_step(
             _pass(dense, large[number], number, place, home)
         after = until
         branch = [modules[name] for name in ffn_modules(student[1], index)]
-        with _silent(branch):
+        with silent(branch):
             _pass(thin, layer, index, place, home)
         yield (  # kept neither here nor by a decorator: what the caller is done with is free before the next pass
             index,
@@ -122,8 +122,8 @@ def _pass(steps: Sequence[Step], layer: nn.Module, index: int, place: torch.devi
 
 
 @contextmanager
-def _silent(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Make modules return zeros while it lasts: a layer whose FFN is silent gives what the FFN reads."""
+def silent(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Make modules return zeros inside the context: a layer whose FFN is silent returns what the FFN adds to."""
     with replaced_forward(dict.fromkeys(modules, torch.zeros_like)):
         yield
 

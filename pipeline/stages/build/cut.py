@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.model.blueprint import Blueprint, Step
+from pipeline.model.blueprint import to_cut
 from pipeline.model.hf_config import student_config
 from pipeline.prune.surgery.bias import biased_anatomy, biased_config, compensate_biases
+from pipeline.prune.surgery.bypass import Replaced
 from pipeline.prune.surgery.initial_student import begun
 from pipeline.prune.surgery.projector import check_layers, narrowed
 from pipeline.runtime.checkpoint import open_tensors, write_around, write_checkpoint
@@ -41,30 +42,26 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     need_space(out, source.bytes())
     shutil.rmtree(out, ignore_errors=True)
     anatomy, config_json = source.anatomy, source.config
-    blueprint, around = _blueprint(inputs["blueprint"]), source.around
+    blueprint, around = to_cut(inputs["blueprint"]), source.around
     if around is not None:
         check_layers(around.wrapper, around.injected(), blueprint)
+    tensors = Replaced(source, open_tensors(inputs["bypassed"])) if "bypassed" in inputs else source
     options = config.reinit.model_dump(include={"slnp", "gain_compensation"})
     if config.restore.outputs:
         options |= {"grams": open_tensors(inputs["hessians"]), "damping": config.restore.damping}
-    stream = begun(anatomy, blueprint, source, config_json, **options)
+    stream = begun(anatomy, blueprint, tensors, config_json, **options)
     if config.reinit.bias_compensation:
-        stream = compensate_biases(anatomy, blueprint, source, open_tensors(inputs["scores"] / "means"), stream)
+        stream = compensate_biases(anatomy, blueprint, tensors, open_tensors(inputs["scores"] / "means"), stream)
         anatomy, config_json = biased_anatomy(anatomy), biased_config(config_json)
     student = blueprint.student(anatomy)
-    tensors = machine.progress(stream, len(student.shapes()), "cut")
+    shown = machine.progress(stream, len(student.shapes()), "cut")
     written = student_config(config_json, anatomy, blueprint)
-    write_checkpoint(out, written, tensors, config.checkpoint.shard_bytes, inputs["subject"])
+    write_checkpoint(out, written, shown, config.checkpoint.shard_bytes, inputs["subject"])
     if around is not None:
         carried = narrowed(around.wrapper, around.tensors, blueprint)
         write_around(out, around, carried, config.checkpoint.shard_bytes)
     total, inner = student.parameters()
     machine.say(f"cut: {total / 1e6:.1f}M parameters, {inner / 1e6:.1f}M without embeddings")
-
-
-def _blueprint(folder: Path) -> Blueprint:
-    """Return what is cut from the subject: the step of this round where there are several, else the blueprint."""
-    return Step.load(folder) if (folder / Step.FILE).exists() else Blueprint.load(folder)
 
 
 STAGE = Stage(
@@ -74,7 +71,7 @@ STAGE = Stage(
     settings=settings,
     needs=("subject", "blueprint"),
     needs_also=needs_also,
-    optional=("restored", "rotated", "hessians"),  # the first two make the subject, where they are requested
+    optional=("restored", "rotated", "hessians", "bypassed"),  # the first two make the subject, where requested
     enabled=enabled,
     all_ranks=False,
     shows={"initial_student": ""},
