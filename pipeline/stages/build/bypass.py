@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pipeline.config import Config
 from pipeline.model.blueprint import to_cut
 from pipeline.prune.surgery.bypass import check_family, folded, gaps, sums_of
@@ -31,7 +33,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     source = checkpoint(config, inputs["subject"])
     check_family(source.anatomy)
     over = gaps(to_cut(inputs["blueprint"]), len(source.anatomy.sizes.layers))
-    changed = {}
+    changed: dict[str, Tensor] = {}
     if over:
         batches = calibration(config, inputs, config.reinit.bypass_tokens, machine.ranks)
         decoder = load(inputs["subject"], machine).get_decoder()
