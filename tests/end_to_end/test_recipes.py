@@ -68,6 +68,11 @@ VARIANTS: dict[str, tuple[str, str, dict[str, object]]] = {
         {"plan.depth": "evolved", "layer_loss.generations": 1, "layer_loss.offspring": 1, "plan.depth_tokens": 128},
     ),
     "vocabulary": ("pangu_light", f"vocabulary,{SHORT}", {"budget.vocabulary": 64}),
+    "bypass": (
+        "pangu_light",
+        "importance,shape,plan,bypass,cut",
+        {"reinit.bypass": "true", "reinit.bypass_tokens": 256, "plan.clap": "false"},
+    ),
     "random": ("pangu_light", SHORT, {"plan.heads": "random", "plan.neurons": "random", "plan.channels": "random"}),
     "taylor": ("pangu_light", SHORT, {"score.kind": "taylor"}),
     "magnitude": ("pangu_light", SHORT, {"score.kind": "magnitude"}),
