@@ -5,7 +5,7 @@
 
 Every row keeps 22/30 of SmolLM2-135M's parameters outside the embeddings (within 1 %): whole layers, which two rows
 remove, allow that share exactly. Calibration and recovery read the built-in topics and docstrings. A row that trains
-on more than that stands in APART. Rows are runs of the pipeline, so they share the teacher, the tokens and equal
+on more than that is listed in APART. Rows are runs of the pipeline, so they share the teacher, the tokens and equal
 scores, resume where they were cut off, and are not run twice. The table goes to benchmarks/results/equal_terms.md, the
 figures beside it as JSON.
 """

@@ -23,8 +23,8 @@ def made(world, *overrides, **values):
 
 def test_only_the_w_down_before_removed_layers_changes_and_the_class_stays(world):
     plain, changed = (
-        open_checkpoint(made(world, *BYPASS, f"reinit.bypass={asked}", shape__neurons=None)["initial_student"])
-        for asked in ("false", "true")
+        open_checkpoint(made(world, *BYPASS, f"reinit.bypass={bypassed}", shape__neurons=None)["initial_student"])
+        for bypassed in ("false", "true")
     )
     assert {name for name in plain if not torch.equal(plain[name], changed[name])} == {
         "model.layers.2.mlp.down_proj.weight"
