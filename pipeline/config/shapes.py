@@ -53,6 +53,11 @@ class Budget(Section):
         return limits | ({"memory_bytes": self.memory_gb * 1e9} if self.memory_gb else {})
 
     @property
+    def of_tokens_alone(self) -> bool:
+        """Whether the vocabulary is all that is limited."""
+        return self.vocabulary is not None and not self.sized and not self.predicted
+
+    @property
     def limits(self) -> dict[str, float]:
         """All limits that are set; the fallback where none is."""
         parameters = self.parameters or (None if self.predicted else self.fallback)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.model.shape import Shape
 from pipeline.model.token_ids import Vocabulary
 from pipeline.runtime.checkpoint import load_model, load_tokenizer, open_checkpoint
+from pipeline.stages.choose import shape
 from pipeline.stages.prepare import vocabulary
 from tests.students import machine
 from tests.tiny_text import configured
@@ -105,6 +107,14 @@ def test_more_tokens_than_there_are_keep_the_model_and_its_text_as_they_are(worl
     assert before == after
     for shard in text.rglob("*.npy"):
         assert shard.read_bytes() == (tmp_path / "all" / shard.relative_to(text)).read_bytes()
+
+
+def test_a_budget_of_tokens_alone_keeps_all_widths(world, tmp_path):
+    config = configured(*settings(world, shape__layers=None, shape__neurons=None), f"budget.vocabulary={SIZE}")
+    shape.run(config, {"teacher": world / "model"}, tmp_path, machine())
+    assert Shape.load(tmp_path) == Shape(layers=4, hidden=32, heads=4, groups=2, neurons=24)
+    others = (config.budget.model_copy(update={name: 0.5}) for name in ("parameters", "total", "speedup"))
+    assert not any(budget.of_tokens_alone for budget in others)
 
 
 def test_an_external_student_and_a_budget_of_tokens_are_refused():

@@ -19,7 +19,8 @@ def check(config: Config) -> None:
     """Refuse an amplitude that would make a layer wider, where the step is known before any work."""
     plan, kept = config.plan, config.budget.parameters or config.budget.fallback
     step = (1.0 - kept) / (config.recipe.rounds * plan.steps)
-    counted = config.budget.total is None and config.budget.bytes is None  # the step follows from the setting alone
+    budget = config.budget  # of which the step follows where it is of parameters
+    counted = budget.total is None and budget.bytes is None and not budget.of_tokens_alone
     if plan.widths == "adaptive" and not config.shape.given and counted and plan.amplitude > step:
         raise ValueError(
             f"plan.amplitude: {plan.amplitude} is more than the step {step:.4g} that budget.parameters={kept}, "

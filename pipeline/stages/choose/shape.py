@@ -118,6 +118,8 @@ def settings(config: Config) -> dict[str, Any]:
             "dtype": config.export.dtype if config.budget.bytes else None,
             "untied": _unties(config),
         }
+    if config.budget.of_tokens_alone:
+        result["tokens_alone"] = True
     if config.budget.predicted:
         result["limits"] = config.budget.limits
         result["serving"] = config.shape_search.serving
@@ -172,6 +174,8 @@ def _student(config: Config, anatomy: Anatomy) -> Student:
         shape = given_shape(teacher, config.shape.model_dump(include=set(AXES)))
         mixture = _experts(config, anatomy, config.shape.experts), _expert_neurons(config, anatomy)
         return Student(partway(teacher, shape, done, rounds), None, None, *mixture)
+    if config.budget.of_tokens_alone:
+        return Student(teacher)
     if config.budget.axes == "experts":
         count, made = _experts_budgeted(config, anatomy)
         return Student(teacher, None, made if done == rounds else None, _experts(config, anatomy, count))
