@@ -52,12 +52,6 @@ LINEAR = {
     "linear_num_value_heads": 6,
     "linear_conv_kernel_dim": 3,
 }
-SHARED = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 12,
-    "shared_expert_intermediate_size": 20,
-}
 MAMBA = {
     "mamba_n_heads": 4,
     "mamba_d_head": 16,
@@ -66,6 +60,8 @@ MAMBA = {
     "mamba_d_conv": 3,
     "mamba_expand": 2,
 }
+FEW = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+INDEX = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 32}
 GEMMA = {"query_pre_attn_scalar": 8, "sliding_window": 8}
 
 # Config fields beside BASE of every type with a table, by model_type, and of further settings as `model_type-setting`.
@@ -173,8 +169,8 @@ TINY: dict[str, dict] = {
     "dots1": ROUTED,
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "qwen3_5_text": LINEAR,
-    "qwen3_next": LINEAR | SHARED | {"norm_topk_prob": True},
-    "qwen3_5_moe_text": LINEAR | SHARED,
+    "qwen3_next": LINEAR | FEW | {"shared_expert_intermediate_size": 20, "norm_topk_prob": True},
+    "qwen3_5_moe_text": LINEAR | FEW | {"shared_expert_intermediate_size": 20},
     "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "lm_head_multiplier": 0.3, "mamba_rms_norm": True},
     "bamba": MAMBA | {"attn_layer_indices": [2, 3]},
     "granitemoehybrid": MAMBA
@@ -186,6 +182,42 @@ TINY: dict[str, dict] = {
         "logits_scaling": 5.0,
     },
     "lfm2": {"layer_types": ["conv", "conv", "full_attention", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 12,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+    },
+    "solar_open": ROUTED,
+    "sarvam_mla": ROUTED | LOW_RANK,
+    "glm4_moe_lite": ROUTED | LOW_RANK,
+    "deepseek_v2": ROUTED | LOW_RANK,
+    "deepseek_v32": ROUTED | LOW_RANK | INDEX,
+    "exaone_moe": FEW | {"first_k_dense_replace": 1, "num_shared_experts": 2, "n_group": 1, "topk_group": 1},
+    "afmoe": FEW | {"num_dense_layers": 1, "num_shared_experts": 2, "sliding_window": 8},
+    "cohere2_moe": FEW | {"logit_scale": 0.3, "sliding_window": 8, "layer_types": WINDOWS},
+    "flex_olmo": FEW,
+    "flint": FEW | {"shared_expert_intermediate_size": 20, "mlp_only_layers": [0, 1], "sliding_window": 8},
+    "granitemoeshared": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 24,
+        "intermediate_size": 20,
+        "logits_scaling": 5.0,
+    },
+    "granitemoe_swa": {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 5.0, "sliding_window": 8},
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 2},
+    "mellum": FEW | {"num_local_experts": 4, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    "laguna": FEW | {"num_experts": 6, "shared_expert_intermediate_size": 20},
+    "hy_v3": FEW | {"num_shared_experts": 2},
+    "minimax_m3_vl_text": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 20,
+    },
+    "lfm2_moe": FEW | {"layer_types": ["conv", "conv", "full_attention", "full_attention"], "num_dense_layers": 1},
+    "lfm3": {"layer_types": ["conv", "conv", "full_attention", "full_attention"], "sliding_window": 8},
     "youtu": LOW_RANK | {"pad_token_id": None},  # whose class zeroes the embedding of padding when it loads
 }
 FLOAT32 = {"xglm"}  # whose class overflows in float64

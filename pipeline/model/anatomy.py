@@ -19,6 +19,8 @@ PER_LAYER_LISTS = (
     "no_rope_layers",
     "mlp_layer_types",
     "layer_rope_theta",
+    "num_attention_heads_per_layer",
+    "layers_block_type",
 )  # config fields with one entry a layer
 IGNORED = (r"rotary_emb\.inv_freq$", r"rotary_pos_emb\.inv_freq$")  # checkpoint names that every class ignores
 

@@ -27,7 +27,7 @@ def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
     edited |= _expert_fields(config, source, blueprint)
     if blueprint.vocabulary:
         edited = Renumbering.of(blueprint.vocabulary, source.sizes.vocabulary).fields(edited)
-    for field in ("pruned", "auto_map"):  # of a source that was a student itself
+    for field in ("pruned", "auto_map", *source.family.superseded):  # of a source that was a student itself
         edited.pop(field, None)
     edited |= class_fields(edited, student)
     pruned = _pruned(config, edited, student)

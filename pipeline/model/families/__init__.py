@@ -11,6 +11,7 @@ from pipeline.model.families.dense import DENSE
 from pipeline.model.families.experts import EXPERTS
 from pipeline.model.families.gpt import GPT
 from pipeline.model.families.hybrid import HYBRID
+from pipeline.model.families.mixtures import MIXTURES
 from pipeline.model.families.other import OTHER
 from pipeline.model.families.refused import REFUSED
 from pipeline.model.families.table import AXES, Family
@@ -18,7 +19,9 @@ from pipeline.model.families.wrappers import WRAPPERS, Wrapper
 
 __all__ = ["AXES", "FAMILIES", "REFUSED", "WRAPPERS", "Family", "Wrapper", "family_for", "family_of"]
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENSE, *OTHER, *GPT, *EXPERTS, *HYBRID)}
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family for family in (*DENSE, *OTHER, *GPT, *EXPERTS, *MIXTURES, *HYBRID)
+}
 
 
 def family_of(model_type: str) -> Family:

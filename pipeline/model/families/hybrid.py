@@ -101,6 +101,7 @@ SHORT = {
 }
 SHORT_FIXED = CARRIED | {"hidden": "its convolutions have a channel for each hidden channel"}
 LFM = {"feed_forward.w1.weight": "f h", "feed_forward.w3.weight": "f h", "feed_forward.w2.weight": "h f"}
+LFM_ROUTER = "feed_forward.gate.weight"
 LFM_NORMS = {"operator_norm.weight": "h", "ffn_norm.weight": "h"}
 LFM_PRE = {
     "operator_norm": (*QKV, "conv.in_proj"),
@@ -186,4 +187,39 @@ HYBRID = (
         logit_divisor="logits_scaling",
     ),
     LFM2,
+    replace(
+        LFM2,
+        model_type="lfm2_moe",
+        architecture="Lfm2MoeForCausalLM",
+        layer=dict(LFM2.layer)
+        | experts(tuple(f"feed_forward.experts.{{expert}}.{name}" for name in ("w1", "w3", "w2")), "x", LFM_ROUTER)
+        | {"feed_forward.expert_bias": "e"},
+        pre_norms=LFM_PRE | {"ffn_norm": ()},
+        optional=("self_attn.", "conv.", "feed_forward.w", "feed_forward.experts.", LFM_ROUTER, "feed_forward.expert_"),
+        lengths=EXPERT_WIDTH | {"l": ("conv_L_cache",)},
+        adjusted=None,
+        superseded=(),
+        leading_dense="num_dense_layers",
+        experts=("num_experts",),
+        expert_module="feed_forward.experts",
+        top_k="num_experts_per_tok",
+        fixed=SHORT_FIXED | WHOLE,
+    ),
+    Family(
+        "lfm3",
+        "Lfm3ForCausalLM",
+        ATTENTION
+        | QK_NORM
+        | {"self_attn.gate_proj.weight": "n h"}
+        | SHORT
+        | LFM
+        | LFM_NORMS
+        | {"post_operator_norm.weight": "h", "post_ffn_norm.weight": "h"},
+        LFM_PRE | {"post_operator_norm": (), "post_ffn_norm": ()},
+        final_norm="model.embedding_norm",
+        modules={"self_attn.gate_proj.weight": "self_attn.g_proj.weight"},
+        optional=("self_attn.gate_proj.", "self_attn.", "conv."),
+        lengths={"l": ("conv_L_cache",)},
+        fixed=SHORT_FIXED,
+    ),
 )

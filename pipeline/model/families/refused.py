@@ -4,15 +4,14 @@ from collections.abc import Mapping
 
 REASONS: Mapping[str, str] = {
     "its layers are a mixture of experts that no table describes yet": (
-        "afmoe aria_text axk1 axk2 beam cohere2_moe dbrx deepseek_v2 deepseek_v32 deepseek_v4 "
-        "dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint glm4_moe_lite glm_moe_dsa "
-        "granitemoe_swa granitemoeshared hy_v3 hy_v4 jetmoe kolibri1 laguna llama4_text longcat_flash "
-        "mellum mimo_v2_flash minimax_m3_vl_text sarvam_mla "
-        "sarvam_moe solar_open"
+        "axk1 axk2 dbrx deepseek_v4 dots3_note_text hy_v4 jetmoe kolibri1 llama4_text longcat_flash mimo_v2_flash "
+        "sarvam_moe"
     ),
+    "its residual additions are scaled by the layer's number": "beam",
+    "its layers pass on the positions that the layer before selected": "glm_moe_dsa",
     "some of its layers are a state-space model, linear attention or a convolution": (
         "bailing_hybrid falcon_mamba inkling2_loop_text inkling2_text inkling_text "
-        "jamba kimi_linear lara_mini lfm2_moe lfm3 mamba mamba2 minimax nemotron_h olmo_hybrid "
+        "jamba kimi_linear mamba mamba2 minimax nemotron_h "
         "qwen4_exp_text recurrent_gemma rwkv xlstm zamba zamba2 zaya"
     ),
     "it is an encoder, has one, or is used as one": (
@@ -29,6 +28,7 @@ REASONS: Mapping[str, str] = {
     "norms over the outputs of all heads and over all neurons precede W_O and W_down, and its weights are ternary": (
         "bitnet"
     ),
+    "its checkpoints fuse projections that its class holds apart": "lara_mini olmo_hybrid",
     "its multipliers follow from the depth and the hidden size": "minicpm3",
     "each layer's differential attention has a constant that follows from the layer's number": "diffllama",
     "its checkpoints name layers and projections otherwise than its class": "exaone",
