@@ -119,7 +119,12 @@ def _probe_folders(config: Config) -> None:
         except OSError as error:
             raise ValueError(f"{name}: {folder}: {error.strerror}; choose a folder where files can be locked") from None
     if config.output is not None:
-        check_output(Path(config.runs), config.run, Path(config.output))
+        output = Path(config.output)
+        check_output(Path(config.runs), config.run, output)
+        try:
+            disk.probe(output.absolute().parent)  # the folder itself is put in place as a whole
+        except OSError as error:
+            raise ValueError(f"output: {output}: {error.strerror}; choose a folder that can be written") from None
 
 
 @contextmanager

@@ -169,5 +169,6 @@ def plain(faults: Sequence[Mapping[str, Any]], section: type[BaseModel], unknown
 
 
 def _shown(value: Any) -> str:
-    text = f"'{value}'" if isinstance(value, str) else typed(value)
+    quoted = f"'{value}'" if isinstance(value, str) and value.isprintable() else repr(value)
+    text = quoted if isinstance(value, str) else typed(value)
     return text if len(text) <= 60 else text[:57] + "..."

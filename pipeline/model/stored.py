@@ -43,4 +43,5 @@ class Stored:
 
 def _reason(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
+    place = ".".join(str(key) if str(key).isprintable() else repr(key) for key in first["loc"])
+    return ": ".join(filter(None, (place, first["msg"])))

@@ -98,6 +98,14 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_any_stage(world, t
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_folder_that_cannot_be_written_is_refused_before_any_stage(world, tmp_path):
+    for output in (world / "evaluation.txt" / "student", "/proc/here/student"):
+        places = {"artifacts": tmp_path / "artifacts", "runs": tmp_path / "runs", "output": output}
+        with pytest.raises(ValueError, match=f"^output: {output}: "):
+            runner.run(validate(composed(*settings(world, **places))), "a test")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_disk_that_fills_up_is_one_line_that_names_the_folder(world, tmp_path, monkeypatch, capsys):
     def fill(*_):
         raise OSError(errno.ENOSPC, "No space left on device")  # as write() does, naming no file
@@ -179,6 +187,14 @@ IMPOSSIBLE = {  # settings, and the setting and values that the refusal names
     "channels": (["shape.hidden=33"], r"shape\.hidden.*33.*1\.\.32"),
     "heads": (["shape.heads=3", "shape.groups=2"], r"shape\.heads.*3.*shape\.groups"),
     "budget": (["shape.layers=null", "shape.neurons=null", "budget.parameters=0.01"], r"budget\.parameters.*0\.01"),
+    "amplitude of the first round": (
+        ["recipe=adapt_pruner", "recipe.rounds=2", "plan.amplitude=0.2"],
+        r"plan\.amplitude: 0\.2.*0\.1429 of round 1 of 2",
+    ),
+    "amplitude of a later round": (
+        ["recipe=adapt_pruner", "recipe.rounds=2", "shape.layers=null", "shape.neurons=14", "plan.amplitude=0.1"],
+        r"plan\.amplitude: 0\.1.*0\.03571 of round 2 of 2",
+    ),
     "first layers": (["plan.keep_first=4"], r"shape\.layers.*3.*4"),
     "positions": (["data.sequence_length=128"], r"data\.sequence_length.*128.*64"),
 }

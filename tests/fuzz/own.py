@@ -32,6 +32,8 @@ def _same(given: Any, taken: Any) -> bool:
         return given.keys() == taken.keys() and all(_same(given[key], taken[key]) for key in given)
     if isinstance(given, list) and isinstance(taken, list):
         return len(given) == len(taken) and all(map(_same, given, taken))
+    if isinstance(given, int) and isinstance(taken, float):
+        return float(given) == taken
     return given == taken and not (isinstance(given, bool) and not isinstance(taken, bool))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pipeline.allocate.budgets import layer_weights
 from pipeline.allocate.widths import even_widths, partway, weights_of_size, weights_within
 from pipeline.config import Config
 from pipeline.costmodel.chip import Chip
@@ -25,6 +26,8 @@ from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_source import model_folder
 from pipeline.stages.models import checkpoint
 from pipeline.stages.stage import Inputs, Stage
+
+EXACT = 1e-9  # what rounding may add to a step
 
 
 def unchanged(teacher: ModelShape, fraction: float) -> ModelShape:
@@ -92,6 +95,32 @@ def check(config: Config) -> None:
         student = _student(config, anatomy).shape
         if "plan" in config.recipe.stages:
             kept_layers(torch.zeros(len(anatomy.sizes.layers)), student.layers, "last", config.plan.keep_first)
+            if widths == "adaptive":
+                _check_amplitude(config, anatomy)
+
+
+def _check_amplitude(config: Config, anatomy: Anatomy) -> None:
+    """Refuse an amplitude that is larger than the step of a round; the teacher's layers count as alike.
+
+    Steps after a round that removes layers are not known: which layers those are decides how sparse the others are.
+    """
+    sizes, plan, before, layers = anatomy.sizes, config.plan, 0.0, None
+    for number in range(1, config.recipe.rounds + 1):
+        student = _student(config.at_round(number), anatomy)
+        shape = student.shape
+        if layers not in (None, shape.layers):
+            return
+        left = replace(sizes, hidden=shape.hidden, layers=sizes.layers[: shape.layers])
+        even = [LayerSizes(shape.heads, shape.groups, shape.neurons)] * shape.layers
+        weights = layer_weights(left, even) if student.weights is None else student.weights
+        sparsity = 1.0 - weights / layer_weights(left, left.layers)
+        step = (sparsity - before) / plan.steps
+        if plan.amplitude > step + EXACT:
+            raise ValueError(
+                f"plan.amplitude: {plan.amplitude} is more than the step {step:.4g} of round {number} of"
+                f" {config.recipe.rounds}, so a layer would grow; lower it"
+            )
+        before, layers = sparsity, shape.layers
 
 
 def enabled(config: Config) -> bool:
