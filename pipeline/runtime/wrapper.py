@@ -6,7 +6,7 @@ tensors of the vision tower and the projector, and the whole config.json.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from pipeline.model.families import FAMILIES, WRAPPERS, Wrapper
 from pipeline.model.families.wrappers import POSITIONS, layout
+from pipeline.model.token_ids import Renumbering
 
 FOLDER = "wrapper"
 NOT_CARRIED = ("model_type", "architectures", "rope_parameters", "transformers_version")  # of the text half's config
@@ -48,6 +49,11 @@ class Around:
         for name, tensor in text:
             yield self.stored_name(name), tensor
         yield from self.tensors.items()
+
+    def renumbered(self, new: Renumbering) -> "Around":
+        """Return the same around a text half with fewer tokens: the ids of image tokens follow."""
+        config = new.fields(self.config)
+        return replace(self, config=config | ({"vocab_size": new.new} if "vocab_size" in config else {}))
 
     def injected(self) -> int:
         """Return the number of first layers that image features enter at, after the embedding."""

@@ -4,15 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import compose, everything
 from pipeline.model.hf_config import student_config
 from pipeline.model.token_ids import Renumbering, used_ids
 from pipeline.prune.surgery.cut import cut
-from pipeline.runtime.checkpoint import load_model, write_checkpoint
+from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.wrapper import wrapped_config
 from tests.laws import plan_of
 from tests.tiny import TINY, config_of, tensors_of, tiny_model
+from tests.tiny_wrappers import TINY_WRAPPERS, image_inputs, tiny_wrapper
 
 KEPT = (0, 1, 2, 3, 4, *range(6, 90, 3))
 
@@ -52,6 +55,28 @@ def test_a_student_with_fewer_tokens_has_the_logits_of_those_it_has(kind, tmp_pa
     assert student.config.vocab_size == len(KEPT)
     exact = 1e-12 if model.dtype == torch.float64 else 1e-5
     torch.testing.assert_close(logits(student, ids), expected, rtol=exact, atol=exact)
+
+
+@pytest.mark.parametrize("kind", TINY_WRAPPERS)
+def test_an_image_text_model_with_fewer_tokens_has_the_logits_of_those_it_has(kind, tmp_path):
+    tiny_wrapper(kind).save_pretrained(tmp_path / "teacher")
+    source, inputs = open_checkpoint(tmp_path / "teacher"), image_inputs(kind)
+    read = set(inputs["input_ids"].flatten().tolist())
+    kept = tuple(sorted({*KEPT, *read, *used_ids(source.around.config)} & set(range(96))))
+    new, blueprint = Renumbering.of(kept, 96), replace(everything(source.anatomy.sizes), vocabulary=kept)
+    around = source.around.renumbered(new)
+    written = wrapped_config(around.config, student_config(source.config, source.anatomy, blueprint), 32)
+    write_checkpoint(tmp_path / "student", written, around.stored(cut(source.anatomy, blueprint, source)), 1e9)
+    teacher, student = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path / name, dtype=torch.float64, attn_implementation="eager")
+        for name in ("teacher", "student")
+    )
+    assert student.config.text_config.vocab_size == len(kept)
+    ids = torch.tensor([[new[int(number)] for number in row] for row in inputs["input_ids"]])
+    with torch.no_grad():
+        expected = teacher(**inputs).logits[..., list(kept)]
+        found = student(**inputs | {"input_ids": ids}).logits
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "gemma2", "phi"])

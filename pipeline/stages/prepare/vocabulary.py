@@ -25,7 +25,14 @@ from pipeline.prune.surgery.cut import cut
 from pipeline.prune.vocabulary.choice import kept_tokens
 from pipeline.prune.vocabulary.pieces import pieces_of
 from pipeline.prune.vocabulary.tokenizer_file import renumbered_settings, renumbered_tokenizer
-from pipeline.runtime.checkpoint import GENERATION, Checkpoint, load_tokenizer, write_checkpoint
+from pipeline.runtime.checkpoint import (
+    GENERATION,
+    PROCESSOR,
+    Checkpoint,
+    load_tokenizer,
+    write_around,
+    write_checkpoint,
+)
 from pipeline.runtime.described import read_mapping
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.machine import Machine
@@ -37,7 +44,7 @@ from pipeline.stages.stage import Inputs, Stage
 
 FIELD = "budget.vocabulary"
 COUNTED = ("calibration", "recovery")  # texts whose tokens are counted
-AS_THEY_ARE = ("special_tokens_map.json", "chat_template*", CODE)  # files without ids
+AS_THEY_ARE = ("special_tokens_map.json", "chat_template*", *PROCESSOR, CODE)  # files without ids
 
 
 def enabled(config: Config) -> bool:
@@ -58,8 +65,6 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """
     shutil.rmtree(out, ignore_errors=True)
     source = checkpoint(config, inputs["teacher"])
-    if source.around is not None:
-        raise ValueError(f"{FIELD}: the model reads images too, whose tokens are not renumbered; set {FIELD}=null")
     need_space(out, source.bytes())
     tokenizer = load_tokenizer(source.folder, config.model.trust_remote_code)
     document = _document(tokenizer)
@@ -81,6 +86,9 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     )
     found.save(out)
     _write_tokenizer(source.folder, renumbered_tokenizer(document, found.renumbering), found.renumbering, out)
+    around = source.around
+    if around is not None:  # image tokens
+        write_around(out, around.renumbered(found.renumbering), around.tensors.items(), config.checkpoint.shard_bytes)
     _check(tokenizer, load_tokenizer(out, config.model.trust_remote_code), len(chosen))
     machine.say(
         f"vocabulary: {len(chosen)} of {rows} tokens remain, {found.used_kept} of the {found.used} in the text; "
@@ -108,7 +116,8 @@ def _counts(tokens: Path, rows: int) -> Tensor:
 def _always(source: Checkpoint, tokenizer: Any, document: dict[str, Any]) -> set[int]:
     """Return the ids that remain whatever the text: added and special tokens, those of configs and chat templates."""
     added = {token["id"] for token in document["added_tokens"]} | set(tokenizer.all_special_ids)
-    named = used_ids(source.config) | used_ids(generation_of(source.folder) or {})
+    whole = {} if source.around is None else source.around.config
+    named = used_ids(source.config) | used_ids(whole) | used_ids(generation_of(source.folder) or {})
     encoded = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in template_texts(tokenizer))
     return added | named | {number for ids in encoded for number in ids}
 
