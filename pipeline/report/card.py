@@ -96,7 +96,7 @@ def _origin(report: Report, source: Mapping[str, Any], model: str) -> str:
 
 
 def _shape_rows(report: Report) -> list[Row]:
-    measured = ("perplexity,", "prefill,", "decode,")
+    measured = ("perplexity,", "bits per byte,", "prefill,", "decode,")
     return [row for row in rows(report) if not row.label.startswith(measured)]
 
 
@@ -107,6 +107,12 @@ def _removed(report: Report) -> Iterator[str]:
     if cut["donations"]:
         groups = sum(each["groups"] for each in cut["donations"])
         yield f"KV groups of removed layers that replaced weaker ones of remaining layers (CLAP): {groups}."
+    before, after = (report["shape"][who].get("vocabulary") for who in ("teacher", "student"))
+    if before != after:
+        yield (
+            f"The tokenizer has {after} of the teacher's {before} tokens. It encodes any text; what the removed tokens "
+            "stood for takes several. Perplexity below is per token of the teacher's tokenizer."
+        )
 
 
 def _quality(report: Report) -> Iterator[str]:

@@ -45,6 +45,15 @@ def test_figures_are_those_of_the_run_and_absent_where_it_measured_none():
     assert "| arc | acc | 0.5 ± 0.01 | 0.4 ± 0.01 |" in body and "No benchmark tasks" not in body
 
 
+def test_a_smaller_vocabulary_is_said_and_bits_per_byte_are_no_shape():
+    _, body = made()
+    assert "bits per byte" not in body and "tokenizer has" not in body
+    report = example_report()
+    report["shape"]["student"]["vocabulary"] = 64
+    _, body = head_and_body(card(report | {"export": EXPORT}, {}))
+    assert "64 of the teacher's 96 tokens" in body and "| vocabulary | 96 | 64 |" in body
+
+
 @pytest.mark.parametrize(
     ("form", "expected", "trusted"),
     [
