@@ -6,11 +6,13 @@ from itertools import product
 
 import pytest
 from tokenizers import Tokenizer
+from transformers import GemmaTokenizer, GPT2Tokenizer, LlamaTokenizer, T5Tokenizer
 
 from pipeline.model.token_ids import Renumbering
 from pipeline.prune.vocabulary.choice import kept_tokens
-from pipeline.prune.vocabulary.pieces import BYTES, pieces_of
+from pipeline.prune.vocabulary.pieces import BYTES, merge_of, pieces_of
 from pipeline.prune.vocabulary.tokenizer_file import renumbered_settings, renumbered_tokenizer
+from pipeline.runtime.checkpoint import load_tokenizer
 from tests.tiny_tokenizers import KINDS, LINES, PROBES
 
 
@@ -137,6 +139,37 @@ def test_every_piece_that_stays_can_be_made(core):
         before, after = pieces_of(document), pieces_of(edited)
         for piece, number in after.ids.items():
             assert len(after.parts(number)) == len(before.parts(kept[number])), piece
+
+
+@pytest.mark.parametrize(
+    ("kind", "cls"),
+    [
+        ("BPE with byte fallback", LlamaTokenizer),
+        ("BPE with byte fallback", GemmaTokenizer),
+        ("byte-level BPE", GPT2Tokenizer),
+        ("Unigram", T5Tokenizer),
+    ],
+)
+def test_classes_that_build_their_tokenizer_from_the_pieces_load_the_pruned_one(kind, cls, tmp_path):
+    model = json.loads(KINDS[kind]().to_str())["model"]
+    vocab = [tuple(piece) for piece in model["vocab"]] if kind == "Unigram" else model["vocab"]
+    merges = {"merges": list(map(merge_of, model["merges"]))} if "merges" in model else {}
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    cls(vocab=vocab, **merges, **names).save_pretrained(tmp_path / "whole")
+    whole = load_tokenizer(tmp_path / "whole")
+    core = whole.backend_tokenizer
+    kept, _, edited = pruned(core, sizes(core)[2])
+    new = Renumbering.of(kept, len(whole))
+    config = json.loads((tmp_path / "whole" / "tokenizer_config.json").read_text())
+    (tmp_path / "fewer").mkdir()
+    for name, fields in (("tokenizer.json", edited), ("tokenizer_config.json", renumbered_settings(config, new))):
+        (tmp_path / "fewer" / name).write_text(json.dumps(fields))
+    fewer = load_tokenizer(tmp_path / "fewer")
+    assert isinstance(fewer, cls) and len(fewer) == len(kept)
+    for text in texts():
+        before, after = (each(text)["input_ids"] for each in (whole, fewer))
+        assert fewer.decode(after) == whole.decode(before)
+        assert not set(before) <= set(kept) or after == [new[number] for number in before]
 
 
 def test_other_models_are_refused():
