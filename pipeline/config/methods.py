@@ -80,7 +80,7 @@ class Plan(Section):
     channels: Literal["scores", "leading", "random"]
     heads: Literal["scores", "random"]
     neurons: Literal["scores", "random"]
-    experts: Literal["scores", "random"]
+    experts: Literal["scores", "random", "merge"]
     widths: str
     amplitude: Portion
     steps: Count

@@ -151,6 +151,14 @@ def external_students_keep_their_tokens(config: Config) -> None:
         )
 
 
+def merged_experts_are_whole(config: Config) -> None:
+    if config.plan.experts == "merge" and config.shape.expert_neurons is not None:
+        raise ValueError(
+            "plan.experts: merge averages whole experts, and shape.expert_neurons narrows each by its own scores; set "
+            "plan.experts=scores, or leave shape.expert_neurons unset"
+        )
+
+
 def _rotated(config: Config) -> bool:
     return config.rotate.kind == "principal"
 
@@ -173,5 +181,6 @@ RULES: tuple[Callable[[Config], None], ...] = (
     measured_absorption_has_its_stage,
     local_distillation_keeps_the_axes,
     layer_by_layer_methods_choose_alone,
+    merged_experts_are_whole,
     external_students_keep_their_tokens,
 )

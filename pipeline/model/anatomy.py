@@ -120,6 +120,17 @@ class Anatomy:
         routers = {name for name in fused if name.endswith(".weight") and self.layer_tensors[name] == (("e", "h"),)}
         return frozenset(self.expert_of.keys() & self.layer_tensors.keys() | (fused - routers))
 
+    @property
+    def router(self) -> str:
+        """Return the name, with a `{layer}` place, of the router's weight, whose axes are `e h`.
+
+        ValueError for a family without experts.
+        """
+        names = [n for n, axes in self.layer_tensors.items() if axes == (("e", "h"),) and n.endswith(".weight")]
+        if len(names) != 1:
+            raise ValueError(f"model_type {self.family.model_type!r} has no router")
+        return names[0]
+
     def sparse(self, layer: int) -> bool:
         """Whether a layer has experts."""
         return any(self.has(name, layer) for name in self.routed)

@@ -27,6 +27,8 @@ class LayerPlan:
     neurons: tuple[int, ...]
     experts: tuple[int, ...] = ()  # empty: all experts of the host, if it has any
     expert_neurons: tuple[tuple[int, ...], ...] = ()  # of each expert that stays; empty: all neurons
+    # Of each expert that stays: the experts whose weighted mean it becomes, each with its share; empty: as they are
+    merged: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,10 @@ def _check_experts(blueprint: Blueprint, anatomy: Anatomy) -> None:
             _distinct(f"blueprint layer {place} experts", plan.experts, anatomy.sizes.carried.get("e", 0))
         if plan.expert_neurons and len(plan.expert_neurons) != (len(plan.experts) or anatomy.sizes.carried["e"]):
             raise ValueError(f"blueprint layer {place}: not every expert that stays has neurons")
+        if plan.merged and (plan.expert_neurons or len(plan.merged) != len(plan.experts)):
+            raise ValueError(
+                f"blueprint layer {place}: where experts are merged, each that stays is the mean of whole experts"
+            )
         for own in plan.expert_neurons:
             _distinct(f"blueprint layer {place} neurons of experts", own, anatomy.sizes.carried["x"])
 
@@ -220,7 +226,23 @@ def _composed(first: Blueprint, plan: LayerPlan) -> LayerPlan:
         stay = plan.experts or range(len(host.expert_neurons))
         own = [host.expert_neurons[expert] for expert in stay]
         inner = tuple(tuple(each[i] for i in kept) for each, kept in zip(own, inner or map(range, map(len, own))))
-    return LayerPlan(host.host, tuple(groups), neurons, experts or host.experts, inner)
+    return LayerPlan(host.host, tuple(groups), neurons, experts or host.experts, inner, _merges(host, plan))
+
+
+def _merges(host: LayerPlan, plan: LayerPlan) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """Return the experts of the source, with their shares, that each expert of a composed plan is the mean of."""
+
+    def members(expert: int) -> tuple[tuple[int, float], ...]:
+        if host.merged:
+            return host.merged[expert]
+        return ((host.experts[expert] if host.experts else expert, 1.0),)
+
+    if plan.merged:
+        return tuple(
+            tuple((member, share * part) for expert, share in each for member, part in members(expert))
+            for each in plan.merged
+        )
+    return tuple(host.merged[expert] for expert in plan.experts or range(len(host.merged))) if host.merged else ()
 
 
 def _distinct(what: str, indices: tuple[int, ...], length: int) -> None:

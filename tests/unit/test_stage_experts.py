@@ -152,3 +152,45 @@ def test_rounds_narrow_experts_step_by_step(tmp_path):
 def test_an_impossible_number_of_neurons_of_experts_is_refused(kind, neurons, tmp_path):
     with pytest.raises(ValueError, match=r"^shape\.expert_neurons: "):
         made(make_world(tmp_path, kind), CUT, shape__expert_neurons=neurons)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_merged_experts_are_means_weighted_by_routing(kind, tmp_path):
+    world = mixture_world(tmp_path, kind)
+    dropped, merged = (made(world, CUT, f"plan.experts={how}", shape__experts=2) for how in ("scores", "merge"))
+    blueprint, scores = Blueprint.load(merged["blueprint"]), Scores.load(merged["scores"])
+    source, student = open_checkpoint(merged["teacher"]), open_checkpoint(merged["initial_student"])
+    assert student.anatomy.shapes() == open_checkpoint(dropped["initial_student"]).anatomy.shapes()
+    model, narrow = loaded(merged["teacher"]), loaded(merged["initial_student"])
+    for place, (plan, plain) in enumerate(zip(blueprint.layers, Blueprint.load(dropped["blueprint"]).layers)):
+        assert plan.experts == plain.experts
+        weights, rows = scores.routing[plan.host][1], source[source.anatomy.router.format(layer=plan.host)]
+        assert sorted(expert for parts in plan.merged for expert, _ in parts) == list(range(4))
+        whole, few = (
+            each.get_submodule(source.anatomy.expert_module(at)) for each, at in ((model, plan.host), (narrow, place))
+        )
+        for own, (expert, parts) in enumerate(zip(plan.experts, plan.merged)):
+            members = [each for each, _ in parts]
+            assert members[0] == expert
+            for other in members[1:]:
+                cosines = torch.cosine_similarity(rows[list(plan.experts)], rows[other][None])
+                assert plan.experts[int(cosines.argmax())] == expert
+            shares = weights[members] / weights[members].sum() if weights[members].any() else torch.eye(len(members))[0]
+            torch.testing.assert_close(torch.tensor([share for _, share in parts]).double(), shares.double())
+            for name in ("gate_up_proj", "down_proj"):
+                mean = torch.einsum("e,e...->...", shares.double(), getattr(whole, name)[members])
+                torch.testing.assert_close(getattr(few, name)[own], mean)
+
+
+def test_merging_in_rounds_is_one_merge_of_their_shares(tmp_path):
+    world = mixture_world(tmp_path, "qwen3_moe")
+    rounds = ["recipe.rounds=2", "recipe.repeat=[importance,shape,plan,cut]", "reinit.slnp=false", "plan.experts=merge"]
+    folders = made(world, CUT, *rounds, shape__experts=2)
+    source, last = open_checkpoint(folders["teacher"]), open_checkpoint(folders["initial_student"])
+    for name, tensor in cut(source.anatomy, Blueprint.load(folders["blueprint"]), source):
+        torch.testing.assert_close(tensor, last[name])
+
+
+def test_experts_are_merged_whole():
+    with pytest.raises(ValueError, match=r"plan\.experts: "):
+        configured("plan.experts=merge", "shape.experts=2", "shape.expert_neurons=6")

@@ -92,6 +92,8 @@ def _part(
             pieces.append(rows if layer == plan.host else donate(name, rows, layer, plan.host))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, along)
     layer = principal_layer(plan) if segment == ("d",) else plan.host
+    if plan.merged and name in anatomy.routed:
+        return _mean(anatomy, source, name, plan)
     tensor = _segment(anatomy, source, name, index, layer)
     if "e" in segment and plan.experts:
         tensor = tensor.index_select(segment.index("e"), torch.tensor(plan.experts))
@@ -108,6 +110,18 @@ def _part(
                 place = plan.experts.index(expert) if plan.experts else expert
                 tensor = _of_neurons(tensor, i, axis, "x", width, own[place])
     return tensor
+
+
+def _mean(anatomy: Anatomy, source: Mapping[str, Tensor], name: str, plan: LayerPlan) -> Tensor:
+    """Return a tensor of experts, each the weighted mean of some, in float64, rounded once."""
+    if name in anatomy.expert_of:
+        pattern, expert = anatomy.expert_of[name]
+        parts = plan.merged[plan.experts.index(expert)]
+        named = [(source[pattern.replace(EXPERT, str(each)).format(layer=plan.host)], share) for each, share in parts]
+        return torch.stack([tensor.to(torch.float64) * share for tensor, share in named]).sum(0).to(named[0][0].dtype)
+    whole = source[name.format(layer=plan.host)]
+    weighted = ([whole[each].to(torch.float64) * share for each, share in parts] for parts in plan.merged)
+    return torch.stack([torch.stack(parts).sum(0) for parts in weighted]).to(whole.dtype)
 
 
 def _of_neurons(tensor: Tensor, along: int, axis: Axis, letter: str, count: int, kept: Sequence[int]) -> Tensor:

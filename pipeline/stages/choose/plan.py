@@ -8,6 +8,7 @@ from pipeline.config.methods import MEASURED_DEPTH
 from pipeline.model.blueprint import Blueprint, Step, compose
 from pipeline.model.scores import FILE, Scores
 from pipeline.model.shape import Shape
+from pipeline.prune.merging import merge_experts
 from pipeline.prune.plan import DEPTH_POLICIES, layers_that_stay, leading, plan_by
 from pipeline.runtime.machine import Machine
 from pipeline.stages.models import checkpoint
@@ -45,7 +46,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     In later rounds step.json holds the same in the indices of the student of the round before; with adaptive widths
     sparsities.json holds a sparsity for every layer that stays.
     """
-    anatomy = checkpoint(config, inputs["subject"]).anatomy
+    source = checkpoint(config, inputs["subject"])
+    anatomy = source.anatomy
     scores, shape, policy = Scores.load(_ranked(inputs)), Shape.load(inputs["shape"]), config.plan.policy
     if config.plan.channels == "leading":
         scores = leading(scores)
@@ -57,6 +59,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     mixture = {"experts": shape.experts, "expert_neurons": shape.expert_neurons}
     chosen_by = policy | mixture | {"seed": config.seed, "hosts": hosts}
     step = plan_by(anatomy, scores, widths, shape.hidden, shape.layers, **chosen_by)
+    if config.plan.experts == "merge":
+        step = merge_experts(anatomy, scores, step, source)
     step.check(anatomy)
     blueprint = step
     if "previous_blueprint" in inputs:
