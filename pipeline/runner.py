@@ -1,5 +1,6 @@
 """Run a recipe: find or make the artifact of each stage in order, bind the model roles, go through rounds."""
 
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pipeline.runtime.device import open_device
 from pipeline.runtime.hashing import digest
 from pipeline.runtime.log import say
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_source import model_folder
 from pipeline.runtime.ranks import join, place
 from pipeline.runtime.run_folder import Shown, artifacts_of, check_output, show, write_record
 from pipeline.runtime.track import Track, open_track
@@ -63,6 +65,12 @@ def run(config: Config, command: str) -> dict[str, Path]:
     with ranks.guard():
         if ranks.rank == 0:  # only this rank writes
             _probe_folders(config)
+    if config.recipe.reason is not None:
+        say(f"recipe: {config.recipe.name}, as {config.recipe.reason} (docs/results.md)", ranks.rank)
+    if config.dry_run:
+        with ranks.guard():
+            _dry_run(config, Machine(device, ranks, Track(None)))
+        return {}
     folder = Path(config.runs) / config.run
     dumped = config.model_dump(mode="json")
     record: dict[str, Any] = {"command": command, "config": dumped, "device": device.name, "stages": {}}
@@ -70,18 +78,10 @@ def run(config: Config, command: str) -> dict[str, Path]:
     settings = (track.mode, track.project, track.entity, track.group, track.tags)
     with ranks.guard(), open_track(*settings, config.run, folder, dumped, ranks.rank) as tracker:
         machine = Machine(device, ranks, tracker)
-        if config.recipe.reason is not None:
-            machine.say(f"recipe: {config.recipe.name}, as {config.recipe.reason} (docs/results.md)")
         store = artifacts.Store(Path(config.artifacts), ranks, artifacts.code_revision(), device.name, config.verify)
-        if config.dry_run:
-            names = ["teacher", "external_student", "shape"]
-        elif ranks.rank == 0:
+        if ranks.rank == 0:
             record["earlier"] = _earlier(folder)
         session = Session(config, store, machine, record, _count(config, names))
-        if config.dry_run:
-            made = _run_stages(session, names, {})
-            machine.say(estimate.needs(config, made, ranks.world))
-            return made
         made = _run_rounds(session, names)
         for unneeded in ("earlier", "unfinished"):
             record.pop(unneeded, None)
@@ -93,6 +93,35 @@ def run(config: Config, command: str) -> dict[str, Path]:
     if "student" in made:
         machine.say(f"student: {config.output or folder / 'student'}")
     return made
+
+
+def _dry_run(config: Config, machine: Machine) -> None:
+    """Print from rank 0 what the trainings of a run need, and leave no file.
+
+    Model folders are read where they are; a GGUF is unpacked into a temporary folder on the disk of the artifacts.
+    """
+    if machine.ranks.rank == 0:
+        with tempfile.TemporaryDirectory(dir=disk.existing(Path(config.artifacts)), prefix=".dry-run-") as scratch:
+            made: dict[str, Path] = {}
+            for name, source in (("teacher", config.model.path), ("external_student", config.model.start)):
+                if source is not None:
+                    folder = model_folder(source, config.model.allow_pickle)
+                    _fill(config, STAGES[name], made, Path(scratch), machine, folder)
+            if STAGES["shape"].enabled(config):
+                _fill(config, STAGES["shape"], made, Path(scratch), machine)
+            machine.say(estimate.needs(config, made, machine.ranks.world))
+    machine.ranks.wait("dry run")
+
+
+def _fill(
+    config: Config, stage: Stage, made: dict[str, Path], scratch: Path, machine: Machine, folder: Path | None = None
+) -> None:
+    """Add what a stage makes to `made`: a folder that is there already, or one inside `scratch` that it fills now."""
+    if folder is None:
+        folder = scratch / stage.name
+        folder.mkdir()
+        stage.run(config, made, folder, machine)
+    made |= dict.fromkeys((stage.makes, *stage.becomes), folder)
 
 
 def _earlier(folder: Path) -> list[str]:
@@ -190,7 +219,7 @@ def _run_stages(session: Session, names: list[str], known: Mapping[str, Path]) -
 def _show(session: Session, inner: str = "") -> None:
     """Bring the run folder up to date from rank 0; `inner` is the folder of a round inside it."""
     config = session.config
-    if session.machine.ranks.rank != 0 or config.dry_run:
+    if session.machine.ranks.rank != 0:
         return
     runs, shown = Path(config.runs), _shown(session.folders)
     output = None if config.output is None else Path(config.output)
@@ -204,7 +233,7 @@ def _show(session: Session, inner: str = "") -> None:
 def _write(session: Session) -> None:
     """Write run.json from rank 0."""
     config = session.config
-    if session.machine.ranks.rank == 0 and not config.dry_run:
+    if session.machine.ranks.rank == 0:
         with _writing(Path(config.runs) / config.run):
             write_record(Path(config.runs) / config.run, session.record)
 

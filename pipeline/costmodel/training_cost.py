@@ -80,7 +80,7 @@ class Needs:
         verdict = "" if self.fits else f", MORE than {MEMORY_SHARE:.0%} of a device's {self.device_bytes / 1e9:.0f} GB"
         return (
             f"{self.purpose} needs {self.devices} x {self.bytes_per_device / 1e9:.2f} GB on {self.chip}{verdict} and "
-            f"{_figures(self.hours)} hours for {self.tokens:,} tokens: {self.steps} steps of "
+            f"{_duration(self.hours)} for {self.tokens:,} tokens: {self.steps} steps of "
             f"{sum(self.step.values()):.3g} s"
         )
 
@@ -256,6 +256,14 @@ def _communication_seconds(chip: Chip, own: int, frozen: int, run: Recovery, dev
     if run.zero_stage == 2:
         return (accumulation + 1) * gather
     return accumulation * (3 * gather + gather_seconds(chip, frozen * size, devices))
+
+
+def _duration(hours: float) -> str:
+    """Return a duration in seconds below two minutes, in minutes below two hours, else in hours."""
+    for unit, parts in (("seconds", 3600.0), ("minutes", 60.0)):
+        if hours * parts < 120.0:
+            return f"{_figures(hours * parts)} {unit}"
+    return f"{_figures(hours)} hours"
 
 
 def _figures(value: float) -> str:

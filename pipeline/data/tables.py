@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from pipeline.data.chats import FORMS
 from pipeline.data.lines import Value, check_column
+from pipeline.model.hub import hub_reason
 
 ROWS = 256  # read at once
 
@@ -69,7 +70,7 @@ def hub(name: str, configuration: str | None, split: str | None, given: str, fie
     try:
         table = datasets.load_dataset(name, configuration, split=split or "train")
     except Exception as fault:  # not found, gated, no network, several configurations, no such split, damaged files
-        raise ValueError(f"hub data set {given} cannot be loaded: {_one_line(fault)}") from None
+        raise ValueError(f"hub data set {given} cannot be loaded: {hub_reason(fault)}") from None
     return _checked(given, field, table)
 
 

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from pipeline.runtime.device import BACKENDS, Device, missing, open_device
 from pipeline.runtime.disk import probe, size, space_free
 from pipeline.runtime.doctor_npu import ascend
-from pipeline.runtime.findings import FAILS, OK, WARNING, Row, installed, table
+from pipeline.runtime.findings import ABSENT, FAILS, OK, WARNING, Row, installed, table
 from pipeline.runtime.track import logged_in
 
 NEEDED = ("torch", "transformers", "deepspeed", "safetensors", "datasets", "hydra-core", "pydantic", "wandb")
@@ -75,11 +75,11 @@ def _accelerators(kind: str) -> Iterator[Row]:
         if fault and kind == name:
             yield Row(name, "cannot run", FAILS, fault)
         elif fault and "cannot be imported" in fault:
-            yield Row(name, "absent", WARNING, fault)
+            yield Row(name, "not available", WARNING, fault)
         elif fault:
-            yield Row(name, f"absent ({fault.split(';')[0]})")
+            yield Row(name, f"not available: {fault.split(';')[0]}", ABSENT)
         else:
-            yield Row(name, "present")
+            yield Row(name, "available")
     if kind in ("auto", "cpu") or missing(kind) is None:
         yield from _device(open_device(kind, "auto", False, 0, 0))
 
@@ -146,7 +146,9 @@ def _monitoring() -> Row:
     mode = os.environ.get("WANDB_MODE")
     if mode:
         return Row("W&B", f"{mode} (WANDB_MODE)")
-    return Row("W&B", "online" if logged_in() else "offline: no credentials; `wandb login` stores them")
+    if logged_in():
+        return Row("W&B", "online")
+    return Row("W&B", "runs are recorded offline: no credentials; `wandb login` stores them", ABSENT)
 
 
 def _requirements() -> dict[str, Requirement]:

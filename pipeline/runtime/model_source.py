@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from pipeline.model.hub import hub_reason
 from pipeline.runtime.checkpoint import (
     CARRIED,
     GENERATION,
@@ -200,8 +201,7 @@ def _fetched(name: str, field: str, allow_pickle: bool) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:
-        reason = str(fault).splitlines()[0]
-        raise ValueError(f"{field}: {name} is no folder here and no reachable hub id ({reason:.160})") from None
+        raise ValueError(f"{field}: {name} is no folder, and not fetched from the hub: {hub_reason(fault)}") from None
 
 
 def _parts(path: Path, field: str) -> tuple[Path, ...]:

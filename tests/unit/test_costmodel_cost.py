@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from pipeline.costmodel import training_cost
 from pipeline.costmodel.cost import (
     MEMORY_SHARE,
     Work,
@@ -208,3 +209,11 @@ def test_a_run_that_cannot_be_split_or_held_is_refused_with_the_remedy():
     narrow = Recovery(953, 4096, 2, 1, "bf16", 0, False, 1024, *LOSS)
     with pytest.raises(ValueError, match=r"distill\.global_batch_size: 2 .* deepspeed\.stage \(now 0\)"):
         training_needs(chip("910B4"), LLAMA_8B, STUDENT, narrow)
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [(0.0001, "0.36 seconds"), (0.02, "72 seconds"), (0.5, "30 minutes"), (1.99, "119 minutes"), (2.0, "2 hours")],
+)
+def test_a_duration_is_given_in_the_unit_that_suits_it(hours, text):
+    assert training_cost._duration(hours) == text

@@ -26,8 +26,44 @@ def test_a_cpu_can_run_and_nothing_is_written(capsys, tmp_path):
     code, text = report(capsys, "device=cpu")
     assert code == 0 and text.endswith("device cpu can run\n")
     for name in ("python", "torch", "deepspeed", "chip", "computes", "memory", "artifacts", "W&B"):
-        assert re.search(rf"^(ok|warning) +{name} ", text, re.MULTILINE), text
+        assert re.search(rf"^(ok|warning|-) +{name} ", text, re.MULTILINE), text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_is_not_there_and_not_requested_is_neither_ok_nor_a_warning(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "missing", lambda kind: None if kind == "cpu" else f"{kind} is not there; buy one")
+    code, text = report(capsys)
+    assert code == 0
+    for kind in ("npu", "cuda"):
+        assert re.search(rf"^- +{kind} +not available: {kind} is not there$", text, re.MULTILINE), text
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "state"),
+    [
+        ("torch", "2.9.0", doctor.OK),
+        ("torch", "2.13.0+cpu", doctor.OK),
+        ("torch", "2.13.1.dev20261101", doctor.OK),
+        ("torch", "2.8.0", doctor.WARNING),
+        ("torch", "2.14.0", doctor.WARNING),
+        ("torch", None, doctor.FAILS),
+        ("transformers", "5.14.0", doctor.OK),
+        ("transformers", "5.13.2", doctor.WARNING),
+        ("transformers", "6.0.0", doctor.WARNING),
+        ("deepspeed", "0.19.8", doctor.OK),
+        ("deepspeed", "0.20.0", doctor.WARNING),
+        ("hydra-core", "1.3.2", doctor.OK),
+        ("hydra-core", "1.4.0", doctor.WARNING),
+        ("wandb", None, doctor.FAILS),
+    ],
+)
+def test_versions_are_judged_by_the_ranges_of_the_project(monkeypatch, name, version, state):
+    sound = {"torch": "2.13.0", "transformers": "5.24.0", "deepspeed": "0.19.8", "hydra-core": "1.3.8"}
+    present = dict.fromkeys(doctor.NEEDED, "99.0") | sound | {name: version}
+    monkeypatch.setattr(doctor, "installed", present.get)
+    rows = {row.name: row for row in doctor._software()}
+    assert rows.pop(name).state == state
+    assert all(row.state == doctor.OK for row in rows.values())
 
 
 @pytest.mark.parametrize("kind", ["npu", "cuda"])

@@ -8,8 +8,10 @@ from fnmatch import fnmatch
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import errors
 from tqdm.auto import tqdm
 
+from pipeline.model.hub import hub_reason
 from pipeline.runtime.checkpoint import load_model, load_tokenizer, open_checkpoint, write_checkpoint
 from pipeline.runtime.model_source import ModelSource, import_model, locate
 from pipeline.stages.build import absorb_norms
@@ -209,3 +211,20 @@ def test_paths_without_a_model_are_refused_in_one_line(path, fault, tmp_path):
     else:
         with pytest.raises(ValueError, match=fault):
             locate(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE"),
+        (errors.GatedRepoError, "hf auth login"),
+        (errors.RepositoryNotFoundError, "hf auth login"),
+        (ConnectionError, "HF_ENDPOINT"),
+    ],
+)
+def test_a_fault_of_the_hub_says_what_to_do(kind, said):
+    inner = kind.__new__(kind)  # its constructor wants a response of the hub
+    outer = OSError("Got: ConnectError: [Errno -2]\nName or service not known")
+    outer.__cause__ = inner
+    assert said in hub_reason(outer) and hub_reason(outer) == hub_reason(inner)
+    assert hub_reason(KeyError("a\nb")) == "'a\\nb'"

@@ -1,6 +1,7 @@
 """The stage external_student: a student cut elsewhere is recovered as if cut here, or refused in one line."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -38,9 +39,11 @@ def test_recovery_does_not_depend_on_who_cut(world, tmp_path):
 
 def test_a_dry_run_estimates_for_the_given_student(world, tmp_path, capsys):
     save_tiny(tiny_model("llama-tied", dtype=torch.float32, num_hidden_layers=2), tmp_path / "given")
-    chosen = ("recipe=recover", "dry_run=true", "device/chip=910B1", "device.kind=cpu", "artifacts=" + str(tmp_path))
-    found = made(world, *chosen, f"model.start={tmp_path / 'given'}")
-    assert {"teacher", "initial_student"} <= set(found) and "recovery needs 1 x " in capsys.readouterr().out
+    chosen = ("recipe=recover", "dry_run=true", "device/chip=910B1", "device.kind=cpu", "track.mode=offline")
+    places = (f"artifacts={tmp_path / 'artifacts'}", f"runs={tmp_path / 'runs'}")
+    assert made(world, *chosen, *places, f"model.start={tmp_path / 'given'}") == {}
+    assert re.fullmatch(r"recovery needs 1 x .*\n", capsys.readouterr().out)
+    assert [path.name for path in tmp_path.iterdir()] == ["given"]
 
 
 @pytest.mark.parametrize("own", [False, True])
