@@ -22,6 +22,7 @@ from pipeline.distill.holdout import hold_out, share_out
 from pipeline.distill.loop import HELD_OUT, Course, train
 from pipeline.distill.schedule import learning_rate
 from pipeline.distill.selection import Selection
+from pipeline.model.marks import Marked
 from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.checkpoint import Checkpoint, class_of, load_model, write_checkpoint
 from pipeline.runtime.class_parameters import ClassParameters, stored_tensors
@@ -61,6 +62,7 @@ def train_model(
     stretch: Stretch = ALL,
     skipped: int = 0,
     selection: Selection = LAST,
+    marked: bool = False,
 ) -> None:
     """Write the model trained from `origin` as a model folder in float32, and metrics.jsonl; every rank takes part.
 
@@ -69,6 +71,7 @@ def train_model(
 
     `section`: the name of the settings; `module`: makes what the engine trains from a function that loads a model
     folder in the compute type; `skipped`: sequences at the beginning of the text that an earlier training read;
+    `marked`: the module reads tokens with marks, where the text has them (`data.loss_on`).
     `selection`: which state is exported, and recovery.json is written where it has a metric. Checkpoints that an
     interrupted attempt left in `out` are resumed from, bit for bit; a damaged one is reported and an earlier one taken.
     """
@@ -79,7 +82,10 @@ def train_model(
     kept = options.save_total_limit + 1 + selection.best  # one more while it is written
     need_space(out, parameters * (STATE_BYTES * kept + WEIGHT_BYTES))
     start = ClassParameters(class_of(origin.config, origin.folder), origin)
-    rest, held = hold_out(text, max(1, options.eval_tokens // config.data.sequence_length), section)
+    marked = marked and text.marked
+    rows = Marked(text) if marked else text
+    rest, held = hold_out(rows, max(1, options.eval_tokens // config.data.sequence_length), section)
+    held_out = share_out(held, options.micro_batch_size, ranks.rank, ranks.world, marked)
     with ExitStack() as undo:
         engine = _engine(section, config, options, module, machine, count, undo)
         done, selection = _resumed(engine, section, out, first, last, stretch.before, selection, machine)
@@ -89,7 +95,7 @@ def train_model(
             machine.say(f"{section}: resumes after step {first + done} of {steps}")
         tokens = options.global_batch_size * rest.sequence
         every = (options.eval_steps, options.save_steps, options.save_total_limit)
-        course = Course(section, last - first, count, tokens, *every, config.seed + first)
+        course = Course(section, last - first, count, tokens, *every, config.seed + first, marked)
         read = skipped + (first + done) * options.global_batch_size
         peak, warmup, floor = options.learning_rate, options.warmup_ratio, options.min_lr_ratio
 
@@ -103,7 +109,7 @@ def train_model(
         selection = train(
             engine,
             stream(rest, options.micro_batch_size, ranks.rank, ranks.world, read, config.seed),
-            share_out(held, options.micro_batch_size, ranks.rank, ranks.world),
+            held_out,
             course,
             rate,
             done,

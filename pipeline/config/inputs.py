@@ -1,6 +1,6 @@
 """Sections of what is read: the model and the texts."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -54,10 +54,16 @@ class Split(Section):
 class Data(Section):
     sequence_length: Annotated[int, Field(ge=8)]
     text_field: str
+    loss_on: Literal["all", "assistant"]
     calibration: WeightedTexts
     recovery: WeightedTexts
     evaluation: Texts
     split: Split
+
+    @property
+    def answers(self) -> bool:
+        """Whether the assistant's text in chats is marked."""
+        return self.loss_on == "assistant"
 
 
 class SelfGenerate(Section):

@@ -42,12 +42,23 @@ def _has_form(turn: Any) -> bool:
 
 
 def turns(record: list, place: str) -> list[dict[str, Any]]:
-    """Return the turns as a template reads them. Raise ValueError where one has neither form or is unlike the first."""
+    """Return the turns as a template reads them, those that call tools with or without a content.
+
+    Raise ValueError where one has neither form or is unlike the first.
+    """
     first = record[0] if isinstance(record[0], dict) else {}
     role, content = form = next((each for each in FORMS if set(each) <= set(first)), FORMS[0])
     for number, turn in enumerate(record, start=1):
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in form):
+        texts = isinstance(turn, dict) and [turn.get(key) for key in form]
+        if texts and texts[1] is None and turn.get("tool_calls"):
+            texts[1] = ""
+        if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{place}, turn {number} is {turn!r:.80}; {TURN}")
     if form == FORMS[0]:
-        return record
+        return [_given(turn) for turn in record]
     return [{"role": ROLES.get(turn[role], turn[role]), "content": turn[content]} for turn in record]
+
+
+def _given(turn: dict[str, Any]) -> dict[str, Any]:
+    """Return a turn without the fields that are null, as tables hold them; an absent content is empty."""
+    return {"content": "", **{name: value for name, value in turn.items() if value is not None}}

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipeline.data.answers import Span
 from pipeline.data.overlap import EvaluationRuns
 from pipeline.data.sources import Piece
+from pipeline.model.marks import marked
 
 BLOCK = 1 << 16  # characters tokenised as one string; a longer document is tokenised in parts
 BATCH = 1 << 18  # characters given to the tokenizer at once
@@ -50,6 +52,8 @@ class Counts:
     tokens: int = 0
     left_out_pieces: int = 0
     left_out_tokens: int = 0
+    answer_tokens: int = 0  # of an assistant, where these are marked
+    edge_tokens: int = 0  # partly in an answer, and partly in text beside it that is not blank: not counted as its own
 
 
 class Block(NamedTuple):
@@ -96,9 +100,18 @@ def _cut(piece: Piece) -> Iterator[Piece]:
         while stop - start > BLOCK:
             space = max(piece.text.rfind(white, start + BLOCK // 2, start + BLOCK) for white in "\n ")
             middle = space if space > start else start + BLOCK
-            yield Piece(piece.text[start:middle], False, piece.whole)
+            yield Piece(piece.text[start:middle], False, piece.whole, _inside(piece, start, middle))
             start = middle
-        yield Piece(piece.text[start:stop], piece.ends and stop == len(piece.text), piece.whole)
+        ends = piece.ends and stop == len(piece.text)
+        yield Piece(piece.text[start:stop], ends, piece.whole, _inside(piece, start, stop))
+
+
+def _inside(piece: Piece, start: int, stop: int) -> tuple[Span, ...] | None:
+    """Return the answers of a piece within a part of its text, counted from the part's start."""
+    if piece.answers is None:
+        return None
+    cut = ((max(first, start) - start, min(last, stop) - start) for first, last in piece.answers)
+    return tuple((first, last) for first, last in cut if first < last)
 
 
 def batches(several: Iterable[Block]) -> Iterator[list[Block]]:
@@ -119,7 +132,8 @@ class Encoder:
 
     With `notes`, the runs of an evaluation text are noted there. With `avoids`, pieces that share a run with evaluation
     text are left out, with `copies` those alone that are copies, and the gap ends a document; `count` comes first. A
-    tokenizer without character offsets loses whole blocks then.
+    tokenizer without character offsets loses whole blocks then. With `marks` the tokens of chats that are not an
+    assistant's are marked (`marks.marked`).
     """
 
     def __init__(
@@ -130,8 +144,9 @@ class Encoder:
         notes: EvaluationRuns | None = None,
         avoids: EvaluationRuns | None = None,
         copies: bool = False,
+        marks: bool = False,
     ):
-        self.counts = Counts()
+        self.counts, self._marks = Counts(), marks
         self._tokenizer, self._around, self._vocabulary = tokenizer, around, vocabulary
         self._notes, self._avoids, self._copies = notes, avoids, copies
         self._begins = True  # a document
@@ -184,7 +199,7 @@ class Encoder:
             tokens = self._closed(part, ids[skipped:])
             shared = self._shared(part, tokens, encoded, number, skipped)
             if not shared:
-                yield self._emit(part, tokens)
+                yield self._emit(part, tokens, self._counted(part, len(tokens), encoded, number, skipped))
                 continue
             self._leave_out(part, shared)
             rest = _without(part, shared)
@@ -199,7 +214,34 @@ class Encoder:
             raise ValueError(f"{fault}; model.path needs the tokenizer the model was trained with")
         return tokens
 
-    def _emit(self, block: Block, tokens: np.ndarray) -> np.ndarray:
+    def _counted(self, block: Block, count: int, encoded: Any, number: int, skipped: int) -> np.ndarray | None:
+        """Return which of the `count` tokens of a block a loss counts, [count]; None where it counts all of them."""
+        spans, at = [], 0
+        for piece in block.pieces:
+            own = ((0, len(piece.text)),) if piece.answers is None else piece.answers
+            spans += [(at + start, at + stop) for start, stop in own]
+            at += len(piece.text)
+        if not self._marks or all(piece.answers is None for piece in block.pieces):
+            return None
+        if encoded.encodings is None:
+            raise ValueError(
+                "data.loss_on: assistant needs a tokenizer with character offsets, and the teacher's has none; put its "
+                "tokenizer.json into the model folder, or set data.loss_on=all"
+            )
+        edges = np.asarray(encoded.encodings[number].offsets[skipped:], dtype=np.int64).reshape(-1, 2)
+        text = block.text
+        blank = [(_blanks(text[:start][::-1]), _blanks(text[stop:])) for start, stop in spans]
+        starts, stops = np.asarray(spans, dtype=np.int64).reshape(-1, 2).T
+        before, behind = np.asarray(blank, dtype=np.int64).reshape(-1, 2).T
+        touches = (edges[:, :1] < stops) & (np.maximum(edges[:, 1:], edges[:, :1] + 1) > starts)  # [tokens, spans]
+        inside = touches & (edges[:, :1] >= starts - before) & (edges[:, 1:] <= stops + behind)
+        counted = np.zeros(count, dtype=bool)  # EOS behind a chat that does not bring it is not an assistant's
+        counted[: len(edges)] = inside.any(1)
+        self.counts.answer_tokens += int(counted.sum())
+        self.counts.edge_tokens += int((touches.any(1) & ~inside.any(1)).sum())
+        return counted
+
+    def _emit(self, block: Block, tokens: np.ndarray, counted: np.ndarray | None) -> np.ndarray:
         self.counts.documents += block.ends
         self.counts.bytes += sum(len(piece.text.encode()) for piece in block.pieces)
         self.counts.tokens += len(tokens)
@@ -207,7 +249,7 @@ class Encoder:
             self._notes.add(self._joined(tokens))
         self._begins = block.ends
         self._extend(tokens)
-        return tokens.astype(np.int32)
+        return (tokens if counted is None else marked(tokens, counted)).astype(np.int32)
 
     def _close(self) -> Iterator[np.ndarray]:
         """End a document whose rest was left out."""
@@ -233,6 +275,11 @@ class Encoder:
         texts = [block.pieces[number].text for number in sorted(shared)]
         self.counts.left_out_pieces += len(texts)
         self.counts.left_out_tokens += sum(map(len, self._tokenized(texts)["input_ids"]))
+
+
+def _blanks(text: str) -> int:
+    """Return the number of blanks at the beginning of a text."""
+    return len(text) - len(text.lstrip())
 
 
 def _pieces_of(block: Block, count: int, encoded: Any, number: int, skipped: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.data.encoding import Encoder, Frame, batches, blocks
 from pipeline.data.overlap import EvaluationRuns
 from pipeline.data.sources import Piece
+from pipeline.model.marks import ids_of
 
 INDEX = "index.json"
 STRETCH = 1 << 20
@@ -49,20 +50,21 @@ def build(
     notes: EvaluationRuns | None = None,
     avoids: EvaluationRuns | None = None,
     copies: bool = False,
+    marks: bool = False,
 ) -> dict:
     """Tokenise and pack domains into `folder`, one after the other, and return its index.
 
     Rows are int32 [sequence]; what is left of a domain after its last whole row is dropped. The index is written last,
-    so a folder with one is whole. `notes`, `avoids` and `copies` are those of `Encoder`. Memory: one shard and a batch
-    of text. Raise ValueError where a domain has not one row (TooShort), or the tokenizer gives an id that is not in the
-    model's `vocabulary`.
+    so a folder with one is whole. `notes`, `avoids`, `copies` and `marks` are those of `Encoder`. Memory: one
+    shard and a batch of text. Raise ValueError where a domain has not one row (TooShort), or the tokenizer gives an id
+    that is not in the model's `vocabulary`.
     """
     folder.mkdir(parents=True)
     shards = _Shards(folder, sequence, max(1, shard_bytes // (4 * sequence)))
     entries = []
     for domain in domains:
         start = shards.rows
-        encoder = Encoder(tokenizer, around, vocabulary, notes, avoids, copies)
+        encoder = Encoder(tokenizer, around, vocabulary, notes, avoids, copies, marks)
         tokens = encoder.encode(progress(batches(blocks(domain.pieces)), None, f"tokens {domain.name}"))
         for rows in _rows(tokens, sequence, around.first):
             shards.append(rows)
@@ -73,7 +75,7 @@ def build(
         entries.append(entry | asdict(counts))
     files = shards.close()
     index: dict[str, Any] = {"sequence": sequence, "sequences": shards.rows, "tokens": shards.rows * sequence}
-    index |= {"after": around.after, "first": around.first, "domains": entries, "shards": files}
+    index |= {"after": around.after, "first": around.first, "marked": marks, "domains": entries, "shards": files}
     unfinished = folder / (INDEX + ".partial")
     unfinished.write_text(json.dumps(index, indent=1), encoding="utf-8")
     unfinished.rename(folder / INDEX)
@@ -131,7 +133,10 @@ class _Shards:
 
 
 class Packed:
-    """A packed folder: `len()` rows, row i as int32 [sequence], memory-mapped."""
+    """A packed folder: `len()` rows, row i as int32 [sequence], memory-mapped.
+
+    `marked`: rows are stored with marks (`model/marks.py`), which only `stored` returns.
+    """
 
     def __init__(self, folder: Path):
         """Open a folder that `build` filled. Raise ValueError where it is unfinished or a shard has another size."""
@@ -140,6 +145,7 @@ class Packed:
             raise ValueError(f"{self.folder} has no {INDEX}: its packing was not finished; delete the tokens artifact")
         self.index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
         self.sequence: int = self.index["sequence"]
+        self.marked: bool = self.index["marked"]
         self.domains: tuple[dict, ...] = tuple(self.index["domains"])
         for shard in self.index["shards"]:
             path = self.folder / shard["file"]
@@ -153,6 +159,10 @@ class Packed:
         return self.index["sequences"]
 
     def __getitem__(self, row: int) -> np.ndarray:
+        return ids_of(self.stored(row)) if self.marked else self.stored(row)
+
+    def stored(self, row: int) -> np.ndarray:
+        """Return a row as it is stored, with marks where it has any."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         shard = int(np.searchsorted(self._ends, row, side="right"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.data import tables
+from pipeline.data.answers import Span
 from pipeline.data.builtin import BUILTINS
 from pipeline.data.chats import as_turns, turns
 from pipeline.data.formats import LOCAL, MARKERS, kind_of
@@ -25,12 +26,14 @@ HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<configuration>[\w.-]+))?(@(?P<sp
 class Piece(NamedTuple):
     """A part of a document.
 
-    `ends`: its document ends with it. `whole`: no part of it stays alone, as of a chat.
+    `ends`: its document ends with it. `whole`: no part of it stays alone, as of a chat. `answers`: the characters that
+    are an assistant's, as spans; None where they are not needed, and of text that is no chat.
     """
 
     text: str
     ends: bool
     whole: bool = False
+    answers: tuple[Span, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,11 +145,11 @@ def _begins_with_turns(rows: Iterator[tuple[str, Value]]) -> bool:
     return False
 
 
-def read(corpus: Corpus, field: str, tokenizer: Any = None) -> Iterator[Piece]:
+def read(corpus: Corpus, field: str, tokenizer: Any = None, answers: bool = False) -> Iterator[Piece]:
     """Yield every piece in a fixed order: whole records, but paragraphs of text files (a file is a document).
 
-    Records of turns are rendered by the tokenizer's chat template. Raise ValueError, naming file and record, where a
-    corpus holds both text and turns, and for what is neither.
+    Records of turns are rendered by the tokenizer's chat template, with `answers` with the spans of the assistant.
+    Raise ValueError, naming file and record, where a corpus holds both text and turns, and for what is neither.
     """
     try:
         if corpus.kind == "text":
@@ -154,12 +157,12 @@ def read(corpus: Corpus, field: str, tokenizer: Any = None) -> Iterator[Piece]:
                 yield from _document(paragraphs(path))
         else:
             with ChatTemplate(tokenizer) as template:
-                yield from _pieces(corpus, field, template)
+                yield from _pieces(corpus, field, template, answers)
     except OSError as fault:
         raise ValueError(_reason(fault, corpus.given)) from None
 
 
-def _pieces(corpus: Corpus, field: str, template: ChatTemplate) -> Iterator[Piece]:
+def _pieces(corpus: Corpus, field: str, template: ChatTemplate, answers: bool) -> Iterator[Piece]:
     first = None
     for place, value in _records(corpus, field):
         value = _value(place, value)
@@ -169,9 +172,13 @@ def _pieces(corpus: Corpus, field: str, template: ChatTemplate) -> Iterator[Piec
         if type(value) is not first:
             fault = f"{place} holds {HELD[type(value)]}, and records before it {HELD[first]}: {value!r:.80}"
             raise ValueError(f"{fault}; give them as two paths")
-        chat = not isinstance(value, str)
-        text = value if isinstance(value, str) else template.render(turns(value, place), place)
-        yield Piece(_characters(text, place), True, chat)
+        if isinstance(value, str):
+            yield Piece(_characters(value, place), True)
+        elif answers:
+            text, spans = template.answers(turns(value, place), place)
+            yield Piece(_characters(text, place), True, True, tuple(spans))
+        else:
+            yield Piece(_characters(template.render(turns(value, place), place), place), True, True)
 
 
 def _value(place: str, value: Value) -> Value:

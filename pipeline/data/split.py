@@ -60,9 +60,12 @@ def _part(purpose: str, corpus: Corpus, users: set[str], evaluation: float, cali
     return Part(corpus, start, stop)
 
 
-def passages(part: Part, field: str, tokenizer: Any = None) -> Iterator[Piece]:
-    """Yield the pieces of a part, contiguous; a document that is cut at the part's edge ends there."""
-    pieces = read(part.corpus, field, tokenizer)
+def passages(part: Part, field: str, tokenizer: Any = None, answers: bool = False) -> Iterator[Piece]:
+    """Yield the pieces of a part, contiguous; a document that is cut at the part's edge ends there.
+
+    `answers`: with the spans of the assistant, as `sources.read`.
+    """
+    pieces = read(part.corpus, field, tokenizer, answers)
     if part.whole:
         yield from pieces
     else:

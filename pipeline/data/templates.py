@@ -4,6 +4,7 @@ A template is a program that comes with a model. Jinja's sandbox keeps it from t
 end, nor from texts and numbers that outgrow the memory.
 """
 
+import json
 import multiprocessing
 import os
 import resource
@@ -15,6 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError
 
+from pipeline.data.answers import Render, Span, Turns, answer_spans, bracketed_spans, marks_answers, with_brackets
 from pipeline.data.lines import printable
 
 SECONDS = 5.0  # a template has for one record
@@ -64,24 +66,41 @@ class ChatTemplate:
     def __exit__(self, *reason: Any) -> None:
         self._stop()
 
-    def render(self, turns: list[dict[str, Any]], place: str) -> str:
-        """Return the text that `apply_chat_template` tokenises.
+    def render(self, turns: list[dict[str, Any]], place: str, tools: list | None = None) -> str:
+        """Return the text that `apply_chat_template` tokenises, with the tools that the assistant may call.
 
         Raise ValueError, beginning with `place`, where there is no template, it refuses the turns, or it exceeds its
         time, memory or output.
         """
+        return self._asked(turns, place, tools, False)[0]
+
+    def answers(self, turns: list[dict[str, Any]], place: str, tools: list | None = None) -> tuple[str, list[Span]]:
+        """Return the text as `render`, and the characters of it that are the assistant's.
+
+        Raise ValueError as `render`, and where the template does not separate them from the rest exactly.
+        """
+        return self._asked(turns, place, tools, True)
+
+    def _asked(
+        self, turns: list[dict[str, Any]], place: str, tools: list | None, answers: bool
+    ) -> tuple[str, list[Span]]:
         if not getattr(self._tokenizer, "chat_template", None):
             raise ValueError(f"{place} holds turns, and the teacher's tokenizer has no chat template; {NO_TEMPLATE}")
         if self._process is None:
             self._start()
         try:
-            self._pipe.send(turns)
-            kind, text = self._pipe.recv() if self._pipe.poll(SECONDS) else ("time", "")
+            self._pipe.send((turns, tools, answers))
+            kind, text, spans = self._pipe.recv() if self._pipe.poll(SECONDS) else ("time", "", [])
         except (EOFError, ConnectionError):
-            kind, text = "memory", ""
+            kind, text, spans = "memory", "", []
         if kind == "text":
-            return text
+            return text, spans
         self._stop()
+        if kind == "unknown":
+            raise ValueError(
+                f"{place}: data.loss_on=assistant cannot separate the assistant's text exactly in the teacher's chat "
+                f"template ({text}); put {{% generation %}} around it in the template, or set data.loss_on=all"
+            )
         if kind == "refused":
             roles = ", ".join(printable(turn["role"]) for turn in turns)
             fault = f"{place} holds turns of {roles:.80}, which the teacher's chat template refuses ({text:.160})"
@@ -118,21 +137,43 @@ def _serve(tokenizer: Any, pipe: Connection, parents: Connection) -> None:
         _limit_memory()
     while True:
         try:
-            turns = pipe.recv()
+            turns, tools, answers = pipe.recv()
         except EOFError:
             os._exit(0)  # the parent's exit handlers are not the child's to run
-        pipe.send(_render(tokenizer, turns))
+        pipe.send(_render(tokenizer, turns, tools, answers))
 
 
-def _render(tokenizer: Any, turns: list[dict[str, Any]]) -> tuple[str, str]:
+def _render(
+    tokenizer: Any, turns: list[dict[str, Any]], tools: list | None, answers: bool
+) -> tuple[str, str, list[Span]]:
+    """Return ("text", text, the assistant's spans if wanted), or the kind of a fault and its text."""
+
+    def render(some: Turns, prompts: bool) -> str:
+        return tokenizer.apply_chat_template(list(some), tools=tools, tokenize=False, add_generation_prompt=prompts)
+
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = render(turns, False)
     except MemoryError:
-        return "memory", ""
+        return "memory", "", []
     except Exception as fault:  # a template may raise anything, as any program
-        return "refused", " ".join(f"{fault}".split()) or type(fault).__name__
-    given = sum(len(turn["content"]) for turn in turns)
-    return ("text", text) if len(text) <= OUTPUT + GROWTH * given else ("output", f"{len(text):,}")
+        return "refused", " ".join(f"{fault}".split()) or type(fault).__name__, []
+    given = len(json.dumps([turns, tools], ensure_ascii=False))
+    if len(text) > OUTPUT + GROWTH * given:
+        return "output", f"{len(text):,}", []
+    try:
+        return "text", text, _spans(tokenizer, turns, tools, text, render) if answers else []
+    except MemoryError:
+        return "memory", "", []
+    except Exception as fault:  # of a turn that replaces another
+        return "unknown", " ".join(f"{fault}".split()) or type(fault).__name__, []
+
+
+def _spans(tokenizer: Any, turns: list[dict[str, Any]], tools: list | None, text: str, render: Render) -> list[Span]:
+    template = tokenizer.get_chat_template(tools=tools)
+    if not marks_answers(template):
+        return answer_spans(render, turns, text, tuple(tokenizer.get_added_vocab()))
+    options = {"tools": tools, "tokenize": False, "chat_template": with_brackets(template)}
+    return bracketed_spans(tokenizer.apply_chat_template(turns, **options), text)
 
 
 def _limit_memory() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pipeline.distill.loss import linear_distillation
 from pipeline.distill.next_token import next_tokens, recompute_activations
 from pipeline.model.logits import logit_form
+from pipeline.model.marks import ids_of, positions
 
 EMBEDDING = -1  # the place of the embedding output among the layers' outputs
 
@@ -51,16 +52,23 @@ class Distiller(nn.Module):
     """
 
     def __init__(
-        self, teacher: Any, student: Any, objective: Objective, match: Match | None, gradient_checkpointing: bool
+        self,
+        teacher: Any,
+        student: Any,
+        objective: Objective,
+        match: Match | None,
+        gradient_checkpointing: bool,
+        marked: bool = False,
     ):
         """Wrap two Hugging Face causal language models on the CPU, which must have the same tokens.
 
         Where one has more rows in its output matrix, for no tokens, the first rows that both have are compared.
-        `match` is needed where the objective has hidden-state terms; ValueError where it is missing or does not fit.
+        `marked`: tokens have marks (`model/marks.py`), and the loss is of the positions that they count. `match` is
+        needed where the objective has hidden-state terms; ValueError where it is missing or does not fit.
         """
         super().__init__()
         _check(teacher, student, objective, match)
-        self.objective = objective
+        self.objective, self._marked = objective, marked
         self._names = {id(parameter): name for name, parameter in student.named_parameters()}
         self.teacher = teacher.base_model.requires_grad_(False).eval()
         self.student = student.base_model
@@ -90,14 +98,15 @@ class Distiller(nn.Module):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """tokens: [batch, sequence]."""
+        ids, counted = (ids_of(tokens), positions(tokens)) if self._marked else (tokens, None)
         with torch.no_grad():
-            target = self.teacher(input_ids=tokens, use_cache=False).last_hidden_state
-        states = self.student(input_ids=tokens, use_cache=False).last_hidden_state
-        loss, parts = self.head(states, target, next_tokens(tokens))
+            target = self.teacher(input_ids=ids, use_cache=False).last_hidden_state
+        states = self.student(input_ids=ids, use_cache=False).last_hidden_state
+        loss, parts = self.head(states, target, next_tokens(ids), counted)
         if not self.training:
             return loss, {"kl": loss.detach()}
         for name, weight, places in self._terms():
-            term = torch.stack([self._difference(ours, theirs) for ours, theirs in places]).mean()
+            term = torch.stack([self._difference(ours, theirs, counted) for ours, theirs in places]).mean()
             loss = loss + weight * term
             parts[name] = term.detach()
         if self._match is not None:
@@ -111,15 +120,17 @@ class Distiller(nn.Module):
         if self.objective.embedding:
             yield "embedding", self.objective.embedding, ((EMBEDDING, EMBEDDING),)
 
-    def _difference(self, ours: int, theirs: int) -> Tensor:
-        """Return the normalised squared error |s - t|^2 / |t|^2 of hidden states, a mean over tokens."""
+    def _difference(self, ours: int, theirs: int, counted: Tensor | None) -> Tensor:
+        """Return the normalised squared error |s - t|^2 / |t|^2 of hidden states, a mean over the tokens [b, s] that
+        are counted."""
         student, teacher = self._student_states[ours], self._teacher_states[theirs]
         if self.channels is not None:
             teacher = teacher.index_select(-1, self.channels)
         exact = torch.promote_types(student.dtype, torch.float32)
         student, teacher = student.to(exact), teacher.to(exact)
         scale = teacher.square().sum(-1).clamp_min(torch.finfo(exact).tiny)
-        return ((student - teacher).square().sum(-1) / scale).mean()
+        errors = (student - teacher).square().sum(-1) / scale
+        return errors.mean() if counted is None else (errors * counted).sum() / counted.sum().clamp_min(1)
 
 
 class Head(nn.Module):
@@ -137,8 +148,24 @@ class Head(nn.Module):
             "teacher_logits": logit_form(teacher.config),
         }
 
-    def forward(self, states: Tensor, target: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of the student's and the teacher's hidden states [b, s, h], next tokens [b, s]."""
+    def forward(
+        self, states: Tensor, target: Tensor, labels: Tensor, counted: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of the student's and the teacher's hidden states [b, s, h], next tokens [b, s].
+
+        `counted` [b, s]: the positions that it is of, all where None. It is zero where they are none.
+        """
+        flat = [each.flatten(0, 1) for each in (states, target, labels)]
+        if counted is None:
+            return self._loss(*flat)
+        kept = counted.flatten().nonzero()[:, 0]
+        if len(kept):
+            return self._loss(*(each[kept] for each in flat))
+        loss, parts = self._loss(*(each[:1] for each in flat))  # every parameter gets a gradient, here zero
+        return loss * 0.0, {name: part * 0.0 for name, part in parts.items()}
+
+    def _loss(self, states: Tensor, target: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of hidden states [t, h] and next tokens [t]."""
         objective = self.objective
         training: dict[str, Any] = {
             "kind": objective.kind,
@@ -147,12 +174,12 @@ class Head(nn.Module):
         }
         held_out: dict[str, Any] = {"kind": "forward_kl", "temperature": 1.0, "cross_entropy": 0.0}
         return linear_distillation(
-            states.flatten(0, 1),
+            states,
             self._shared(self.student_weight),
-            target.flatten(0, 1),
+            target,
             self._shared(self.teacher_weight),
             beta=objective.beta,
-            labels=labels.flatten(),
+            labels=labels,
             chunk=objective.chunk,
             kernel=objective.kernel,
             student_bias=None if self.student_bias is None else self._shared(self.student_bias),

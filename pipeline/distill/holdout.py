@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.model.marks import positions
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -54,12 +56,16 @@ def hold_out(packed: Any, rows: int, section: str) -> tuple[Heads, Tensor]:
     return Heads(packed, domains, kept), torch.from_numpy(np.stack([packed[int(row)] for row in held]).astype(np.int64))
 
 
-def share_out(rows: Tensor, batch: int, rank: int, world: int) -> list[tuple[Tensor, float]]:
+def share_out(rows: Tensor, batch: int, rank: int, world: int, marked: bool = False) -> list[tuple[Tensor, float]]:
     """Return this rank's batches of the rows [n, sequence], weighted so that the mean over ranks is the mean over rows.
 
-    Every rank has the same number of batches, as engines that partition weights need; surplus ones have weight zero.
+    Of `marked` rows it is the mean over the positions that the marks count. Every rank has the same number of batches,
+    as engines that partition weights need; surplus ones have weight zero. Raise ValueError where nothing is counted.
     """
     parts: Sequence[Tensor] = rows.split(batch)
-    weighted = [(part, world * len(part) / len(rows)) for part in parts]
+    sizes = [int(positions(part).sum()) if marked else len(part) for part in parts]
+    if not sum(sizes):
+        raise ValueError("none of the held-out tokens is an assistant's; hold out more")
+    weighted = [(part, world * size / sum(sizes)) for part, size in zip(parts, sizes)]
     weighted += [(parts[0], 0.0)] * (-len(parts) % world)
     return weighted[rank::world]

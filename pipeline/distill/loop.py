@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.distill.selection import Selection
+from pipeline.model.marks import positions
 
 HELD_OUT = "held_out_"  # prefix of a number that was measured on held-out text
 
@@ -18,7 +19,7 @@ HELD_OUT = "held_out_"  # prefix of a number that was measured on held-out text
 class Engine(Protocol):
     """What the loop needs. All ranks call the same methods in the same order."""
 
-    def backward(self, batch: Tensor) -> dict[str, Tensor]: ...
+    def backward(self, batch: Tensor, weight: float = 1.0) -> dict[str, Tensor]: ...
     def step(self, learning_rate: float) -> float: ...
     def measure(self, batch: Tensor) -> dict[str, Tensor]: ...
     def average(self, values: Mapping[str, Tensor]) -> dict[str, float]: ...
@@ -37,6 +38,7 @@ class Course:
     save_every: int      # steps
     keep: int            # checkpoints
     seed: int
+    marked: bool = False  # batches have marks (model/marks.py), and the loss of a step is a mean over what they count
 
 
 Weighted = tuple[Tensor, float]  # a batch [rows, sequence] and its weight in the mean over all ranks' batches
@@ -73,7 +75,7 @@ def train(
             break
         began = time.perf_counter()
         torch.manual_seed(course.seed + step)  # random draws depend on the step alone: a resumed run repeats them
-        metrics = _accumulate(engine, batches, course.accumulation)
+        metrics = _accumulate(engine, batches, course)
         metrics["learning_rate"] = rate(step)
         metrics["grad_norm"] = engine.step(rate(step)) if math.isfinite(metrics["loss"]) else math.nan
         if not math.isfinite(metrics["grad_norm"]):
@@ -104,13 +106,22 @@ def measured(engine: Engine, batches: Sequence[Weighted]) -> dict[str, float]:
     return {f"{HELD_OUT}{name}": value for name, value in engine.average(totals).items()}
 
 
-def _accumulate(engine: Engine, batches: Iterator[Tensor], accumulation: int) -> dict[str, float]:
+def _accumulate(engine: Engine, batches: Iterator[Tensor], course: Course) -> dict[str, float]:
     """Run the micro-batches of one step; return the means of loss and parts over them and over ranks."""
+    several = [next(batches) for _ in range(course.accumulation)]
+    weights = _weights(engine, several) if course.marked else [1.0] * len(several)
     sums: dict[str, Tensor] = {}
-    for _ in range(accumulation):
-        for name, value in engine.backward(next(batches)).items():
-            sums[name] = sums.get(name, 0.0) + value / accumulation
+    for batch, weight in zip(several, weights, strict=True):
+        for name, value in (engine.backward(batch, weight) if course.marked else engine.backward(batch)).items():
+            sums[name] = sums.get(name, 0.0) + weight * value / course.accumulation
     return engine.average(sums)
+
+
+def _weights(engine: Engine, batches: Sequence[Tensor]) -> list[float]:
+    """Return the weight of each micro-batch's mean in the mean over all positions that the step counts on all ranks."""
+    counts = [int(positions(batch).sum()) for batch in batches]
+    each = engine.average({"counted": torch.tensor(float(sum(counts)))})["counted"]  # per rank
+    return [count * len(batches) / each if each else 0.0 for count in counts]
 
 
 def _diverged(section: str, step: int, metrics: Mapping[str, float], saved: int, checkpoints: Path) -> str:

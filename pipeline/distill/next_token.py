@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from pipeline.distill.loss import IGNORED
 from pipeline.model.logits import LogitForm, logit_form, shaped
+from pipeline.model.marks import ids_of, positions
 
 HELD = 4  # tensors of a chunk's logits in float32 or better that exist at once (tests/numerics/test_loss_buffers.py)
 
@@ -35,9 +36,10 @@ class LanguageModel(nn.Module):
             yield self._names[id(parameter)], parameter
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """tokens: [batch, sequence]."""
-        states = self.model(input_ids=tokens, use_cache=False).last_hidden_state
-        entropy = self.head(states, next_tokens(tokens))
+        """tokens: [batch, sequence]; where they have marks, the loss is of the tokens that these count."""
+        ids = ids_of(tokens)
+        states = self.model(input_ids=ids, use_cache=False).last_hidden_state
+        entropy = self.head(states, next_tokens(ids).masked_fill(~positions(tokens), IGNORED))
         return entropy, {"cross_entropy": entropy.detach()}
 
 

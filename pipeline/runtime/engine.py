@@ -90,10 +90,10 @@ class Engine:
         self._optimizer = self._engine.optimizer
         self._states = States(self._named, self._engine, stage, device, ranks)
 
-    def backward(self, batch: Tensor) -> dict[str, Tensor]:
-        """Add one micro-batch's gradients; return its loss and parts on this rank, detached."""
+    def backward(self, batch: Tensor, weight: float = 1.0) -> dict[str, Tensor]:
+        """Add one micro-batch's gradients times a weight; return its loss and parts on this rank, detached."""
         loss, parts = self._engine(batch.to(self._device.torch))
-        self._engine.backward(loss)
+        self._engine.backward(loss if weight == 1.0 else loss * weight)
         self._pending += 1
         if self._pending < self._accumulation:
             self._engine.step()  # DeepSpeed counts micro-batches here; it updates at the last one

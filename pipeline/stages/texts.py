@@ -32,7 +32,7 @@ def check_texts(config: Config, load: Callable[[], Any]) -> None:
                     tokenizer = load() if tokenizer is None else tokenizer
                     if tokenizer is None:
                         continue
-                    next(sources.read(part.corpus, field, tokenizer), None)
+                    next(sources.read(part.corpus, field, tokenizer, config.data.answers), None)
                 _check_length(part, field, config.data.sequence_length, tokenizer)
             except ValueError as fault:
                 raise ValueError(f"data.{purpose}.path: {fault}") from None
@@ -60,6 +60,7 @@ def settings(config: Config) -> dict[str, Any]:
     return {
         "sequence": data.sequence_length,
         "text_field": data.text_field,
+        "loss_on": data.loss_on,
         "weights": {"calibration": data.calibration.weights, "recovery": data.recovery.weights},
         "parts": {purpose: [_record(part) for part in parts] for purpose, parts in _parts(config).items()},
     }
@@ -81,11 +82,14 @@ def write_texts(config: Config, folder: Path, out: Path, machine: Machine) -> No
     for line in _splits(parts):
         machine.say(line)
 
-    def passages(part: split.Part) -> Iterator[sources.Piece]:
-        return split.passages(part, data.text_field, tokenizer)
+    def passages(part: split.Part, answers: bool = False) -> Iterator[sources.Piece]:
+        return split.passages(part, data.text_field, tokenizer, answers)
 
     def pack(purpose: str, name: str, several, weights, **overlap: Any) -> dict:
-        domains = [Domain(*each) for each in zip(map(str, several), map(passages, several), weights)]
+        marks = data.answers and purpose != "calibration"
+        pieces = (passages(part, marks) for part in several)
+        domains = [Domain(*each) for each in zip(map(str, several), pieces, weights)]
+        overlap |= {"marks": marks}
         shutil.rmtree(out / name, ignore_errors=True)  # of an interrupted attempt
         try:
             index = build(out / name, domains, tokenizer, around, row, vocabulary, SHARD_BYTES, progress, **overlap)
@@ -121,11 +125,28 @@ def write_texts(config: Config, folder: Path, out: Path, machine: Machine) -> No
             )
             packed = pack(purpose, purpose, parts[purpose], weights, avoids=runs, copies=True)
         record[purpose] = packed | {"left_out": "copies" if copies else "shared runs"}
+    if data.answers:
+        record["answers"] = _answers(record, machine)
     record["left_out"] = _left_out(record, runs, out, machine)
     record["parts"] = {
         purpose: [_record(part) | {"path": part.corpus.given} for part in several] for purpose, several in parts.items()
     }
     (out / "tokens.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _answers(record: dict, machine: Machine) -> dict[str, int]:
+    """Return, and report, the tokens of recovery text that are an assistant's; ValueError where there are none."""
+    domains = record["recovery"]["domains"]
+    tokens, edge = (sum(domain[f"{kind}_tokens"] for domain in domains) for kind in ("answer", "edge"))
+    if not tokens:
+        raise ValueError(
+            "data.loss_on: assistant, but no token of data.recovery.path is an assistant's; give chats, or set "
+            "data.loss_on=all"
+        )
+    share = tokens / sum(domain["tokens"] for domain in domains)
+    reached = f"; {edge} reach out of an answer and are not counted" if edge else ""
+    machine.say(f"data: {tokens} tokens of recovery are an assistant's ({share:.1%}){reached}")
+    return {"tokens": tokens, "edge_tokens": edge}
 
 
 def _share_left_out(packed: dict) -> float:

@@ -53,6 +53,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         Packed(inputs["tokens"] / "recovery"),
         out,
         machine,
+        marked=True,
     )
     if machine.ranks.rank == 0:
         for code in inputs["teacher"].glob("*.py"):  # of the model, where it brings its own

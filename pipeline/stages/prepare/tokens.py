@@ -36,6 +36,6 @@ STAGE = Stage(
     becomes=("reference_tokens",),
     check=check,
     all_ranks=False,
-    revision=2,
+    revision=3,
     shows={"tokens": ""},
 )

@@ -41,6 +41,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     number, rounds = config.recipe.part
     match = _match(inputs)
     objective = Objective(**config.distill.loss.model_dump(), chunk=config.logits.chunk)
+    text = Packed(inputs["tokens"] / "recovery")
     train_model(
         "distill",
         config,
@@ -51,13 +52,15 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
             objective,
             match,
             config.distill.gradient_checkpointing,
+            text.marked,
         ),
-        Packed(inputs["tokens"] / "recovery"),
+        text,
         out,
         machine,
         Stretch(number, rounds, inputs.get("previous_student")),
         _skipped(config),
         Selection("held_out_kl", config.distill.select == "best", config.distill.patience),
+        marked=True,
     )
 
 

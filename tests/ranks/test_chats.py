@@ -1,0 +1,52 @@
+"""Recovery on the assistant's turns alone: two ranks take the steps of one, whatever each of them counts."""
+
+import json
+import shutil
+
+import pytest
+
+from pipeline import runner
+from pipeline.data.packing import Packed
+from tests.chat_templates import CHATML, assistant, user
+from tests.tiny_text import configured
+from tests.world import losses, make_world, pipeline, settings, text
+
+STAGES = "stages=[importance,shape,plan,cut,distill]"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A world whose text is chats, with answers of very different lengths, beside documents that are no chats."""
+    folder = make_world(tmp_path_factory.mktemp("chats"))
+    (folder / "model" / "chat_template.jinja").write_text(CHATML)
+    for name, seed in (("calibration", 1), ("recovery", 2), ("evaluation", 3)):
+        said = text(300, seed).split(". ")
+        chats = [
+            [user(said[n]), assistant(" ".join(said[n + 1 : n + 2 + n % 5 * 3]))] for n in range(0, len(said) - 15)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return folder
+
+
+def chosen(world, run):
+    paths = {f"data__{name}__path": world / f"{name}.jsonl" for name in ("calibration", "evaluation")}
+    both = f"[{world / 'recovery.jsonl'},{world / 'recovery.txt'}]"
+    return [
+        *settings(world, run=run, artifacts=world / run, **paths, data__recovery__path=both),
+        "data.text_field=messages",
+        "data.loss_on=assistant",
+        "distill.loss.cross_entropy=0.2",
+        STAGES,
+    ]
+
+
+def test_two_ranks_take_the_steps_of_one(world):
+    made = runner.run(configured(*chosen(world, "one")), "a test")
+    packed = Packed(made["tokens"] / "recovery")
+    counted = [(packed.stored(row) >= 0).mean() for row in range(len(packed))]
+    assert min(counted) < 0.9 and max(counted) == 1.0, "chats beside documents that count whole"
+    assert not Packed(made["tokens"] / "calibration").marked
+    pipeline(*chosen(world, "two"), "distill.micro_batch_size=2", cwd=world, ranks=2)
+    one, two = losses(world / "one"), losses(world / "two")
+    assert len(one) == len(two) > 4 and max(abs(a - b) for a, b in zip(one, two)) < 1e-4 * max(one)
+    shutil.rmtree(world / "two")
