@@ -21,7 +21,8 @@ from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_source import model_folder
 from pipeline.runtime.ranks import join, place
 from pipeline.runtime.run_folder import Shown, artifacts_of, check_output, show, write_record
-from pipeline.runtime.track import Track, open_track
+from pipeline.runtime.tracker import Track
+from pipeline.runtime.trackers import open_tracker
 from pipeline.stages.stage import Stage
 
 TRACKED = {"plan": ("blueprint.json", "blueprint"), "report": ("report.html", "report")}
@@ -74,9 +75,8 @@ def run(config: Config, command: str) -> dict[str, Path]:
     folder = Path(config.runs) / config.run
     dumped = config.model_dump(mode="json")
     record: dict[str, Any] = {"command": command, "config": dumped, "device": device.name, "stages": {}}
-    track = config.track
-    settings = (track.mode, track.project, track.entity, track.group, track.tags)
-    with ranks.guard(), open_track(*settings, config.run, folder, dumped, ranks.rank) as tracker:
+    track = config.track.model_dump()
+    with ranks.guard(), open_tracker(track, config.run, folder, dumped, ranks.rank) as tracker:
         machine = Machine(device, ranks, tracker)
         store = artifacts.Store(Path(config.artifacts), ranks, artifacts.code_revision(), device.name, config.verify)
         if ranks.rank == 0:

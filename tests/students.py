@@ -11,7 +11,7 @@ from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_source import import_model, locate
 from pipeline.runtime.ranks import Ranks
-from pipeline.runtime.track import Track
+from pipeline.runtime.tracker import Track
 from tests.tiny import config_of, tensors_of, tiny_model
 
 MIXED = (
@@ -34,7 +34,7 @@ def student(kind, folder, plans=MIXED, channels=32, **changed):
 
 def machine() -> Machine:
     """Return a machine of one rank on the CPU that tracks nothing."""
-    return Machine(open_device("cpu", "auto", False, 0, 0), Ranks(0, 1, 0), Track(None))
+    return Machine(open_device("cpu", "auto", False, 0, 0), Ranks(0, 1, 0), Track())
 
 
 def imported(path: Path, folder: Path, trusted: bool = False, allow_pickle: bool = False) -> Checkpoint:

@@ -30,6 +30,7 @@ class Report(Section):
 
 
 class Track(Section):
+    tool: Literal["wandb", "tensorboard", "mlflow"]
     mode: Literal["auto", "online", "offline", "disabled"]
     project: str
     entity: str | None

@@ -7,7 +7,7 @@ from typing import TypeVar
 from pipeline.runtime import log
 from pipeline.runtime.device import Device
 from pipeline.runtime.ranks import Ranks
-from pipeline.runtime.track import Track
+from pipeline.runtime.tracker import Track
 
 T = TypeVar("T")
 

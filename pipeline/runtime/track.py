@@ -1,4 +1,4 @@
-"""Monitoring: one W&B run for one run of the pipeline, continued when the pipeline is run again.
+"""Weights & Biases: one W&B run for one run of the pipeline, continued when the pipeline is run again.
 
 Only this file uses W&B. All its files are in the run's own folder. Without credentials or network the run is recorded
 offline and can be uploaded with `wandb sync`.
@@ -18,6 +18,7 @@ import wandb
 from pipeline.runtime.hashing import digest
 from pipeline.runtime.log import say
 from pipeline.runtime.records import load_record, save_record
+from pipeline.runtime.tracker import Track
 
 START = 60.0    # seconds within which W&B opens a run
 FINISH = 300.0  # seconds for the upload at the end; the rest stays on disk for `wandb sync`
@@ -27,18 +28,12 @@ LONGEST = 128  # characters of a W&B name
 MODES = ("auto", "online", "offline", "disabled")
 
 
-class Track:
-    """A W&B run, or none: on all ranks but the first, and with tracking disabled, every method does nothing."""
+class WandbTrack(Track):
+    """A W&B run; every method does nothing once W&B has stopped."""
 
-    def __init__(self, run: "wandb.Run | None"):
-        self._run = run
+    def __init__(self, run: "wandb.Run"):
+        self._run: wandb.Run | None = run
         self._stages: set[str] = set()
-
-    def __enter__(self) -> "Track":
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        self.finish(failed=error is not None)
 
     def log(self, metrics: Mapping[str, float], step: int | None, stage: str) -> None:
         """Record a stage's metrics at a step of that stage's own axis; without a step, as results in the summary."""
@@ -110,7 +105,7 @@ def open_track(
     if chosen not in MODES:
         raise ValueError(f"WANDB_MODE is {chosen!r}; set one of {', '.join(MODES)}")
     if rank != 0 or chosen == "disabled":
-        return Track(None)
+        return Track()
     if chosen == "online" and not logged_in():
         raise ValueError("track.mode is online without W&B credentials; run `wandb login`, or set track.mode=offline")
     folder = Path(folder).absolute()
@@ -137,7 +132,7 @@ def open_track(
         wandb.teardown()  # its process still holds the run's id
         return _offline(options)
     say(f"W&B: {run.url}", 0)
-    return Track(run)
+    return WandbTrack(run)
 
 
 def logged_in() -> bool:
@@ -184,7 +179,7 @@ def run_id(folder: Path, config: dict) -> str:
 
 
 def _offline(options: dict) -> Track:
-    track = Track(_init(options, "offline"))
+    track = WandbTrack(_init(options, "offline"))
     say(f"W&B: offline; upload with `wandb sync {options['dir']}/wandb/offline-run-*-{options['id']}`", 0)
     return track
 

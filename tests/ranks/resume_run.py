@@ -42,11 +42,11 @@ class Doomed(Machine):
 
 def main(folder: Path, stage: str, name: str) -> None:
     from pipeline.runner import STAGES
-    from pipeline.runtime.track import Track
+    from pipeline.runtime.tracker import Track
     from tests.tiny_text import configured
 
     device = open_device("cpu", "auto", False, place()[2], 0)
-    machine = Doomed(device, join(device, 60), Track(None))
+    machine = Doomed(device, join(device, 60), Track())
     config = configured(*OVERRIDES)
     module = STAGES[stage]
     module.check(config)

@@ -16,7 +16,7 @@ from pipeline.runtime.checkpoint import load_model, open_checkpoint
 from pipeline.runtime.device import choose, open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import Ranks
-from pipeline.runtime.track import Track
+from pipeline.runtime.tracker import Track
 from pipeline.stages.build import cut
 from pipeline.stages.deliver import evaluate, evaluate_reference, report
 from pipeline.stages.prepare import tokens
@@ -43,7 +43,7 @@ SENTENCES = "The ferry left the harbour before the morning bell. ", "Nobody on t
 def machine(ranks=None) -> Machine:
     """The real machine, computing in float32 so that two ways to the same number agree."""
     device = replace(open_device("cpu", "auto", False, 0, 0), compute_dtype=torch.float32)
-    return Machine(device, ranks or Ranks(0, 1, 0), Track(None))
+    return Machine(device, ranks or Ranks(0, 1, 0), Track())
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from pipeline.runtime.device import Device, open_device
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import Ranks
-from pipeline.runtime.track import Track
+from pipeline.runtime.tracker import Track
 from pipeline.stages import supernet_search
 from pipeline.stages.analyse import importance, layer_gates
 from pipeline.stages.deliver import evaluate
@@ -234,7 +234,7 @@ class Small(Device):
 def machine(memory: int, world: int = 1) -> Machine:
     device = cpu()
     values = {each.name: getattr(device, each.name) for each in fields(device)}
-    return Machine(Small(**values | {"compute_dtype": torch.float32}, bytes=memory), Ranks(0, world, 0), Track(None))
+    return Machine(Small(**values | {"compute_dtype": torch.float32}, bytes=memory), Ranks(0, world, 0), Track())
 
 
 def test_what_needs_the_whole_model_on_a_device_that_is_too_small_is_refused_before_it_is_loaded(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from pipeline.runtime.device import open_device
 from pipeline.runtime.ledger import Ledger
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import Ranks
-from pipeline.runtime.track import Track
+from pipeline.runtime.tracker import Track
 from pipeline.stages.analyse import layer_gates
 from pipeline.stages.analyse.layer_gates import pick
 from pipeline.stages.build import regularize
@@ -52,7 +52,7 @@ def world(tmp_path_factory):
 def machine() -> Machine:
     """The real machine, computing in float32."""
     device = replace(open_device("cpu", "auto", False, 0, 0), compute_dtype=torch.float32)
-    return Machine(device, Ranks(0, 1, 0), Track(None))
+    return Machine(device, Ranks(0, 1, 0), Track())
 
 
 def rounds_of(folder):

@@ -18,7 +18,7 @@ from pipeline.prune.plan import kept_layers
 from pipeline.runtime.checkpoint import load_model
 from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
-from pipeline.runtime.track import Track
+from pipeline.runtime.tracker import Track
 from pipeline.stages.analyse import layer_loss
 from pipeline.stages.models import load
 from tests.processes import on_ranks
@@ -89,7 +89,7 @@ def chosen(ranks, place, interrupted_at, *inputs):
     layer_loss.tally = counted
     given = dict(zip(("subject", "tokens", "shape"), map(Path, inputs), strict=True))
     Path(place).mkdir(exist_ok=True)
-    machine = Machine(open_device("cpu", "auto", False, ranks.local_rank, 0), ranks, Track(None))
+    machine = Machine(open_device("cpu", "auto", False, ranks.local_rank, 0), ranks, Track())
     config = configured(*CHOSEN, "layer_loss.start=loss", f"calibration.batch_size={8 // ranks.world}")
     try:
         layer_loss.run(config, given, Path(place), machine)

@@ -24,7 +24,7 @@ from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_check
 from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import Ranks
-from pipeline.runtime.track import Track
+from pipeline.runtime.tracker import Track
 from pipeline.stages.analyse import importance
 from pipeline.stages.build import cut
 from pipeline.stages.choose import plan, shape, shape_search
@@ -40,7 +40,7 @@ SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "
 def machine() -> Machine:
     """The real machine, computing in float32 so that two ways to the same number agree."""
     device = replace(open_device("cpu", "auto", False, 0, 0), compute_dtype=torch.float32)
-    return Machine(device, Ranks(0, 1, 0), Track(None))
+    return Machine(device, Ranks(0, 1, 0), Track())
 
 
 def configure(folder: Path, *overrides: str):
