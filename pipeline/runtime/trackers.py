@@ -74,8 +74,8 @@ def open_tracker(track: Mapping[str, Any], name: str, folder: Path, config: dict
     """
     tool = track["tool"]
     if tool == "wandb":
-        settings = (track[each] for each in ("mode", "project", "entity", "group", "tags"))
-        return open_track(*settings, name, folder, config, rank)
+        settings = {each: track[each] for each in ("mode", "project", "entity", "group", "tags")}
+        return open_track(**settings, name=name, folder=folder, config=config, rank=rank)
     check_tool(tool)
     if rank != 0 or track["mode"] == "disabled":
         return Track()
