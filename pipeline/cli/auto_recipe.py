@@ -24,7 +24,7 @@ class Choice:
 
 def recipe_for(values: Mapping[str, Any]) -> Choice:
     """Return the recipe for a composed configuration, which need not be valid: the first rule that applies decides."""
-    found = (rule(values) for rule in (_cut_elsewhere, _long_recovery, _all_axes, _unrecovered, _deep))
+    found = (rule(values) for rule in (_cut_elsewhere, _experts, _long_recovery, _all_axes, _unrecovered, _deep))
     return next(filter(None, found), None) or Choice(
         "best",
         "of the recipes measured at this size it loses least: narrower FFNs, restored and distilled locally",
@@ -34,6 +34,15 @@ def recipe_for(values: Mapping[str, Any]) -> Choice:
 def _cut_elsewhere(values: Mapping[str, Any]) -> Choice | None:
     start = values["model"]["start"]
     return Choice("recover", f"model.start={start} is a student that is cut already") if start else None
+
+
+def _experts(values: Mapping[str, Any]) -> Choice | None:
+    """Experts are no neurons of an FFN, which is what best removes in its order and distils locally."""
+    shape, budget = values["shape"], values["budget"]
+    requests = [f"shape.{name}" for name in ("experts", "expert_neurons") if shape[name] is not None]
+    requests += ["budget.active_parameters"] if budget["active_parameters"] is not None else []
+    requests += ["budget.axes=experts"] if budget["axes"] == "experts" else []
+    return Choice("pangu_light", f"{requests[0]} concerns experts, which best does not know") if requests else None
 
 
 def _long_recovery(values: Mapping[str, Any]) -> Choice | None:

@@ -24,6 +24,9 @@ CHOSEN = {
     "stages=[importance,shape,plan,cut]": ("best", "neurons"),
     "distill.tokens=2000000000": ("pangu_light", "all"),
     "model.start=FOLDER": ("recover", "all"),
+    "shape.experts=4": ("pangu_light", "all"),
+    "budget.axes=experts budget.total=0.8": ("pangu_light", "experts"),
+    "budget.active_parameters=0.8": ("pangu_light", "all"),
 }
 
 
