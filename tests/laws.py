@@ -24,7 +24,9 @@ def plan_of(anatomy: Anatomy, axis: str) -> Blueprint:
     sizes = anatomy.sizes
     whole = everything(sizes)
     coupled = anatomy.whole_heads and bool({"hidden", "heads", "groups"} & axes)
-    hosts = range(0, len(sizes.layers), 2) if "layers" in axes else range(len(sizes.layers))
+    hosts = range(len(sizes.layers))
+    if "layers" in axes:
+        hosts = hosts[int(anatomy.family.keeps_last is not None) :: 2]
     plans = [_narrow(sizes, whole_layer(sizes, host), axes, coupled) for host in hosts]
     hidden = sizes.hidden
     if coupled:

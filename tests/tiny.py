@@ -218,6 +218,19 @@ TINY: dict[str, dict] = {
     },
     "lfm2_moe": FEW | {"layer_types": ["conv", "conv", "full_attention", "full_attention"], "num_dense_layers": 1},
     "lfm3": {"layer_types": ["conv", "conv", "full_attention", "full_attention"], "sliding_window": 8},
+    "exaone": {},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "mlp", "attention", "mlp"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 4,
+        "n_groups": 2,
+        "conv_kernel": 3,
+        "mlp_bias": True,
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "gpt_neox_japanese": {},
+    "minicpm3": LOW_RANK | {"scale_depth": 1.4, "dim_model_base": 16},
     "youtu": LOW_RANK | {"pad_token_id": None},  # whose class zeroes the embedding of padding when it loads
 }
 FLOAT32 = {"xglm"}  # whose class overflows in float64
@@ -273,7 +286,8 @@ def anatomy_with(sizes: Sizes, kind: str = "llama", tied: bool = True) -> Anatom
 
 def tensors_of(model) -> dict[str, torch.Tensor]:
     """Return the checkpoint tensors of a model: its state without the tied copy."""
-    state = revert_weight_conversion(model, model.state_dict())
+    family = FAMILIES[model.config.model_type]
+    state = {family.named(name): each for name, each in revert_weight_conversion(model, model.state_dict()).items()}
     state = {name: tensor for name, tensor in state.items() if not name.endswith("inv_freq")}
     if model.config.tie_word_embeddings:
         state.pop(f"{FAMILIES[model.config.model_type].head}.weight")

@@ -53,9 +53,13 @@ def continue_greedily(model: CausalModel, prompt: Tensor, tokens: int, stop: fro
 
 @torch.inference_mode()
 def cache_bytes_per_token(model: CausalModel, prompt: Tensor) -> int:
-    """Return the bytes of keys and values that the model caches for one token, measured after `prompt` [1, t]."""
+    """Return the bytes of keys and values that the model caches for one token, measured after `prompt` [1, t].
+
+    Layers without attention have a state of fixed size, which is not counted.
+    """
     step = model(input_ids=prompt.to(next(model.parameters()).device), use_cache=True, logits_to_keep=1)
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache_of(step).layers) // prompt.shape[1]
+    layers = [layer for layer in cache_of(step).layers if hasattr(layer, "keys")]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // prompt.shape[1]
 
 
 def opening(text: str, characters: int) -> tuple[str, str]:

@@ -21,6 +21,7 @@ PER_LAYER_LISTS = (
     "layer_rope_theta",
     "num_attention_heads_per_layer",
     "layers_block_type",
+    "attention_layers",
 )  # config fields with one entry a layer
 IGNORED = (r"rotary_emb\.inv_freq$", r"rotary_pos_emb\.inv_freq$")  # checkpoint names that every class ignores
 

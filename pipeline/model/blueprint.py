@@ -50,9 +50,7 @@ class Blueprint(Stored):
         inner = next((len(plan.expert_neurons[0]) for plan in self.layers if plan.expert_neurons), 0)
         carried |= {"x": inner} if inner else {}
         vocabulary = len(self.vocabulary) or source.vocabulary
-        return replace(
-            source, vocabulary=vocabulary, hidden=len(self.channels), layers=tuple(widths), carried=carried
-        )
+        return replace(source, vocabulary=vocabulary, hidden=len(self.channels), layers=tuple(widths), carried=carried)
 
     def student(self, anatomy: Anatomy) -> Anatomy:
         """Return the anatomy of the student; ValueError if the plan does not fit the source."""
@@ -150,8 +148,15 @@ def check_expert_neurons(anatomy: Anatomy) -> None:
 
 
 def _check_attention(blueprint: Blueprint, anatomy: Anatomy) -> None:
-    """Raise ValueError where layers of other kinds stay, and none with attention: a class's cache needs one."""
+    """Raise ValueError where layers of other kinds stay, and none with attention, which a class's cache needs; and
+    where a last layer that is not like the others does not stay last."""
     output = f"{anatomy.writer('n d')}.weight"
+    last = len(anatomy.sizes.layers) - 1
+    if anatomy.family.keeps_last and blueprint.layers[-1].host != last:
+        raise ValueError(
+            f"shape.layers: the last layer of a student of model_type {anatomy.family.model_type!r} must be layer "
+            f"{last}: {anatomy.family.keeps_last}; keep it"
+        )
     with_attention = {layer for layer in range(len(anatomy.sizes.layers)) if anatomy.has(output, layer)}
     if with_attention and with_attention.isdisjoint(plan.host for plan in blueprint.layers):
         raise ValueError(

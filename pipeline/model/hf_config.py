@@ -1,5 +1,6 @@
 """`config.json` of a student: the source's, edited field by field where a width, the depth or the class changed."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,10 @@ def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
     for field in PER_LAYER_LISTS:
         if isinstance(config.get(field), list):
             edited[field] = [config[field][host] for host in hosts]
+    for field, kinds in source.family.layer_groups.items():
+        edited[field] = [[[config[kinds][host] for host in hosts], 1]]
+    for field in source.family.depth_scaled:
+        edited[field] = config[field] * math.sqrt(len(hosts) / len(source.sizes.layers))
     for field in source.family.layer_indices:
         if config.get(field) is not None:
             edited[field] = [place for place, host in enumerate(hosts) if host in config[field]]
@@ -146,11 +151,6 @@ def per_layer(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any]:
     if family.field("groups") is None and len({w.heads for w in student.sizes.layers}) > 1:
         raise ValueError(
             f"plan.widths: {family.architecture} has one number of heads for all layers; set plan.widths=uniform"
-        )
-    if family.modules:
-        raise ValueError(
-            f"plan.widths: the names {', '.join(family.modules)} are read by {family.architecture} only, which has one "
-            "width for all layers; set plan.widths=uniform"
         )
     return {
         "layers": [vars(widths) for widths in student.sizes.layers],

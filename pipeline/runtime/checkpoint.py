@@ -72,8 +72,8 @@ class Checkpoint(Mapping[str, Tensor]):
         """Set the fields that config.json leaves to the class, and drop those that other fields replace."""
         whole = stock_config(self.config, self.folder)
         lengths = {name for terms in family.lengths.values() for term in terms for name in term.split("*")}
-        experts = (*family.experts, family.top_k, family.leading_dense)
-        fields = (*(family.field(width) for width in FROM_CLASS), *sorted(lengths), *experts, *family.layer_indices)
+        own = (*family.experts, family.top_k, family.leading_dense, *family.layer_indices, *family.depth_scaled)
+        fields = (*(family.field(width) for width in FROM_CLASS), *sorted(lengths), *own)
         lists = [name for name in PER_LAYER_LISTS if name in vars(whole)]  # some classes compute them
         self.config |= {
             field: value
@@ -241,7 +241,8 @@ def class_shapes(config: Mapping[str, Any], folder: Path) -> dict[str, tuple[int
     tensors: dict[str, Tensor] = dict(model.named_parameters())  # a tied one comes once
     doubled = dict(model.named_parameters(remove_duplicate=False))
     tensors |= {name: buffer for name, buffer in model.state_dict().items() if name not in doubled}
-    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, tensors).items()}
+    family = family_of(config["model_type"])
+    return {family.named(n): tuple(tensor.shape) for n, tensor in revert_weight_conversion(model, tensors).items()}
 
 
 def class_of(config: Mapping[str, Any], folder: Path) -> PreTrainedModel:
@@ -274,7 +275,7 @@ def write_checkpoint(
     shard_bytes: float,
     copy_from: Path | None = None,
 ) -> None:
-    """Write a model folder from a stream of tensors, holding one shard in memory at a time.
+    """Write a model folder from a stream of tensors, under their names in files, one shard in memory at a time.
 
     `copy_from` is a folder whose tokenizer and generation files are copied. The index and config are written last, so
     a folder with a `config.json` is complete. Raise ValueError, naming the tensor, for values that are not finite.
@@ -284,7 +285,10 @@ def write_checkpoint(
         (folder / name).unlink(missing_ok=True)
     shards: list[list[str]] = []
     total = parameters = 0
-    for shard in _shards(finite(tensors), shard_bytes):
+    # our own code reads the names of the class
+    family = None if "pruned" in config else FAMILIES.get(config.get("model_type", ""))
+    stored = ((family.stored(name) if family else name, tensor) for name, tensor in finite(tensors))
+    for shard in _shards(stored, shard_bytes):
         save_file(shard, folder / f"part-{len(shards)}.safetensors", {"format": "pt"})
         shards.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())

@@ -26,7 +26,7 @@ class ClassParameters(Mapping[str, Tensor]):
     def split(self, name: str, values: Tensor) -> dict[str, Tensor]:
         """Return the tensors on disk, by name, of the values of a parameter."""
         found = revert_weight_conversion(self._model, {name: values})
-        return {self._stored(each): tensor for each, tensor in found.items()}
+        return {self._family.named(each): tensor for each, tensor in found.items()}
 
     def stored(self, name: str) -> list[str]:
         """Return the names on disk of a parameter's tensors."""
@@ -54,16 +54,13 @@ class ClassParameters(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    def _stored(self, name: str) -> str:
-        return name if name in self._tensors else self._family.stored(name)
-
 
 def tensors_of(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return a model's tensors on the CPU, by their names on disk; a tied output matrix is left out."""
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     state = {name: each.detach().cpu() for name, each in model.state_dict().items() if name not in tied}
     family = family_of(model.config.model_type)
-    return {family.stored(name): each for name, each in revert_weight_conversion(model, state).items()}
+    return {family.named(name): each for name, each in revert_weight_conversion(model, state).items()}
 
 
 def stored_tensors(parameters: ClassParameters, trained: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

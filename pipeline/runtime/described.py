@@ -5,6 +5,7 @@ file of the folder itself; every count has an upper limit.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ OPTIONAL = {"groups": 1 << 14, "head_size": 1 << 14}
 WIDTHS = {"heads": 1 << 14, "groups": 1 << 14, "neurons": 1 << 22}  # of a layer of its own widths
 # Fields that would choose code, files or kernels when transformers reads them. `dtype` replaces `torch_dtype`.
 DROPPED = ("auto_map", "attn_implementation", "experts_implementation", "transformers_weights", "torch_dtype")
+SPECIAL = "__float__"  # the key under which transformers writes an infinity
 POINTER = b"version https://git-lfs.github.com/spec"
 
 
@@ -48,7 +50,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         check_file(path)
         raise ValueError(f"{folder} has no config.json; give a model folder, a .gguf file or a hub id")
     stored = read_mapping(path)
-    return checked_config(stored, path)
+    return checked_config(_floats_read(stored), path)
 
 
 def checked_config(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -69,6 +71,8 @@ def checked_config(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
         return config
     config.setdefault("architectures", [FAMILIES[config["model_type"]].architecture])
     family = FAMILIES[config["model_type"]]
+    if config.get(str(family.field("layers"))) is None and family.layer_list is not None:
+        config[str(family.field("layers"))] = family.width(config, "layers")
     for width, limit in (LIMITS | OPTIONAL).items():
         field = family.field(width)
         optional = width in OPTIONAL or (width == "neurons" and family.neurons_per_channel)
@@ -115,9 +119,29 @@ def stored_config(config: Mapping[str, Any]) -> dict[str, Any]:
     error and compute another network. Such a model gets a model_type that transformers does not know; `read_config`
     takes the prefix off again.
     """
+    written: dict[str, Any] = _floats_written(config)
     if not config.get("pruned", {}).get("scales"):
-        return dict(config)
-    return dict(config) | {"model_type": OWN_TYPE + config["model_type"], "architectures": ["PrunedForCausalLM"]}
+        return written
+    return written | {"model_type": OWN_TYPE + config["model_type"], "architectures": ["PrunedForCausalLM"]}
+
+
+def _floats_read(value: Any) -> Any:
+    """Return a value of a config.json with the numbers that JSON has no form for, as transformers writes them."""
+    if isinstance(value, dict):
+        special = value.get(SPECIAL) if value.keys() == {SPECIAL} else None
+        if special in ("Infinity", "-Infinity", "NaN"):
+            return float(special)
+        return {name: _floats_read(each) for name, each in value.items()}
+    return [_floats_read(each) for each in value] if isinstance(value, list) else value
+
+
+def _floats_written(value: Any) -> Any:
+    """Return a value as config.json holds it, infinities in the form that transformers reads."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {SPECIAL: {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")}
+    if isinstance(value, Mapping):
+        return {name: _floats_written(each) for name, each in value.items()}
+    return [_floats_written(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _check_count(field: str, value: Any, limit: int, path: Path) -> None:

@@ -18,8 +18,9 @@ def canonical_names(stored: Iterable[str], config: Mapping[str, Any]) -> tuple[d
     Left out are buffers that the class computes and layers of multi-token prediction, which transformers' classes do
     not have. A base model saved alone lacks the prefix of its module (`model.`), which is added.
     """
-    stored = list(stored)
     family = family_for(config)
+    own = {family.named(name): name for name in stored}
+    stored = list(own)
     beyond = _prediction_layers(stored, family.width(config, "layers"))
     ignored = re.compile("|".join((BUFFERS, *family.left_out)))
     buffers = {name for name in stored if ignored.search(name)}
@@ -27,8 +28,8 @@ def canonical_names(stored: Iterable[str], config: Mapping[str, Any]) -> tuple[d
     kept = [name for name in stored if name not in buffers and name not in set(left_out)]
     base = family.prefix.partition(".")[0] + "."
     bare = not any(name.startswith(base) for name in kept)
-    names = {base + name if bare and not name.startswith(f"{family.head}.") else name: name for name in kept}
-    return names, left_out
+    names = {base + name if bare and not name.startswith(f"{family.head}.") else name: own[name] for name in kept}
+    return names, [own[name] for name in left_out]
 
 
 def _prediction_layers(stored: list[str], count: int) -> set[int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fused
@@ -93,7 +94,7 @@ def test_cutting_equals_masking_for_every_axis(kind):
         if axis in of.family.fixed:
             with pytest.raises(ValueError, match=r"shape\.(\w+): .*keeps its \1"):
                 everything_but(of, axis).check(of)
-        elif not (of.family.experts or of.family.modules or of_own_form(of, axis)):  # tested through their folders
+        elif not (of.family.experts or of.family.disk or of_own_form(of, axis)):  # tested through their folders
             blueprint, model = plan_of(of, axis), tiny_model(kind)
             student = built(model, blueprint)
             assert type(student) is type(model), axis
@@ -155,10 +156,6 @@ def test_layers_of_their_own_widths_equal_masking_and_reload(kind, tmp_path):
         neurons = plan.neurons if "neurons" in family.fixed else plan.neurons[: (24, 8, 16, 24)[layer % 4]]
         plans.append(LayerPlan(layer, groups, neurons))
     blueprint = Blueprint(whole.channels, tuple(plans))
-    if family.modules:
-        with pytest.raises(ValueError, match="plan.widths"):
-            export(model, blueprint, tmp_path / "s")
-        return
     student = student_of(model, blueprint, tmp_path / "s")
     assert_close(logits(student), logits(masked(model, of, blueprint, tmp_path / "masked")))
     assert open_checkpoint(tmp_path / "s").anatomy.shapes() == {
@@ -230,7 +227,9 @@ def test_scores_are_measured_and_layers_run_one_by_one(kind):
     scores = measure(decoder, of, [tokens()]).scores()
     assert all(torch.isfinite(each).all() for each in (scores.channels, scores.layers, *scores.heads, *scores.neurons))
     assert "heads" in of.family.fixed or all((heads > 0).all() for heads in scores.heads)
-    assert "neurons" in of.family.fixed or all((neurons > 0).any() for neurons in scores.neurons)
+    assert "neurons" in of.family.fixed or all(
+        (neurons > 0).any() for layer, neurons in enumerate(scores.neurons) if of.has(f"{of.writer('f')}.weight", layer)
+    )
     layers = layers_of(dict(decoder.named_modules(prefix=of.family.decoder)), of)
     (step,) = recorded(decoder, layers, [tokens()])
     for index, layer in enumerate(layers):
@@ -365,3 +364,21 @@ def test_neurons_that_a_class_adjusts_are_read_from_the_weights_and_stated(tmp_p
     source.check()
     assert source.anatomy.sizes.layers[0].neurons == source.config["intermediate_size"] == 16
     assert "block_ff_dim" not in source.config and source.config["layer_types"] == TINY["lfm2"]["layer_types"]
+
+
+def test_infinities_of_a_config_are_read_and_written_as_transformers_does(tmp_path):
+    folder = save_tiny(tiny_model("nemotron_h"), tmp_path / "m")
+    source = open_checkpoint(folder)
+    assert source.config["time_step_limit"] == [0.0, float("inf")] and source.config["num_hidden_layers"] == 4
+    write_checkpoint(tmp_path / "s", source.config, source.items(), 1e9)
+    stored = [json.loads((path / "config.json").read_text())["time_step_limit"] for path in (folder, tmp_path / "s")]
+    assert stored[0] == stored[1] == [0.0, {"__float__": "Infinity"}]
+    assert set(load_file(tmp_path / "s" / "model.safetensors")) == set(load_file(folder / "model.safetensors"))
+
+
+def test_a_student_whose_last_layer_alone_has_a_tensor_keeps_it_last():
+    of = anatomy(tiny_model("gpt_neox_japanese"))
+    whole = everything(of.sizes)
+    Blueprint(whole.channels, whole.layers[1:]).check(of)
+    with pytest.raises(ValueError, match="must be layer 3"):
+        Blueprint(whole.channels, whole.layers[:3]).check(of)

@@ -122,4 +122,23 @@ DENSE = (
         PRE,
     ),
     Family("helium", "HeliumForCausalLM", LLAMA, PRE, whole_heads=True, rotary="interleave"),
+    Family(
+        "exaone",
+        "LlamaForCausalLM",
+        LLAMA,
+        PRE,
+        even_heads=True,
+        disk=(
+            ("transformer.wte.", "model.embed_tokens."),
+            ("transformer.h.", "model.layers."),
+            ("transformer.ln_f.", "model.norm."),
+            (".attn.attention.", ".self_attn."),
+            (".self_attn.out_proj.", ".self_attn.o_proj."),
+            (".ln_1.", ".input_layernorm."),
+            (".ln_2.", ".post_attention_layernorm."),
+            (".mlp.c_fc_0.", ".mlp.gate_proj."),
+            (".mlp.c_fc_1.", ".mlp.up_proj."),
+            (".mlp.c_proj.", ".mlp.down_proj."),
+        ),
+    ),
 )

@@ -248,4 +248,15 @@ EXPERTS = (
         lengths=MLA_LENGTHS,
         fixed=MLA_FIXED,
     ),
+    Family(
+        "minicpm3",
+        "MiniCPM3ForCausalLM",
+        MLA | GATED | NORMS,
+        {"input_layernorm": MLA_READERS, "post_attention_layernorm": GATE_UP},
+        optional=MLA_OPTIONAL,
+        lengths=MLA_LENGTHS,
+        fixed=MLA_FIXED | {"hidden": "its logits are divided by a multiple of the hidden size"},
+        depth_scaled=("scale_depth",),
+        logit_divisor="logits_scaling",
+    ),
 )

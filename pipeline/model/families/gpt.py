@@ -135,8 +135,7 @@ GPT = (
         prefix="gpt_neox.layers.{layer}.",
         embedding="gpt_neox.embed_in",
         final_norm="gpt_neox.final_layer_norm",
-        head="embed_out",
-        modules={"embed_out.weight": "lm_head.weight"},
+        disk=(("embed_out.", "lm_head."),),
         attention="attention",
         outer={"gpt_neox.final_layer_norm.bias": "h"},
         fields=NO_HEAD_SIZE,
@@ -316,5 +315,50 @@ GPT = (
                 groups=None,
             ),
         ),
+    ),
+    Family(
+        "gpt_neo",
+        "GPTNeoForCausalLM",
+        {
+            f"attn.attention.{name}_proj.weight": axes
+            for name, axes in (("q", "(n d) h"), ("k", "(k d) h"), ("v", "(k d) h"), ("out", "h (n d)"))
+        }
+        | {"attn.attention.out_proj.bias": "h"}
+        | STARCODER2
+        | LN_12,
+        {"ln_1": tuple(f"attn.attention.{name}_proj" for name in "qkv"), "ln_2": ("mlp.c_fc",)},
+        **GPT2_NAMES | {"attention": "attn.attention"},
+        tuples=True,
+        outer=GPT2_OUTER,
+        fields=NO_HEAD_SIZE | {"layers": "num_layers", "heads": "num_heads"},
+        lengths={"p": ("max_position_embeddings",)},
+        layer_groups={"attention_types": "attention_layers"},
+        left_out=(r"\.attention\.(masked_)?bias$",),
+        layer_norm=True,
+        whole_heads=True,
+        neurons_per_channel=4,
+    ),
+    Family(
+        "gpt_neox_japanese",
+        "GPTNeoXJapaneseForCausalLM",
+        {name: axes for name, axes in (interleaved("attention") | FOUR).items() if name.endswith("weight")}
+        | {"attention.dense_bias": "h"}
+        | NORMS
+        | NORM_BIASES,
+        FOUR_PRE,
+        prefix="gpt_neox_japanese.layers.{layer}.",
+        embedding="gpt_neox_japanese.embed_in",
+        final_norm="gpt_neox_japanese.final_layer_norm",
+        attention="attention",
+        tuples=True,
+        outer={"gpt_neox_japanese.final_layer_norm.bias": "h"},
+        disk=(("embed_out.", "lm_head."),),
+        optional=("attention.dense_bias",),
+        fields=NO_HEAD_SIZE | {"neurons": None},
+        requires={"intermediate_multiple_size": (4, None)},
+        keeps_last="the bias of its attention's output is in the last layer only",
+        layer_norm=True,
+        whole_heads=True,
+        neurons_per_channel=4,
     ),
 )

@@ -14,6 +14,8 @@ from pipeline.model.families.table import (
     GATE_UP,
     GATED,
     NORMS,
+    PLAIN,
+    PLAIN_BIASES,
     QK_NORM,
     QKV,
     Family,
@@ -210,16 +212,45 @@ HYBRID = (
         "Lfm3ForCausalLM",
         ATTENTION
         | QK_NORM
-        | {"self_attn.gate_proj.weight": "n h"}
+        | {"self_attn.g_proj.weight": "n h"}
         | SHORT
         | LFM
         | LFM_NORMS
         | {"post_operator_norm.weight": "h", "post_ffn_norm.weight": "h"},
         LFM_PRE | {"post_operator_norm": (), "post_ffn_norm": ()},
         final_norm="model.embedding_norm",
-        modules={"self_attn.gate_proj.weight": "self_attn.g_proj.weight"},
-        optional=("self_attn.gate_proj.", "self_attn.", "conv."),
+        disk=((".self_attn.gate_proj.", ".self_attn.g_proj."),),
+        optional=("self_attn.g_proj.", "self_attn.", "conv."),
         lengths={"l": ("conv_L_cache",)},
         fixed=SHORT_FIXED,
+    ),
+    Family(
+        "nemotron_h",
+        "NemotronHForCausalLM",
+        {name.replace("self_attn.", "mixer."): axes for name, axes in (ATTENTION | ATTENTION_BIASES).items()}
+        | {name.replace("mamba.", "mixer."): axes for name, axes in MAMBA.items() if "out_proj" not in name}
+        | {"mixer.out_proj.weight": "h s", "mixer.out_proj.bias": "h"}
+        | {name.replace("mlp.", "mixer."): axes for name, axes in (PLAIN | PLAIN_BIASES).items()}
+        | {"norm.weight": "h"},
+        {"norm": tuple(f"mixer.{name}_proj" for name in ("q", "k", "v", "in", "up"))},
+        embedding="model.embeddings",
+        final_norm="model.norm_f",
+        attention="mixer",
+        disk=(("backbone.", "model."),),
+        optional=tuple(
+            f"mixer.{name}"
+            for name in ("q_proj.", "k_proj.", "v_proj.", "o_proj.", "up_proj.", "down_proj.", "in_proj.", "conv1d.")
+        )
+        + ("mixer.A_log", "mixer.D", "mixer.dt_bias", "mixer.norm.", "mixer.out_proj."),
+        lengths={
+            "i": ("mamba_num_heads*mamba_head_dim*2", "n_groups*ssm_state_size*2", "mamba_num_heads"),
+            "c": ("mamba_num_heads*mamba_head_dim", "n_groups*ssm_state_size*2"),
+            "m": ("mamba_num_heads",),
+            "s": ("mamba_num_heads*mamba_head_dim",),
+            "l": ("conv_kernel",),
+        },
+        layer_list="layers_block_type",
+        superseded=("hybrid_override_pattern",),
+        fixed=CARRIED,
     ),
 )

@@ -183,11 +183,11 @@ MIXTURES = (
     Family(
         "flint",
         "FlintForCausalLM",
-        FULL | QK_NORM | {"self_attn.softmax_offset": "n"} | ROUTED | shared("mlp.shared_expert", "y") | GATED | NORMS,
+        FULL | QK_NORM | {"self_attn.sinks": "n"} | ROUTED | shared("mlp.shared_expert", "y") | GATED | NORMS,
         PRE,
         **LISTED | {"lengths": ONE_SHARED, "optional": (*DENSE_OR_SPARSE, "mlp.shared_expert.")},
         requires={"decoder_sparse_step": (1, None)},
-        modules={"self_attn.softmax_offset": "self_attn.sinks"},
+        disk=((".softmax_offset", ".sinks"),),
         layer_indices=("mlp_only_layers",),
         experts=("num_experts",),
         rotary="class",

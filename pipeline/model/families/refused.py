@@ -11,7 +11,7 @@ REASONS: Mapping[str, str] = {
     "its layers pass on the positions that the layer before selected": "glm_moe_dsa",
     "some of its layers are a state-space model, linear attention or a convolution": (
         "bailing_hybrid falcon_mamba inkling2_loop_text inkling2_text inkling_text "
-        "jamba kimi_linear mamba mamba2 minimax nemotron_h "
+        "jamba kimi_linear mamba mamba2 minimax "
         "qwen4_exp_text recurrent_gemma rwkv xlstm zamba zamba2 zaya"
     ),
     "it is an encoder, has one, or is used as one": (
@@ -29,14 +29,10 @@ REASONS: Mapping[str, str] = {
         "bitnet"
     ),
     "its checkpoints fuse projections that its class holds apart": "lara_mini olmo_hybrid",
-    "its multipliers follow from the depth and the hidden size": "minicpm3",
     "each layer's differential attention has a constant that follows from the layer's number": "diffllama",
-    "its checkpoints name layers and projections otherwise than its class": "exaone",
     "it has per-layer embeddings, alternating updates or head sizes that differ by layer": (
         "gemma3n_text gemma4_text gemma4_unified_text"
     ),
-    "its attention patterns are stored as a nested list over all layers": "gpt_neo",
-    "the bias of its attention's output is in the last layer only": "gpt_neox_japanese",
     "its norms follow the addition of the residual": "openai-gpt",
     "its hidden states and matrices are normalised to a sphere": "dory",
     "its output matrix reads a further layer after the final norm": "modernbert-decoder",

@@ -43,7 +43,7 @@ class Family:
     final_norm: str = "model.norm"
     head: str = "lm_head"
     attention: str = "self_attn"
-    modules: Mapping[str, str] = field(default_factory=dict)  # tensor name: the parameter's name in the class, if other
+    disk: tuple[tuple[str, str], ...] = ()  # parts of names in files, and the class's own part that the table has
     outer: Mapping[str, str] = field(default_factory=dict)  # further tensors outside the layers, where present
     optional: tuple[str, ...] = ()  # prefixes of layer tensors that some checkpoints or layers lack
     left_out: tuple[str, ...] = ()  # patterns of checkpoint names that the class ignores
@@ -57,6 +57,12 @@ class Family:
     follows: Mapping[str, str] = field(default_factory=dict)  # config fields that repeat a width of FIELDS
     requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # config values this table holds for
     variants: tuple["Family", ...] = ()  # tables of the same type for other config values
+    layer_list: str | None = None  # config field whose length is the number of layers where that is not stated
+    layer_groups: Mapping[str, str] = field(
+        default_factory=dict
+    )  # config field of repeated kinds: that of each layer's
+    depth_scaled: tuple[str, ...] = ()  # config fields that the class divides by the square root of the layers
+    keeps_last: str | None = None  # why the last layer of a student is the last of its source
     layer_indices: tuple[str, ...] = ()  # config fields that list numbers of layers
     superseded: tuple[str, ...] = ()  # config fields of older files, which a later field of the class replaces
     # A config field by which the class changes the neurons that the config states, and the tensor whose rows they are
@@ -94,9 +100,17 @@ class Family:
         """Whether every sublayer is normalised before and after (Pangu Ultra's sandwich norm, Gemma 2/3, GLM-4)."""
         return bool(self.pre_norms and self.post_norms)
 
-    def stored(self, parameter: str) -> str:
-        """Return the checkpoint name of a parameter of the class."""
-        return next((name for name, module in self.modules.items() if module == parameter), parameter)
+    def named(self, stored: str) -> str:
+        """Return the table's name of a tensor by its name in a file."""
+        for part, own in self.disk:
+            stored = stored.replace(part, own)
+        return stored
+
+    def stored(self, name: str) -> str:
+        """Return the name in a file of a tensor by the table's name."""
+        for part, own in reversed(self.disk):
+            name = name.replace(own, part)
+        return name
 
     @property
     def decoder(self) -> str:
@@ -110,7 +124,11 @@ class Family:
     def width(self, config: Mapping[str, Any], width: str) -> Any:
         """Return a width as the config states it; None where it does not."""
         name = self.field(width)
-        return None if name is None else config.get(name)
+        value = None if name is None else config.get(name)
+        if value is None and width == "layers" and self.layer_list is not None:
+            kinds = config.get(self.layer_list)
+            return len(kinds) if isinstance(kinds, list) else None
+        return value
 
 
 ATTENTION = {
