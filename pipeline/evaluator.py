@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.data.packing import Packed
-from pipeline.evaluation import tasks
+from pipeline.data.stream import Rows
+from pipeline.evaluation import answers, tasks
 from pipeline.evaluation.perplexity import quality, tallies
 from pipeline.evaluation.results import Behaviour
 from pipeline.evaluation.samples import cache_bytes_per_token, continue_greedily, opening
 from pipeline.evaluation.words import Question, questions, right
+from pipeline.model.marks import Marked
 from pipeline.runtime.checkpoint import load_model
 from pipeline.runtime.device import chip_name, choose
 from pipeline.runtime.hashing import fingerprint
@@ -109,6 +111,31 @@ class Bench:
             metrics = tasks.measure(model, self.tokenizer, section.tasks, section.batch_size) if section.tasks else {}
         return Behaviour(cache_bytes_per_token(model, self.prompt(8)), metrics, tuple(continued))
 
+    def answers(self, reference: nn.Module, student: nn.Module) -> dict[str, dict[str, Any]]:
+        """Return the comparison of two models on the assistant's turns, by text whose turns are marked."""
+        ranks, section, found = self.machine.ranks, self.config.evaluate, {}
+        special = frozenset(self.tokenizer.added_tokens_decoder)
+        for name, packed in self.texts.items():
+            if not packed.marked:
+                continue
+            rows = range(ranks.rank, self.rows[name], ranks.world)
+            sums = torch.zeros(self.rows[name], len(answers.SUMS), dtype=torch.float64)
+            size = section.batch_size
+            batches = _batches(Marked(packed), rows, size)
+            shown = self.machine.progress(batches, -(-len(rows) // size), f"answers in {name}")
+            for number, part in enumerate(answers.compared(reference, student, shown, self.config.logits.chunk)):
+                own = rows[number * size : (number + 1) * size]
+                sums[own.start : own.stop : own.step] = part
+            every = (_row(Marked(packed), row) for row in range(self.rows[name]))
+            turns = answers.turns_of(every, special, self.tokenizer.eos_token_id, section.answers)
+            equal = answers.greedy(reference, student, turns[ranks.rank :: ranks.world], section.answer_tokens)
+            ranks.sum_([sums, equal])
+            numbers = answers.figures(sums)
+            if numbers is not None:
+                found[name] = numbers | {"greedy": answers.greedy_figures(equal, section.answer_tokens)}
+                self.machine.say(f"answers in {name}: KL {numbers['kl']:.4f} on {numbers['tokens']} tokens")
+        return found
+
     def prompt(self, tokens: int) -> Tensor:
         """Return ids [1, tokens] from the beginning of the first text, repeated where it is shorter."""
         packed = next(iter(self.texts.values()))
@@ -185,10 +212,10 @@ class Bench:
         return questions(documents, encode, self.config.evaluate.words, self.config.evaluate.words_context)
 
 
-def _batches(packed: Packed, rows: range, batch: int) -> Iterator[Tensor]:
+def _batches(packed: Rows, rows: range, batch: int) -> Iterator[Tensor]:
     for start in range(0, len(rows), batch):
         yield torch.stack([_row(packed, row) for row in rows[start : start + batch]])
 
 
-def _row(packed: Packed, row: int) -> Tensor:
+def _row(packed: Rows, row: int) -> Tensor:
     return torch.from_numpy(packed[row].astype("int64"))

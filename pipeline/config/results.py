@@ -16,6 +16,8 @@ class Evaluate(Section):
     batch_size: Count
     words: Size
     words_context: Count
+    answers: Size
+    answer_tokens: Count
     tasks: list[str]
     speed: bool
     speed_prefill: Count

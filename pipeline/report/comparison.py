@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.report.answers import answer_lines
 from pipeline.report.budget import budget_of
 from pipeline.report.facts import MODELS, Report, infinite, perplexity_of, start_of, times
 
@@ -54,6 +55,9 @@ def rows(report: Report) -> list[Row]:
         found.append(Row(f"perplexity, {name}", times(values["teacher"]), times(values["student"]), ratio))
         before, after = (infinite(report["perplexity"][name][who]["bits_per_byte"]) for who in MODELS)
         found.append(Row(f"bits per byte, {name}", times(before, ".3f"), times(after, ".3f"), change(before, after)))
+    for name, text in report["perplexity"].items():
+        if "assistant" in text:
+            found += [Row(*line) for line in answer_lines(name, text["assistant"])]
     for kind in ("prefill", "decode") if report["speed"] else ():
         before, after = (report["speed"][who][kind] for who in ("teacher", "student"))
         found.append(Row(f"{kind}, tokens/s", rate(before), rate(after), f"×{after / before:.2f}"))

@@ -4,9 +4,11 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from pipeline import runner
 from pipeline.data.packing import Packed
+from pipeline.model.marks import positions
 from tests.chat_templates import CHATML, assistant, user
 from tests.tiny_text import configured
 from tests.world import losses, make_world, pipeline, settings, text
@@ -50,3 +52,17 @@ def test_two_ranks_take_the_steps_of_one(world):
     one, two = losses(world / "one"), losses(world / "two")
     assert len(one) == len(two) > 4 and max(abs(a - b) for a, b in zip(one, two)) < 1e-4 * max(one)
     shutil.rmtree(world / "two")
+
+
+def test_answers_are_measured_alone_and_reported(world):
+    small = ["evaluate.speed=false", "evaluate.words=4", "report.samples=1", "report.sample_tokens=2"]
+    words = [*chosen(world, "one"), *small, "evaluate.answers=2", "evaluate.answer_tokens=3"]
+    made = runner.run(configured(*(word for word in words if word != STAGES)), "a test")
+    text = json.loads((made["evaluation"] / "evaluation.json").read_text())["texts"]["evaluation"]
+    found, whole = text["assistant"], Packed(made["tokens"] / "evaluation" / "00-evaluation")
+    rows = [torch.from_numpy(whole.stored(row).astype("int64")) for row in range(text["sequences"])]
+    assert found["tokens"] == int(positions(torch.stack(rows)).sum()) < text["tokens"]
+    assert found["kl"] > found["kl_error"] > 0 and 0 < found["agreement"] < 1 and found["greedy"]["answers"] == 2
+    report = json.loads((made["report"] / "report.json").read_text())
+    assert report["perplexity"]["evaluation"]["assistant"] == found
+    assert "perplexity of answers, evaluation" in (made["report"] / "report.html").read_text()

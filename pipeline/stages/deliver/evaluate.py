@@ -22,6 +22,7 @@ from pipeline.stages.models import checkpoint
 from pipeline.stages.stage import Inputs, Stage
 
 SPEED = {"speed", "speed_prefill", "speed_decode", "speed_repeats"}
+ANSWERS = {"answers", "answer_tokens"}
 
 
 def check(config: Config) -> None:
@@ -31,13 +32,17 @@ def check(config: Config) -> None:
 
 def settings(config: Config) -> dict[str, Any]:
     """Return what determines the figures: how much is measured and timed, and on which device."""
-    return evaluator.settings(config) | {"speed": config.evaluate.model_dump(include=SPEED)}
+    own = {"speed": SPEED, "answers": ANSWERS}
+    return evaluator.settings(config) | {
+        name: config.evaluate.model_dump(include=fields) for name, fields in own.items()
+    }
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """Write evaluation.json: sizes, quality by text, next-word accuracy, tasks, continuations and speed.
 
-    Each perplexity comes with its ratio to the reference's and the standard error of the ratio over sequences. Raise
+    Where the assistant's turns are marked (`data.loss_on`), also perplexity, KL and greedy answers on these alone. Each
+    perplexity comes with its ratio to the reference's and the standard error of the ratio over sequences. Raise
     ValueError before any pass where a model that is to be timed is too large for the device.
     """
     if config.evaluate.speed:
@@ -49,6 +54,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         with bench.placed(inputs["initial_student"]) as model:
             figures["start"] = bench.measure(model, "start", reference.facts)
         del model  # before the next is loaded
+    answers = _answers(bench, inputs, machine)
     with bench.placed(inputs["student"]) as model:
         figures["student"] = bench.measure(model, "student", reference.facts)
         if machine.ranks.rank:
@@ -70,7 +76,9 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
             for who, folder in folders.items()
         },
         texts={
-            name: facts | {who: texts[name] for who, texts in figures.items()}
+            name: facts
+            | {who: texts[name] for who, texts in figures.items()}
+            | ({"assistant": answers[name]} if name in answers else {})
             for name, facts in reference.facts.items()
         },
         tasks={who: each.tasks for who, each in behaviours.items()},
@@ -87,6 +95,17 @@ def _bench(config: Config, inputs: Inputs, machine: Machine) -> evaluator.Bench:
     if inputs["tokens"] == inputs["reference_tokens"]:
         return bench
     return evaluator.Bench(config, inputs["tokens"], load_tokenizer(inputs["student"], trusted), machine, bench)
+
+
+def _answers(bench: evaluator.Bench, inputs: Inputs, machine: Machine) -> dict[str, dict[str, Any]]:
+    """Return the comparison on the assistant's turns by text; every rank takes part."""
+    if not any(packed.marked for packed in bench.texts.values()):
+        return {}
+    if bench.original is not None:
+        machine.say("answers: the student has tokens of its own, so its predictions are not compared one by one")
+        return {}
+    with bench.placed(inputs["reference"]) as reference, bench.placed(inputs["student"]) as student:
+        return bench.answers(reference, student)
 
 
 def _compare(texts: Mapping[str, dict[str, Any]], reference: Mapping[str, dict[str, Any]], paired: bool) -> None:
