@@ -70,7 +70,7 @@ def run(config: Config, command: str) -> dict[str, Path]:
         say(f"recipe: {config.recipe.name}, as {config.recipe.reason} (docs/results.md)", ranks.rank)
     if config.dry_run:
         with ranks.guard():
-            _dry_run(config, Machine(device, ranks, Track(None)))
+            _dry_run(config, Machine(device, ranks, Track()))
         return {}
     folder = Path(config.runs) / config.run
     dumped = config.model_dump(mode="json")

@@ -108,7 +108,7 @@ class _Reader:
         try:
             for _ in range(count):
                 place += 8 + length_at(data, place)[0]
-        except struct.error:
+        except (struct.error, OverflowError):  # beyond the data, or beyond any memory
             raise ValueError("it ends inside an array of strings") from None
         self.place = place
         self.take(0)

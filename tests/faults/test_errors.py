@@ -195,6 +195,12 @@ IMPOSSIBLE = {  # settings, and the setting and values that the refusal names
         ["recipe=adapt_pruner", "recipe.rounds=2", "shape.layers=null", "shape.neurons=14", "plan.amplitude=0.1"],
         r"plan\.amplitude: 0\.1.*0\.03571 of round 2 of 2",
     ),
+    "positions of the speed": (["evaluate.speed_prefill=62"], r"evaluate\.speed_prefill.*66.*64"),
+    "positions of a sample": (["report.sample_tokens=65"], r"report\.sample_tokens.*65.*64"),
+    "positions of a written text": (
+        ["recipe=generate", "self_generate.length=65", "shape.layers=null", "shape.neurons=null"],
+        r"self_generate\.length.*65.*64",
+    ),
     "first layers": (["plan.keep_first=4"], r"shape\.layers.*3.*4"),
     "positions": (["data.sequence_length=128"], r"data\.sequence_length.*128.*64"),
 }

@@ -144,3 +144,10 @@ def test_many_empty_strings_are_not_walked_through(sound, tmp_path):
     path.write_bytes(sound[:8] + struct.pack("<QQ", 0, 1) + struct.pack("<Q", 1) + b"a"
                      + struct.pack("<IIQ", 9, 8, ENTRIES + 1) + bytes(8 * (ENTRIES + 2)))  # fmt: skip
     refused(path, "entries")
+
+
+@pytest.mark.parametrize("length", [100, 2**63 - 9, 2**64 - 1])
+def test_an_array_of_strings_that_exceed_any_memory_is_refused(tmp_path, length):
+    field = struct.pack("<Q1sIIQQ", 1, b"a", 9, 8, 2, length)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field + bytes(32))
+    refused(tmp_path / "a.gguf", "array of strings")

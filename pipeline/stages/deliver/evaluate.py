@@ -20,14 +20,20 @@ from pipeline.runtime.layer_streaming import need_memory
 from pipeline.runtime.machine import Machine
 from pipeline.stages.models import checkpoint
 from pipeline.stages.stage import Inputs, Stage
+from pipeline.stages.texts import check_positions_of_source
 
 SPEED = {"speed", "speed_prefill", "speed_decode", "speed_repeats"}
 ANSWERS = {"answers", "answer_tokens"}
 
 
 def check(config: Config) -> None:
-    """Refuse tasks that cannot be run here, before any work."""
+    """Refuse tasks that cannot be run here, and texts beyond the model's positions, before any work."""
     tasks.check(config.evaluate.tasks)
+    if config.evaluate.speed:
+        count = config.evaluate.speed_prefill + config.evaluate.speed_decode
+        check_positions_of_source(config, "evaluate.speed_prefill + evaluate.speed_decode", count)
+    if config.report.samples:
+        check_positions_of_source(config, "report.sample_tokens", config.report.sample_tokens)
 
 
 def settings(config: Config) -> dict[str, Any]:

@@ -15,8 +15,14 @@ from pipeline.runtime.checkpoint import load_model, load_tokenizer
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine
 from pipeline.stages.stage import Inputs, Stage
+from pipeline.stages.texts import check_positions_of_source
 
 FILE = "generated.jsonl"
+
+
+def check(config: Config) -> None:
+    """Refuse texts that are longer than the model's positions, before any work."""
+    check_positions_of_source(config, "self_generate.length", config.self_generate.length)
 
 
 def settings(config: Config) -> dict:
@@ -77,6 +83,7 @@ STAGE = Stage(
     run=run,
     settings=settings,
     needs=("teacher",),
+    check=check,
     resumable=True,  # every batch is written down as soon as it is there
     shows={"generated.jsonl": "generated.jsonl"},
     delivers=True,
