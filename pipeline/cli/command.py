@@ -96,26 +96,36 @@ def _run(words: Sequence[str], boundary: Boundary) -> None:
     if command.multirun:
         from pipeline.cli.sweep import run_sweep
 
+        track: dict[str, Any] = {}
+
         def job(values: dict[str, Any], name: str) -> dict[str, Path]:
             with boundary():  # here, as Hydra would print an exception in its own way
                 values = point_values(values, name)
-                return _run_one(_validated(values), values, typed, boundary)
+                config = _validated(values)
+                track.update(config.track.model_dump())
+                return _run_one(config, values, typed, boundary)
 
         folder = run_sweep(command.settings, command.config_dir, job)
         if ranks.place()[0] == 0:
-            _compare_sweep(folder)
+            _compare_sweep(folder, track)
     else:
         ((config, values),) = runs
         _run_one(config, values, typed, boundary)
     ranks.leave()
 
 
-def _compare_sweep(folder: Path) -> None:
-    """Write the page that compares the runs of a sweep into its folder, where they made reports."""
+def _compare_sweep(folder: Path, track: dict[str, Any]) -> None:
+    """Write the page that compares the runs of a sweep into its folder, where they made reports, and track it."""
     from pipeline.cli.compare import REPORT, write_comparison
+    from pipeline.runtime.trackers import open_tracker
 
-    if any(folder.glob(f"*/{REPORT}")):
-        print(write_comparison([folder]), flush=True)
+    if not any(folder.glob(f"*/{REPORT}")):
+        return
+    print(write_comparison([folder]), flush=True)
+    if track:  # else the points ran in processes of a launcher's own
+        with open_tracker(track, folder.name, folder, {}, 0) as tracker:
+            tracker.table(folder / "compare.csv", "comparison")
+            tracker.artifact(folder / "compare.html", f"{folder.name}-comparison", "comparison")
 
 
 def _run_one(config: Config, values: dict[str, Any], command: str, boundary: Boundary) -> dict[str, Path]:

@@ -4,6 +4,7 @@ Only this file uses W&B. All its files are in the run's own folder. Without cred
 offline and can be uploaded with `wandb sync`.
 """
 
+import csv
 import netrc
 import os
 import re
@@ -67,6 +68,15 @@ class WandbTrack(Track):
         """Record a picture file."""
         if self._run is not None:
             self._do(lambda run: run.log({name: wandb.Image(str(path))}))
+
+    def table(self, path: Path, name: str) -> None:
+        """Record a CSV file as a table; numbers become numbers."""
+        if self._run is None:
+            return
+        with Path(path).open(encoding="utf-8", newline="") as file:
+            heading, *rows = csv.reader(file)
+        table = wandb.Table(heading, [[_number(cell) for cell in row] for row in rows], allow_mixed_types=True)
+        self._do(lambda run: run.log({name: table}))
 
     def finish(self, failed: bool = False) -> None:
         """Close the run, marked as failed or not; upload for at most five minutes."""
@@ -200,6 +210,14 @@ def _keep_inside(folder: Path) -> None:
     for name, inner in (("WANDB_CACHE_DIR", "cache"), ("WANDB_DATA_DIR", "data")):
         os.environ[name] = str(folder / inner)
     os.environ["WANDB_SILENT"] = "true"
+
+
+def _number(cell: str) -> float | str:
+    """Return a cell of a CSV file as a number where it is one."""
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
 
 
 def _reason(error: Exception) -> str:

@@ -22,5 +22,8 @@ class Track:
     def image(self, path: Path, name: str) -> None:
         """Record a picture file."""
 
+    def table(self, path: Path, name: str) -> None:
+        """Record a CSV file as a table."""
+
     def finish(self, failed: bool = False) -> None:
         """Close the run, marked as failed or not."""

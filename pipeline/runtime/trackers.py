@@ -52,6 +52,9 @@ class MLflowTrack(Track):
         log = self._client.log_artifacts if Path(path).is_dir() else self._client.log_artifact
         log(self._run, str(path), kind)
 
+    def table(self, path: Path, name: str) -> None:
+        self._client.log_artifact(self._run, str(path))
+
     def image(self, path: Path, name: str) -> None:
         self._client.log_artifact(self._run, str(path), str(Path(name).parent))
 

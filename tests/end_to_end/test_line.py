@@ -98,6 +98,9 @@ def test_a_sweep_is_tracked_by_the_real_wandb_through_to_each_report(world):
         run = world / "runs" / "tracked" / f"shape.layers={layers}"
         assert (run / "report.html").is_file() and json.loads((run / "report.json").read_text())["parameters"]
         assert len(list(run.glob("wandb/offline-run-*/*.wandb"))) == 1
+    (table,) = (world / "runs" / "tracked").glob("wandb/offline-run-*/files/media/table/comparison*.json")
+    rows = json.loads(table.read_text())
+    assert [row[rows["columns"].index("settings.shape.layers")] for row in rows["data"]] == [2.0, 3.0]
 
 
 def test_two_ranks_under_torchrun_give_the_student_of_one(world):
