@@ -25,6 +25,7 @@ from pipeline.runtime import wrapper
 from pipeline.runtime.class_parameters import ClassParameters
 from pipeline.runtime.described import check_file, read_config, read_mapping, stored_config, wrapper_config
 from pipeline.runtime.modelling import HEADS, pruned_class
+from pipeline.runtime.tokenizer_check import PROBE
 from pipeline.runtime.weight_files import FLOATING, INDEX, SINGLE, Tensors
 from pipeline.runtime.weight_names import PREDICTION, canonical_names
 from pipeline.runtime.wrapper import Around
@@ -422,9 +423,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False):
         for path in folder.glob(pattern):
             check_file(path)
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, **options
         )
+        tokenizer(PROBE)  # a field that only encoding reads may be damaged too
     except Exception as fault:  # a damaged file raises whatever its reader, in Python or Rust, meets first
         if "trust_remote_code" in str(fault):
             raise ValueError(
@@ -435,6 +437,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False):
             f"the tokenizer in {folder} is missing or damaged ({_reason(fault)}); put its files (tokenizer.json or "
             "tokenizer.model, tokenizer_config.json) there again"
         ) from fault
+    return tokenizer
 
 
 def _reason(fault: Exception) -> str:
