@@ -231,6 +231,7 @@ TINY: dict[str, dict] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
     "gpt_neox_japanese": {},
     "minicpm3": LOW_RANK | {"scale_depth": 1.4, "dim_model_base": 16},
+    "recurrent_gemma": {"block_types": ["recurrent", "recurrent", "attention", "attention"], "intermediate_size": 48},
     "youtu": LOW_RANK | {"pad_token_id": None},  # whose class zeroes the embedding of padding when it loads
 }
 FLOAT32 = {"xglm"}  # whose class overflows in float64

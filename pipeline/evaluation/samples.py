@@ -58,7 +58,7 @@ def cache_bytes_per_token(model: CausalModel, prompt: Tensor) -> int:
     Layers without attention have a state of fixed size, which is not counted.
     """
     step = model(input_ids=prompt.to(next(model.parameters()).device), use_cache=True, logits_to_keep=1)
-    layers = [layer for layer in cache_of(step).layers if hasattr(layer, "keys")]
+    layers = [layer for layer in cache_of(step).layers if getattr(layer, "keys", None) is not None]
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // prompt.shape[1]
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.model.anatomy import Anatomy, LayerSizes, Sizes
-from pipeline.model.hf_config import accepts_heads, class_fields
+from pipeline.model.hf_config import accepts_heads, class_fields, stated_widths
 
 OWN_FILE = "modeling_pruned.py"
 OWN_CLASS = "PrunedForCausalLM"
@@ -33,12 +33,8 @@ def padded(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any],
     check_padded(config)
     widths = _common_widths(student)
     layers = (widths,) * len(student.sizes.layers)
-    edited = {key: value for key, value in config.items() if key not in ("pruned", "auto_map")} | {
-        "num_attention_heads": widths.heads,
-        "num_key_value_heads": widths.groups,
-        "intermediate_size": widths.neurons,
-        "head_dim": student.sizes.head_size,
-    }
+    kept = {key: value for key, value in config.items() if key not in ("pruned", "auto_map")}
+    edited = kept | stated_widths(student, widths)
     return edited | class_fields(edited, student), replace(student.sizes, layers=layers)
 
 

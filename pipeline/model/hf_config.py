@@ -24,6 +24,8 @@ def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
             edited[field] = [config[field][host] for host in hosts]
     for field, kinds in source.family.layer_groups.items():
         edited[field] = [[[config[kinds][host] for host in hosts], 1]]
+    for field in source.family.repeated:
+        edited[field] = [config[field][host % len(config[field])] for host in hosts]
     for field in source.family.depth_scaled:
         edited[field] = config[field] * math.sqrt(len(hosts) / len(source.sizes.layers))
     for field in source.family.layer_indices:
@@ -75,7 +77,7 @@ def stated_widths(student: Anatomy, widths: LayerSizes) -> dict[str, int]:
         "hidden": sizes.hidden,
         "heads": widths.heads,
         "groups": widths.groups,
-        "neurons": widths.neurons,
+        "neurons": widths.neurons * family.stated_neurons,
         "head_size": sizes.head_size,
     }
     kept = {"heads", "groups", "head_size"} if "heads" in family.fixed else set()

@@ -96,6 +96,11 @@ def test_a_token_costs_keys_and_values_of_every_group_of_every_layer():
     assert cache_bytes_per_token(model, tokens(1, 7)) == 4 * 2 * 2 * 8 * 4  # layers, K and V, groups, head size, bytes
 
 
+def test_layers_without_attention_cache_no_keys_and_values():
+    model = tiny_model("nemotron_h", dtype=torch.float32)
+    assert cache_bytes_per_token(model, tokens(1, 7)) == 1 * 2 * 2 * 8 * 4
+
+
 def test_an_opening_starts_a_sentence_and_ends_between_words():
     prompt, follows = opening("of the former. Then a new one begins, and it runs on and on and on.", 21)
     assert (prompt, follows) == ("Then a new one", " begins, and it runs")

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import fused
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
+from pipeline.model.export_forms import padded
 from pipeline.model.families import AXES, FAMILIES, family_of
 from pipeline.model.hf_config import student_config
 from pipeline.model.logits import logits_of
@@ -20,7 +21,7 @@ from pipeline.prune.importance.measure import measure
 from pipeline.prune.passes.layerwise import layers_of, recorded
 from pipeline.prune.surgery.cut import cut
 from pipeline.prune.surgery.reinit import stabilise_gains
-from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import class_shapes, load_model, open_checkpoint, write_checkpoint
 from pipeline.runtime.fused_layers import LAYER_OPERATORS, fused_layers
 from tests.laws import masked, plan_of
 from tests.tiny import TINY, config_of, model_type, save_tiny, tensors_of, tiny_model, tokens
@@ -382,3 +383,15 @@ def test_a_student_whose_last_layer_alone_has_a_tensor_keeps_it_last():
     Blueprint(whole.channels, whole.layers[1:]).check(of)
     with pytest.raises(ValueError, match="must be layer 3"):
         Blueprint(whole.channels, whole.layers[:3]).check(of)
+
+
+@pytest.mark.parametrize("kind", ["granitemoehybrid", "recurrent_gemma"])
+def test_the_padded_form_states_the_widths_under_the_names_of_the_class(kind):
+    model = tiny_model(kind)
+    of = anatomy(model)
+    whole = everything(of.sizes)
+    plans = tuple(replace(plan, neurons=plan.neurons[: 8 + 4 * layer]) for layer, plan in enumerate(whole.layers))
+    blueprint = Blueprint(whole.channels, plans)
+    written, wide = padded(student_config(config_of(model), of, blueprint), blueprint.student(of))
+    assert {widths.neurons for widths in wide.layers} == {20}
+    assert class_shapes(written, Path()) == of.narrowed(wide, of.layer_types).shapes()

@@ -13,6 +13,7 @@ from pipeline.model.families.table import (
     ATTENTION_BIASES,
     GATE_UP,
     GATED,
+    GATED_BIASES,
     NORMS,
     PLAIN,
     PLAIN_BIASES,
@@ -252,5 +253,48 @@ HYBRID = (
         layer_list="layers_block_type",
         superseded=("hybrid_override_pattern",),
         fixed=CARRIED,
+    ),
+    Family(
+        "recurrent_gemma",
+        "RecurrentGemmaForCausalLM",
+        {name.replace("self_attn.", "temporal_block."): axes for name, axes in (ATTENTION | ATTENTION_BIASES).items()}
+        | {
+            f"temporal_block.linear_{name}.{kind}": axes
+            for name, pair in (("x", ("w h", "w")), ("y", ("w h", "w")), ("out", ("h w", "h")))
+            for kind, axes in zip(("weight", "bias"), pair)
+        }
+        | {
+            "temporal_block.conv_1d.weight": "w 1 l",
+            "temporal_block.conv_1d.bias": "w",
+            "temporal_block.rg_lru.recurrent_param": "w",
+        }
+        | {
+            f"temporal_block.rg_lru.{gate}_gate_{kind}": axes
+            for gate in ("input", "recurrent")
+            for kind, axes in (("weight", "n d d"), ("bias", "n d"))
+        }
+        | {name.replace("mlp.", "mlp_block."): axes for name, axes in (GATED | GATED_BIASES).items()}
+        | {"temporal_pre_norm.weight": "h", "channel_pre_norm.weight": "h"},
+        {
+            "temporal_pre_norm": tuple(
+                f"temporal_block.{name}" for name in ("q_proj", "k_proj", "v_proj", "linear_x", "linear_y")
+            ),
+            "channel_pre_norm": ("mlp_block.gate_proj", "mlp_block.up_proj"),
+        },
+        final_norm="model.final_norm",
+        attention="temporal_block",
+        optional=tuple(
+            f"temporal_block.{name}" for name in ("q_proj.", "k_proj.", "v_proj.", "o_proj.", "linear_", "conv_1d.")
+        )
+        + ("temporal_block.rg_lru.",),
+        fields={"head_size": None},
+        lengths={"w": ("lru_width",), "l": ("conv1d_width",)},
+        repeated=("block_types",),
+        stated_neurons=2,
+        norm_offset=1.0,
+        embedding_times_root_hidden=True,
+        logit_cap="logits_soft_cap",
+        rotary="class",
+        fixed=CARRIED | {"hidden": "its recurrent layers are as wide as the hidden size"},
     ),
 )

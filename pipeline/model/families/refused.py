@@ -12,7 +12,7 @@ REASONS: Mapping[str, str] = {
     "some of its layers are a state-space model, linear attention or a convolution": (
         "bailing_hybrid falcon_mamba inkling2_loop_text inkling2_text inkling_text "
         "jamba kimi_linear mamba mamba2 minimax "
-        "qwen4_exp_text recurrent_gemma rwkv xlstm zamba zamba2 zaya"
+        "qwen4_exp_text rwkv xlstm zamba zamba2 zaya"
     ),
     "it is an encoder, has one, or is used as one": (
         "bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert cohere_compass_text "

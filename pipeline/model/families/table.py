@@ -61,6 +61,8 @@ class Family:
     layer_groups: Mapping[str, str] = field(
         default_factory=dict
     )  # config field of repeated kinds: that of each layer's
+    repeated: tuple[str, ...] = ()  # config fields whose list of kinds is repeated over the layers
+    stated_neurons: int = 1  # the neurons that the config states are this many times those of a layer
     depth_scaled: tuple[str, ...] = ()  # config fields that the class divides by the square root of the layers
     keeps_last: str | None = None  # why the last layer of a student is the last of its source
     layer_indices: tuple[str, ...] = ()  # config fields that list numbers of layers
@@ -128,7 +130,7 @@ class Family:
         if value is None and width == "layers" and self.layer_list is not None:
             kinds = config.get(self.layer_list)
             return len(kinds) if isinstance(kinds, list) else None
-        return value
+        return value // self.stated_neurons if width == "neurons" and value is not None else value
 
 
 ATTENTION = {
