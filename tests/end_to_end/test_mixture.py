@@ -13,7 +13,15 @@ from tests.world import make_world, pipeline, settings
 def test_a_student_of_fewer_experts_is_recovered_and_delivered(tmp_path):
     world = make_world(tmp_path, "deepseek_v3")
     chosen = settings(
-        world, run="moe", shape__layers=None, shape__neurons=None, shape__experts=2, distill__learning_rate=1e-2
+        world,
+        run="moe",
+        shape__layers=None,
+        shape__neurons=None,
+        shape__experts=2,
+        distill__learning_rate=1e-2,
+        evaluate__speed=False,
+        evaluate__tokens=256,
+        report__samples=0,
     )
     pipeline(*chosen, "deepspeed=zero2", "export.form=auto", cwd=world, ranks=2)
     (folder,) = (world / "artifacts").glob("distill-*")

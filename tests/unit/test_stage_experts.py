@@ -1,19 +1,20 @@
 """Experts through the stages: those of the highest scores stay, and the student is the model that never routes to the
 others, in float64."""
 
-import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pipeline import runner
-from pipeline.model.blueprint import Blueprint
+from pipeline.model.anatomy import anatomy_of
+from pipeline.model.blueprint import Blueprint, compose, everything
 from pipeline.model.mixture import Routing
 from pipeline.model.scores import Scores
 from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import open_checkpoint
 from tests.mixtures import loaded, mixture_world, never_routed
-from tests.tiny import tokens
+from tests.tiny import config_of, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
 from tests.world import make_world, settings
 
@@ -56,23 +57,13 @@ def test_the_student_of_the_stages_is_the_model_that_never_routes_to_removed_exp
     assert (logits(loaded(folders["initial_student"])) - wanted).norm() / wanted.norm() < 1e-6
 
 
-def test_random_experts_are_another_choice_that_the_seed_decides(tmp_path):
+def test_the_seed_decides_which_random_experts_stay(tmp_path):
     world = mixture_world(tmp_path, "mixtral")
     chosen = [
         Blueprint.load(made(world, CUT, "plan.experts=random", f"seed={seed}", shape__experts=2)["blueprint"])
-        for seed in (0, 0, 1)
+        for seed in (0, 1)
     ]
-    assert chosen[0] == chosen[1] != chosen[2]
-
-
-def test_rounds_approach_the_number_of_experts(tmp_path):
-    world = mixture_world(tmp_path, "mixtral", torch.float32)
-    rounds = ["recipe.rounds=2", "recipe.repeat=[importance,shape,plan,cut]"]
-    folders = made(world, CUT, *rounds, shape__experts=2)
-    assert json.loads((folders["blueprint"] / "step.json").read_text())["layers"][0]["experts"] != []
-    assert [len(plan.experts) for plan in Blueprint.load(folders["blueprint"]).layers] == [2] * 4
-    counts = {open_checkpoint(path).anatomy.sizes.carried["e"] for path in (world / "artifacts").glob("cut-*")}
-    assert counts == {2, 3}
+    assert chosen[0] != chosen[1]
 
 
 @pytest.mark.parametrize("kind, experts", [("mixtral", 1), ("mixtral", 5), ("deepseek_v3-groups", 5), ("llama", 2)])
@@ -83,13 +74,12 @@ def test_an_impossible_number_of_experts_is_refused_before_any_work(kind, expert
     assert not (world / "artifacts").exists() or not list((world / "artifacts").glob("importance-*"))
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3"])
 @pytest.mark.parametrize(
-    "setting, stages, others",
+    "kind, setting, stages, others",
     [
-        ("local_distill.epochs", "local_distill", ["local_distill.epochs=1"]),
-        ("restore.order", "obs_order", ["restore.order=obs", "plan.clap=false"]),
-        ("plan.widths", "supernet", ["plan.widths=evolved", "plan.clap=false"]),
+        ("mixtral", "local_distill.epochs", "local_distill", ["local_distill.epochs=1"]),
+        ("deepseek_v3", "restore.order", "obs_order", ["restore.order=obs", "plan.clap=false"]),
+        ("mixtral", "plan.widths", "supernet", ["plan.widths=evolved", "plan.clap=false"]),
     ],
 )
 def test_methods_that_need_an_ffn_of_its_own_refuse_experts(kind, setting, stages, others, tmp_path):
@@ -146,6 +136,8 @@ def test_rounds_narrow_experts_step_by_step(tmp_path):
     source, last = open_checkpoint(folders["teacher"]), open_checkpoint(folders["initial_student"])
     once = dict(cut(source.anatomy, Blueprint.load(folders["blueprint"]), source))
     assert set(once) == set(last) and all(torch.equal(tensor, last[name]) for name, tensor in once.items())
+    sizes = [open_checkpoint(path).anatomy.sizes.carried for path in (world / "artifacts").glob("cut-*")]
+    assert {(each["e"], each["x"]) for each in sizes} == {(3, 9), (2, 6)}
 
 
 @pytest.mark.parametrize("kind, neurons", [("deepseek_v3", 6), ("hunyuan_v1_moe", 6), ("mixtral", 25), ("llama", 6)])
@@ -182,13 +174,21 @@ def test_merged_experts_are_means_weighted_by_routing(kind, tmp_path):
                 torch.testing.assert_close(getattr(few, name)[own], mean)
 
 
-def test_merging_in_rounds_is_one_merge_of_their_shares(tmp_path):
-    world = mixture_world(tmp_path, "qwen3_moe")
-    rounds = ["recipe.rounds=2", "recipe.repeat=[importance,shape,plan,cut]", "reinit.slnp=false", "plan.experts=merge"]
-    folders = made(world, CUT, *rounds, shape__experts=2)
-    source, last = open_checkpoint(folders["teacher"]), open_checkpoint(folders["initial_student"])
-    for name, tensor in cut(source.anatomy, Blueprint.load(folders["blueprint"]), source):
-        torch.testing.assert_close(tensor, last[name])
+def test_merging_twice_is_one_merge_of_their_shares():
+    model = tiny_model("qwen3_moe")
+    of = anatomy_of(config_of(model), tensors_of(model))
+    whole = everything(of.sizes)
+    steps = [
+        ((0, 2, 3), (((0, 0.25), (1, 0.75)), ((2, 1.0),), ((3, 1.0),))),
+        ((0, 2), (((0, 0.5), (1, 0.5)), ((2, 1.0),))),
+    ]
+    first, second = (
+        replace(whole, layers=tuple(replace(plan, experts=kept, merged=means) for plan in whole.layers))
+        for kept, means in steps
+    )
+    once = dict(cut(first.student(of), second, dict(cut(of, first, tensors_of(model)))))
+    for name, tensor in cut(of, compose(first, second), tensors_of(model)):
+        torch.testing.assert_close(tensor, once[name])
 
 
 def test_experts_are_merged_whole():
