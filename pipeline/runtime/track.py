@@ -75,7 +75,8 @@ class WandbTrack(Track):
             return
         with Path(path).open(encoding="utf-8", newline="") as file:
             heading, *rows = csv.reader(file)
-        table = wandb.Table(heading, [[_number(cell) for cell in row] for row in rows], allow_mixed_types=True)
+        names: list[str | int] = [*heading]
+        table = wandb.Table(names, [[_number(cell) for cell in row] for row in rows], allow_mixed_types=True)
         self._do(lambda run: run.log({name: table}))
 
     def finish(self, failed: bool = False) -> None:
