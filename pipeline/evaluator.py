@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.config import Config
 from pipeline.data.packing import Packed
 from pipeline.data.stream import Rows
-from pipeline.evaluation import answers, tasks
+from pipeline.evaluation import answers, drafting, tasks
 from pipeline.evaluation.perplexity import quality, tallies
 from pipeline.evaluation.results import Behaviour
 from pipeline.evaluation.samples import cache_bytes_per_token, continue_greedily, opening
@@ -134,6 +134,21 @@ class Bench:
             if numbers is not None:
                 found[name] = numbers | {"greedy": answers.greedy_figures(equal, section.answer_tokens)}
                 self.machine.say(f"answers in {name}: KL {numbers['kl']:.4f} on {numbers['tokens']} tokens")
+        return found
+
+    def drafts(self, reference: nn.Module, student: nn.Module) -> dict[str, dict[str, Any]]:
+        """Return how many of the student's drafts the reference accepts, by text."""
+        ranks, size, found = self.machine.ranks, self.config.evaluate.batch_size, {}
+        for name, packed in self.texts.items():
+            rows = range(ranks.rank, self.rows[name], ranks.world)
+            batches = self.machine.progress(_batches(packed, rows, size), -(-len(rows) // size), f"drafts on {name}")
+            sums = torch.zeros(self.rows[name], dtype=torch.float64)
+            for number, part in enumerate(drafting.accepted(reference, student, batches, self.config.logits.chunk)):
+                own = rows[number * size : (number + 1) * size]
+                sums[own.start : own.stop : own.step] = part
+            ranks.sum_([sums])
+            found[name] = drafting.figures(sums / packed.sequence)
+            self.machine.say(f"drafts on {name}: {found[name]['acceptance']:.1%} are accepted")
         return found
 
     def prompt(self, tokens: int) -> Tensor:

@@ -18,6 +18,7 @@ class Evaluate(Section):
     words_context: Count
     answers: Size
     answer_tokens: Count
+    draft: bool
     tasks: list[str]
     speed: bool
     speed_prefill: Count

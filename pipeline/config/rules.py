@@ -151,6 +151,14 @@ def external_students_keep_their_tokens(config: Config) -> None:
         )
 
 
+def drafts_have_the_tokens_of_the_teacher(config: Config) -> None:
+    if config.evaluate.draft and config.budget.vocabulary is not None:
+        raise ValueError(
+            "evaluate.draft: a student with budget.vocabulary has tokens of its own, which its teacher cannot accept; "
+            "set evaluate.draft=false"
+        )
+
+
 def merged_experts_are_whole(config: Config) -> None:
     if config.plan.experts == "merge" and config.shape.expert_neurons is not None:
         raise ValueError(
@@ -183,4 +191,5 @@ RULES: tuple[Callable[[Config], None], ...] = (
     layer_by_layer_methods_choose_alone,
     merged_experts_are_whole,
     external_students_keep_their_tokens,
+    drafts_have_the_tokens_of_the_teacher,
 )

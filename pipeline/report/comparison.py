@@ -58,6 +58,10 @@ def rows(report: Report) -> list[Row]:
     for name, text in report["perplexity"].items():
         if "assistant" in text:
             found += [Row(*line) for line in answer_lines(name, text["assistant"])]
+        if "draft" in text:
+            share = f"{text['draft']['acceptance']:.1%}"
+            gain = f"{text['draft']['tokens_per_pass']:.2f} a pass"
+            found.append(Row(f"accepted drafts, {name}", "", share, gain))
     for kind in ("prefill", "decode") if report["speed"] else ():
         before, after = (report["speed"][who][kind] for who in ("teacher", "student"))
         found.append(Row(f"{kind}, tokens/s", rate(before), rate(after), f"×{after / before:.2f}"))

@@ -19,7 +19,10 @@ RECIPES: dict[str, tuple[dict[str, object], str]] = {
     "pangu_light": ({"teacher_correction.tokens": 512}, "report.html"),
     "auto": ({}, "report.html"),
     "minitron": ({}, "report.html"),
-    "best": ({"local_distill.tokens": 512, "local_distill.epochs": 1, "plan.depth_tokens": 128}, "report.html"),
+    "best": (
+        {"local_distill.tokens": 512, "local_distill.epochs": 1, "plan.depth_tokens": 128, "evaluate.draft": "true"},
+        "report.html",
+    ),
     "adapt_pruner": (ANY | {"recipe.rounds": 2, "plan.amplitude": 0.01}, "report.html"),
     "flap": (ANY, "report.html"),
     "trsp": (ANY | {"layer_gates.tokens": 128, "regularize.tokens": 512}, "report.html"),
@@ -120,6 +123,8 @@ def test_a_recipe_runs_to_its_last_stage(record, world, recipe):
     if last == "report.html":
         report = json.loads((folder / "report.json").read_text())
         assert report["parameters"]["student"] < report["parameters"]["teacher"]
+        drafts = [text["draft"]["acceptance"] for text in report["perplexity"].values() if "draft" in text]
+        assert bool(drafts) == ("evaluate.draft" in changed) and all(0.0 < share <= 1.0 for share in drafts)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -38,7 +38,7 @@ def check(config: Config) -> None:
 
 def settings(config: Config) -> dict[str, Any]:
     """Return what determines the figures: how much is measured and timed, and on which device."""
-    own = {"speed": SPEED, "answers": ANSWERS}
+    own = {"speed": SPEED, "answers": ANSWERS, "draft": {"draft"}}
     return evaluator.settings(config) | {
         name: config.evaluate.model_dump(include=fields) for name, fields in own.items()
     }
@@ -61,6 +61,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
             figures["start"] = bench.measure(model, "start", reference.facts)
         del model  # before the next is loaded
     answers = _answers(bench, inputs, machine)
+    drafts = _drafts(config, bench, inputs, machine)
     with bench.placed(inputs["student"]) as model:
         figures["student"] = bench.measure(model, "student", reference.facts)
         if machine.ranks.rank:
@@ -85,6 +86,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
             name: facts
             | {who: texts[name] for who, texts in figures.items()}
             | ({"assistant": answers[name]} if name in answers else {})
+            | ({"draft": drafts[name]} if name in drafts else {})
             for name, facts in reference.facts.items()
         },
         tasks={who: each.tasks for who, each in behaviours.items()},
@@ -112,6 +114,14 @@ def _answers(bench: evaluator.Bench, inputs: Inputs, machine: Machine) -> dict[s
         return {}
     with bench.placed(inputs["reference"]) as reference, bench.placed(inputs["student"]) as student:
         return bench.answers(reference, student)
+
+
+def _drafts(config: Config, bench: evaluator.Bench, inputs: Inputs, machine: Machine) -> dict[str, dict[str, Any]]:
+    """Return the acceptance of the student's drafts by text, where it is requested; every rank takes part."""
+    if not config.evaluate.draft:
+        return {}
+    with bench.placed(inputs["reference"]) as reference, bench.placed(inputs["student"]) as student:
+        return bench.drafts(reference, student)
 
 
 def _compare(texts: Mapping[str, dict[str, Any]], reference: Mapping[str, dict[str, Any]], paired: bool) -> None:
