@@ -18,6 +18,7 @@ OTHER = {
     "verify": "size",
     "output": "delivered",
     "recipe.reason": "the fastest",
+    "track.tool": "tensorboard",
     "track.mode": "online",
     "track.project": "other",
     "track.entity": "somebody",
