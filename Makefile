@@ -1,6 +1,10 @@
-# make demo: the whole pipeline on a real 135M-parameter model.  make check: linters, contracts and types.  make test-fast: unit,
-# numerics and document tests.  make test: the whole suite.  make coverage: test-fast with line coverage.  make bench: rows of the
-# side-by-side table (an hour each on two cores), and the table.  All set everything up first.
+# make demo       two recipes at one budget on a real 135M-parameter model, and the page that compares them
+# make check      linters, import contracts, types, language, the page of settings
+# make test-fast  unit, numerics and document tests
+# make test       the whole suite
+# make coverage   test-fast with line coverage
+# make bench      rows of the side-by-side table (an hour each on two cores), and the table
+# Each sets everything up first.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 INDEX  ?=
@@ -11,6 +15,8 @@ ROWS   ?= best,pangu_light,minitron
 SHARE  ?= 25
 
 WORKERS ?= 2
+DEMO    ?= budget.parameters=0.75 distill.tokens=16384 local_distill.epochs=1 local_distill.tokens=32768 \
+           evaluate.tokens=8192
 FAST   := -m "(unit or numerics or docs) and not slow and not stages"
 
 .PHONY: setup demo test test-fast coverage check bench clean
@@ -24,7 +30,7 @@ $(STAMP): pyproject.toml requirements/demo.txt
 	touch $@
 
 demo: setup
-	$(RUN) -m pipeline run=demo
+	$(RUN) -m pipeline run=demo --multirun recipe=pangu_light,best $(DEMO)
 
 test: setup
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
