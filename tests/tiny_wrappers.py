@@ -6,7 +6,7 @@ from transformers import AutoConfig
 
 from pipeline.model.families import FAMILIES, WRAPPERS
 from pipeline.runtime.wrapper import text_config
-from tests.tiny import BASE, GEMMA, LINEAR, config_of
+from tests.tiny import BASE, FEW, GEMMA, LINEAR, config_of
 
 IMAGE = 90  # the token id of an image patch
 SIGLIP = {
@@ -106,6 +106,14 @@ TINY_WRAPPERS: dict[str, tuple] = {
         4,
         {"image_grid_thw": [[1, 4, 4]]},
     ),
+    "qwen3_5_moe": (
+        {"model_type": "qwen3_5_moe_text", "shared_expert_intermediate_size": 20, **LINEAR, **FEW, **MROPE},
+        QWEN | {"out_hidden_size": 32, "num_position_embeddings": 16},
+        QWEN_IDS,
+        (16, 96),
+        4,
+        {"image_grid_thw": [[1, 4, 4]]},
+    ),
     "qwen3_5": (
         {"model_type": "qwen3_5_text", **LINEAR, **MROPE},
         QWEN | {"out_hidden_size": 32, "num_position_embeddings": 16},
@@ -123,10 +131,18 @@ def tiny_wrapper(kind: str, dtype: torch.dtype = torch.float64, **text):
     config = AutoConfig.for_model(kind, text_config={**BASE, **fields, **text}, vision_config=vision, **others)
     config._attn_implementation = "eager"
     model = getattr(transformers, WRAPPERS[kind].architecture)(config).to(dtype).eval()
+    eager(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+    return model
+
+
+def eager(model):
+    """Return the model with its experts, if any, computed in the only way that accepts float64."""
+    if any(".experts." in name for name, _ in model.named_parameters()):
+        model.set_experts_implementation("eager")
     return model
 
 

@@ -22,7 +22,7 @@ REASONS: Mapping[str, str] = {
     "it wraps a text model beside a vision, audio or assistant model": (
         "blt dots3_note emu3 fuyu gemma3n gemma4 gemma4_assistant gemma4_unified gemma4_unified_assistant "
         "got_ocr2 llama4 mllama moshi moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal "
-        "qwen3_5_moe qwen4_exp"
+        "qwen4_exp"
     ),
     "its layers are run several times over, by a hierarchy of states": "hrm_text",
     "norms over the outputs of all heads and over all neurons precede W_O and W_down, and its weights are ternary": (

@@ -74,6 +74,7 @@ QWEN3 = {
     for name in ("merger", "deepstack_merger_list.*")
     for kind, axes in (("weight", "h x"), ("bias", "h"))
 }
+QWEN3_5 = {name: axes for name, axes in QWEN3.items() if "deepstack" not in name}
 CONNECTOR = {"connector.modality_projection.proj.weight": "h x"}
 
 WRAPPERS: Mapping[str, Wrapper] = {
@@ -117,7 +118,13 @@ WRAPPERS: Mapping[str, Wrapper] = {
         Wrapper(
             "qwen3_5",
             "Qwen3_5ForConditionalGeneration",
-            {name: axes for name, axes in QWEN3.items() if "deepstack" not in name},
+            QWEN3_5,
+            follows=("vision_config.out_hidden_size",),
+        ),
+        Wrapper(
+            "qwen3_5_moe",
+            "Qwen3_5MoeForConditionalGeneration",
+            QWEN3_5,
             follows=("vision_config.out_hidden_size",),
         ),
     )
