@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+MARK = "\ufeff"  # byte order mark
 PIECE = 1 << 16  # characters: the longest part of a file held at once
 
 
@@ -14,8 +15,9 @@ def paragraphs(path: Path) -> Iterator[str]:
     paragraph: list[str] = []
     size, blank, number = 0, False, 1
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8") as file:  # utf-8-sig skips the beginning of a byte order mark at the end
             while line := file.readline(PIECE):
+                line = line.removeprefix(MARK) if not size and number == 1 else line
                 if "\0" in line:
                     raise ValueError(f"{path} is not text: it has NUL bytes in line {number}; give plain text")
                 number += line.endswith("\n")

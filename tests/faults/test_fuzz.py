@@ -14,6 +14,7 @@ FOUND = {  # cases that a longer run found
         ("part-00000", b'{"text": "a"}\n{"text": 1}', "text"),
         ("a.jsonl", b'{"\\n": ""}', "text"),
     ],
+    "prose": [("a", b"\xef", "text"), ("a.txt", b"\xef\xbb", "text")],
     "tokenizer": [
         {
             "tokenizer_config.json": b'{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", '
