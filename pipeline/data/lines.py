@@ -1,12 +1,12 @@
-"""JSON lines: one object per line, of which one column is text or turns."""
+"""JSON lines: one object per line, of which columns are text or turns."""
 
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-RECORD = 1 << 28  # bytes of the longest line that is read
+from pipeline.data.columns import Value, columns, value_of
 
-Value = str | list | None
+RECORD = 1 << 28  # bytes of the longest line that is read
 
 
 def records(path: Path, field: str) -> Iterator[tuple[str, Value]]:
@@ -25,11 +25,7 @@ def records(path: Path, field: str) -> Iterator[tuple[str, Value]]:
                 continue
             record = _record(f"{path}:{number}", line)
             check_column(f"{path}:{number}", field, record)
-            place, value = f"{path}:{number}: column {field!r}", record[field]
-            if not isinstance(value, str | list | None):
-                fault = f"{place} holds no text and no turns, but {value!r:.80}"
-                raise ValueError(f"{fault}; set data.text_field to the column that does")
-            yield place, value
+            yield f"{path}:{number}: column {field!r}", value_of(record, field, f"{path}:{number}")
 
 
 def _record(place: str, line: bytes) -> dict:
@@ -51,9 +47,10 @@ def printable(name: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
 
 
-def check_column(place: str, field: str, columns: Iterable[str]) -> None:
-    """Raise ValueError where `field` is none of the columns."""
-    if field not in columns:
-        names = ", ".join(printable(str(column)) for column in columns) or "none"
-        fault = f"{place} has no column {field!r} but {names}"
+def check_column(place: str, field: str, known: Iterable[str]) -> None:
+    """Raise ValueError where a column that `field` names is none of the known ones."""
+    missing = [name for name in columns(field, known) if name not in known]
+    if missing:
+        names = ", ".join(printable(str(column)) for column in known) or "none"
+        fault = f"{place} has no column {missing[0]!r} but {names}"
         raise ValueError(f"{fault:.400}; set data.text_field to the one that holds text or turns")

@@ -11,14 +11,15 @@ from pipeline.data import tables
 from pipeline.data.answers import Span
 from pipeline.data.builtin import BUILTINS
 from pipeline.data.chats import as_turns, turns
+from pipeline.data.columns import Chat, Value
 from pipeline.data.formats import LOCAL, MARKERS, kind_of
-from pipeline.data.lines import Value, records
+from pipeline.data.lines import records
 from pipeline.data.plain import PIECE, paragraphs
 from pipeline.data.templates import ChatTemplate
 
 __all__ = ["PIECE", "Corpus", "Piece", "check", "locate", "read"]
 
-HELD = {str: "text", list: "turns"}
+HELD = {str: "text", Chat: "turns"}
 FIRST = 64  # records in which a text or turns are looked for before any work
 HUB = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<configuration>[\w.-]+))?(@(?P<split>[\w.\[\]:%-]+))?")
 
@@ -141,7 +142,7 @@ def _begins_with_turns(rows: Iterator[tuple[str, Value]]) -> bool:
     for _, (place, value) in zip(range(FIRST), rows, strict=False):
         value = _value(place, value)
         if value:
-            return isinstance(value, list) and bool(turns(value, place))
+            return isinstance(value, Chat) and bool(turns(value, place))
     return False
 
 
@@ -175,17 +176,19 @@ def _pieces(corpus: Corpus, field: str, template: ChatTemplate, answers: bool) -
         if isinstance(value, str):
             yield Piece(_characters(value, place), True)
         elif answers:
-            text, spans = template.answers(turns(value, place), place)
+            text, spans = template.answers(turns(value, place), place, value.tools)
             yield Piece(_characters(text, place), True, True, tuple(spans))
         else:
-            yield Piece(_characters(template.render(turns(value, place), place), place), True, True)
+            text = template.render(turns(value, place), place, value.tools)
+            yield Piece(_characters(text, place), True, True)
 
 
 def _value(place: str, value: Value) -> Value:
     """Return what a record holds: a text, turns, or nothing."""
-    if isinstance(value, str):
-        return as_turns(value, place) if value.strip() else None
-    return value
+    if not isinstance(value, str):
+        return value
+    found = as_turns(value, place) if value.strip() else None
+    return Chat(found) if isinstance(found, list) else found
 
 
 def _characters(text: str, place: str) -> str:

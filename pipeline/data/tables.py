@@ -1,11 +1,12 @@
-"""Tables of Arrow: parquet files, saved data sets and data sets of the hub, of which one column is text or turns."""
+"""Tables of Arrow: parquet files, saved data sets and data sets of the hub, of which columns are text or turns."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.data.chats import FORMS
-from pipeline.data.lines import Value, check_column
+from pipeline.data.columns import TOOLS, Value, columns, value_of
+from pipeline.data.lines import check_column
 from pipeline.model.hub import hub_reason
 
 ROWS = 256  # read at once
@@ -23,10 +24,10 @@ def parquet_records(path: Path, field: str) -> Iterator[tuple[str, Value]]:
     number = 0
     with _opened(path) as table:
         try:
-            for batch in table.iter_batches(ROWS, columns=[field]):
-                for value in batch.column(0).to_pylist():
+            for batch in table.iter_batches(ROWS, columns=_read(field, table.schema_arrow.names)):
+                for record in batch.to_pylist():
                     number += 1
-                    yield f"{path} row {number}: column {field!r}", value
+                    yield f"{path} row {number}: column {field!r}", value_of(record, field, f"{path} row {number}")
         except _damage() as fault:
             _refuse_parquet(path, fault, f" after row {number}")
 
@@ -79,9 +80,10 @@ def table_records(table: Any, given: str, field: str) -> Iterator[tuple[str, Val
     number = 0
     try:
         for batch in table.iter(batch_size=ROWS):
-            for value in batch[field]:
+            for values in zip(*batch.values()):
                 number += 1
-                yield f"{given} row {number}: column {field!r}", value
+                record = dict(zip(batch, values))
+                yield f"{given} row {number}: column {field!r}", value_of(record, field, f"{given} row {number}")
     except _damage() as fault:
         raise ValueError(f"{given} is damaged after row {number} ({_one_line(fault)}); save it again") from None
 
@@ -90,14 +92,24 @@ def _checked(given: str, field: str, table: Any) -> Any:
     if not len(table):
         raise ValueError(f"{given} has no rows; give a text that has some")
     _check_type(given, field, table.features.arrow_schema)
-    return table.select_columns([field])
+    return table.select_columns(_read(field, table.column_names))
+
+
+def _read(field: str, known: list[str]) -> list[str]:
+    """Return the columns that are read: those of `data.text_field`, and that of tools where there is one."""
+    return list(dict.fromkeys([*columns(field, known), *([TOOLS] if TOOLS in known else [])]))
 
 
 def _check_type(place: str, field: str, schema: Any) -> None:
     """Raise ValueError where a column of an Arrow schema can hold neither text nor turns."""
+    check_column(place, field, schema.names)
+    for name in columns(field, schema.names):
+        _check_column_type(place, name, schema)
+
+
+def _check_column_type(place: str, field: str, schema: Any) -> None:
     from pyarrow import types
 
-    check_column(place, field, schema.names)
     kind = schema.field(field).type
     if types.is_dictionary(kind):
         kind = kind.value_type

@@ -17,8 +17,9 @@ from pipeline.evaluation.results import Behaviour, Evaluation, ReferenceEvaluati
 from pipeline.model.anatomy import LayerSizes
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, Step
 from pipeline.model.exported import Exported
-from pipeline.model.shape import Depth, Shape, StreamEnergy, Trial, Widths
+from pipeline.model.shape import Budgeted, Depth, Reachable, Shape, StreamEnergy, Trial, Widths
 from pipeline.model.stored import Stored
+from pipeline.model.token_ids import Vocabulary
 from pipeline.runtime.ledger import Ledger
 
 LAYER = LayerPlan(0, (Group(0, 0, (0, 1)),), (1, 2))
@@ -30,6 +31,8 @@ VALUES = [
     Depth((0, 2), 1.5, (Trial((0, 2), 1.5), Trial((0, 1), math.inf))),
     Depth((0, 1), None, ()),
     Widths((LayerSizes(4, 2, 24), LayerSizes(2, 1, 16))),
+    Budgeted("total", 0.7, 0.69, Reachable(0.69, {"layers": 2}), None, 64),
+    Vocabulary((0, 2), 3, 3, 2, 0.5),
     StreamEnergy((1.5, 0.5), False),
     Sparsities((0.25, 0.5)),
     Sensitivities((Narrowing(None, None, 0, 0.0), Narrowing(1, "neurons", 8, 0.5))),
