@@ -36,8 +36,10 @@ def settings(config: Config) -> dict[str, Any]:
     samples = config.report.model_dump(include={"samples", "sample_prompt", "sample_tokens"})
     kind = choose(config.device.kind)
     device = {"kind": kind, "chip": chip_name(kind, place()[2]), "attention": config.device.attention}
-    files = {task: fingerprint(Path(task)) for task in config.evaluate.tasks if tasks.is_file(task)}
-    evaluate = config.evaluate.model_dump(include={"tokens", "words", "words_context", "tasks"})
+    names = config.evaluate.task_names
+    files = {task: fingerprint(Path(task)) for task in names if tasks.is_file(task)}
+    evaluate = config.evaluate.model_dump(include={"tokens", "words", "words_context"})
+    evaluate |= {"tasks": names, "templated": config.evaluate.templated}
     return {"evaluate": evaluate, "task_files": files, "samples": samples, "device": device}
 
 
@@ -108,7 +110,9 @@ class Bench:
             ids = self.tokenizer(sample["prompt"], return_tensors="pt")["input_ids"]
             continued.append(self.tokenizer.decode(continue_greedily(model, ids, report.sample_tokens, stop)))
         with bars_on_terminals_only():
-            metrics = tasks.measure(model, self.tokenizer, section.tasks, section.batch_size) if section.tasks else {}
+            metrics = tasks.measure(
+                model, self.tokenizer, section.task_names, section.batch_size, section.templated
+            )
         return Behaviour(cache_bytes_per_token(model, self.prompt(8)), metrics, tuple(continued))
 
     def answers(self, reference: nn.Module, student: nn.Module) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from pipeline.config.fields import Count, Positive, Section, Size
 
 
@@ -19,11 +21,32 @@ class Evaluate(Section):
     answers: Size
     answer_tokens: Count
     draft: bool
-    tasks: list[str]
+    tasks: list[str] | str
+    presets: dict[str, list[str]]
+    apply_chat_template: Literal["auto"] | bool
     speed: bool
     speed_prefill: Count
     speed_decode: Count
     speed_repeats: Count
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks, those of a preset by its name."""
+        return self.presets[self.tasks] if isinstance(self.tasks, str) else self.tasks
+
+    @property
+    def templated(self) -> bool:
+        """Whether the questions of tasks are turns of the model's chat template."""
+        return self.tasks == "chat" if self.apply_chat_template == "auto" else self.apply_chat_template
+
+    @model_validator(mode="after")
+    def _names_a_preset(self):
+        if isinstance(self.tasks, str) and self.tasks not in self.presets:
+            raise ValueError(
+                f"tasks is {self.tasks!r}, which is no preset; choose from {', '.join(self.presets)}, or give a list "
+                f"of tasks: [{self.tasks}]"
+            )
+        return self
 
 
 class Report(Section):

@@ -35,15 +35,29 @@ def check(tasks: Sequence[str]) -> None:
         raise ValueError(f"evaluate.tasks: the installed lm_eval has no {unknown}; {remedy}")
 
 
-def measure(model: torch.nn.Module, tokenizer: Any, tasks: Sequence[str], batch: int) -> dict[str, dict[str, float]]:
-    """Return the metrics of each task by the harness's names (`acc`, ...), and `questions`, their number."""
+def measure(
+    model: torch.nn.Module, tokenizer: Any, tasks: Sequence[str], batch: int, templated: bool
+) -> dict[str, dict[str, float]]:
+    """Return the metrics of each task by the harness's names (`acc`, ...), and `questions`, their number.
+
+    `templated`: questions are turns of the tokenizer's chat template.
+    """
+    if not tasks:
+        return {}
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     wanted = [str(Path(task).absolute()) if is_file(task) else task for task in tasks]
     manager = _manager(include_defaults=not all(map(is_file, wanted)))
     subject = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-    found = simple_evaluate(subject, tasks=wanted, task_manager=manager, log_samples=False, bootstrap_iters=BOOTSTRAP)
+    found = simple_evaluate(
+        subject,
+        tasks=wanted,
+        task_manager=manager,
+        log_samples=False,
+        bootstrap_iters=BOOTSTRAP,
+        apply_chat_template=templated,
+    )
     return {task: _numbers(metrics, found["n-samples"].get(task)) for task, metrics in found["results"].items()}
 
 

@@ -1,5 +1,6 @@
 """Teacher and student row by row, as readable text; the page and the terminal show the same rows."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +69,20 @@ def rows(report: Report) -> list[Row]:
     return found
 
 
+def task_rows(report: Report) -> list[Row]:
+    """Return a row for each metric of each benchmark task, with its standard error."""
+    found = []
+    for task, metrics in report["tasks"].get("teacher", {}).items():
+        for metric in metrics:
+            if metric != "questions" and not metric.endswith("_stderr"):
+                before, after = (with_error(report["tasks"][who][task], metric) for who in MODELS)
+                found.append(Row(f"{task}, {metric}", before, after, ""))
+    return found
+
+
 def summary(report: Report) -> str:
     """Return the comparison as a plain-text table for the terminal."""
-    lines = [Row("", "teacher", "student", "change"), *rows(report)]
+    lines = [Row("", "teacher", "student", "change"), *rows(report), *task_rows(report)]
     wide = [max(len(getattr(row, column)) for row in lines) for column in ("label", "teacher", "student", "change")]
     table = [
         f"{row.label:<{wide[0]}}  {row.teacher:>{wide[1]}}  {row.student:>{wide[2]}}  {row.change:>{wide[3]}}".rstrip()
@@ -140,3 +152,9 @@ def change(before: float, after: float) -> str:
 
 def percent(value: float) -> str:
     return f"{MINUS if value < 0 else '+'}{abs(value) * 100:.1f}%"
+
+
+def with_error(metrics: Mapping[str, float], metric: str) -> str:
+    """Return a metric of a task as text, with its standard error where the harness reports one."""
+    error = metrics.get(f"{metric}_stderr")
+    return f"{metrics[metric]:.4g}" if error is None else f"{metrics[metric]:.3f} ± {error:.3f}"

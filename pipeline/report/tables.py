@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from pipeline.report.comparison import rows, size, whole
+from pipeline.report.comparison import rows, size, whole, with_error
 from pipeline.report.facts import Report, faster, infinite, start_of, times, widths
 
 WHO = ("teacher", "start", "student")
@@ -56,7 +56,7 @@ def task_table(report: Report, caption: str) -> str:
         body.append(_heading(task, questions, 2))
         for metric in metrics:
             if metric != "questions" and not metric.endswith("_stderr"):
-                cells = [_with_error(found[task], metric) for found in (teacher, student)]
+                cells = [with_error(found[task], metric) for found in (teacher, student)]
                 body.append(line(metric, cells, ("teacher", "student")))
     return table(("teacher", "student"), body, caption)
 
@@ -108,11 +108,6 @@ def line(label: str, cells: Sequence[str], who: Sequence[str]) -> str:
     marks = (' class="student"' if model == "student" else "" for model in who)
     body = "".join(f"<td{mark}>{escape(cell)}</td>" for mark, cell in zip(marks, cells))
     return f'<tr><th scope="row">{escape(label)}</th>{body}</tr>'
-
-
-def _with_error(metrics: Mapping[str, float], metric: str) -> str:
-    error = metrics.get(f"{metric}_stderr")
-    return f"{metrics[metric]:.4g}" if error is None else f"{metrics[metric]:.3f} ± {error:.3f}"
 
 
 def flat(prefix: str, values: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

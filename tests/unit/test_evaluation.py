@@ -13,6 +13,7 @@ from pipeline.evaluation.samples import cache_bytes_per_token, continuation, con
 from pipeline.evaluation.speed import speeds
 from pipeline.evaluation.words import Question, questions, right
 from tests.tiny import tiny_model, tokenizer_folder, tokens
+from tests.tiny_text import configured
 
 TEXT = "The old house stood on a hill. Nobody had lived there for years, and the wind went through its rooms. " * 12
 
@@ -180,6 +181,17 @@ def test_a_task_that_the_harness_does_not_know_is_refused_before_any_work_with_t
         tasks.check(["zzz"])
 
 
+def test_a_preset_is_a_list_of_tasks_and_chats_are_asked_in_the_template():
+    quick, chat = (configured(f"evaluate.tasks={name}").evaluate for name in ("quick", "chat"))
+    assert quick.task_names == quick.presets["quick"] and not quick.templated and chat.templated
+    assert configured("evaluate.tasks=[arc_easy]").evaluate.task_names == ["arc_easy"]
+    assert configured("evaluate.tasks=quick", "evaluate.apply_chat_template=true").evaluate.templated
+    own = configured("evaluate.tasks=mine", "+evaluate.presets.mine=[own.yaml]").evaluate
+    assert own.task_names == ["own.yaml"]
+    with pytest.raises(ValueError, match=r"evaluate: tasks is 'arc_easy', .*quick, standard, chat.*\[arc_easy\]"):
+        configured("evaluate.tasks=arc_easy")
+
+
 def test_a_local_task_file_is_measured_by_the_harness(tmp_path):
     pytest.importorskip("lm_eval")
     from pipeline.runtime.checkpoint import load_tokenizer
@@ -211,7 +223,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
     )
     tasks.check([str(task)])
-    found = tasks.measure(model, tokenizer, [str(task)], batch=2)
+    found = tasks.measure(model, tokenizer, [str(task)], batch=2, templated=False)
     assert found["own"]["acc"] == 0.75
     assert found["own"]["questions"] == 4
 

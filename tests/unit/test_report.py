@@ -180,6 +180,8 @@ def test_benchmark_tasks_stand_beside_each_other_with_their_errors():
     words = " ".join(Balanced(page(report, example_drawings(report))).words)
     assert "0.500 ± 0.010" in words and "0.450 ± 0.010" in words
     assert "Benchmark tasks" in words
+    (line,) = (line for line in summary(report).splitlines() if line.startswith("arc, acc"))
+    assert line.split() == ["arc,", "acc", "0.500", "±", "0.010", "0.450", "±", "0.010"]
     plain = example_report()
     assert "Benchmark tasks" not in page(plain, example_drawings(plain))
 

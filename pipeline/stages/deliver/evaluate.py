@@ -28,7 +28,7 @@ ANSWERS = {"answers", "answer_tokens"}
 
 def check(config: Config) -> None:
     """Refuse tasks that cannot be run here, and texts beyond the model's positions, before any work."""
-    tasks.check(config.evaluate.tasks)
+    tasks.check(config.evaluate.task_names)
     if config.evaluate.speed:
         count = config.evaluate.speed_prefill + config.evaluate.speed_decode
         check_positions_of_source(config, "evaluate.speed_prefill + evaluate.speed_decode", count)

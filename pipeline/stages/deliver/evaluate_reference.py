@@ -14,7 +14,7 @@ from pipeline.stages.stage import Inputs, Stage
 
 def check(config: Config) -> None:
     """Refuse tasks that cannot be run here, before any work."""
-    tasks.check(config.evaluate.tasks)
+    tasks.check(config.evaluate.task_names)
 
 
 def settings(config: Config) -> dict[str, Any]:
