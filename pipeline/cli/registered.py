@@ -13,7 +13,7 @@ from pipeline.config.names import suggested_word
 
 PACKAGE = Path(__file__).resolve().parents[1]
 REGISTRIES = {  # setting -> (file, variable) of the dictionaries and tuples whose names it accepts
-    "budget.axes": (("stages/choose/shape.py", "BUDGET_AXES"),),
+    "budget.axes": (("stages/student_shape.py", "BUDGET_AXES"),),
     "distill.loss.kind": (("distill/divergences.py", "DIVERGENCES"),),
     "plan.depth": (("prune/plan.py", "DEPTH_POLICIES"), ("config/methods.py", "MEASURED_DEPTH")),
     "plan.widths": (("stages/widths.py", "WIDTH_POLICIES"),),

@@ -19,7 +19,7 @@ from pipeline.cli.sweep import objective
 from pipeline.cli.words import parsed
 from pipeline.config import Config
 from tests.composing import ROOT
-from tests.tiny import tensors_of, tokenizer_folder
+from tests.tiny import save_tiny, tensors_of, tiny_model, tokenizer_folder
 
 
 def commands(markdown: str) -> list[list[str]]:
@@ -45,7 +45,10 @@ def world(command: list[str]) -> int:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    """A folder with the demo model's configuration; its weights have names and shapes but take no disk space."""
+    """A folder with the demo model's configuration; its weights have names and shapes but take no disk space.
+
+    Its folder `mixture` is a tiny model with experts.
+    """
     widths = {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
     with torch.device("meta"):
@@ -61,6 +64,8 @@ def teacher(tmp_path_factory) -> Path:
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + end)
+    mixture = tiny_model("qwen3_moe", num_experts=128, max_position_embeddings=8192)
+    tokenizer_folder(save_tiny(mixture, folder / "mixture"), "Some words to learn from.")
     return folder
 
 
@@ -92,8 +97,10 @@ def check(command: list[str], teacher: Path, folder: Path, monkeypatch) -> int:
     for config, _ in found:
         if options.help is None and runs is words:
             device = config.device.model_copy(update={"kind": "auto"})
+            experts = config.shape.experts or config.budget.axes == "experts"
             start = config.model.start and str(teacher)
-            model = config.model.model_copy(update={"path": str(teacher), "start": start})
+            path = str(teacher / "mixture" if experts else teacher)
+            model = config.model.model_copy(update={"path": path, "start": start})
             if config.evaluate.tasks:
                 pytest.importorskip("lm_eval", reason="the check looks up the names of tasks in lm-eval")
             make_texts(config, folder)

@@ -1,0 +1,173 @@
+"""The student's shape as settings determine it: given, or the one that suits a budget."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from pipeline.allocate.widths import even_widths, partway, weights_of_size, weights_within
+from pipeline.config import Config
+from pipeline.costmodel.chip import Chip
+from pipeline.costmodel.expert_budget import check_counted, experts_for, with_experts
+from pipeline.costmodel.nearest_shape import given_shape
+from pipeline.costmodel.pareto import Limits, Serving, shape_within, speedup_of
+from pipeline.costmodel.shapes import AXES, ModelShape, depth_for, multiples_for, neurons_for, shape_for
+from pipeline.costmodel.size_budget import Unit, parameters_of, shape_of_size
+from pipeline.model.anatomy import Anatomy, LayerSizes
+from pipeline.model.blueprint import check_expert_neurons
+from pipeline.model.shape import Budgeted
+from pipeline.prune.surgery.bias import biased_anatomy
+
+
+def unchanged(teacher: ModelShape, fraction: float) -> ModelShape:
+    """Return the teacher's shape, whose experts alone a budget narrows."""
+    return teacher
+
+
+# By budget.axes: (teacher, fraction of its non-embedding parameters) -> student.
+BUDGET_AXES: dict[str, Callable[[ModelShape, float], ModelShape]] = {
+    "all": shape_for,
+    "layers": depth_for,
+    "neurons": neurons_for,
+    "experts": unchanged,  # `experts_for` counts them
+}
+
+
+@dataclass(frozen=True)
+class Student:
+    """This round's shape; where layers get widths of their own within a budget, the weights they may hold; in the last
+    round, what a budget for equal layers reached; and the experts of a layer and the neurons of each, None where all
+    stay."""
+
+    shape: ModelShape
+    weights: int | None = None
+    budget: Budgeted | None = None
+    experts: int | None = None
+    expert_neurons: int | None = None
+
+
+def student_of(config: Config, anatomy: Anatomy) -> Student:
+    """Return the student of this round."""
+    done, rounds = config.recipe.part
+    teacher = ModelShape.of(anatomy, config.reinit.bias_compensation)
+    if config.shape.given:
+        shape = given_shape(teacher, config.shape.model_dump(include=set(AXES)))
+        mixture = _experts(config, anatomy, config.shape.experts), _expert_neurons(config, anatomy)
+        return Student(partway(teacher, shape, done, rounds), None, None, *mixture)
+    if config.budget.of_tokens_alone:
+        return Student(teacher)
+    if config.budget.axes == "experts":
+        count, made = _experts_budgeted(config, anatomy)
+        return Student(teacher, None, made if done == rounds else None, _experts(config, anatomy, count))
+    if not (config.budget.total or config.budget.active_parameters or config.budget.bytes):
+        remedy = "set shape.*, budget.axes=experts, budget.total or budget.active_parameters"
+        check_counted(teacher, "budget.parameters", remedy)
+    if config.plan.widths != "uniform":
+        weights = _weights(config, anatomy, done / rounds)
+        even = even_widths(anatomy.sizes, weights, multiples_for(teacher).neurons)
+        sizes = replace(anatomy.sizes, layers=tuple(even))
+        return Student(ModelShape.of(anatomy.narrowed(sizes, anatomy.layer_types)), weights)
+    shape, budget = _budgeted(config, anatomy, teacher)
+    return Student(partway(teacher, shape, done, rounds), None, budget if done == rounds else None)
+
+
+def _budgeted(config: Config, anatomy: Anatomy, teacher: ModelShape) -> tuple[ModelShape, Budgeted | None]:
+    """Return the shape that budget.* determines and what it reaches; None for limits that name no single size."""
+    budget = config.budget
+    if budget.predicted:
+        chip, serving = Chip(**config.device.chip_facts), Serving(**config.shape_search.serving)
+        shape = shape_within(chip, teacher, serving, Limits(**budget.limits))
+        return shape, speedup_of(chip, teacher, serving, budget.speedup, shape) if budget.speedup else None
+    if budget.total or budget.active_parameters or budget.bytes:
+        counted = _counted(config, anatomy)
+        active = budget.active_parameters is not None
+        size = getattr(torch, config.export.dtype).itemsize if budget.bytes else 1
+        unit = Unit(size, (budget.context or 0) * 2 * anatomy.sizes.head_size * size, active)
+        (name, requested), *_ = budget.sized.items()
+        whole = anatomy.active_parameters() if active else anatomy.parameters()
+        most = requested if budget.bytes else requested * whole[0]
+        shape, made = shape_of_size(counted, teacher, name, requested, most, unit, budget.axes)
+        return shape, replace(made, context=budget.context or 0)
+    fraction = budget.parameters or budget.fallback
+    shape = BUDGET_AXES[budget.axes](teacher, fraction)
+    return shape, parameters_of(teacher, fraction, shape, budget.axes)
+
+
+def _weights(config: Config, anatomy: Anatomy, part: float) -> int:
+    """Return the weights that layers of different widths may hold after a part, in (0, 1], of the way to the budget."""
+    budget, everything = config.budget, anatomy.parameters()[0]
+    if not budget.total and not budget.bytes:
+        return weights_within(anatomy, 1.0 - (1.0 - (budget.parameters or budget.fallback)) * part)
+    if budget.bytes:
+        most, name = budget.bytes / getattr(torch, config.export.dtype).itemsize, "bytes"
+    else:
+        most, name = (budget.total or 1.0) * everything, "total"
+    counted = _counted(config, anatomy).parameters()[0]
+    return weights_of_size(anatomy.sizes, counted, counted - (counted - min(most, counted)) * part, name)
+
+
+def _counted(config: Config, anatomy: Anatomy) -> Anatomy:
+    """Return the tensors of a student that keeps every width: with the biases and the matrix that settings add."""
+    counted = biased_anatomy(anatomy) if config.reinit.bias_compensation else anatomy
+    return replace(counted, tied=anatomy.tied and not unties(config))
+
+
+def unties(config: Config) -> bool:
+    return config.rotate.kind == "principal" and config.rotate.tie == "untied"
+
+
+def _experts_budgeted(config: Config, anatomy: Anatomy) -> tuple[int, Budgeted]:
+    """Return the experts per layer that budget.* leaves, the other axes being the teacher's, and what they reach."""
+    budget = config.budget
+    (name, requested), *_ = (budget.sized or {"parameters": budget.fallback}).items()
+    size = getattr(torch, config.export.dtype).itemsize if budget.bytes else 1
+    unit = Unit(size, (budget.context or 0) * 2 * anatomy.sizes.head_size * size)
+    count, made = experts_for(_counted(config, anatomy), name, requested, unit, anatomy)
+    return count, replace(made, context=budget.context or 0)
+
+
+def _experts(config: Config, anatomy: Anatomy, wanted: int | None) -> int | None:
+    """Return the experts of a layer after this round; None where all stay. Raise ValueError where they cannot."""
+    routing = anatomy.routing
+    if wanted is None:
+        return None
+    if routing is None:
+        raise ValueError(
+            f"shape.experts: model_type {anatomy.family.model_type!r} has no experts; leave shape.experts unset"
+        )
+    most = anatomy.sizes.carried["e"]
+    routing.check(wanted, most)
+    done, rounds = config.recipe.part
+    return wanted + (most - wanted) * (rounds - done) // (rounds * routing.groups) * routing.groups
+
+
+def _expert_neurons(config: Config, anatomy: Anatomy) -> int | None:
+    """Return the neurons of an expert after this round; None where all stay. Raise ValueError where they cannot."""
+    wanted = config.shape.expert_neurons
+    if wanted is None:
+        return None
+    check_expert_neurons(anatomy)
+    most = anatomy.sizes.carried["x"]
+    if wanted > most:
+        raise ValueError(
+            f"shape.expert_neurons: {wanted} is outside 1..{most} (the teacher's); choose a number of these"
+        )
+    done, rounds = config.recipe.part
+    return wanted + (most - wanted) * (rounds - done) // rounds
+
+
+def kept_shares(anatomy: Anatomy, student: Student) -> tuple[float, float]:
+    """Return the shares of the parameters outside the embeddings, and of those a token uses, that a student keeps.
+
+    Of the layers, as many of the first ones are counted.
+    """
+    count, sizes = student.shape.layers, anatomy.sizes
+    layers = tuple(
+        LayerSizes(student.shape.heads, student.shape.groups, student.shape.neurons).within(own)
+        for own in sizes.layers[:count]
+    )
+    narrow = anatomy.narrowed(replace(sizes, hidden=student.shape.hidden, layers=layers), anatomy.layer_types[:count])
+    made = with_experts(narrow, student.experts or sizes.carried["e"], student.expert_neurons)
+    pairs = ((made.parameters(), anatomy.parameters()), (made.active_parameters(), anatomy.active_parameters()))
+    shares = [some[1] / whole[1] for some, whole in pairs]
+    return shares[0], shares[1]
