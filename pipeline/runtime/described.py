@@ -75,7 +75,7 @@ def checked_config(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
         config[str(family.field("layers"))] = family.width(config, "layers")
     for width, limit in (LIMITS | OPTIONAL).items():
         field = family.field(width)
-        optional = width in OPTIONAL or (width == "neurons" and family.neurons_per_channel)
+        optional = width in OPTIONAL or (width == "neurons" and bool(family.neurons_per_channel or family.adjusted))
         if field is not None and not (optional and config.get(field) is None):
             _check_count(field, config.get(field), limit, path)
     _check_layers(config, path)

@@ -360,7 +360,9 @@ def test_neurons_that_a_class_adjusts_are_read_from_the_weights_and_stated(tmp_p
     model = tiny_model("lfm2", block_auto_adjust_ff_dim=True, block_multiple_of=8)
     folder = save_tiny(model, tmp_path / "m")
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"block_ff_dim": 24, "full_attn_idxs": [2, 3]}))
+    stored = json.loads(path.read_text())
+    del stored["intermediate_size"], stored["layer_types"]
+    path.write_text(json.dumps(stored | {"block_ff_dim": 24, "full_attn_idxs": [2, 3]}))
     source = open_checkpoint(folder)
     source.check()
     assert source.anatomy.sizes.layers[0].neurons == source.config["intermediate_size"] == 16

@@ -128,8 +128,12 @@ def test_an_old_file_with_the_text_half_s_fields_outside_is_read_alike(tmp_path)
     path = tmp_path / "m" / "config.json"
     stored = json.loads(path.read_text())
     flat = {name: value for name, value in stored.pop("text_config").items() if name != "model_type"}
+    flat.pop("rope_parameters")
+    flat |= {"rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
     path.write_text(json.dumps(flat | stored | {"torch_dtype": "float64"}))
-    assert open_checkpoint(tmp_path / "m").anatomy == source.anatomy
+    old = open_checkpoint(tmp_path / "m")
+    assert old.anatomy == source.anatomy
+    assert old.config["rope_parameters"] == {"rope_theta": 10000.0, "rope_type": "default"}
 
 
 def test_layers_that_image_features_enter_at_stay_first(tmp_path):

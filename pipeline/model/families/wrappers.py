@@ -18,7 +18,7 @@ LAYOUTS = (
     ("model.text_model.", "lm_head."),
     ("model.", "lm_head."),
 )
-POSITIONS = ("mrope_section", "mrope_interleaved")  # of rope_parameters: no effect on text, whose positions are equal
+POSITIONS = ("mrope_section", "mrope_interleaved", "type")  # of rope_parameters: no effect on text
 
 
 @dataclass(frozen=True)
