@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline import estimate
 from pipeline.config import Config
-from pipeline.graph import STAGES, check, is_wanted, makers_of, needs_of
+from pipeline.graph import STAGES, check, is_wanted, makers_of, needs_of, stages_of
 from pipeline.runtime import artifacts, disk
 from pipeline.runtime.device import open_device
 from pipeline.runtime.hashing import digest
@@ -139,6 +139,13 @@ def _count(config: Config, names: list[str]) -> int:
     return len(enabled) + (config.recipe.rounds - 1) * sum(name in config.recipe.repeat for name in enabled)
 
 
+def _check_text(config: Config, tokens: Path) -> None:
+    """Refuse a text that a stage of this run cannot use."""
+    for name in stages_of(config):
+        if STAGES[name].enabled(config) and is_wanted(config, name):
+            STAGES[name].check_text(config, tokens)
+
+
 def _probe_folders(config: Config) -> None:
     """Raise ValueError for folders that cannot be written to, before any work is done for them."""
     for name in ("artifacts", "runs"):
@@ -211,6 +218,9 @@ def _run_stages(session: Session, names: list[str], known: Mapping[str, Path]) -
         made |= dict.fromkeys((stage.makes, *stage.becomes), folder)
         record["stages"][name + suffix] = {"artifact": folder.name, "made_now": fresh}
         session.folders[name] = folder
+        if "tokens" in (stage.makes, *stage.becomes):
+            with machine.ranks.guard():
+                _check_text(config, folder)
         _show(session, inner)
         _log_files(machine.track, config.run, name, folder)
     return made

@@ -83,8 +83,7 @@ def train_model(
     need_space(out, parameters * (STATE_BYTES * kept + WEIGHT_BYTES))
     start = ClassParameters(class_of(origin.config, origin.folder), origin)
     marked = marked and text.marked
-    rows = Marked(text) if marked else text
-    rest, held = hold_out(rows, max(1, options.eval_tokens // config.data.sequence_length), section)
+    rest, held = hold_out(Marked(text) if marked else text, _held_out(section, config), section)
     held_out = share_out(held, options.micro_batch_size, ranks.rank, ranks.world, marked)
     with ExitStack() as undo:
         engine = _engine(section, config, options, module, machine, count, undo)
@@ -148,6 +147,16 @@ def accumulation(section: str, options: Training, world: int) -> int:
             f"({world}) = {together}; nearest: {near}"
         )
     return batch // together
+
+
+def check_text(section: str, config: Config, tokens: Path) -> None:
+    """Raise ValueError where the recovery text is too short to hold out as much of it as a section of settings asks."""
+    hold_out(Packed(tokens / "recovery"), _held_out(section, config), section)
+
+
+def _held_out(section: str, config: Config) -> int:
+    """Return how many sequences of the recovery text are held out."""
+    return max(1, getattr(config, section).eval_tokens // config.data.sequence_length)
 
 
 def steps_of(section: str, options: Training, sequence: int) -> int:

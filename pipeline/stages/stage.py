@@ -25,6 +25,10 @@ def no_check(config: Config) -> None:
     """Accept every configuration."""
 
 
+def any_text(config: Config, tokens: Path) -> None:
+    """Accept every text."""
+
+
 def nothing_more(config: Config) -> tuple[str, ...]:
     """Return no further inputs."""
     return ()
@@ -55,6 +59,7 @@ class Stage:
     applies: Callable[[Config, Inputs], bool] = always_applies
     choices: Mapping[str, Collection[str]] = field(default_factory=dict)  # setting -> the names registered for it
     check: Callable[[Config], None] = no_check  # refuses bad settings before any work
+    check_text: Callable[[Config, Path], None] = any_text  # refuses the packed text as soon as it is made
     all_ranks: bool = True  # False: rank 0 alone runs it
     resumable: bool = False  # keep the partial folder after a crash
     implied: bool = False  # runs with the stages that need it; recipes do not list it

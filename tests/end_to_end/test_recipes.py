@@ -151,3 +151,11 @@ def test_no_stage_reads_a_setting_that_its_artifact_does_not_name(record):
     assert record.ran == set(STAGES)
 
     assert record.violations() == {}
+
+
+@pytest.mark.parametrize(("section", "recipe"), [("distill", "minitron"), ("regularize", "trsp")])
+def test_text_too_short_to_hold_out_is_refused_before_anything_is_measured(tmp_path, section, recipe):
+    chosen = settings(make_world(tmp_path), shape__neurons=None)
+    with pytest.raises(ValueError, match=rf"^{section}\.eval_tokens: "):
+        runner.run(configured(*chosen, f"recipe={recipe}", f"{section}.eval_tokens=1000000", "run=short"), "a test")
+    assert {path.name.partition("-")[0] for path in (tmp_path / "artifacts").glob("*-*")} == {"teacher", "tokens"}

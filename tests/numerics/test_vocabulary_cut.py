@@ -15,7 +15,7 @@ from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_check
 from pipeline.runtime.wrapper import wrapped_config
 from tests.laws import plan_of
 from tests.tiny import TINY, config_of, tensors_of, tiny_model
-from tests.tiny_wrappers import TINY_WRAPPERS, image_inputs, tiny_wrapper
+from tests.tiny_wrappers import TINY_WRAPPERS, eager, image_inputs, tiny_wrapper
 
 KEPT = (0, 1, 2, 3, 4, *range(6, 90, 3))
 
@@ -68,7 +68,11 @@ def test_an_image_text_model_with_fewer_tokens_has_the_logits_of_those_it_has(ki
     written = wrapped_config(around.config, student_config(source.config, source.anatomy, blueprint), 32)
     write_checkpoint(tmp_path / "student", written, around.stored(cut(source.anatomy, blueprint, source)), 1e9)
     teacher, student = (
-        AutoModelForImageTextToText.from_pretrained(tmp_path / name, dtype=torch.float64, attn_implementation="eager")
+        eager(
+            AutoModelForImageTextToText.from_pretrained(
+                tmp_path / name, dtype=torch.float64, attn_implementation="eager"
+            )
+        )
         for name in ("teacher", "student")
     )
     assert student.config.text_config.vocab_size == len(kept)

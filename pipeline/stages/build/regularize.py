@@ -1,5 +1,6 @@
 """regularize: the subject is trained until the layers to be removed add little, so that they can be deleted (TRSP)."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import place
 from pipeline.stages.models import checkpoint
 from pipeline.stages.stage import Inputs, Stage
-from pipeline.training import accumulation, settings_of, steps_of, train_model
+from pipeline.training import accumulation, check_text, settings_of, steps_of, train_model
 
 
 def enabled(config: Config) -> bool:
@@ -64,6 +65,7 @@ STAGE = Stage(
     becomes=("subject",),
     enabled=enabled,
     check=check,
+    check_text=partial(check_text, "regularize"),
     resumable=True,  # continues from the checkpoints of an interrupted attempt
     shows={"restored": ""},
 )

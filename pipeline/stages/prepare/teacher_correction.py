@@ -6,6 +6,7 @@ the corrected teacher; those that compare with the dense model do not.
 """
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 from pipeline.config import Config
@@ -15,7 +16,7 @@ from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import place
 from pipeline.stages.stage import Inputs, Stage
-from pipeline.training import accumulation, settings_of, steps_of, train_model
+from pipeline.training import accumulation, check_text, settings_of, steps_of, train_model
 
 
 def enabled(config: Config) -> bool:
@@ -69,6 +70,7 @@ STAGE = Stage(
     becomes=("teacher", "subject"),
     enabled=enabled,
     check=check,
+    check_text=partial(check_text, "teacher_correction"),
     resumable=True,  # resumes from the checkpoints an interrupted attempt left
     shows={"corrected_teacher": ""},
 )

@@ -1,5 +1,6 @@
 """Stage distill: train the student on its teacher's distributions; an interrupted training resumes."""
 
+from functools import partial
 from pathlib import Path
 
 from pipeline.config import Config
@@ -13,7 +14,7 @@ from pipeline.runtime.device import choose
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import place
 from pipeline.stages.stage import Inputs, Stage
-from pipeline.training import Stretch, accumulation, settings_of, steps_of, train_model
+from pipeline.training import Stretch, accumulation, check_text, settings_of, steps_of, train_model
 
 
 def check(config: Config) -> None:
@@ -87,5 +88,6 @@ STAGE = Stage(
     needs=("teacher", "initial_student", "tokens"),
     optional=("blueprint", "previous_student"),
     check=check,
+    check_text=partial(check_text, "distill"),
     resumable=True,
 )
