@@ -62,7 +62,7 @@ def _all_axes(values: Mapping[str, Any]) -> Choice | None:
     requests += ["recipe.shape=search"] if values["recipe"]["shape"] == "search" else []
     if not requests:
         return None
-    reason = f"{requests[0]} concerns all axes; cut on all of them, best starts nearer to the teacher than pangu_light"
+    reason = f"{requests[0]} concerns more than FFNs; on all axes best starts nearer to the teacher than pangu_light"
     return Choice("best", reason, {"budget.axes": "all"})
 
 

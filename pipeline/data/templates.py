@@ -148,8 +148,11 @@ def _render(
 ) -> tuple[str, str, list[Span]]:
     """Return ("text", text, the assistant's spans if wanted), or the kind of a fault and its text."""
 
+    given_tools = {"tools": tools} if tools else {}
+
     def render(some: Turns, prompts: bool) -> str:
-        return tokenizer.apply_chat_template(list(some), tools=tools, tokenize=False, add_generation_prompt=prompts)
+        options = given_tools | ({"add_generation_prompt": True} if prompts else {})
+        return tokenizer.apply_chat_template(list(some), tokenize=False, **options)
 
     try:
         text = render(turns, False)

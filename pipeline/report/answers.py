@@ -16,6 +16,6 @@ def answer_lines(name: str, found: Mapping[str, Any]) -> list[tuple[str, str, st
     ]
     if found["greedy"]:
         same = found["greedy"]
-        equal = f"{same['identical']:.1%}, {same['shared']:.1%} of each before it differs"
-        lines.append((f"equal greedy answers, {name}", "", equal, f"of {same['answers']}"))
+        lines.append((f"equal greedy answers of {same['answers']}, {name}", "", f"{same['identical']:.1%}", ""))
+        lines.append((f"greedy answers up to a difference, {name}", "", f"{same['shared']:.1%}", ""))
     return lines
