@@ -15,8 +15,7 @@ ROWS   ?= best,pangu_light,minitron
 SHARE  ?= 25
 
 WORKERS ?= 2
-DEMO    ?= budget.parameters=0.75 distill.tokens=16384 local_distill.epochs=1 local_distill.tokens=32768 \
-           evaluate.tokens=8192
+DEMO    ?= budget.parameters=0.75 distill.tokens=16384 local_distill.tokens=16384 evaluate.tokens=8192
 FAST   := -m "(unit or numerics or docs) and not slow and not stages"
 
 .PHONY: setup demo test test-fast coverage check bench clean

@@ -1,8 +1,13 @@
 """What holds for every test."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores, so each computes with one thread
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 HERE = Path(__file__).resolve().parent
