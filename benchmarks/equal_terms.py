@@ -81,7 +81,7 @@ def figures(row: str, seed: int, report: Mapping[str, Any]) -> Figures:
     """Return the sizes of a run and, by text and state, perplexity, the teacher's times what, and the error of that."""
     inner = report["non_embedding_parameters"]
     texts = {
-        Path(name).stem: {
+        name: {
             when: {"perplexity": text[who]["perplexity"], **text[who]["over_teacher"]}
             for who, when in (("start", "before"), ("student", "after"))
             if who in text
