@@ -201,7 +201,9 @@ def join(device, timeout: float) -> Ranks:
     dist.init_process_group(device.backend, store=store, rank=rank, world_size=world, timeout=limit)
     ours: Any = dist.PrefixStore("pipeline", store)
     _joined = Ranks(rank, world, local_rank, timeout, device.torch, ours)
-    if world > 1:
+    if world == 1:
+        atexit.register(_close)
+    else:
         REPORTER.meet(ours)
         _pulse = Pulse(ours.clone(), rank, world, timeout)
         atexit.register(_pulse.end)
@@ -233,8 +235,14 @@ def _of_this_attempt(store: dist.Store, rank: int, world: int, timeout: float) -
 
 
 def leave() -> None:
-    """Close the process group that `join` opened."""
+    """Close the process group that `join` opened.
+
+    A group of one rank stays until the process ends: it holds no connection, and DeepSpeed keeps references to it, by
+    which a later run of the same process would find it closed.
+    """
     global _joined, _pulse
+    if _joined is not None and _joined.world == 1:
+        return
     if _pulse is not None:
         _pulse.end()
         _pulse = None
@@ -242,6 +250,11 @@ def leave() -> None:
     if _joined is not None and dist.is_initialized():
         dist.destroy_process_group()
     _joined = None
+
+
+def _close() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _sum_on_device(tensor: Tensor) -> None:
