@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.families import FAMILIES
@@ -79,20 +80,25 @@ def test_scores_of_experts_add_over_ranks_and_are_kept_on_disk(tmp_path):
             torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7, msg=name)
 
 
-def test_the_weights_of_experts_are_not_copied(monkeypatch):
-    model = tiny_model("mixtral")
-    module, seen = model.model.layers[0].mlp.experts, []
-    plain = torch.Tensor.__getitem__
+class Indexed(TorchFunctionMode):
+    """Note for every index into one tensor whether the result shares its memory."""
 
-    def indexed(self, key):
-        result = plain(self, key)
-        if self is module.down_proj:
-            seen.append(result.untyped_storage().data_ptr() == self.untyped_storage().data_ptr())
+    def __init__(self, tensor: torch.Tensor):
+        super().__init__()
+        self.tensor, self.shared = tensor, []
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        if function is torch.Tensor.__getitem__ and arguments[0] is self.tensor:
+            self.shared.append(result.untyped_storage().data_ptr() == self.tensor.untyped_storage().data_ptr())
         return result
 
-    monkeypatch.setattr(torch.Tensor, "__getitem__", indexed)
-    measure(model.model, anatomy(model), [tokens()])
-    assert seen and all(seen)
+
+def test_the_weights_of_experts_are_not_copied():
+    model = tiny_model("mixtral")
+    with Indexed(model.model.layers[0].mlp.experts.down_proj) as indexed:
+        measure(model.model, anatomy(model), [tokens()])
+    assert indexed.shared and all(indexed.shared)
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
