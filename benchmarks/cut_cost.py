@@ -18,7 +18,7 @@ import torch
 from arguments import at_least, described
 from composing import with_settings
 
-from pipeline.runtime.checkpoint import load_model
+from pipeline.runtime.model_loader import load_model
 
 STAGES = ("importance", "shape", "layer_loss", "rotate", "hessian", "obs_order", "plan", "cut")
 BATCH, SEQUENCE = 8, 512

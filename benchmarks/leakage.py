@@ -20,7 +20,7 @@ from pipeline.data.overlap import RUN, EvaluationRuns
 from pipeline.data.packing import Domain, Packed, build
 from pipeline.data.sources import locate
 from pipeline.data.split import assign, passages
-from pipeline.runtime.checkpoint import load_tokenizer
+from pipeline.runtime.model_loader import load_tokenizer
 
 PURPOSES = ("evaluation", "calibration", "recovery")
 SHARES = {"evaluation": 0.1, "calibration": 0.3}  # as in conf/data/default.yaml

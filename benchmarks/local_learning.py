@@ -28,8 +28,8 @@ from pipeline.data.stream import beginning
 from pipeline.distill.local import BETAS, FLOOR, WARMUP
 from pipeline.distill.schedule import learning_rate
 from pipeline.evaluation.perplexity import tally
-from pipeline.runtime.checkpoint import load_model, load_tokenizer
 from pipeline.runtime.device import BACKENDS, missing, open_device
+from pipeline.runtime.model_loader import load_model, load_tokenizer
 
 WAYS = {"ffn": (1, False, False), "layer": (1, True, False), "window": (3, True, False), "fisher": (1, False, True)}
 MEASURED = 8192  # tokens of a text

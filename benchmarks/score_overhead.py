@@ -13,7 +13,8 @@ import torch
 from arguments import at_least, described, folder_with
 
 from pipeline.prune.importance.measure import measure
-from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.model_loader import load_model
 
 BATCH, SEQUENCE, PAIRS = 8, 512, 5
 

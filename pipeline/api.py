@@ -22,15 +22,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline import runner
 from pipeline.cli.compose import composed
 from pipeline.config import validate
-from pipeline.model.anatomy import Anatomy, LayerSizes, anatomy_of
+from pipeline.model.anatomy import Anatomy, anatomy_of
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.hf_config import student_config
 from pipeline.model.scores import Scores
+from pipeline.model.sizes import LayerSizes
 from pipeline.prune import plan as planning
 from pipeline.prune.importance.measure import measure as sums_of
 from pipeline.prune.surgery.initial_student import begun
-from pipeline.runtime.checkpoint import load_model, model_of
 from pipeline.runtime.class_parameters import tensors_of
+from pipeline.runtime.model_loader import load_model, model_of
 
 PURPOSES = ("calibration", "recovery", "evaluation")
 

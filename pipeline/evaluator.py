@@ -20,12 +20,12 @@ from pipeline.evaluation.results import Behaviour
 from pipeline.evaluation.samples import cache_bytes_per_token, continue_greedily, opening
 from pipeline.evaluation.words import Question, questions, right
 from pipeline.model.marks import Marked
-from pipeline.runtime.checkpoint import load_model
 from pipeline.runtime.device import chip_name, choose
 from pipeline.runtime.hashing import fingerprint
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.log import bars_on_terminals_only
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_loader import load_model
 from pipeline.runtime.ranks import place
 
 REVISION = 4  # 2: losses by sequence; 3: questions spread evenly over each text; 4: bytes per token

@@ -24,13 +24,16 @@ from pipeline.distill.schedule import learning_rate
 from pipeline.distill.selection import Selection
 from pipeline.model.marks import Marked
 from pipeline.runtime.artifacts import write_atomically
-from pipeline.runtime.checkpoint import Checkpoint, class_of, load_model, write_checkpoint
+from pipeline.runtime.checkpoint import Checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.class_parameters import ClassParameters, stored_tensors
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.fused_layers import fused_layers, operators
 from pipeline.runtime.layer_streaming import need_memory
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_class import class_of
+from pipeline.runtime.model_loader import load_model
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"

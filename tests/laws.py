@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything, whole_layer
 from pipeline.prune.head_norms import spans
-from pipeline.runtime.checkpoint import load_model, write_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.model_loader import load_model
 from tests.tiny import config_of, tensors_of
 
 

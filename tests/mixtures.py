@@ -7,7 +7,7 @@ import torch
 
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.families import FAMILIES
-from pipeline.runtime.checkpoint import load_model
+from pipeline.runtime.model_loader import load_model
 from tests.tiny import TINY, model_type, save_tiny, tiny_model
 from tests.world import make_world
 

@@ -5,9 +5,9 @@ from html.parser import HTMLParser
 
 import torch
 
-from pipeline.model.anatomy import LayerSizes, Sizes
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
 from pipeline.model.scores import Scores
+from pipeline.model.sizes import LayerSizes, Sizes
 from pipeline.report.facts import cut_facts, gather, perplexity_of, recovery_facts
 from pipeline.report.figures import curve, cut_figures, perplexities, stage_costs
 

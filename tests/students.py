@@ -6,7 +6,8 @@ from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan
 from pipeline.model.hf_config import student_config
 from pipeline.prune.surgery.cut import cut
-from pipeline.runtime.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import Checkpoint, open_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_source import import_model, locate

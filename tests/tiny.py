@@ -9,8 +9,9 @@ import transformers
 from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from pipeline.model.anatomy import Anatomy, Sizes
+from pipeline.model.anatomy import Anatomy
 from pipeline.model.families import FAMILIES
+from pipeline.model.sizes import Sizes
 
 BASE = {
     "hidden_size": 32,

@@ -21,8 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the directory of
 from arguments import at_least, described, existing
 
 from pipeline.api import token_batches
-from pipeline.runtime.checkpoint import Checkpoint, load_model, load_tokenizer, open_tensors, write_checkpoint
-from pipeline.runtime.checkpoint import write_tensors as write
+from pipeline.runtime.checkpoint import Checkpoint, open_tensors
+from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.checkpoint_writer import write_tensors as write
+from pipeline.runtime.model_loader import load_model, load_tokenizer
 from pipeline.runtime.model_source import import_model, locate
 
 PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}

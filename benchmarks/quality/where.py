@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pipeline.data.packing import Packed
 from pipeline.evaluation.perplexity import over
 from pipeline.model.logits import logits_of
-from pipeline.runtime.checkpoint import load_model, load_tokenizer
+from pipeline.runtime.model_loader import load_model, load_tokenizer
 
 ALIKE = 3  # tokens in a row
 KINDS = (("space", r"\s*"), ("word", r"\s+[^\W\d_]+"), ("rest of a word", r"[^\W\d_]+"), ("number", r".*\d.*"))

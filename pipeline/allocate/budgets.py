@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.model.anatomy import LayerSizes, Sizes
 from pipeline.model.shape import Depth, Trial
+from pipeline.model.sizes import LayerSizes, Sizes
 
 MOST = 0.99  # sparsity of a layer at most (Adapt-Pruner)
 

@@ -7,7 +7,7 @@ from math import isfinite
 from typing import ClassVar, Literal
 
 from pipeline.allocate.budgets import group_weights, layer_weights
-from pipeline.model.anatomy import LayerSizes, Sizes
+from pipeline.model.sizes import LayerSizes, Sizes
 from pipeline.model.stored import Stored
 
 Curve = Sequence[tuple[int, float]]  # units removed, ascending from 0, and the loss then

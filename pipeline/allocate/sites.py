@@ -6,8 +6,8 @@ from math import gcd
 
 from pipeline.allocate.budgets import group_weights
 from pipeline.allocate.evolution import Choice, spread
-from pipeline.model.anatomy import Sizes
 from pipeline.model.shape import Shape
+from pipeline.model.sizes import Sizes
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch import Tensor
 from pipeline.allocate.budgets import MOST, adapted, layer_weights, threshold_widths, uniform_widths, widths_at
 from pipeline.costmodel.nearest_shape import possible_near
 from pipeline.costmodel.shapes import ModelShape, multiples_for
-from pipeline.model.anatomy import Anatomy, LayerSizes, Sizes
+from pipeline.model.anatomy import Anatomy
+from pipeline.model.sizes import LayerSizes, Sizes
 from pipeline.model.stored import Stored
 
 FINE = 2000  # shifts of all sparsities tried, a unit of sparsity

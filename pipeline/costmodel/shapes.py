@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.model.anatomy import Anatomy, LayerSizes
+from pipeline.model.anatomy import Anatomy
 from pipeline.model.hf_config import needs_even_heads
+from pipeline.model.sizes import LayerSizes
 
 AXES = ("layers", "hidden", "heads", "groups", "neurons")
 WIDTHS = (512, 256, 128, 64, 32, 16)  # 256 bf16 elements are one aligned 512-byte burst; 16 is the cube's edge

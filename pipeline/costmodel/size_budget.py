@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.costmodel.shapes import AXES, FILL, Grid, ModelShape, imbalance, multiples_for
-from pipeline.model.anatomy import Anatomy, LayerSizes
+from pipeline.model.anatomy import Anatomy
 from pipeline.model.shape import Budgeted, Reachable
+from pipeline.model.sizes import LayerSizes
 
 NEAR = 0.01  # share of a budget that a shape may leave unused for the sake of balance
 FREE = {"all": AXES, "layers": ("layers",), "neurons": ("neurons",)}  # by budget.axes: the axes that may change

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from pipeline.model.anatomy import Anatomy, LayerSizes, Sizes
+from pipeline.model.anatomy import Anatomy
+from pipeline.model.sizes import LayerSizes, Sizes
 from pipeline.model.stored import Stored
 
 

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pipeline.model.anatomy import Anatomy, LayerSizes, Sizes, anatomy_of
+from pipeline.model.anatomy import Anatomy, anatomy_of
 from pipeline.model.export_forms import least, refuse_scales
 from pipeline.model.families import FAMILIES
 from pipeline.model.hf_config import accepts_heads, per_layer
+from pipeline.model.sizes import LayerSizes, Sizes
 
 MODEL_TYPE = "nemotron-nas"
 ARCHITECTURE = "DeciLMForCausalLM"

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pipeline.model.anatomy import Anatomy, LayerSizes, Sizes
+from pipeline.model.anatomy import Anatomy
 from pipeline.model.hf_config import accepts_heads, class_fields, stated_widths
+from pipeline.model.sizes import LayerSizes, Sizes
 
 OWN_FILE = "modeling_pruned.py"
 OWN_CLASS = "PrunedForCausalLM"

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pipeline.model.anatomy import PER_LAYER_LISTS, Anatomy, LayerSizes
+from pipeline.model.anatomy import PER_LAYER_LISTS, Anatomy
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.families import FAMILIES
+from pipeline.model.sizes import LayerSizes
 from pipeline.model.token_ids import Renumbering
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pipeline.model.anatomy import LayerSizes
+from pipeline.model.sizes import LayerSizes
 from pipeline.model.stored import Stored
 
 

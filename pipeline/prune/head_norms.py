@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.model.anatomy import Anatomy, Axis
+from pipeline.model.anatomy import Anatomy
+from pipeline.model.sizes import Axis
 
 GAIN = "_norm.weight"
 

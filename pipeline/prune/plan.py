@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.model.anatomy import Anatomy, LayerSizes
+from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan
 from pipeline.model.scores import Scores
 from pipeline.model.shape import Depth, Shape
+from pipeline.model.sizes import LayerSizes
 
 DRAWN = ("channels", "heads", "neurons", "experts")  # kinds of scores that can be replaced by random ones
 # (block influence [layer], how many layers to remove, how many at the bottom must stay) -> layers to remove

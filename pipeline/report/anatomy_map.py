@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.model.anatomy import Sizes
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
+from pipeline.model.sizes import Sizes
 from pipeline.report.axes import legend
 from pipeline.report.drawing import Arc, Box, Dot, Drawing, Line, Mark, Text
 

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.model.anatomy import Sizes
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
+from pipeline.model.sizes import Sizes
 from pipeline.report.anatomy_map import fate
 from pipeline.report.expert_map import kept_experts, tokens_kept
 

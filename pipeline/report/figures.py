@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.model.anatomy import Sizes
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
+from pipeline.model.sizes import Sizes
 from pipeline.report.anatomy_map import anatomy_map, fate
 from pipeline.report.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, legend, number, panel, scale
 from pipeline.report.drawing import Area, Box, Dot, Drawing, Line, Mark, Text

@@ -1,20 +1,12 @@
-"""Hugging Face model folders: read lazily, written in shards, loaded as models."""
+"""Hugging Face model folders, read lazily."""
 
-import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import transformers
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import logging
 
 from pipeline.model import decilm
 from pipeline.model.anatomy import PER_LAYER_LISTS, Anatomy, anatomy_of
@@ -22,21 +14,15 @@ from pipeline.model.families import FAMILIES, WRAPPERS, Family, family_of
 from pipeline.model.families.wrappers import text_names
 from pipeline.model.hf_config import frozen_modules, per_layer
 from pipeline.runtime import wrapper
-from pipeline.runtime.class_parameters import ClassParameters
-from pipeline.runtime.described import check_file, read_config, read_mapping, stored_config, wrapper_config
-from pipeline.runtime.modelling import HEADS, pruned_class
-from pipeline.runtime.tokenizer_check import PROBE
-from pipeline.runtime.weight_files import FLOATING, INDEX, SINGLE, Tensors
+from pipeline.runtime.described import read_config, read_mapping, wrapper_config
+from pipeline.runtime.model_class import class_shapes, reason, stock_config
+from pipeline.runtime.modelling import HEADS
+from pipeline.runtime.weight_files import FLOATING, Tensors
 from pipeline.runtime.weight_names import PREDICTION, canonical_names
 from pipeline.runtime.wrapper import Around
 
-TOKENIZER = ("tokeniz*", "vocab*", "merges.txt", "*.model")
-GENERATION = "generation_config.json"
-PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-CARRIED = (*TOKENIZER, "special_tokens_map.json", "added_tokens.json", "chat_template*", *PROCESSOR, GENERATION)
 FROM_CLASS = ("head_size", "groups", "neurons", "layers", "hidden", "heads")  # widths, where config.json is silent
 
-logging.disable_progress_bar()  # the pipeline shows its own
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -157,7 +143,7 @@ class Checkpoint(Mapping[str, Tensor]):
             return decilm.plain(self.config, self._tensors)
         except (KeyError, TypeError, AttributeError, ArithmeticError) as fault:
             raise ValueError(
-                f"{self.folder / 'config.json'} is not in the DeciLM form ({_reason(fault)}); export the model again"
+                f"{self.folder / 'config.json'} is not in the DeciLM form ({reason(fault)}); export the model again"
             ) from None
 
     def _tie(self) -> None:
@@ -223,224 +209,29 @@ def _check_pruned(config: Mapping[str, Any], anatomy: Anatomy, path: Path) -> No
         raise ValueError(f"{path}: pruned.scales does not name all post-norms of the model; export the student again")
 
 
-def stock_config(config: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
-    """Return the config object of the stock class; ValueError, naming config.json, where transformers refuses it."""
-    try:
-        return AutoConfig.for_model(**config)
-    except Exception as fault:  # transformers' validation raises whatever a field's value leads to
-        raise ValueError(
-            f"{folder / 'config.json'} is refused by transformers ({_reason(fault)}); correct that field, or fetch it "
-            "again"
-        ) from fault
 
 
-def class_shapes(config: Mapping[str, Any], folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every weight of the class that a config describes; a tied output matrix is left out.
-
-    Raise ValueError as `class_of`.
-    """
-    model = class_of(config, folder)
-    tensors: dict[str, Tensor] = dict(model.named_parameters())  # a tied one comes once
-    doubled = dict(model.named_parameters(remove_duplicate=False))
-    tensors |= {name: buffer for name, buffer in model.state_dict().items() if name not in doubled}
-    family = family_of(config["model_type"])
-    return {family.named(n): tuple(tensor.shape) for n, tensor in revert_weight_conversion(model, tensors).items()}
 
 
-def class_of(config: Mapping[str, Any], folder: Path) -> PreTrainedModel:
-    """Return the class that a config describes, built on the meta device.
-
-    Raise ValueError, naming config.json, where it cannot be built.
-    """
-    whole = stock_config(config, folder)
-    try:
-        with torch.device("meta"):
-            if "pruned" in config:
-                return pruned_class(family_of(config["model_type"]).architecture)(whole)
-            return AutoModelForCausalLM.from_config(whole)
-    except Exception as fault:  # a class raises whatever a field's value leads to
-        raise ValueError(
-            f"{folder / 'config.json'} is refused by {config['architectures'][0]} ({_reason(fault)}); correct that "
-            "field, or fetch it again"
-        ) from fault
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors into one safetensors file."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
-def write_checkpoint(
-    folder: Path,
-    config: Mapping[str, Any],
-    tensors: Iterable[tuple[str, Tensor]],
-    shard_bytes: float,
-    copy_from: Path | None = None,
-) -> None:
-    """Write a model folder from a stream of tensors, under their names in files, one shard in memory at a time.
-
-    `copy_from` is a folder whose tokenizer and generation files are copied. The index and config are written last, so
-    a folder with a `config.json` is complete. Raise ValueError, naming the tensor, for values that are not finite.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (SINGLE, INDEX):  # of an earlier attempt, whose shards may be other ones
-        (folder / name).unlink(missing_ok=True)
-    shards: list[list[str]] = []
-    total = parameters = 0
-    # our own code reads the names of the class
-    family = None if "pruned" in config else FAMILIES.get(config.get("model_type", ""))
-    stored = ((family.stored(name) if family else name, tensor) for name, tensor in finite(tensors))
-    for shard in _shards(stored, shard_bytes):
-        save_file(shard, folder / f"part-{len(shards)}.safetensors", {"format": "pt"})
-        shards.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
-        parameters += sum(tensor.numel() for tensor in shard.values())
-    names = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
-    for i, name in enumerate(names):
-        os.replace(folder / f"part-{i}.safetensors", folder / name)
-    if len(shards) > 1:
-        file_of = {tensor: names[i] for i, shard in enumerate(shards) for tensor in shard}
-        index = {"metadata": {"total_size": total, "total_parameters": parameters}, "weight_map": file_of}
-        (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-    if copy_from is not None:
-        carry_tokenizer(copy_from, folder)
-        around = Path(copy_from) / wrapper.FOLDER
-        if around.is_dir() and config.get("model_type") not in WRAPPERS:
-            shutil.copytree(around, folder / wrapper.FOLDER, dirs_exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(stored_config(config), indent=2) + "\n", encoding="utf-8")
 
 
-def write_around(folder: Path, around: Around, tensors: Iterable[tuple[str, Tensor]], shard_bytes: float) -> None:
-    """Write what is around the text half of a model folder, with these tensors, in place of what was carried there."""
-    shutil.rmtree(folder / wrapper.FOLDER, ignore_errors=True)
-    write_checkpoint(folder / wrapper.FOLDER, around.facts(), tensors, shard_bytes)
 
 
-def finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield named tensors; ValueError, naming it, at the first that holds NaN or an infinity.
-
-    One pass over the values: the least and the greatest are NaN where any value is.
-    """
-    for name, tensor in tensors:
-        if tensor.is_floating_point() and tensor.numel():
-            least, greatest = torch.aminmax(tensor)
-            if not (torch.isfinite(least) and torch.isfinite(greatest)):
-                raise ValueError(f"{name} holds values that are not finite (NaN or infinity); nothing is written of it")
-        yield name, tensor
 
 
-def carry_tokenizer(source: Path, folder: Path, generation: bool = True) -> None:
-    """Copy the tokenizer files of a model folder, and its generation_config.json if `generation`."""
-    for pattern in CARRIED if generation else CARRIED[:-1]:
-        for path in Path(source).glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
 
 
-def _shards(tensors: Iterable[tuple[str, Tensor]], limit: float) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > limit:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor.contiguous()
-        size += tensor.nbytes
-    if not shard:
-        raise ValueError(f"no tensors to write: the model is empty (limit {limit})")
-    yield shard
 
 
-def load_model(folder: Path, dtype: torch.dtype | Literal["auto"], attention: str) -> PreTrainedModel:
-    """Load a model folder on the CPU, in evaluation mode; a pruned one by this project's own modelling code.
-
-    `attention` is an implementation of transformers, or auto for the one its class prefers. Of an image-text model the
-    text half is loaded. The class is always one of
-    the table of families. Raise ValueError if a weight would be missing, unexpected or newly initialised.
-    """
-    folder = Path(folder)
-    checkpoint = open_checkpoint(folder)
-    config = checkpoint.config
-    if checkpoint.wrapped:
-        kind = getattr(torch, config["dtype"] or "float32") if dtype == "auto" else dtype
-        return model_of(config, checkpoint, kind, None if attention == "auto" else attention)
-    family = family_of(config.get("model_type", "none"))
-    loader = pruned_class(family.architecture) if "pruned" in config else AutoModelForCausalLM
-    options = {} if attention == "auto" else {"attn_implementation": attention}
-    return load_whole(loader, folder, config=stock_config(config, folder), dtype=dtype, **options).eval()
 
 
-def load_whole(loader: Any, folder: Path, **options: Any) -> PreTrainedModel:
-    """Load by transformers and return the model; ValueError unless every weight of the class came from the files."""
-    try:
-        model, info = loader.from_pretrained(folder, output_loading_info=True, local_files_only=True, **options)
-    except (OSError, RuntimeError, KeyError, TypeError) as fault:
-        raise ValueError(f"{folder} cannot be loaded by transformers ({_reason(fault)})") from fault
-    faults = {
-        kind: sorted(map(str, info[kind]))[:3]
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-        if info.get(kind)
-    }
-    if faults:
-        raise ValueError(f"{folder} does not fit {type(model).__name__}: {faults}")
-    return model
 
 
-def model_of(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype, attention: str | None
-) -> PreTrainedModel:
-    """Return a model in memory from a config.json and the tensors of a checkpoint, in evaluation mode, on the CPU.
-
-    Raise ValueError where the tensors are not those that the class needs.
-    """
-    name = family_of(config["model_type"]).architecture
-    loader = pruned_class(name) if "pruned" in config else getattr(transformers, name)
-    model = loader._from_config(loader.config_class(**config), dtype=dtype, attn_implementation=attention)
-    parameters = ClassParameters(model, weights)
-    used = {each for name in parameters for each in parameters.stored(name)}
-    missing, _ = model.load_state_dict(dict(parameters), strict=False)
-    unexpected = weights.keys() - used
-    tied = set(model.all_tied_weights_keys) if config.get("tie_word_embeddings") else set()
-    if set(missing) - tied or unexpected:
-        strange = f"missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}"
-        raise ValueError(f"weights: do not fit {name}: {strange}; give all that its checkpoint holds")
-    return model.eval()
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False):
-    """Load the tokenizer of a model folder; ValueError for none, a damaged one, or untrusted code of its own.
-
-    The configuration code of a folder of a known family is not run, even if its code is trusted.
-    """
-    folder = Path(folder)
-    config = read_config(folder) if (folder / "config.json").exists() else {}
-    known = config.get("model_type") in FAMILIES
-    options = {"config": stock_config(config, folder)} if known else {}
-    for pattern in (*TOKENIZER, "special_tokens_map.json", "added_tokens.json"):
-        for path in folder.glob(pattern):
-            check_file(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code, **options
-        )
-        tokenizer(PROBE)  # a field that only encoding reads may be damaged too
-    except Exception as fault:  # a damaged file raises whatever its reader, in Python or Rust, meets first
-        if "trust_remote_code" in str(fault):
-            raise ValueError(
-                f"model.trust_remote_code is false, and the tokenizer in {folder} is code of its own; read it, and set "
-                "model.trust_remote_code=true to run it"
-            ) from None
-        raise ValueError(
-            f"the tokenizer in {folder} is missing or damaged ({_reason(fault)}); put its files (tokenizer.json or "
-            "tokenizer.model, tokenizer_config.json) there again"
-        ) from fault
-    return tokenizer
 
 
-def _reason(fault: Exception) -> str:
-    """Return the type of an error and the beginning of its message, on one line."""
-    return f"{type(fault).__name__}: {' '.join(str(fault).split()):.160}"

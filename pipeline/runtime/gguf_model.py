@@ -9,10 +9,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from pipeline.model.families import family_of
-from pipeline.runtime.checkpoint import class_shapes, load_whole, write_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.described import checked_config
 from pipeline.runtime.gguf_header import Header, concatenate, join, read_header
 from pipeline.runtime.log import bars_on_terminals_only
+from pipeline.runtime.model_class import class_shapes
+from pipeline.runtime.model_loader import load_whole
 
 WHOLE = "whole.gguf"
 

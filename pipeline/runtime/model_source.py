@@ -12,14 +12,8 @@ from typing import Any
 from transformers import GenerationConfig
 
 from pipeline.model.hub import hub_reason
-from pipeline.runtime.checkpoint import (
-    CARRIED,
-    GENERATION,
-    Checkpoint,
-    open_checkpoint,
-    write_around,
-    write_checkpoint,
-)
+from pipeline.runtime.checkpoint import Checkpoint, open_checkpoint
+from pipeline.runtime.checkpoint_writer import CARRIED, GENERATION, write_around, write_checkpoint
 from pipeline.runtime.described import read_mapping
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.gguf_model import check_parts, unpack

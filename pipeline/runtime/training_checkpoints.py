@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipeline.runtime.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import Checkpoint, open_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.described import read_config
 from pipeline.runtime.hashing import file_digest
 from pipeline.runtime.weight_files import Tensors

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.model.causal import CausalModel
-from pipeline.runtime.checkpoint import Checkpoint, load_model, open_checkpoint
+from pipeline.runtime.checkpoint import Checkpoint, open_checkpoint
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_loader import load_model
 
 
 def load(folder: Path, machine: Machine) -> CausalModel:

@@ -13,9 +13,10 @@ from pipeline.costmodel.nearest_shape import given_shape
 from pipeline.costmodel.pareto import Limits, Serving, shape_within, speedup_of
 from pipeline.costmodel.shapes import AXES, ModelShape, depth_for, multiples_for, neurons_for, shape_for
 from pipeline.costmodel.size_budget import Unit, parameters_of, shape_of_size
-from pipeline.model.anatomy import Anatomy, LayerSizes
+from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import check_expert_neurons
 from pipeline.model.shape import Budgeted
+from pipeline.model.sizes import LayerSizes
 from pipeline.prune.surgery.bias import biased_anatomy
 
 

@@ -26,7 +26,8 @@ from pipeline.prune.second_order.narrow import Narrowed, local_order, narrow_uni
 from pipeline.prune.second_order.removal_order import Removal
 from pipeline.prune.second_order.sequential import prune_in_sequence
 from pipeline.prune.second_order.supernet import candidate, compose, expectation, removal_of, widened
-from pipeline.runtime.checkpoint import Checkpoint, open_tensors, write_tensors
+from pipeline.runtime.checkpoint import Checkpoint, open_tensors
+from pipeline.runtime.checkpoint_writer import write_tensors
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.ledger import Ledger
 from pipeline.runtime.machine import Machine

@@ -12,9 +12,10 @@ from pipeline.data.builtin import version
 from pipeline.data.encoding import Encoder, batches, blocks, frame
 from pipeline.data.overlap import EvaluationRuns, run_length
 from pipeline.data.packing import Domain, Packed, TooShort, build
-from pipeline.runtime.checkpoint import load_tokenizer, read_config
+from pipeline.runtime.checkpoint import read_config
 from pipeline.runtime.hashing import fingerprint
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_loader import load_tokenizer
 from pipeline.runtime.model_source import model_folder
 
 PURPOSES = ("calibration", "recovery", "evaluation")

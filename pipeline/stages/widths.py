@@ -15,10 +15,11 @@ from pipeline.allocate.curves import Sensitivities, measured_widths
 from pipeline.allocate.widths import Sparsities, adaptive_widths, widths_above
 from pipeline.config import Config
 from pipeline.costmodel.shapes import ModelShape, multiples_for
-from pipeline.model.anatomy import Anatomy, LayerSizes, Sizes
+from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
 from pipeline.model.shape import Shape, Widths
+from pipeline.model.sizes import LayerSizes, Sizes
 from pipeline.prune.importance.score import standardised
 from pipeline.stages.models import checkpoint
 from pipeline.stages.stage import Inputs

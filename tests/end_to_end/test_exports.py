@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pipeline.runtime import decilm_reader
-from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.model_loader import load_model
 from tests.world import environment, make_world, pipeline, settings
 
 FORMS = ("own", "padded", "decilm")

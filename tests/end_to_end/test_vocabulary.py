@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from pipeline.model.shape import Shape
 from pipeline.model.token_ids import Vocabulary
-from pipeline.runtime.checkpoint import load_model, load_tokenizer, open_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.model_loader import load_model, load_tokenizer
 from pipeline.stages.choose import shape
 from pipeline.stages.prepare import vocabulary
 from tests.students import machine

@@ -8,7 +8,9 @@ import torch
 
 from pipeline import runner
 from pipeline.model.export_forms import OWN_CLASS, OWN_FILE
-from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.model_loader import load_model
 from pipeline.stages.deliver import export
 from tests.students import imported, machine, student
 from tests.tiny_text import configured

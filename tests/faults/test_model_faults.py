@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.model.hf_config import with_scales
 from pipeline.prune.surgery.reinit import absorb_post_norms, post_norm_modules
-from pipeline.runtime.checkpoint import load_model, load_tokenizer, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.described import read_config
+from pipeline.runtime.model_loader import load_model, load_tokenizer
 from pipeline.runtime.model_source import generation_of, inspect, locate
 from pipeline.runtime.tokenizer_check import check_fits, difference
 from pipeline.stages.deliver import export

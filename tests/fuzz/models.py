@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from pipeline.data.encoding import frame
 from pipeline.data.packing import Domain, build
 from pipeline.data.sources import Piece
-from pipeline.runtime.checkpoint import Checkpoint, load_model, load_tokenizer
+from pipeline.runtime.checkpoint import Checkpoint
+from pipeline.runtime.model_loader import load_model, load_tokenizer
 from pipeline.runtime.tokenizer_check import check_fits
 from pipeline.runtime.weight_files import INDEX
 from tests.fuzz import Target

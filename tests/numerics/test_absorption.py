@@ -12,7 +12,9 @@ from pipeline.model.hf_config import with_scales
 from pipeline.prune.importance.measure import inverse_rms
 from pipeline.prune.surgery.absorption import fitted_scales, least_squares_scale, removed_scales
 from pipeline.prune.surgery.reinit import absorb_post_norms, post_norm_modules, with_static_scales
-from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.model_loader import load_model
 from tests.processes import on_ranks
 from tests.tiny import config_of, tensors_of, tiny_model, tokens
 

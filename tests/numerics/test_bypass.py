@@ -7,7 +7,8 @@ from pipeline.model.blueprint import Blueprint, whole_layer
 from pipeline.model.hf_config import student_config
 from pipeline.prune.surgery.bypass import Replaced, Sums, check_family, folded, gaps, sums_of
 from pipeline.prune.surgery.cut import cut
-from pipeline.runtime.checkpoint import load_model, write_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.model_loader import load_model
 from tests.restoration import HERE, anatomy
 from tests.tiny import config_of, tensors_of, tiny_model, tokens
 

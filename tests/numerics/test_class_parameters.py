@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pipeline.runtime.checkpoint import class_of, open_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.class_parameters import ClassParameters, stored_tensors
+from pipeline.runtime.model_class import class_of
 from tests.mixtures import MIXTURES
 from tests.tiny import save_tiny, tiny_model
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from pipeline.model.anatomy import LayerSizes, anatomy_of
+from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, compose, everything
 from pipeline.model.scores import Scores
+from pipeline.model.sizes import LayerSizes
 from pipeline.prune.plan import plan
 from pipeline.prune.surgery.cut import cut
 from pipeline.prune.surgery.reinit import stabilise_gains

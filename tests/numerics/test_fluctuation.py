@@ -18,7 +18,8 @@ from pipeline.prune.second_order.hessian import gram
 from pipeline.prune.second_order.restore import restore_outputs
 from pipeline.prune.surgery.bias import biased_anatomy, biased_config, compensate_biases
 from pipeline.prune.surgery.cut import cut
-from pipeline.runtime.checkpoint import load_model, write_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.model_loader import load_model
 from tests.tiny import config_of, inputs_of, tensors_of, tiny_model, tokens
 
 

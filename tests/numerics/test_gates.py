@@ -12,7 +12,8 @@ from pipeline.model.blueprint import Blueprint, Group, LayerPlan
 from pipeline.model.hf_config import student_config
 from pipeline.prune.importance.measure import only_layers
 from pipeline.prune.surgery.cut import cut
-from pipeline.runtime.checkpoint import load_model, write_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.model_loader import load_model
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
 
 LAYERS = 4

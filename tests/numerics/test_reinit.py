@@ -16,7 +16,9 @@ from pipeline.prune.surgery.reinit import (
     post_norm_modules,
     stabilise_gains,
 )
-from pipeline.runtime.checkpoint import load_model, read_config, write_checkpoint
+from pipeline.runtime.checkpoint import read_config
+from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.model_loader import load_model
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
 
 

@@ -9,7 +9,8 @@ from pipeline.model.hf_config import student_config
 from pipeline.prune.second_order.hessian import gram
 from pipeline.prune.second_order.restore import damped, restore, restore_outputs
 from pipeline.prune.surgery.cut import cut
-from pipeline.runtime.checkpoint import load_model, write_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.model_loader import load_model
 from tests.restoration import output_error, problem
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pipeline.model.anatomy import LayerSizes, anatomy_of
+from pipeline.model.anatomy import anatomy_of
 from pipeline.model.scores import Scores
+from pipeline.model.sizes import LayerSizes
 from pipeline.prune.plan import plan
 from pipeline.prune.second_order.removal_order import head_order, head_scores, obs_order, tyr_order
 from pipeline.prune.second_order.restore import damped, restore

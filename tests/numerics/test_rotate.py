@@ -20,7 +20,8 @@ from pipeline.prune.surgery.rotate import (
     tied_basis,
     tied_gain,
 )
-from pipeline.runtime.checkpoint import load_model, write_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.model_loader import load_model
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
 
 ROTATABLE = [kind for kind in CLASSES if kind not in ("gemma2", "gemma3_text", "glm4", "olmo2")]

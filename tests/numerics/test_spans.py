@@ -12,7 +12,8 @@ from pipeline.prune.second_order.hessian import gram
 from pipeline.prune.second_order.sequential import columns_of, prune_in_sequence
 from pipeline.prune.second_order.supernet import compose
 from pipeline.prune.surgery.cut import cut
-from pipeline.runtime.checkpoint import load_model, write_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.model_loader import load_model
 from tests.restoration import HERE, anatomy, batches, names_in, supernet
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.evaluation.divergence import divergence, final_states
-from pipeline.model.anatomy import LayerSizes
+from pipeline.model.sizes import LayerSizes
 from pipeline.prune.second_order.narrow import LOCAL_ORDERS, local_order, narrow_heads, narrow_units
 from pipeline.prune.second_order.sequential import at_width, columns_of, expected_weight, prune_in_sequence
 from pipeline.prune.second_order.supernet import candidate, candidates, compose, expectation, removal_of, widened

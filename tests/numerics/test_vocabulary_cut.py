@@ -11,7 +11,9 @@ from pipeline.model.blueprint import compose, everything
 from pipeline.model.hf_config import student_config
 from pipeline.model.token_ids import Renumbering, used_ids
 from pipeline.prune.surgery.cut import cut
-from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.model_loader import load_model
 from pipeline.runtime.wrapper import wrapped_config
 from tests.laws import plan_of
 from tests.tiny import TINY, config_of, tensors_of, tiny_model

@@ -12,7 +12,9 @@ from pipeline.data.sources import Piece
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan
 from pipeline.model.hf_config import with_scales
 from pipeline.model.shape import Depth
-from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.model_loader import load_model
 from tests.processes import launch
 from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import DOCUMENTS, byte_tokenizer

@@ -14,7 +14,7 @@ from pipeline.allocate.budgets import (
     uniform_widths,
     widths_at,
 )
-from pipeline.model.anatomy import LayerSizes, Sizes
+from pipeline.model.sizes import LayerSizes, Sizes
 
 LAYER = LayerSizes(12, 4, 1536)
 SIZES = Sizes(1000, 64, 16, (LAYER,) * 6)

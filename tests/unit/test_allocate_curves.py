@@ -8,7 +8,7 @@ import torch
 
 from pipeline.allocate.budgets import layer_weights
 from pipeline.allocate.curves import Narrowing, Sensitivities, lower_hull, measured_widths, removals
-from pipeline.model.anatomy import LayerSizes, Sizes
+from pipeline.model.sizes import LayerSizes, Sizes
 
 LAYER = LayerSizes(6, 3, 96)  # a KV group of two queries weighs as much as 16 neurons: 2 · 32 · 8 · 3 = 3 · 32 · 16
 SIZES = Sizes(100, 32, 8, (LAYER,) * 3)

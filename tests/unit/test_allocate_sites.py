@@ -6,8 +6,8 @@ import pytest
 
 from pipeline.allocate.budgets import layer_weights
 from pipeline.allocate.sites import even_start, given_start, sites_of
-from pipeline.model.anatomy import LayerSizes, Sizes
 from pipeline.model.shape import Shape
+from pipeline.model.sizes import LayerSizes, Sizes
 
 MODULES = {"n d": "layers.{layer}.o", "f": "layers.{layer}.down"}
 SMOL = Sizes(49152, 576, 64, (LayerSizes(9, 3, 1536),) * 30)

@@ -9,7 +9,8 @@ from pipeline.allocate.budgets import adapted, layer_weights
 from pipeline.allocate.widths import adaptive_widths, even_widths, partway, weights_within, widths_above
 from pipeline.costmodel.nearest_shape import given_shape
 from pipeline.costmodel.shapes import ModelShape
-from pipeline.model.anatomy import LayerSizes, Sizes, anatomy_of
+from pipeline.model.anatomy import anatomy_of
+from pipeline.model.sizes import LayerSizes, Sizes
 from tests.tiny import anatomy_with, config_of, tensors_of, tiny_model
 
 LAYER = LayerSizes(9, 3, 1536)

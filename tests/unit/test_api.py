@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from pipeline import api
 from pipeline.model.blueprint import everything
-from pipeline.runtime.checkpoint import load_model
+from pipeline.runtime.model_loader import load_model
 from tests.tiny import tiny_model, tokens
 from tests.world import make_world, settings
 

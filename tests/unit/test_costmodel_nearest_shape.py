@@ -7,9 +7,10 @@ from transformers import AutoConfig
 
 from pipeline.costmodel.nearest_shape import given_shape, possible_near
 from pipeline.costmodel.shapes import AXES, ModelShape
-from pipeline.model.anatomy import LayerSizes, Sizes, anatomy_of
+from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, everything
 from pipeline.model.hf_config import student_config
+from pipeline.model.sizes import LayerSizes, Sizes
 from pipeline.prune.surgery.bias import biased_anatomy, biased_config
 from tests.tiny import CLASSES, config_of, tensors_of, tiny_model
 

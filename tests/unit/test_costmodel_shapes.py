@@ -20,7 +20,8 @@ from pipeline.costmodel.shapes import (
     possible_values,
     shape_for,
 )
-from pipeline.model.anatomy import LayerSizes, Sizes, anatomy_of
+from pipeline.model.anatomy import anatomy_of
+from pipeline.model.sizes import LayerSizes, Sizes
 from tests.chips import chip
 from tests.tiny import anatomy_with, config_of, tensors_of, tiny_model
 

@@ -135,7 +135,7 @@ def test_a_word_is_right_exactly_when_it_is_the_models_greedy_continuation():
 
 
 def test_questions_are_the_last_words_of_sentences_and_what_stands_before_them(tmp_path):
-    from pipeline.runtime.checkpoint import load_tokenizer
+    from pipeline.runtime.model_loader import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder(tmp_path, TEXT, 200))
 
@@ -194,7 +194,7 @@ def test_a_preset_is_a_list_of_tasks_and_chats_are_asked_in_the_template():
 
 def test_a_local_task_file_is_measured_by_the_harness(tmp_path):
     pytest.importorskip("lm_eval")
-    from pipeline.runtime.checkpoint import load_tokenizer
+    from pipeline.runtime.model_loader import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder(tmp_path / "model", TEXT))
     model = tiny_model("llama", dtype=torch.float32, max_position_embeddings=256)

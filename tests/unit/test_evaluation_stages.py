@@ -12,9 +12,10 @@ from pipeline import evaluator
 from pipeline.data.packing import Packed
 from pipeline.model.blueprint import Blueprint, everything
 from pipeline.model.scores import Scores
-from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.device import choose, open_device
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_loader import load_model
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.tracker import Track
 from pipeline.stages.build import cut

@@ -9,7 +9,8 @@ from pipeline import runner
 from pipeline.costmodel.expert_budget import experts_for, possible_counts, with_experts
 from pipeline.costmodel.shapes import Grid, ModelShape, multiples_for
 from pipeline.costmodel.size_budget import Unit, sizes
-from pipeline.model.anatomy import LayerSizes, anatomy_of
+from pipeline.model.anatomy import anatomy_of
+from pipeline.model.sizes import LayerSizes
 from tests.mixtures import MIXTURES
 from tests.tiny import config_of, tensors_of, tiny_model
 from tests.tiny_text import configured

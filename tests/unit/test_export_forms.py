@@ -17,7 +17,9 @@ from pipeline.prune.surgery.cut import cut
 from pipeline.prune.surgery.pad import pad
 from pipeline.prune.surgery.reinit import absorb_post_norms, post_norm_modules
 from pipeline.runtime import configuration_decilm, decilm_reader
-from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.model_loader import load_model
 from pipeline.stages.deliver import export
 from tests.students import machine, student
 from tests.tiny import CLASSES, config_of, tiny_model, tokens

@@ -21,8 +21,11 @@ from pipeline.prune.importance.measure import measure
 from pipeline.prune.passes.layerwise import layers_of, recorded
 from pipeline.prune.surgery.cut import cut
 from pipeline.prune.surgery.reinit import stabilise_gains
-from pipeline.runtime.checkpoint import class_shapes, load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.fused_layers import LAYER_OPERATORS, fused_layers
+from pipeline.runtime.model_class import class_shapes
+from pipeline.runtime.model_loader import load_model
 from tests.laws import masked, plan_of
 from tests.tiny import TINY, config_of, model_type, save_tiny, tensors_of, tiny_model, tokens
 

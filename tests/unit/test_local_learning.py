@@ -10,7 +10,7 @@ import torch
 from pipeline.data.encoding import frame
 from pipeline.data.packing import Domain, Packed, build
 from pipeline.data.sources import locate, read
-from pipeline.runtime.checkpoint import load_tokenizer
+from pipeline.runtime.model_loader import load_tokenizer
 from tests.tiny import save_tiny, tiny_model
 from tests.world import ROOT, make_world
 

@@ -12,7 +12,9 @@ from huggingface_hub import errors
 from tqdm.auto import tqdm
 
 from pipeline.model.hub import hub_reason
-from pipeline.runtime.checkpoint import load_model, load_tokenizer, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.model_loader import load_model, load_tokenizer
 from pipeline.runtime.model_source import ModelSource, import_model, locate
 from pipeline.stages.build import absorb_norms
 from pipeline.stages.choose import shape

@@ -6,7 +6,8 @@ import torch
 
 from pipeline import runner
 from pipeline.config import validate
-from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.model_loader import load_model
 from tests.composing import composed
 from tests.mixtures import loaded
 from tests.tiny import save_tiny, tiny_model, tokenizer_folder, tokens

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.model.anatomy import Anatomy, LayerSizes, Sizes, anatomy_of
+from pipeline.model.anatomy import Anatomy, anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan
 from pipeline.model.families import FAMILIES
 from pipeline.model.scores import Scores
+from pipeline.model.sizes import LayerSizes, Sizes
 from pipeline.prune.plan import kept_layers, plan, shuffled
 from tests.tiny import config_of, tensors_of, tiny_model
 

@@ -18,7 +18,9 @@ from pipeline.model.hf_config import student_config
 from pipeline.model.scores import Scores
 from pipeline.prune.importance.measure import measure, only_layers
 from pipeline.prune.surgery.cut import cut
-from pipeline.runtime.checkpoint import load_model, open_checkpoint, open_tensors, write_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint, open_tensors
+from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.model_loader import load_model
 from tests.restoration import output_error
 from tests.tiny import config_of, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured

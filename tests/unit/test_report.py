@@ -7,8 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pipeline.model.anatomy import LayerSizes, Sizes, anatomy_of
+from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, LayerPlan, everything
+from pipeline.model.sizes import LayerSizes, Sizes
 from pipeline.report.anatomy_map import anatomy_map, fate
 from pipeline.report.axes import Scale, number, scale
 from pipeline.report.comparison import rows, summary

@@ -7,8 +7,9 @@ import pytest
 from pipeline import runner
 from pipeline.costmodel.shapes import AXES, Grid, ModelShape, multiples_for
 from pipeline.costmodel.size_budget import FREE, Unit, parameters_of, shape_of_size, sizes
-from pipeline.model.anatomy import LayerSizes, anatomy_of
+from pipeline.model.anatomy import anatomy_of
 from pipeline.model.shape import Budgeted, Reachable
+from pipeline.model.sizes import LayerSizes
 from pipeline.report.budget import budget_of
 from pipeline.runtime.checkpoint import open_checkpoint
 from tests.tiny import TINY, config_of, tensors_of, tiny_model

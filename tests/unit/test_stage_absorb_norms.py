@@ -11,7 +11,8 @@ from pipeline.data.packing import Packed
 from pipeline.data.stream import stream
 from pipeline.prune.surgery.absorption import fitted_scales
 from pipeline.prune.surgery.reinit import post_norm_modules
-from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.model_loader import load_model
 from pipeline.stages.build import absorb_norms
 from pipeline.stages.calibration import calibration
 from tests.tiny import save_tiny, tiny_model

@@ -9,13 +9,13 @@ from pipeline.costmodel.shapes import ModelShape, depth_for
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
 from pipeline.evaluation.perplexity import tally
-from pipeline.model.anatomy import LayerSizes, Sizes
 from pipeline.model.shape import Depth, Shape
+from pipeline.model.sizes import LayerSizes, Sizes
 from pipeline.prune.importance.measure import only_layers
-from pipeline.runtime.checkpoint import load_model
 from pipeline.runtime.device import open_device
 from pipeline.runtime.ledger import Ledger
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_loader import load_model
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.tracker import Track
 from pipeline.stages.analyse import layer_gates

@@ -15,9 +15,9 @@ from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
 from pipeline.model.shape import Depth
 from pipeline.prune.plan import kept_layers
-from pipeline.runtime.checkpoint import load_model
 from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_loader import load_model
 from pipeline.runtime.tracker import Track
 from pipeline.stages.analyse import layer_loss
 from pipeline.stages.models import load

@@ -19,7 +19,8 @@ from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint
 from pipeline.prune.passes import layerwise
 from pipeline.prune.passes.layerwise import ffn_modules, in_step, recorded
-from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.model_loader import load_model
 from pipeline.stages.build import local_distill
 from tests.tiny import config_of, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured

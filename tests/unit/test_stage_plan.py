@@ -10,14 +10,15 @@ from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning
 from pipeline.distill.layer_errors import LayerErrors
 from pipeline.distill.next_token import LanguageHead
-from pipeline.model.anatomy import LayerSizes
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
+from pipeline.model.sizes import LayerSizes
 from pipeline.prune.importance import SCORES
 from pipeline.prune.importance.moments import moments
 from pipeline.prune.importance.score import Measured
 from pipeline.prune.importance.taylor import gradients
-from pipeline.runtime.checkpoint import load_model, open_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.model_loader import load_model
 from tests.tiny_text import configured
 from tests.world import make_world, pipeline, settings
 

@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 
 from pipeline.data import sources
 from pipeline.evaluation.writing import sample, user_turn, word_starts, written
-from pipeline.runtime.checkpoint import load_tokenizer
+from pipeline.runtime.model_loader import load_tokenizer
 from tests.tiny import tiny_model
 from tests.tiny_text import byte_tokenizer
 from tests.world import make_world, pipeline, settings

@@ -22,7 +22,9 @@ from pipeline.prune.importance.measure import measure
 from pipeline.prune.second_order.mask import masked, without
 from pipeline.prune.second_order.restore import restore
 from pipeline.prune.surgery.cut import cut
-from pipeline.runtime.checkpoint import load_model, open_checkpoint, open_tensors, write_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint, open_tensors
+from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.model_loader import load_model
 from pipeline.stages.analyse import sensitivity
 from pipeline.stages.models import load
 from tests.tiny import config_of, counted, tensors_of, tiny_model, tokens

@@ -20,9 +20,11 @@ from pipeline.model.scores import Scores
 from pipeline.report.drawing import Dot
 from pipeline.report.figures import shapes_searched
 from pipeline.report.tables import search_table
-from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_loader import load_model
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.tracker import Track
 from pipeline.stages.analyse import importance

@@ -16,10 +16,11 @@ from pipeline.allocate.budgets import layer_weights
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning, left_over
 from pipeline.evaluation.divergence import divergence, final_states
-from pipeline.model.anatomy import LayerSizes
 from pipeline.model.blueprint import Blueprint
+from pipeline.model.sizes import LayerSizes
 from pipeline.prune.second_order.hessian import gram
-from pipeline.runtime.checkpoint import load_model, open_checkpoint, open_tensors
+from pipeline.runtime.checkpoint import open_checkpoint, open_tensors
+from pipeline.runtime.model_loader import load_model
 from pipeline.stages import supernet_search
 from pipeline.stages.build import supernet
 from tests.tiny import inputs_of, save_tiny, tiny_model, tokens

@@ -14,10 +14,10 @@ from pipeline.costmodel.search_result import Row, SearchResult
 from pipeline.distill.layer_errors import LayerError, LayerErrors
 from pipeline.distill.selection import RecoveryFacts
 from pipeline.evaluation.results import Behaviour, Evaluation, ReferenceEvaluation
-from pipeline.model.anatomy import LayerSizes
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, Step
 from pipeline.model.exported import Exported
 from pipeline.model.shape import Budgeted, Depth, Reachable, Shape, StreamEnergy, Trial, Widths
+from pipeline.model.sizes import LayerSizes
 from pipeline.model.stored import Stored
 from pipeline.model.token_ids import Vocabulary
 from pipeline.runtime.ledger import Ledger

@@ -12,7 +12,7 @@ from pipeline.model.token_ids import Renumbering
 from pipeline.prune.vocabulary.choice import kept_tokens
 from pipeline.prune.vocabulary.pieces import BYTES, merge_of, pieces_of
 from pipeline.prune.vocabulary.tokenizer_file import renumbered_settings, renumbered_tokenizer
-from pipeline.runtime.checkpoint import load_tokenizer
+from pipeline.runtime.model_loader import load_tokenizer
 from tests.tiny_tokenizers import KINDS, LINES, PROBES
 
 

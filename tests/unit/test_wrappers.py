@@ -13,7 +13,9 @@ from pipeline.model.hf_config import student_config
 from pipeline.prune.surgery.cut import cut
 from pipeline.prune.surgery.projector import check_layers, kept_units, narrowed, turned
 from pipeline.prune.surgery.rotate import rotate, rotated_anatomy
-from pipeline.runtime.checkpoint import load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.model_loader import load_model
 from pipeline.runtime.model_source import import_model, locate
 from pipeline.runtime.wrapper import wrapped_config
 from pipeline.stages.deliver import export

@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 
-from pipeline.model.families.gpt import FOUR, FOUR_PRE, NO_HEAD_SIZE, STARCODER2, interleaved
+from pipeline.model.families.gpt import STARCODER2
+from pipeline.model.families.gpt_neox import FOUR, FOUR_PRE, interleaved
 from pipeline.model.families.table import (
     ATTENTION,
     ATTENTION_BIASES,
     GATE_UP,
     GATED,
     LLAMA,
+    NO_HEAD_SIZE,
     NORM_BIASES,
     NORMS,
     PLAIN,

@@ -156,6 +156,7 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 PRE = {"input_layernorm": QKV, "post_attention_layernorm": GATE_UP}
 NORMS = {"input_layernorm.weight": "h", "post_attention_layernorm.weight": "h"}
+NO_HEAD_SIZE: dict[str, str | None] = {"groups": None, "head_size": None}
 NORM_BIASES = {"input_layernorm.bias": "h", "post_attention_layernorm.bias": "h"}
 POST = {"post_attention_layernorm": "self_attn.o_proj", "post_feedforward_layernorm": "mlp.down_proj"}
 POST_NORMS = {"post_attention_layernorm.weight": "h", "post_feedforward_layernorm.weight": "h"}

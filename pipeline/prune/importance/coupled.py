@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from pipeline.model.anatomy import Anatomy, Segment, Sizes, joint
+from pipeline.model.anatomy import Anatomy
+from pipeline.model.sizes import Segment, Sizes, joint
 from pipeline.prune.importance.score import Units
 
 UNITS = frozenset("nkf")  # letters of the axes of which coupled structures are made

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.anatomy import Anatomy, LayerSizes
+from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import LayerPlan
 from pipeline.model.scores import Scores
+from pipeline.model.sizes import LayerSizes
 from pipeline.prune.head_norms import alone
 from pipeline.prune.plan import plan
 from pipeline.prune.second_order.hessian import projections

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pipeline.model.anatomy import LayerSizes
+from pipeline.model.sizes import LayerSizes
 from pipeline.prune.second_order.removal_order import Removal, head_order, obs_order, tyr_order
 from pipeline.prune.second_order.restore import DAMPING, restore
 from pipeline.prune.second_order.sequential import at_width, columns_of

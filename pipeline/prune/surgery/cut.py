@@ -10,8 +10,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from pipeline.model.anatomy import EXPERT, Anatomy, Axis, Segment, Sizes, joint
+from pipeline.model.anatomy import EXPERT, Anatomy
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan
+from pipeline.model.sizes import Axis, Segment, Sizes, joint
 
 Donate = Callable[[str, Tensor, int, int], Tensor]  # (name with {layer}, donated rows, donor layer, host layer) -> rows
 

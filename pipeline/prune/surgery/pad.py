@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from pipeline.model.anatomy import Anatomy, Axis, LayerSizes, Sizes, joint
+from pipeline.model.anatomy import Anatomy
+from pipeline.model.sizes import Axis, LayerSizes, Sizes, joint
 from pipeline.prune.head_norms import rescaled
 
 Grid = tuple[int, ...]

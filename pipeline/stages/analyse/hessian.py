@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.model.anatomy import Anatomy
 from pipeline.prune.second_order.hessian import gram, projections
-from pipeline.runtime.checkpoint import write_tensors
+from pipeline.runtime.checkpoint_writer import write_tensors
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine

@@ -17,7 +17,7 @@ from pipeline.prune.importance.moments import Moments, moments
 from pipeline.prune.importance.score import Measured
 from pipeline.prune.importance.taylor import gradients
 from pipeline.prune.surgery.bias import biased_anatomy
-from pipeline.runtime.checkpoint import write_tensors
+from pipeline.runtime.checkpoint_writer import write_tensors
 from pipeline.runtime.device import Device
 from pipeline.runtime.layer_streaming import need_memory, placed
 from pipeline.runtime.machine import Machine

@@ -9,8 +9,8 @@ from torch import Tensor
 from pipeline.allocate.curves import Kind, Narrowing, Sensitivities, removals
 from pipeline.config import Config
 from pipeline.evaluation.divergence import divergence, final_states
-from pipeline.model.anatomy import LayerSizes
 from pipeline.model.scores import Scores
+from pipeline.model.sizes import LayerSizes
 from pipeline.prune.passes.prefix import PrefixCache
 from pipeline.prune.plan import layers_that_stay, shuffled
 from pipeline.prune.second_order.mask import masked, without

@@ -13,7 +13,8 @@ from pipeline.model.hf_config import with_scales
 from pipeline.prune.importance.measure import inverse_rms
 from pipeline.prune.surgery.absorption import fitted_scales, removed_scales
 from pipeline.prune.surgery.reinit import Stream, absorb_post_norms, post_norm_modules, with_static_scales
-from pipeline.runtime.checkpoint import Checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import Checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.described import read_config
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine

@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.model.blueprint import to_cut
 from pipeline.prune.surgery.bypass import check_family, folded, gaps, sums_of
-from pipeline.runtime.checkpoint import write_tensors
+from pipeline.runtime.checkpoint_writer import write_tensors
 from pipeline.runtime.machine import Machine
 from pipeline.stages.calibration import calibration
 from pipeline.stages.models import checkpoint, load

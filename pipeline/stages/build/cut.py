@@ -11,7 +11,8 @@ from pipeline.prune.surgery.bias import biased_anatomy, biased_config, compensat
 from pipeline.prune.surgery.bypass import Replaced
 from pipeline.prune.surgery.initial_student import begun
 from pipeline.prune.surgery.projector import check_layers, narrowed
-from pipeline.runtime.checkpoint import open_tensors, write_around, write_checkpoint
+from pipeline.runtime.checkpoint import open_tensors
+from pipeline.runtime.checkpoint_writer import write_around, write_checkpoint
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.machine import Machine
 from pipeline.stages.models import checkpoint

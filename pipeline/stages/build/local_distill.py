@@ -16,7 +16,8 @@ from pipeline.distill.local import HELD_OUT, Learnt, Lessons, Rows, learn
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
 from pipeline.prune.passes.layerwise import ffn_modules, in_step
-from pipeline.runtime.checkpoint import Checkpoint, open_tensors, write_checkpoint, write_tensors
+from pipeline.runtime.checkpoint import Checkpoint, open_tensors
+from pipeline.runtime.checkpoint_writer import write_checkpoint, write_tensors
 from pipeline.runtime.device import Device
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.ledger import Ledger

@@ -25,7 +25,7 @@ from pipeline.prune.surgery.rotate import (
     tied_basis,
     tied_gain,
 )
-from pipeline.runtime.checkpoint import write_around, write_checkpoint
+from pipeline.runtime.checkpoint_writer import write_around, write_checkpoint
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine

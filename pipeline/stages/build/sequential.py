@@ -14,7 +14,7 @@ from pipeline.prune.plan import layers_that_stay
 from pipeline.prune.second_order.hessian import projections, with_float64
 from pipeline.prune.second_order.narrow import LOCAL_ORDERS, Narrowed, narrow_heads, narrow_units
 from pipeline.prune.second_order.sequential import prune_in_sequence
-from pipeline.runtime.checkpoint import write_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.machine import Machine
 from pipeline.stages.calibration import calibration

@@ -15,7 +15,7 @@ from pipeline.model.shape import Shape, Widths
 from pipeline.prune.plan import layers_that_stay
 from pipeline.prune.second_order.hessian import need_projections, projections
 from pipeline.prune.second_order.narrow import Narrowed
-from pipeline.runtime.checkpoint import write_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine

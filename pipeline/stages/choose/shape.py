@@ -10,8 +10,9 @@ from pipeline.allocate.budgets import layer_weights
 from pipeline.config import Config
 from pipeline.costmodel.pareto import check_alike
 from pipeline.costmodel.shapes import ModelShape
-from pipeline.model.anatomy import Anatomy, LayerSizes
+from pipeline.model.anatomy import Anatomy
 from pipeline.model.shape import Shape
+from pipeline.model.sizes import LayerSizes
 from pipeline.prune.plan import kept_layers
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.machine import Machine

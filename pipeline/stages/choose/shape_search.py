@@ -20,13 +20,14 @@ from pipeline.costmodel.shapes import ModelShape
 from pipeline.data.packing import Packed
 from pipeline.data.stream import left_over
 from pipeline.evaluation.perplexity import tally
-from pipeline.model.anatomy import LayerSizes
 from pipeline.model.hf_config import student_config
 from pipeline.model.scores import Scores
 from pipeline.model.shape import Shape
+from pipeline.model.sizes import LayerSizes
 from pipeline.prune.plan import plan_by
 from pipeline.prune.surgery.initial_student import begun
-from pipeline.runtime.checkpoint import Checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import Checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.device import choose
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.layer_streaming import placed

@@ -14,10 +14,10 @@ from pipeline.evaluation import tasks
 from pipeline.evaluation.perplexity import over
 from pipeline.evaluation.results import Evaluation, ReferenceEvaluation
 from pipeline.evaluation.speed import speeds
-from pipeline.model.anatomy import Sizes
-from pipeline.runtime.checkpoint import load_tokenizer
+from pipeline.model.sizes import Sizes
 from pipeline.runtime.layer_streaming import need_memory
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_loader import load_tokenizer
 from pipeline.stages.models import checkpoint
 from pipeline.stages.stage import Inputs, Stage
 from pipeline.stages.texts import check_positions_of_source

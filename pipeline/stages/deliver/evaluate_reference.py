@@ -7,8 +7,8 @@ from pipeline import evaluator
 from pipeline.config import Config
 from pipeline.evaluation import tasks
 from pipeline.evaluation.results import ReferenceEvaluation
-from pipeline.runtime.checkpoint import load_tokenizer
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_loader import load_tokenizer
 from pipeline.stages.stage import Inputs, Stage
 
 

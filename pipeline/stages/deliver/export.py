@@ -21,9 +21,11 @@ from pipeline.model.token_ids import Vocabulary
 from pipeline.prune.surgery.pad import pad
 from pipeline.prune.surgery.reinit import Stream, fold_scales, post_norm_modules
 from pipeline.runtime import configuration_decilm, decilm_reader, modelling
-from pipeline.runtime.checkpoint import GENERATION, Checkpoint, load_model, open_checkpoint, write_checkpoint
+from pipeline.runtime.checkpoint import Checkpoint, open_checkpoint
+from pipeline.runtime.checkpoint_writer import GENERATION, write_checkpoint
 from pipeline.runtime.described import read_config, read_mapping, stored_config
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_loader import load_model
 from pipeline.runtime.model_source import generation_of, model_folder
 from pipeline.runtime.source_card import license_digests, license_files
 from pipeline.runtime.wrapper import wrapped_config

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.runtime import model_source
-from pipeline.runtime.checkpoint import TOKENIZER, carry_tokenizer, load_tokenizer, open_checkpoint
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.checkpoint_writer import TOKENIZER, carry_tokenizer
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_loader import load_tokenizer
 from pipeline.runtime.tokenizer_check import check_fits, difference
 from pipeline.stages.stage import Inputs, Stage
 

@@ -11,9 +11,9 @@ from pipeline.data.encoding import frame
 from pipeline.data.templates import ChatTemplate
 from pipeline.evaluation.writing import sample, user_turn, word_starts, written
 from pipeline.runtime.artifacts import write_atomically
-from pipeline.runtime.checkpoint import load_model, load_tokenizer
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_loader import load_model, load_tokenizer
 from pipeline.stages.stage import Inputs, Stage
 from pipeline.stages.texts import check_positions_of_source
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.runtime import model_source
-from pipeline.runtime.checkpoint import Checkpoint, load_tokenizer
+from pipeline.runtime.checkpoint import Checkpoint
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_loader import load_tokenizer
 from pipeline.runtime.tokenizer_check import check_fits
 from pipeline.stages.stage import Inputs, Stage
 

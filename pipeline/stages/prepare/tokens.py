@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.runtime.checkpoint import load_tokenizer, read_config
+from pipeline.runtime.checkpoint import read_config
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_loader import load_tokenizer
 from pipeline.runtime.model_source import model_folder
 from pipeline.stages.stage import Inputs, Stage
 from pipeline.stages.texts import check_positions, check_texts, settings, write_texts

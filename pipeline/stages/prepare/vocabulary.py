@@ -25,17 +25,12 @@ from pipeline.prune.surgery.cut import cut
 from pipeline.prune.vocabulary.choice import kept_tokens
 from pipeline.prune.vocabulary.pieces import pieces_of
 from pipeline.prune.vocabulary.tokenizer_file import renumbered_settings, renumbered_tokenizer
-from pipeline.runtime.checkpoint import (
-    GENERATION,
-    PROCESSOR,
-    Checkpoint,
-    load_tokenizer,
-    write_around,
-    write_checkpoint,
-)
+from pipeline.runtime.checkpoint import Checkpoint
+from pipeline.runtime.checkpoint_writer import GENERATION, PROCESSOR, write_around, write_checkpoint
 from pipeline.runtime.described import read_mapping
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_loader import load_tokenizer
 from pipeline.runtime.model_source import CODE, TOKENIZER_CONFIG, generation_of
 from pipeline.runtime.tokenizer_check import PROBE, check_fits
 from pipeline.stages import texts

@@ -1,0 +1,60 @@
+"""The class of transformers that a config.json describes, and the shapes of its weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from pipeline.model.families import family_of
+from pipeline.runtime.modelling import pruned_class
+
+
+def stock_config(config: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
+    """Return the config object of the stock class; ValueError, naming config.json, where transformers refuses it."""
+    try:
+        return AutoConfig.for_model(**config)
+    except Exception as fault:  # transformers' validation raises whatever a field's value leads to
+        raise ValueError(
+            f"{folder / 'config.json'} is refused by transformers ({reason(fault)}); correct that field, or fetch it "
+            "again"
+        ) from fault
+
+
+def class_shapes(config: Mapping[str, Any], folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight of the class that a config describes; a tied output matrix is left out.
+
+    Raise ValueError as `class_of`.
+    """
+    model = class_of(config, folder)
+    tensors: dict[str, Tensor] = dict(model.named_parameters())  # a tied one comes once
+    doubled = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= {name: buffer for name, buffer in model.state_dict().items() if name not in doubled}
+    family = family_of(config["model_type"])
+    return {family.named(n): tuple(tensor.shape) for n, tensor in revert_weight_conversion(model, tensors).items()}
+
+
+def class_of(config: Mapping[str, Any], folder: Path) -> PreTrainedModel:
+    """Return the class that a config describes, built on the meta device.
+
+    Raise ValueError, naming config.json, where it cannot be built.
+    """
+    whole = stock_config(config, folder)
+    try:
+        with torch.device("meta"):
+            if "pruned" in config:
+                return pruned_class(family_of(config["model_type"]).architecture)(whole)
+            return AutoModelForCausalLM.from_config(whole)
+    except Exception as fault:  # a class raises whatever a field's value leads to
+        raise ValueError(
+            f"{folder / 'config.json'} is refused by {config['architectures'][0]} ({reason(fault)}); correct that "
+            "field, or fetch it again"
+        ) from fault
+
+
+def reason(fault: Exception) -> str:
+    """Return the type of an error and the beginning of its message, on one line."""
+    return f"{type(fault).__name__}: {' '.join(str(fault).split()):.160}"
