@@ -75,9 +75,7 @@ def _layer(anatomy: Anatomy, layer: int, widths: Mapping[str, Any], hidden: Any,
     }
     count = sum(counts.values())
     if unit.active and anatomy.routing is not None:
-        total = anatomy.sizes.carried["e"]
-        experts = sum(count for name, count in counts.items() if name in anatomy.routed)
-        count = count - experts // total * (total - anatomy.routing.top)
+        count -= anatomy.idle(sum(own for name, own in counts.items() if name in anatomy.routed))
     size = count * unit.bytes + widths["groups"] * unit.cached
     return np.broadcast_to(size, np.broadcast_shapes(hidden.shape, *(each.shape for each in widths.values())))
 

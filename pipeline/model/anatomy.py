@@ -183,8 +183,13 @@ class Anatomy:
             for name in self.routed
             if self.has(name, layer)
         )
-        idle = experts // self.sizes.carried["e"] * (self.sizes.carried["e"] - self.routing.top)
+        idle = self.idle(experts)
         return whole - idle, inner - idle
+
+    def idle(self, parameters: int) -> int:
+        """Return how many of the parameters of all experts of a layer, or of several, a token does not use."""
+        count = self.sizes.carried["e"]
+        return parameters // count * (count - self.routing.top) if self.routing else 0
 
     def narrowed(self, sizes: Sizes, layer_types: tuple[str, ...]) -> "Anatomy":
         """Return the anatomy of a student of these sizes."""

@@ -1,4 +1,4 @@
-"""Removed experts merged into those that stay: each into the one whose router row points most nearly its way."""
+"""Removed experts merged into those that remain: each into the one with the most similar router row."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -19,7 +19,7 @@ from pipeline.runtime.model_class import class_shapes, reason, stock_config
 from pipeline.runtime.modelling import HEADS
 from pipeline.runtime.weight_files import FLOATING, Tensors
 from pipeline.runtime.weight_names import PREDICTION, canonical_names
-from pipeline.runtime.wrapper import Around
+from pipeline.runtime.wrapper import WrapperParts
 
 FROM_CLASS = ("head_size", "groups", "neurons", "layers", "hidden", "heads")  # widths, where config.json is silent
 
@@ -40,14 +40,14 @@ class Checkpoint(Mapping[str, Tensor]):
         self.config: dict[str, Any] = read_config(self.folder)
         self._tensors = Tensors(self.folder, allow_pickle)
         self._stored = {name: name for name in self._tensors}
-        self.around: Around | None = None  # what an image-text model has around this text half of it
+        self.wrapper_parts: WrapperParts | None = None  # vision tower and projector, of an image-text model
         self.wrapped = False  # whether the folder holds the whole of it
         if self.config.get("model_type") == decilm.MODEL_TYPE:
             self.config = self._plain_decilm()
         if self.config.get("model_type") in FAMILIES:
             family = family_of(self.config["model_type"])
             self._complete(family)
-            self.around, text = self._surroundings(family)
+            self.wrapper_parts, text = self._wrapper_parts(family)
             names, left_out = canonical_names(text, self.config)
             self._stored = {name: text[own] for name, own in names.items()}
             if left_out:
@@ -76,8 +76,8 @@ class Checkpoint(Mapping[str, Tensor]):
             if name in self._tensors:
                 self.config |= {field: False, str(family.field("neurons")): self._tensors.shape(name)[0]}
 
-    def _surroundings(self, family: Family) -> tuple[Around | None, dict[str, str]]:
-        """Return what is around the text half, and the stored name by the name in the text half of each tensor."""
+    def _wrapper_parts(self, family: Family) -> tuple[WrapperParts | None, dict[str, str]]:
+        """Return the parts beside the text half, if any, and the stored name of each tensor of the half by its name."""
         inside, stored = self.folder / wrapper.FOLDER, read_mapping(self.folder / "config.json")
         if stored.get("model_type") in WRAPPERS:
             text = text_names(self._tensors, family)
@@ -85,12 +85,12 @@ class Checkpoint(Mapping[str, Tensor]):
             beside = [name for name in self._tensors if name not in taken and not PREDICTION.search(name)]
             self.wrapped = True
             whole = wrapper_config(stored, self.folder / "config.json")
-            return wrapper.around_of(whole, self._tensors, beside), text
-        around = None
+            return wrapper.wrapper_parts_of(whole, self._tensors, beside), text
+        wrapper_parts = None
         if inside.is_dir():
             facts = read_mapping(inside / "config.json")
-            around = Around(facts["config"], facts["prefix"], facts["head"], Tensors(inside, False))
-        return around, {name: name for name in self._tensors}
+            wrapper_parts = WrapperParts(facts["config"], facts["prefix"], facts["head"], Tensors(inside, False))
+        return wrapper_parts, {name: name for name in self._tensors}
 
     @property
     def anatomy(self) -> Anatomy:
@@ -99,7 +99,7 @@ class Checkpoint(Mapping[str, Tensor]):
             path = self.folder / "config.json"
             raise ValueError(f"{path} has no model_type; give a model folder of transformers, or fetch it again")
         anatomy = anatomy_of(self.config, self)
-        whole_heads = anatomy.whole_heads or (self.around is not None and self.around.wrapper.whole_heads)
+        whole_heads = anatomy.whole_heads or (self.wrapper_parts is not None and self.wrapper_parts.wrapper.whole_heads)
         return replace(anatomy, whole_heads=whole_heads)
 
     def check(self) -> None:

@@ -15,7 +15,7 @@ from pipeline.model.families import FAMILIES, WRAPPERS
 from pipeline.runtime import wrapper
 from pipeline.runtime.described import stored_config
 from pipeline.runtime.weight_files import INDEX, SINGLE
-from pipeline.runtime.wrapper import Around
+from pipeline.runtime.wrapper import WrapperParts
 
 TOKENIZER = ("tokeniz*", "vocab*", "merges.txt", "*.model")
 GENERATION = "generation_config.json"
@@ -66,16 +66,18 @@ def write_checkpoint(
         (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     if copy_from is not None:
         carry_tokenizer(copy_from, folder)
-        around = Path(copy_from) / wrapper.FOLDER
-        if around.is_dir() and config.get("model_type") not in WRAPPERS:
-            shutil.copytree(around, folder / wrapper.FOLDER, dirs_exist_ok=True)
+        wrapper_parts = Path(copy_from) / wrapper.FOLDER
+        if wrapper_parts.is_dir() and config.get("model_type") not in WRAPPERS:
+            shutil.copytree(wrapper_parts, folder / wrapper.FOLDER, dirs_exist_ok=True)
     (folder / "config.json").write_text(json.dumps(stored_config(config), indent=2) + "\n", encoding="utf-8")
 
 
-def write_around(folder: Path, around: Around, tensors: Iterable[tuple[str, Tensor]], shard_bytes: float) -> None:
-    """Write what is around the text half of a model folder, with these tensors, in place of what was carried there."""
+def write_wrapper_parts(
+    folder: Path, parts: WrapperParts, tensors: Iterable[tuple[str, Tensor]], shard_bytes: float
+) -> None:
+    """Write the wrapper parts of a text model with these tensors, in place of those that its folder has."""
     shutil.rmtree(folder / wrapper.FOLDER, ignore_errors=True)
-    write_checkpoint(folder / wrapper.FOLDER, around.facts(), tensors, shard_bytes)
+    write_checkpoint(folder / wrapper.FOLDER, parts.facts(), tensors, shard_bytes)
 
 
 def finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

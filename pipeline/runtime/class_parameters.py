@@ -22,6 +22,7 @@ class ClassParameters(Mapping[str, Tensor]):
         self._model, self._tensors = model, tensors
         self._family = family_of(model.config.model_type)
         self._shapes = {name: tuple(each.shape) for name, each in model.state_dict().items()}
+        self._stored: dict[str, list[str]] = {}
 
     def split(self, name: str, values: Tensor) -> dict[str, Tensor]:
         """Return the tensors on disk, by name, of the values of a parameter."""
@@ -30,7 +31,9 @@ class ClassParameters(Mapping[str, Tensor]):
 
     def stored(self, name: str) -> list[str]:
         """Return the names on disk of a parameter's tensors."""
-        return list(self.split(name, torch.empty(self._shapes[name], device="meta")))
+        if name not in self._stored:
+            self._stored[name] = list(self.split(name, torch.empty(self._shapes[name], device="meta")))
+        return self._stored[name]
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._shapes:

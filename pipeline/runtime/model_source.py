@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from pipeline.model.hub import hub_reason
 from pipeline.runtime.checkpoint import Checkpoint, open_checkpoint
-from pipeline.runtime.checkpoint_writer import CARRIED, GENERATION, write_around, write_checkpoint
+from pipeline.runtime.checkpoint_writer import CARRIED, GENERATION, write_checkpoint, write_wrapper_parts
 from pipeline.runtime.described import read_mapping
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.gguf_model import check_parts, unpack
@@ -124,13 +124,13 @@ def _copy(origin: Path, allow_pickle: bool, folder: Path, shard_bytes: float, tr
     checkpoint.check()
     try:
         write_checkpoint(folder, checkpoint.config, checkpoint.items(), shard_bytes, origin)
-        if checkpoint.around is not None:
-            write_around(folder, checkpoint.around, checkpoint.around.tensors.items(), shard_bytes)
+        if checkpoint.wrapper_parts is not None:
+            write_wrapper_parts(folder, checkpoint.wrapper_parts, checkpoint.wrapper_parts.tensors.items(), shard_bytes)
     except ValueError as fault:
         raise ValueError(f"{origin}: {fault}") from fault
     notes = list(checkpoint.notes)
-    if checkpoint.wrapped and checkpoint.around is not None:
-        kind, count = checkpoint.around.wrapper.architecture, len(checkpoint.around.tensors)
+    if checkpoint.wrapped and checkpoint.wrapper_parts is not None:
+        kind, count = checkpoint.wrapper_parts.wrapper.architecture, len(checkpoint.wrapper_parts.tensors)
         notes.append(f"the text half of {kind} is pruned; its {count} other tensors are carried to the export")
     if trusted:
         for path in origin.glob(CODE):

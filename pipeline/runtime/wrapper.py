@@ -1,7 +1,7 @@
-"""What is around the text half of an image-text model: read from its folder, carried beside the text model, put back.
+"""The vision tower, projector and config.json of an image-text model, carried beside its text half.
 
-A teacher or student of such a model is stored as the text model that it is, with the folder `wrapper` in it: the
-tensors of the vision tower and the projector, and the whole config.json.
+A teacher or student of such a model is stored as a text model with a folder `wrapper` in it, which holds the tensors of
+the vision tower and the projector, and the whole config.json.
 """
 
 import json
@@ -21,7 +21,7 @@ NOT_CARRIED = ("model_type", "architectures", "rope_parameters", "transformers_v
 
 
 @dataclass(frozen=True)
-class Around:
+class WrapperParts:
     """The config.json of an image-text model, where its text half is in the weights, and its other tensors."""
 
     config: Mapping[str, Any]
@@ -50,8 +50,8 @@ class Around:
             yield self.stored_name(name), tensor
         yield from self.tensors.items()
 
-    def renumbered(self, new: Renumbering) -> "Around":
-        """Return the same around a text half with fewer tokens: the ids of image tokens follow."""
+    def renumbered(self, new: Renumbering) -> "WrapperParts":
+        """Return the parts for a text half with fewer tokens, with the ids of image tokens renumbered."""
         config = new.fields(self.config)
         return replace(self, config=config | ({"vocab_size": new.new} if "vocab_size" in config else {}))
 
@@ -104,13 +104,13 @@ def wrapped_config(whole: Mapping[str, Any], student: Mapping[str, Any], hidden:
     return edited
 
 
-def around_of(whole: Mapping[str, Any], tensors: Mapping[str, Tensor], beside: list[str]) -> Around:
-    """Return what is around the text half of a model folder; `beside` names the tensors that are not of that half."""
+def wrapper_parts_of(whole: Mapping[str, Any], tensors: Mapping[str, Tensor], beside: list[str]) -> WrapperParts:
+    """Return the parts of a model folder outside the text half; `beside` names their tensors."""
     prefix, head = layout(tensors)
-    return Around(whole, prefix, head, Chosen(tensors, beside))
+    return WrapperParts(whole, prefix, head, Subset(tensors, beside))
 
 
-class Chosen(Mapping[str, Tensor]):
+class Subset(Mapping[str, Tensor]):
     """Some tensors of a lazy mapping."""
 
     def __init__(self, tensors: Mapping[str, Tensor], names: list[str]):

@@ -64,11 +64,11 @@ def test_an_image_text_model_with_fewer_tokens_has_the_logits_of_those_it_has(ki
     tiny_wrapper(kind).save_pretrained(tmp_path / "teacher")
     source, inputs = open_checkpoint(tmp_path / "teacher"), image_inputs(kind)
     read = set(inputs["input_ids"].flatten().tolist())
-    kept = tuple(sorted({*KEPT, *read, *used_ids(source.around.config)} & set(range(96))))
+    kept = tuple(sorted({*KEPT, *read, *used_ids(source.wrapper_parts.config)} & set(range(96))))
     new, blueprint = Renumbering.of(kept, 96), replace(everything(source.anatomy.sizes), vocabulary=kept)
-    around = source.around.renumbered(new)
-    written = wrapped_config(around.config, student_config(source.config, source.anatomy, blueprint), 32)
-    write_checkpoint(tmp_path / "student", written, around.stored(cut(source.anatomy, blueprint, source)), 1e9)
+    wrapper_parts = source.wrapper_parts.renumbered(new)
+    written = wrapped_config(wrapper_parts.config, student_config(source.config, source.anatomy, blueprint), 32)
+    write_checkpoint(tmp_path / "student", written, wrapper_parts.stored(cut(source.anatomy, blueprint, source)), 1e9)
     teacher, student = (
         eager(
             AutoModelForImageTextToText.from_pretrained(

@@ -11,7 +11,7 @@ from pipeline.model.blueprint import Blueprint, everything
 from pipeline.model.families import WRAPPERS
 from pipeline.model.hf_config import student_config
 from pipeline.prune.surgery.cut import cut
-from pipeline.prune.surgery.projector import check_layers, kept_units, narrowed, turned
+from pipeline.prune.surgery.projector import check_layers, kept_units, narrowed, rotated_tensors
 from pipeline.prune.surgery.rotate import rotate, rotated_anatomy
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.checkpoint_writer import write_checkpoint
@@ -38,10 +38,10 @@ def logits(model, kind=None):
 
 def written(source, config, text, carried, hidden, folder):
     """Write the whole model around a text half, as export does, and return it as its class loads it."""
-    whole = wrapped_config(source.around.config, config, hidden)
-    tensors = dict(source.around.stored(iter(text))) | dict(carried)
+    whole = wrapped_config(source.wrapper_parts.config, config, hidden)
+    tensors = dict(source.wrapper_parts.stored(iter(text))) | dict(carried)
     write_checkpoint(folder, whole, tensors.items(), 1e9)
-    cls = getattr(transformers, source.around.wrapper.architecture)
+    cls = getattr(transformers, source.wrapper_parts.wrapper.architecture)
     options = {"dtype": torch.float64, "attn_implementation": "eager", "output_loading_info": True}
     model, info = cls.from_pretrained(folder, **options)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -63,7 +63,7 @@ def test_the_text_half_is_read_as_its_own_class_and_keeping_everything_is_bit_id
     text = eager(load_model(tmp_path / "m", torch.float64, "eager"))
     assert_close(logits(text), logits(model))
     kept = cut(source.anatomy, everything(source.anatomy.sizes), source)
-    again = written(source, source.config, kept, source.around.tensors, 32, tmp_path / "s")
+    again = written(source, source.config, kept, source.wrapper_parts.tensors, 32, tmp_path / "s")
     state = again.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     assert_close(logits(again, kind), logits(model, kind))
@@ -72,28 +72,28 @@ def test_the_text_half_is_read_as_its_own_class_and_keeping_everything_is_bit_id
 @pytest.mark.parametrize("kind", TINY_WRAPPERS)
 def test_cutting_equals_masking_for_text_and_for_text_with_an_image(kind, tmp_path):
     model, source = saved(kind, tmp_path / "m")
-    of, around = source.anatomy, source.around
+    of, wrapper_parts = source.anatomy, source.wrapper_parts
     blueprint = plan_of(of, "all")
     config = student_config(source.config, of, blueprint)
-    carried = dict(narrowed(around.wrapper, around.tensors, blueprint))
+    carried = dict(narrowed(wrapper_parts.wrapper, wrapper_parts.tensors, blueprint))
     hidden = len(blueprint.channels)
     student = written(source, config, cut(of, blueprint, source), carried, hidden, tmp_path / "s")
     teacher = masked(text_half(model), of, blueprint, tmp_path / "masked")
     if of.family.experts:  # whose masked model is another one
         model.model.language_model, model.lm_head = teacher.model, teacher.lm_head
-    mask_projector(model, around, blueprint)
+    mask_projector(model, wrapper_parts, blueprint)
     assert_close(logits(student), logits(model))
     assert_close(logits(student, kind), logits(model, kind))
     assert (logits(student, kind) - logits(student)[:1, :1]).abs().max() > 0
 
 
 @torch.no_grad()
-def mask_projector(model, around, blueprint):
+def mask_projector(model, wrapper_parts, blueprint):
     """Set to zero what the projector writes to dropped channels, and its dropped units, in place."""
     channels = torch.tensor(blueprint.channels)
-    kept = {"h": channels, "u": kept_units(around.wrapper, around.tensors, channels)}
+    kept = {"h": channels, "u": kept_units(wrapper_parts.wrapper, wrapper_parts.tensors, channels)}
     for name, tensor in model.named_parameters():
-        for dimension, axis in enumerate(around.wrapper.axes(name) or ()):
+        for dimension, axis in enumerate(wrapper_parts.wrapper.axes(name) or ()):
             if axis in kept and len(kept[axis]):
                 gone = torch.ones(tensor.shape[dimension], dtype=torch.bool)
                 gone[kept[axis]] = False
@@ -105,7 +105,7 @@ def test_turning_the_channels_of_text_and_projector_changes_no_logits(kind, tmp_
     model, source = saved(kind, tmp_path / "m")
     basis = torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4))).Q
     text = rotate(source.anatomy, basis, source)
-    carried = turned(source.around.wrapper, source.around.tensors, basis)
+    carried = rotated_tensors(source.wrapper_parts.wrapper, source.wrapper_parts.tensors, basis)
     config = source.config | {"tie_word_embeddings": rotated_anatomy(source.anatomy).tied}
     student = written(source, config, text.items(), carried, 32, tmp_path / "s")
     assert_close(logits(student, kind), logits(model, kind))
@@ -115,9 +115,10 @@ def test_an_imported_wrapper_is_a_text_model_with_the_rest_beside_it(tmp_path):
     model, source = saved("qwen2_5_vl", tmp_path / "m")
     (tmp_path / "m" / "preprocessor_config.json").write_text("{}")
     copy_ = import_model(locate(str(tmp_path / "m")), tmp_path / "t", "model.path", 1e9, False)
-    assert not copy_.wrapped and dict(copy_.around.config) == dict(source.around.config)
-    assert copy_.around.tensors.keys() == source.around.tensors.keys()
-    assert all(torch.equal(tensor, source.around.tensors[name]) for name, tensor in copy_.around.tensors.items())
+    assert not copy_.wrapped and dict(copy_.wrapper_parts.config) == dict(source.wrapper_parts.config)
+    carried, stored = copy_.wrapper_parts.tensors, source.wrapper_parts.tensors
+    assert carried.keys() == stored.keys()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in carried.items())
     assert (tmp_path / "t" / "preprocessor_config.json").is_file()
     text = load_model(tmp_path / "t", torch.float64, "eager")
     assert type(text).__name__ == "Qwen2ForCausalLM"
@@ -141,11 +142,11 @@ def test_an_old_file_with_the_text_half_s_fields_outside_is_read_alike(tmp_path)
 def test_layers_that_image_features_enter_at_stay_first(tmp_path):
     _, source = saved("qwen3_vl", tmp_path / "m")
     whole = everything(source.anatomy.sizes)
-    around = source.around
-    assert around.injected() == 1
-    check_layers(around.wrapper, around.injected(), Blueprint(whole.channels, whole.layers[:2]))
+    wrapper_parts = source.wrapper_parts
+    assert wrapper_parts.injected() == 1
+    check_layers(wrapper_parts.wrapper, wrapper_parts.injected(), Blueprint(whole.channels, whole.layers[:2]))
     with pytest.raises(ValueError, match="plan.keep_first=1"):
-        check_layers(around.wrapper, around.injected(), Blueprint(whole.channels, whole.layers[1:]))
+        check_layers(wrapper_parts.wrapper, wrapper_parts.injected(), Blueprint(whole.channels, whole.layers[1:]))
 
 
 def test_a_text_half_without_a_table_and_one_that_transformers_refuses_are_refused(tmp_path):

@@ -75,6 +75,7 @@ QWEN3 = {
     for kind, axes in (("weight", "h x"), ("bias", "h"))
 }
 QWEN3_5 = {name: axes for name, axes in QWEN3.items() if "deepstack" not in name}
+OUT = ("vision_config.out_hidden_size",)
 CONNECTOR = {"connector.modality_projection.proj.weight": "h x"}
 
 WRAPPERS: Mapping[str, Wrapper] = {
@@ -104,7 +105,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
             "Qwen2_5_VLForConditionalGeneration",
             QWEN2,
             texts={"qwen2_5_vl_text": "qwen2"},
-            follows=("vision_config.out_hidden_size",),
+            follows=OUT,
             whole_heads=True,
         ),
         Wrapper(
@@ -112,20 +113,20 @@ WRAPPERS: Mapping[str, Wrapper] = {
             "Qwen3VLForConditionalGeneration",
             QWEN3,
             texts={"qwen3_vl_text": "qwen3"},
-            follows=("vision_config.out_hidden_size",),
+            follows=OUT,
             injects="vision_config.deepstack_visual_indexes",
         ),
         Wrapper(
             "qwen3_5",
             "Qwen3_5ForConditionalGeneration",
             QWEN3_5,
-            follows=("vision_config.out_hidden_size",),
+            follows=OUT,
         ),
         Wrapper(
             "qwen3_5_moe",
             "Qwen3_5MoeForConditionalGeneration",
             QWEN3_5,
-            follows=("vision_config.out_hidden_size",),
+            follows=OUT,
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""What an image-text model has beside its text half, made to write to the text half's new hidden channels."""
+"""Projectors of image-text models, whose output follows the hidden channels of the text half."""
 
 from collections.abc import Iterator, Mapping
 
@@ -39,8 +39,8 @@ def kept_units(wrapper: Wrapper, tensors: Mapping[str, Tensor], channels: Tensor
     return score.argsort(descending=True, stable=True)[: len(channels)].sort().values if score.ndim else channels[:0]
 
 
-def turned(wrapper: Wrapper, tensors: Mapping[str, Tensor], basis: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors beside the text half, hidden channels turned by a basis [h, h] in float64."""
+def rotated_tensors(wrapper: Wrapper, tensors: Mapping[str, Tensor], basis: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors beside the text half, hidden channels rotated by a basis [h, h] in float64."""
     for name, tensor in tensors.items():
         axes = wrapper.axes(name) or ()
         if "h" in axes:

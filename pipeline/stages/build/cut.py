@@ -12,7 +12,7 @@ from pipeline.prune.surgery.bypass import Replaced
 from pipeline.prune.surgery.initial_student import begun
 from pipeline.prune.surgery.projector import check_layers, narrowed
 from pipeline.runtime.checkpoint import open_tensors
-from pipeline.runtime.checkpoint_writer import write_around, write_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint, write_wrapper_parts
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.machine import Machine
 from pipeline.stages.models import checkpoint
@@ -43,9 +43,9 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     need_space(out, source.bytes())
     shutil.rmtree(out, ignore_errors=True)
     anatomy, config_json = source.anatomy, source.config
-    blueprint, around = to_cut(inputs["blueprint"]), source.around
-    if around is not None:
-        check_layers(around.wrapper, around.injected(), blueprint)
+    blueprint, wrapper_parts = to_cut(inputs["blueprint"]), source.wrapper_parts
+    if wrapper_parts is not None:
+        check_layers(wrapper_parts.wrapper, wrapper_parts.injected(), blueprint)
     tensors = Replaced(source, open_tensors(inputs["bypassed"])) if "bypassed" in inputs else source
     options = config.reinit.model_dump(include={"slnp", "gain_compensation"})
     if config.restore.outputs:
@@ -58,9 +58,9 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     shown = machine.progress(stream, len(student.shapes()), "cut")
     written = student_config(config_json, anatomy, blueprint)
     write_checkpoint(out, written, shown, config.checkpoint.shard_bytes, inputs["subject"])
-    if around is not None:
-        carried = narrowed(around.wrapper, around.tensors, blueprint)
-        write_around(out, around, carried, config.checkpoint.shard_bytes)
+    if wrapper_parts is not None:
+        carried = narrowed(wrapper_parts.wrapper, wrapper_parts.tensors, blueprint)
+        write_wrapper_parts(out, wrapper_parts, carried, config.checkpoint.shard_bytes)
     total, inner = student.parameters()
     machine.say(f"cut: {total / 1e6:.1f}M parameters, {inner / 1e6:.1f}M without embeddings")
 

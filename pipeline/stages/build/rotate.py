@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.model.shape import Shape, StreamEnergy
 from pipeline.prune.second_order.hessian import gram
-from pipeline.prune.surgery.projector import turned
+from pipeline.prune.surgery.projector import rotated_tensors
 from pipeline.prune.surgery.rotate import (
     check_rotatable,
     principal_basis,
@@ -25,7 +25,7 @@ from pipeline.prune.surgery.rotate import (
     tied_basis,
     tied_gain,
 )
-from pipeline.runtime.checkpoint_writer import write_around, write_checkpoint
+from pipeline.runtime.checkpoint_writer import write_checkpoint, write_wrapper_parts
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine
@@ -87,9 +87,9 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     tensors = machine.progress(rotated.items(), len(rotated), "rotate")
     config_json = source.config | {"tie_word_embeddings": tied}
     write_checkpoint(out, config_json, tensors, config.checkpoint.shard_bytes, origin)
-    if source.around is not None:
-        carried = turned(source.around.wrapper, source.around.tensors, basis)
-        write_around(out, source.around, carried, config.checkpoint.shard_bytes)
+    if source.wrapper_parts is not None:
+        carried = rotated_tensors(source.wrapper_parts.wrapper, source.wrapper_parts.tensors, basis)
+        write_wrapper_parts(out, source.wrapper_parts, carried, config.checkpoint.shard_bytes)
     energy = ((grams.stream @ basis) * basis).sum(0)
     energy *= len(energy) / energy.sum()
     StreamEnergy(tuple(energy.tolist()), tied).save(out)

@@ -106,17 +106,17 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         form = "own" if "pruned" in student_config else "stock"
     written, wide = FORMS[form](student_config | {"dtype": config.export.dtype}, student)
     dtype, tensors = getattr(torch, config.export.dtype), pad(student, wide, stream)
-    if source.around is not None:
+    if source.wrapper_parts is not None:
         _check_stock(form)
-        written = wrapped_config(source.around.config, written, student.sizes.hidden)
-        tensors = source.around.stored(tensors)
+        written = wrapped_config(source.wrapper_parts.config, written, student.sizes.hidden)
+        tensors = source.wrapper_parts.stored(tensors)
     cast = ((name, tensor.to(dtype)) for name, tensor in tensors)
     write_checkpoint(out, written, cast, config.checkpoint.shard_bytes, folder)
     _write_generation(_generation(config), inputs, out)
     for path in license_files(_source(config)):
         shutil.copyfile(path, out / path.name)
     _add_code(form, written, out)
-    auto = source.around.wrapper.architecture if source.around else "AutoModelForCausalLM"
+    auto = source.wrapper_parts.wrapper.architecture if source.wrapper_parts else "AutoModelForCausalLM"
     proof = prove(folder, out, dtype, config.export.tolerance, form, auto)
     padded = export_forms.padding(student, wide)
     exported = Exported(

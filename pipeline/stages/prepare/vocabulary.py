@@ -26,7 +26,7 @@ from pipeline.prune.vocabulary.choice import kept_tokens
 from pipeline.prune.vocabulary.pieces import pieces_of
 from pipeline.prune.vocabulary.tokenizer_file import renumbered_settings, renumbered_tokenizer
 from pipeline.runtime.checkpoint import Checkpoint
-from pipeline.runtime.checkpoint_writer import GENERATION, PROCESSOR, write_around, write_checkpoint
+from pipeline.runtime.checkpoint_writer import GENERATION, PROCESSOR, write_checkpoint, write_wrapper_parts
 from pipeline.runtime.described import read_mapping
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.machine import Machine
@@ -81,9 +81,10 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     )
     found.save(out)
     _write_tokenizer(source.folder, renumbered_tokenizer(document, found.renumbering), found.renumbering, out)
-    around = source.around
-    if around is not None:  # image tokens
-        write_around(out, around.renumbered(found.renumbering), around.tensors.items(), config.checkpoint.shard_bytes)
+    parts = source.wrapper_parts
+    if parts is not None:  # image tokens
+        renumbered = parts.renumbered(found.renumbering)
+        write_wrapper_parts(out, renumbered, parts.tensors.items(), config.checkpoint.shard_bytes)
     _check(tokenizer, load_tokenizer(out, config.model.trust_remote_code), len(chosen))
     machine.say(
         f"vocabulary: {len(chosen)} of {rows} tokens remain, {found.used_kept} of the {found.used} in the text; "
@@ -111,7 +112,7 @@ def _counts(tokens: Path, rows: int) -> Tensor:
 def _always(source: Checkpoint, tokenizer: Any, document: dict[str, Any]) -> set[int]:
     """Return the ids that remain whatever the text: added and special tokens, those of configs and chat templates."""
     added = {token["id"] for token in document["added_tokens"]} | set(tokenizer.all_special_ids)
-    whole = {} if source.around is None else source.around.config
+    whole = {} if source.wrapper_parts is None else source.wrapper_parts.config
     named = used_ids(source.config) | used_ids(whole) | used_ids(generation_of(source.folder) or {})
     encoded = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in template_texts(tokenizer))
     return added | named | {number for ids in encoded for number in ids}
