@@ -42,7 +42,7 @@ def _experts(values: Mapping[str, Any]) -> Choice | None:
     requests = [f"shape.{name}" for name in ("experts", "expert_neurons") if shape[name] is not None]
     requests += ["budget.active_parameters"] if budget["active_parameters"] is not None else []
     requests += ["budget.axes=experts"] if budget["axes"] == "experts" else []
-    return Choice("pangu_light", f"{requests[0]} concerns experts, which best does not know") if requests else None
+    return Choice("pangu_light", f"{requests[0]} concerns experts, which best does not support") if requests else None
 
 
 def _long_recovery(values: Mapping[str, Any]) -> Choice | None:

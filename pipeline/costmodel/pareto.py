@@ -213,11 +213,11 @@ class _Sieve:
 
 
 def check_alike(teacher: ModelShape) -> None:
-    """Refuse a teacher with experts, which the chip model does not know, or whose layers differ: it takes all to be
+    """Refuse a teacher with experts, which the chip model does not cover, or whose layers differ: it takes all to be
     alike."""
     if teacher.experts:
         raise ValueError(
-            "model.path is a mixture of experts, and the chip model knows dense models only: no speed of it can be "
+            "model.path is a mixture of experts, and the chip model covers dense models only: no speed of it can be "
             "predicted; set recipe.shape=given, and shape.*, budget.total or budget.active_parameters"
         )
     if teacher.own:

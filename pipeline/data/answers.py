@@ -1,8 +1,8 @@
 """Which characters of a rendered chat are the assistant's: what a model writes after a generation prompt.
 
-A template that marks them by `{% generation %}` says so itself. Of any other template the same chat is rendered several
-times with one turn replaced, and the renderings are compared: where they agree is the template's text, so that nothing
-has to be known about the template. What the comparison leaves open is refused, never guessed.
+A template may mark them by `{% generation %}`. With any other template the same chat is rendered several times with one
+turn replaced, and the renderings are compared: the text on which they agree is the template's. Where the comparison
+does not determine a span, the chat is refused.
 """
 
 import os
@@ -23,7 +23,7 @@ OTHER_TEXT = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # of 
 
 
 def marks_answers(template: str) -> bool:
-    """Return whether a template says itself which text is the assistant's."""
+    """Return whether a template marks the assistant's text by `{% generation %}`."""
     return GENERATION.search(template) is not None
 
 

@@ -36,7 +36,7 @@ class LanguageModel(nn.Module):
             yield self._names[id(parameter)], parameter
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """tokens: [batch, sequence]; where they have marks, the loss is of the tokens that these count."""
+        """tokens: [batch, sequence]; with marks, the loss is the mean over the marked tokens."""
         ids = ids_of(tokens)
         states = self.model(input_ids=ids, use_cache=False).last_hidden_state
         entropy = self.head(states, next_tokens(ids).masked_fill(~positions(tokens), IGNORED))

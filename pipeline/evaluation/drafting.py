@@ -35,7 +35,7 @@ def accepted(reference: CausalModel, student: CausalModel, batches: Iterable[Ten
 
 
 def _overlap(theirs: Tensor, ours: Tensor) -> Tensor:
-    """Return Σ min(p, q) of logits [t, v], [t] float64 on the CPU; rows beyond both vocabularies are of no tokens."""
+    """Return Σ min(p, q) of logits [t, v], [t] float64 on the CPU; rows beyond both vocabularies belong to no token."""
     width = min(theirs.shape[-1], ours.shape[-1])
     p, q = (x[:, :width].to(torch.promote_types(x.dtype, torch.float32)).softmax(-1) for x in (theirs, ours))
     return torch.minimum(p, q).sum(-1).to("cpu", torch.float64)

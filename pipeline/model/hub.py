@@ -1,4 +1,4 @@
-"""Faults of the Hugging Face hub in words that say what to do."""
+"""Errors of the Hugging Face hub as messages with a remedy."""
 
 
 def hub_reason(fault: BaseException) -> str:

@@ -77,7 +77,7 @@ def text_config(whole: Mapping[str, Any]) -> dict[str, Any]:
     kind = wrapper.texts.get(text["model_type"], text["model_type"])
     if kind not in FAMILIES or not FAMILIES[kind].prefix.startswith("model."):
         raise ValueError(
-            f"text_config is of model_type {text['model_type']!r}, which has no table that a wrapper can hold; "
+            f"text_config is of model_type {text['model_type']!r}, which has no table that fits an image-text model; "
             "docs/models.md lists those that have one"
         )
     edited = {name: value for name, value in text.items() if name != "transformers_version"} | {

@@ -54,7 +54,7 @@ def layout(names: Mapping[str, object]) -> tuple[str, str]:
 
 
 def text_names(names: Mapping[str, object], family: Family) -> dict[str, str]:
-    """Return the names that the text half's own class gives its tensors: the stored name of each."""
+    """Return the stored name of each tensor of the text half, by its name in the text model's class."""
     prefix, head = layout(names)
     base = family.prefix.partition(".")[0] + "."
     return {base + name.removeprefix(prefix): name for name in names if name.startswith(prefix)} | {

@@ -2,7 +2,7 @@
 
 With C [tokens, h] what the FFN of the last remaining layer adds to the residual stream, h its output and h' the stream
 after the removed layers, T = I + (CᵀC + λI)⁻¹ Cᵀ(h' - h) minimises ‖h' - h - C(T - I)‖² + λ‖T - I‖², and
-W_down' = Tᵀ W_down gives the student the stream h + C(T - I). No parameter is added and the class stays.
+W_down' = Tᵀ W_down gives the student the stream h + C(T - I). No parameter is added, and the class is unchanged.
 ReplaceMe shrinks T to zero; shrinking it to the identity makes plain removal the limit of strong damping.
 """
 

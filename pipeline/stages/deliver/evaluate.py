@@ -110,7 +110,7 @@ def _answers(bench: evaluator.Bench, inputs: Inputs, machine: Machine) -> dict[s
     if not any(packed.marked for packed in bench.texts.values()):
         return {}
     if bench.original is not None:
-        machine.say("answers: the student has tokens of its own, so its predictions are not compared one by one")
+        machine.say("answers: not compared, as the student has another vocabulary than its teacher")
         return {}
     with bench.placed(inputs["reference"]) as reference, bench.placed(inputs["student"]) as student:
         return bench.answers(reference, student)

@@ -2,7 +2,7 @@
 
 The logits of the model that is written are those of the teacher, restricted to the kept tokens; its softmax is the
 teacher's distribution, restricted to them and normalised again. So the stages after this one, which read it as teacher
-and subject, prune and distill within the kept tokens and need not know of the others.
+and subject, prune and distill within the kept tokens; no later stage depends on the removed ones.
 """
 
 import json
