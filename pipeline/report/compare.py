@@ -103,13 +103,13 @@ def front(points: Sequence[Point], cost: str) -> set[str]:
 
 
 def columns(points: Sequence[Point]) -> list[str]:
-    """Return the headings of the table: differing settings, then figures; what no run measured has none."""
-    return [*points[0].settings, *_figures(points[0], points)]
+    """Return the headings of the table: figures, then differing settings; what no run measured has none."""
+    return [*_figures(points[0], points), *points[0].settings]
 
 
 def cells(point: Point, points: Sequence[Point]) -> list[str]:
     """Return the row of a run, one text for each of `columns`."""
-    return [*point.settings.values(), *_figures(point, points).values()]
+    return [*_figures(point, points).values(), *point.settings.values()]
 
 
 def _figures(point: Point, points: Sequence[Point]) -> dict[str, str]:

@@ -46,7 +46,7 @@ def test_only_the_settings_that_differ_are_named():
         {"shape.layers": "3", "shape.neurons": ABSENT},
         {"shape.layers": "3", "shape.neurons": "8"},
     ]
-    assert columns(points)[:2] == ["shape.layers", "shape.neurons"]
+    assert columns(points)[-2:] == ["shape.layers", "shape.neurons"] and columns(points)[0] == "parameters"
     (alone,) = points_of({"one": REPORTS["small"]})
     assert alone.settings == {}
 
