@@ -70,7 +70,7 @@ def main() -> None:
 def recovered(settings: Sequence[str]) -> list[str]:
     """Return settings with `distill` before `export` where the recipe neither recovers nor trains before removal."""
     recipe = composed(settings)["recipe"]
-    if "distill" in (*recipe["stages"], *recipe["repeat"]) or recipe["name"] == "trsp":
+    if "distill" in recipe["stages"] or recipe["name"] == "trsp":
         return list(settings)
     place = recipe["stages"].index("export")
     stages = [*recipe["stages"][:place], "distill", *recipe["stages"][place:]]
