@@ -100,6 +100,14 @@ def mask_projector(model, wrapper_parts, blueprint):
                 tensor.movedim(dimension, 0)[gone] = 0.0
 
 
+def test_projector_units_that_read_nothing_or_write_nothing_to_kept_channels_are_removed():
+    reads, writes = (torch.ones(6, width, dtype=torch.float64) for width in (4, 6))
+    reads[5], writes[:4, 2], writes[4:, 2] = 0.0, 0.0, 10.0
+    tensors = {"multi_modal_projector.linear_1.weight": reads, "multi_modal_projector.linear_2.weight": writes}
+    assert kept_units(WRAPPERS["llava"], tensors, torch.arange(4)).tolist() == [0, 1, 3, 4]
+    assert kept_units(WRAPPERS["llava"], tensors, torch.arange(6)).tolist() == list(range(6))
+
+
 @pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "idefics3"])
 def test_turning_the_channels_of_text_and_projector_changes_no_logits(kind, tmp_path):
     model, source = saved(kind, tmp_path / "m")
