@@ -51,7 +51,8 @@ def test_scores_are_variance_times_column_norm(kind, order):
     model, anatomy, source = parts(kind)
     scores = scores_of(model, anatomy, source, order, [tokens()[:1], tokens()[1:]])
     o, down = (channel_scores(model, source, f"model.layers.3.{n}") for n in ("self_attn.o_proj", "mlp.down_proj"))
-    torch.testing.assert_close(scores.heads[3], o.view(4, 8).mean(1), rtol=1e-5, atol=1e-7)
+    o = o.square() if order == "fluctuation" else o  # as in FLAP's code
+    torch.testing.assert_close(scores.heads[3], o.view(4, 8).mean(1), rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(scores.neurons[3], down, rtol=1e-5, atol=1e-7)
 
 
@@ -68,7 +69,7 @@ def test_flap_standardises_channels_and_then_averages_those_of_a_head(layers):
     for place, layer in enumerate(layers):
         o = channel_scores(model, source, f"model.layers.{layer}.self_attn.o_proj")
         down = channel_scores(model, source, f"model.layers.{layer}.mlp.down_proj")
-        torch.testing.assert_close(heads[place], standard(o, 1).view(4, 8).mean(1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(heads[place], standard(o.square(), 1).view(4, 8).mean(1), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(neurons[place], standard(down, 1), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(means[place], standard(o.view(4, 8).mean(1), 0), rtol=1e-5, atol=1e-6)
         assert heads[place].std(correction=0) < 0.9, "the means of a head's channels vary less than its channels"

@@ -1,8 +1,8 @@
 """Fluctuation (FLAP, 2312.11983): an input that varies little can be removed, as a bias can replace its mean.
 
-The score of input channel j of W_O or W_down is Var(X_j) · ‖W_:j‖². To compare layers, FLAP standardises the scores of
-the channels of each layer and kind, and then averages those of a head; `fluctuation_of_heads` is the other order.
-FLAP's code also squares the scores at W_O first, which its paper does not mention; here they are not squared.
+The score of input channel j of W_O or W_down is Var(X_j) · ‖W_:j‖². FLAP's code squares the scores at W_O, which its
+paper does not mention; so does `fluctuation`. To compare layers, FLAP standardises the scores of the channels of each
+layer and kind, and then averages those of a head; `fluctuation_of_heads` is the other order, without the square.
 """
 
 from collections.abc import Mapping
@@ -40,8 +40,9 @@ def fluctuation(anatomy: Anatomy, source: Mapping[str, Tensor], measured: Measur
     """Return FLAP's scores; `deviations` are those of the channels, as the mean of a head's standardised channels is
     the head's mean, less the mean of the layer, over the deviation of the layer's channels."""
     channels = channel_scores(anatomy, source, measured.required("moments"))
-    deviations = torch.stack([torch.stack([each.std() for each in channels[axis]]) for axis in ("n d", "f")])
-    return Units(head_means(anatomy, channels["n d"]), tuple(channels["f"]), deviations)
+    attention, neurons = [each.square() for each in channels["n d"]], channels["f"]
+    deviations = torch.stack([torch.stack([each.std() for each in kind]) for kind in (attention, neurons)])
+    return Units(head_means(anatomy, attention), tuple(neurons), deviations)
 
 
 SCORE = Score(fluctuation, needs=frozenset({"moments"}))

@@ -116,6 +116,6 @@ STAGE = Stage(
     settings=settings,
     needs=("subject", "tokens"),
     choices={"score.kind": SCORES, "score.experts": EXPERT_SCORES},
-    revision=3,
+    revision=4,
     shows={"scores": ""},
 )
