@@ -145,6 +145,7 @@ def plan(
     neurons: int | None = None,
     experts: int | None = None,
     expert_neurons: int | None = None,
+    shared_neurons: int | None = None,
     clap: bool = True,
 ) -> Blueprint:
     """Return the plan of a student of this shape; what is None stays as it is in the model.
@@ -169,6 +170,7 @@ def plan(
         clap=clap,
         experts=experts,
         expert_neurons=expert_neurons,
+        shared_neurons=shared_neurons,
     )
     blueprint.check(source)
     return blueprint

@@ -14,10 +14,10 @@ from tests.world import make_world
 MIXTURES = [kind for kind in TINY if FAMILIES[model_type(kind)].experts]
 
 
-def mixture_world(folder: Path, kind: str, dtype: torch.dtype = torch.float64) -> Path:
+def mixture_world(folder: Path, kind: str, dtype: torch.dtype = torch.float64, **changed) -> Path:
     """Fill a folder as `make_world` does, with a model of a type."""
     world = make_world(folder, kind)
-    save_tiny(tiny_model(kind, dtype=dtype), world / "model")
+    save_tiny(tiny_model(kind, dtype=dtype, **changed), world / "model")
     return world
 
 

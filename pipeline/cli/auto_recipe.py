@@ -39,7 +39,7 @@ def _cut_elsewhere(values: Mapping[str, Any]) -> Choice | None:
 def _experts(values: Mapping[str, Any]) -> Choice | None:
     """Experts are no neurons of an FFN, which is what best removes in its order and distils locally."""
     shape, budget = values["shape"], values["budget"]
-    requests = [f"shape.{name}" for name in ("experts", "expert_neurons") if shape[name] is not None]
+    requests = [f"shape.{name}" for name in ("experts", "expert_neurons", "shared_neurons") if shape[name] is not None]
     requests += ["budget.active_parameters"] if budget["active_parameters"] is not None else []
     requests += ["budget.axes=experts"] if budget["axes"] == "experts" else []
     return Choice("pangu_light", f"{requests[0]} concerns experts, which best does not support") if requests else None

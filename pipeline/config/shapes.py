@@ -15,6 +15,7 @@ class Shape(Section):
     neurons: Count | None
     experts: Count | None
     expert_neurons: Count | None
+    shared_neurons: Count | None
 
     @property
     def given(self) -> bool:

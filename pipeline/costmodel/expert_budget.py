@@ -8,9 +8,11 @@ from pipeline.model.anatomy import Anatomy
 from pipeline.model.shape import Budgeted, Reachable
 
 
-def with_experts(anatomy: Anatomy, count: int, neurons: int | None = None) -> Anatomy:
-    """Return the anatomy of a student with another number of experts per layer, and of neurons of each."""
-    carried = dict(anatomy.sizes.carried) | {"e": count} | ({"x": neurons} if neurons else {})
+def with_experts(anatomy: Anatomy, count: int, neurons: int | None = None, shared: int | None = None) -> Anatomy:
+    """Return the anatomy of a student with another number of experts per layer, of neurons of each, and of those of
+    shared experts."""
+    changed = {"e": count} | ({"x": neurons} if neurons else {}) | ({"y": shared} if shared else {})
+    carried = dict(anatomy.sizes.carried) | changed
     return anatomy.narrowed(replace(anatomy.sizes, carried=carried), anatomy.layer_types)
 
 

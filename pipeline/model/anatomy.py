@@ -25,14 +25,6 @@ PER_LAYER_LISTS = (
 IGNORED = (r"rotary_emb\.inv_freq$", r"rotary_pos_emb\.inv_freq$")  # checkpoint names that every class ignores
 
 
-
-
-
-
-
-
-
-
 @dataclass(frozen=True)
 class Anatomy:
     """A family's table applied to one checkpoint: its sizes, the tensors it has, the type of each layer."""
@@ -69,6 +61,26 @@ class Anatomy:
         fused = {name for name, (first, *_) in self.layer_tensors.items() if first[:1] == ("e",) != first}
         routers = {name for name in fused if name.endswith(".weight") and self.layer_tensors[name] == (("e", "h"),)}
         return frozenset(self.expert_of.keys() & self.layer_tensors.keys() | (fused - routers))
+
+    @cached_property
+    def expert_writers(self) -> tuple[str, ...]:
+        """Return the routed tensors that write to the hidden channels: `h x` of one expert, or of all with an axis
+        `e`."""
+        axes = {name: self.layer_tensors[name][0] for name in sorted(self.routed)}
+        return tuple(n for n, own in axes.items() if own == ("h", "x") or ("e" in own and {"h", "x"} <= set(own)))
+
+    @cached_property
+    def shared_writer(self) -> str | None:
+        """Return the `{layer}` module name of the projection from the neurons of shared experts, the axis `y`, to the
+        hidden channels; None where there are none."""
+        names = [n for n, axes in self.layer_tensors.items() if axes == (("h", "y"),)] if self.routing else []
+        return names[0].removesuffix(".weight") if names and self.sizes.carried["y"] else None
+
+    @property
+    def shared_module(self) -> str | None:
+        """Return the class's name of the module `shared_writer`."""
+        own = self.family.shared_module
+        return self.family.prefix + own if own and self.shared_writer else self.shared_writer
 
     @property
     def router(self) -> str:
@@ -248,10 +260,6 @@ def anatomy_of(config: Mapping[str, Any], names: Iterable[str]) -> Anatomy:
             f"missing {missing[:3] or 'nothing'}, unknown {unknown[:3] or 'nothing'}"
         )
     return anatomy
-
-
-
-
 
 
 def _types(

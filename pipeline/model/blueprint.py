@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pipeline.model.anatomy import Anatomy
+from pipeline.model.mixture import narrowing_of
 from pipeline.model.sizes import LayerSizes, Sizes
 from pipeline.model.stored import Stored
 
@@ -30,6 +31,7 @@ class LayerPlan:
     expert_neurons: tuple[tuple[int, ...], ...] = ()  # of each expert that stays; empty: all neurons
     # Of each expert that stays: the experts whose weighted mean it becomes, each with its share; empty: as they are
     merged: tuple[tuple[tuple[int, float], ...], ...] = ()
+    shared: tuple[int, ...] = ()  # neurons of shared experts; empty: all
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Blueprint(Stored):
         kept = max((len(plan.experts) for plan in self.layers), default=0)
         carried = dict(source.carried) | ({"e": kept} if kept else {})
         inner = next((len(plan.expert_neurons[0]) for plan in self.layers if plan.expert_neurons), 0)
-        carried |= {"x": inner} if inner else {}
+        shared = max((len(plan.shared) for plan in self.layers), default=0)
+        carried |= ({"x": inner} if inner else {}) | ({"y": shared} if shared else {})
         vocabulary = len(self.vocabulary) or source.vocabulary
         return replace(source, vocabulary=vocabulary, hidden=len(self.channels), layers=tuple(widths), carried=carried)
 
@@ -114,8 +117,11 @@ def _check_experts(blueprint: Blueprint, anatomy: Anatomy) -> None:
     narrowed = {bool(plan.expert_neurons) for plan in blueprint.layers if anatomy.sparse(plan.host)}
     if len(widths) > 1 or (widths and len(narrowed) > 1):
         raise ValueError("blueprint: experts keep different numbers of neurons; a model has one number for all")
-    if widths:
-        check_expert_neurons(anatomy)
+    shared = {len(plan.shared) for plan in blueprint.layers if anatomy.sparse(plan.host)} or {0}
+    if len(shared) > 1:
+        raise ValueError("blueprint: shared experts keep different numbers of neurons; a model has one number for all")
+    if widths or shared != {0}:
+        check_expert_neurons(anatomy, max(widths, default=None), max(shared) or None)
     for place, plan in enumerate(blueprint.layers):
         if plan.experts:
             _distinct(f"blueprint layer {place} experts", plan.experts, anatomy.sizes.carried.get("e", 0))
@@ -125,27 +131,32 @@ def _check_experts(blueprint: Blueprint, anatomy: Anatomy) -> None:
             raise ValueError(
                 f"blueprint layer {place}: where experts are merged, each that stays is the mean of whole experts"
             )
+        if plan.shared:
+            _distinct(f"blueprint layer {place} neurons of shared experts", plan.shared, anatomy.sizes.carried["y"])
         for own in plan.expert_neurons:
             _distinct(f"blueprint layer {place} neurons of experts", own, anatomy.sizes.carried["x"])
 
 
-def check_expert_neurons(anatomy: Anatomy) -> None:
-    """Raise ValueError where a student cannot have fewer neurons in each expert: there are no experts, or another part
-    of the model has its width from the same field of the config."""
-    family = anatomy.family
-    reason = None if anatomy.routing else "it has no experts"
-    if anatomy.routing:
-        field = family.lengths["x"][0]
-        names = [name for name in anatomy.layer_tensors if name not in anatomy.routed]
-        letters = {letter for name in names for axes in anatomy.layer_tensors[name] for axis in axes
-                   for letter in axis.split()}  # fmt: skip
-        fields = {part for letter in letters for each in family.lengths.get(letter, ()) for part in each.split("*")}
-        reason = f"its shared experts have their width from {field} too" if field in fields else None
-    if reason:
-        raise ValueError(
-            f"shape.expert_neurons: model_type {family.model_type!r} keeps the neurons of experts: {reason}; leave "
-            "shape.expert_neurons unset"
-        )
+def check_expert_neurons(anatomy: Anatomy, inner: int | None, shared: int | None) -> None:
+    """Raise ValueError, naming the setting, where a student cannot have `inner` neurons in each routed expert and
+    `shared` in the shared ones; None: the source's."""
+    kind, carried = anatomy.family.model_type, anatomy.sizes.carried
+    named = {"expert_neurons": inner, "shared_neurons": shared}
+    (name, wanted), *_ = ((name, value) for name, value in named.items() if value is not None)
+    if anatomy.routing is None:
+        raise ValueError(f"shape.{name}: model_type {kind!r} has no experts; leave shape.{name} unset")
+    if shared is not None and anatomy.shared_writer is None:
+        raise ValueError("shape.shared_neurons: the model has no shared experts; leave shape.shared_neurons unset")
+    for setting, axis in (("expert_neurons", "x"), ("shared_neurons", "y")):
+        value = named[setting]
+        if value is not None and not 1 <= value <= carried[axis]:
+            raise ValueError(
+                f"shape.{setting}: {value} is outside 1..{carried[axis]} (the teacher's); choose a number of these"
+            )
+    whole = carried["y"] if anatomy.shared_writer else None
+    fault = narrowing_of(anatomy.family).fault(inner or carried["x"], shared or whole)
+    if fault is not None:
+        raise ValueError(f"shape.{name}: {wanted}, but config.json's {fault}")
 
 
 def _check_attention(blueprint: Blueprint, anatomy: Anatomy) -> None:
@@ -232,7 +243,16 @@ def _composed(first: Blueprint, plan: LayerPlan) -> LayerPlan:
         stay = plan.experts or range(len(host.expert_neurons))
         own = [host.expert_neurons[expert] for expert in stay]
         inner = tuple(tuple(each[i] for i in kept) for each, kept in zip(own, inner or map(range, map(len, own))))
-    return LayerPlan(host.host, tuple(groups), neurons, experts or host.experts, inner, _merges(host, plan))
+    shared = tuple(host.shared[neuron] for neuron in plan.shared) if host.shared and plan.shared else plan.shared
+    return LayerPlan(
+        host.host,
+        tuple(groups),
+        neurons,
+        experts or host.experts,
+        inner,
+        _merges(host, plan),
+        shared or host.shared,
+    )
 
 
 def _merges(host: LayerPlan, plan: LayerPlan) -> tuple[tuple[tuple[int, float], ...], ...]:

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.model.anatomy import PER_LAYER_LISTS, Anatomy
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.families import FAMILIES
+from pipeline.model.mixture import narrowing_of
 from pipeline.model.sizes import LayerSizes
 from pipeline.model.token_ids import Renumbering
 
@@ -63,9 +64,9 @@ def _expert_fields(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
     fields = {field: count for field in family.experts if config.get(field) is not None}
     if family.leading_dense is not None:
         fields[family.leading_dense] = sum(plan.host < config[family.leading_dense] for plan in blueprint.layers)
-    width = blueprint.sizes(source.sizes).carried["x"]
-    if width < source.sizes.carried["x"]:
-        fields[family.lengths["x"][0]] = width
+    before, after = source.sizes.carried, blueprint.sizes(source.sizes).carried
+    if any(after[axis] < before[axis] for axis in "xy" if axis in before):
+        fields |= narrowing_of(family).fields(after["x"], after["y"] if source.shared_writer else None)
     return fields | {family.top_k: routing.top}
 
 

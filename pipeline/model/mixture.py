@@ -49,6 +49,52 @@ def routing_of(config: Mapping[str, Any], family: Family) -> Routing | None:
     return Routing(one_value(config, family.top_k), groups, chosen)
 
 
+@dataclass(frozen=True)
+class Narrowing:
+    """How a config states the neurons of experts: `inner` of each routed one and, where there are shared experts, the
+    field of their neurons, or that of their number, each with as many neurons as a routed one, or neither, where they
+    have as many as one."""
+
+    inner: str
+    shared: str | None = None
+    count: str | None = None
+    coupled: bool = False  # the neurons of shared experts are stated by those of a routed one
+
+    def fields(self, inner: int, shared: int | None) -> dict[str, int]:
+        """Return the config fields of `inner` neurons of each routed expert and `shared` of the shared ones, if any."""
+        own = {} if shared is None else {self.shared: shared} if self.shared else {}
+        counted = {self.count: shared // inner} if self.count and shared is not None else {}
+        return {self.inner: inner} | own | counted
+
+    def fault(self, inner: int, shared: int | None) -> str | None:
+        """Return why a config cannot state these numbers; None where it can."""
+        if not self.coupled or shared is None:
+            return None
+        if self.count is None and shared != inner:
+            return (
+                f"{self.inner} states the neurons of a routed expert ({inner}) and of the shared one ({shared}); set "
+                f"shape.expert_neurons and shape.shared_neurons to one number"
+            )
+        if shared % inner:
+            near = [value for value in (shared // inner * inner, (shared // inner + 1) * inner) if value]
+            return (
+                f"{self.inner} * {self.count} states the {shared} neurons of the shared experts, which are no multiple "
+                f"of the {inner} of a routed one; set shape.expert_neurons to a divisor of {shared}, or "
+                f"shape.shared_neurons to {' or '.join(map(str, near))}"
+            )
+        return None
+
+
+def narrowing_of(family: Family) -> Narrowing:
+    """Return how the configs of a family with experts state the neurons of experts."""
+    inner, (shared, *_) = family.lengths["x"][0], family.lengths.get("y", ("",))
+    factors = shared.split("*") if shared else []
+    if inner not in factors:
+        return Narrowing(inner, shared or None)
+    count = next((factor for factor in factors if factor != inner), None)
+    return Narrowing(inner, None, count, coupled=True)
+
+
 def experts_of(config: Mapping[str, Any], family: Family) -> int:
     """Return the number of experts of a layer."""
     return one_value(config, next(name for name in family.experts if config.get(name) is not None))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 FILE = "scores.safetensors"
 TOKENS, WEIGHTS, NORMS, PRODUCTS = range(4)  # rows of routing: tokens, sums of router weight g, of norm |f|, of g |f|
-OF_EXPERTS = ("experts", "expert_neurons", "routing")
+OF_EXPERTS = ("experts", "expert_neurons", "routing", "shared")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Scores:
     experts: tuple[Tensor, ...] = ()  # per layer [e]; of no expert where a layer has none
     expert_neurons: tuple[Tensor, ...] = ()  # per layer [e, x]
     routing: tuple[Tensor, ...] = ()  # per layer [4, e]: sums over the tokens routed to each expert
+    shared: tuple[Tensor, ...] = ()  # per layer [y]: of the neurons of shared experts
 
     def with_units(
         self, heads: Sequence[Tensor], neurons: Sequence[Tensor], deviations: Tensor | None = None

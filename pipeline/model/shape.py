@@ -25,11 +25,17 @@ class Shape(Stored):
     weights: int | None = None
     experts: int | None = None  # per layer that has any; None: all
     expert_neurons: int | None = None  # of each expert; None: all
+    shared_neurons: int | None = None  # of shared experts together; None: all
 
     @property
     def widest(self) -> LayerSizes:
         """The widths of a layer."""
         return LayerSizes(self.heads, self.groups, self.neurons)
+
+    @property
+    def mixture(self) -> dict[str, int | None]:
+        """Return how many experts, and neurons of experts, stay; None: all."""
+        return {name: getattr(self, name) for name in ("experts", "expert_neurons", "shared_neurons")}
 
     def axes(self) -> dict[str, int]:
         """Return the five widths by axis."""

@@ -7,6 +7,7 @@ Depth by block influence, heads inside KV groups, KV groups with cross-layer don
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ def plan(
     clap_normalise: bool = False,
     experts: int | None = None,
     expert_neurons: int | None = None,
+    shared_neurons: int | None = None,
 ) -> Blueprint:
     """Return the blueprint of a student whose layer i is hosted by source layer hosts[i] and has widths[i].
 
@@ -43,7 +45,7 @@ def plan(
     compete. `clap_normalise` divides scores by their layer's mean first.
 
     `experts`: how many stay in each layer that has any, those of the highest score; `expert_neurons`: how many
-    neurons of each of them; None: all.
+    neurons of each of them; `shared_neurons`: how many of the shared ones; None: all.
     """
     ends = [*hosts[1:], len(anatomy.sizes.layers)]
     plans = []
@@ -56,7 +58,11 @@ def plan(
         if expert_neurons is not None and anatomy.sparse(host):
             stay = own or range(anatomy.sizes.carried["e"])
             inner = tuple(_top(scores.expert_neurons[host][expert], expert_neurons) for expert in stay)
-        plans.append(LayerPlan(host, groups, _top(scores.neurons[host], width.neurons), own, inner))
+        shared: tuple[int, ...] = ()
+        if shared_neurons is not None and anatomy.sparse(host):
+            shared = _top(scores.shared[host], shared_neurons)
+        neurons = _top(scores.neurons[host], width.neurons)
+        plans.append(LayerPlan(host, groups, neurons, own, inner, shared=shared))
     return Blueprint(_top(scores.channels, hidden), tuple(plans))
 
 
@@ -74,19 +80,17 @@ def plan_by(
     clap: bool,
     clap_normalise: bool = False,
     hosts: Sequence[int] | None = None,
-    experts: int | None = None,
-    expert_neurons: int | None = None,
+    mixture: Mapping[str, int | None] = MappingProxyType({}),
 ) -> Blueprint:
     """Return the blueprint of a student of `layers` layers whose source layers would have these widths.
 
     The layers `hosts` stay, or those that `kept_layers` chooses. Of the kinds `drawn` (of `DRAWN`) random ones stay,
-    drawn from `seed`. `experts` stay in each layer that has any, with `expert_neurons` each, all where it is None.
+    drawn from `seed`. `mixture` holds how many experts and neurons of experts stay, as the arguments of `plan`.
     """
     hosts = hosts or kept_layers(scores.layers, layers, depth, keep_first)
     scores = shuffled(scores, drawn, seed)
     own = [widths[host] for host in hosts]
-    of_experts = {"experts": experts, "expert_neurons": expert_neurons}
-    return plan(anatomy, scores, hosts, own, hidden, clap=clap, clap_normalise=clap_normalise, **of_experts)
+    return plan(anatomy, scores, hosts, own, hidden, clap=clap, clap_normalise=clap_normalise, **mixture)
 
 
 def kept_experts(anatomy: Anatomy, scores: Scores, layer: int, count: int) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from pipeline.costmodel.shapes import AXES, ModelShape, depth_for, multiples_for
 from pipeline.costmodel.size_budget import Unit, parameters_of, shape_of_size
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import check_expert_neurons
+from pipeline.model.mixture import narrowing_of
 from pipeline.model.shape import Budgeted
 from pipeline.model.sizes import LayerSizes
 from pipeline.prune.surgery.bias import biased_anatomy
@@ -25,6 +26,7 @@ def unchanged(teacher: ModelShape, fraction: float) -> ModelShape:
     return teacher
 
 
+GROUPED = 8  # elements of a 16-bit type in the 16 bytes of which torch's grouped matrix product takes multiples
 # By budget.axes: (teacher, fraction of its non-embedding parameters) -> student.
 BUDGET_AXES: dict[str, Callable[[ModelShape, float], ModelShape]] = {
     "all": shape_for,
@@ -37,14 +39,15 @@ BUDGET_AXES: dict[str, Callable[[ModelShape, float], ModelShape]] = {
 @dataclass(frozen=True)
 class Student:
     """This round's shape; where layers get widths of their own within a budget, the weights they may hold; in the last
-    round, what a budget for equal layers reached; and the experts of a layer and the neurons of each, None where all
-    stay."""
+    round, what a budget for equal layers reached; and the experts of a layer, the neurons of each and those of shared
+    experts, None where all stay."""
 
     shape: ModelShape
     weights: int | None = None
     budget: Budgeted | None = None
     experts: int | None = None
     expert_neurons: int | None = None
+    shared_neurons: int | None = None
 
 
 def student_of(config: Config, anatomy: Anatomy) -> Student:
@@ -53,7 +56,7 @@ def student_of(config: Config, anatomy: Anatomy) -> Student:
     teacher = ModelShape.of(anatomy, config.reinit.bias_compensation)
     if config.shape.given:
         shape = given_shape(teacher, config.shape.model_dump(include=set(AXES)))
-        mixture = _experts(config, anatomy, config.shape.experts), _expert_neurons(config, anatomy)
+        mixture = _experts(config, anatomy, config.shape.experts), *_neurons(config, anatomy)
         return Student(partway(teacher, shape, done, rounds), None, None, *mixture)
     if config.budget.of_tokens_alone:
         return Student(teacher)
@@ -142,19 +145,42 @@ def _experts(config: Config, anatomy: Anatomy, wanted: int | None) -> int | None
     return wanted + (most - wanted) * (rounds - done) // (rounds * routing.groups) * routing.groups
 
 
-def _expert_neurons(config: Config, anatomy: Anatomy) -> int | None:
-    """Return the neurons of an expert after this round; None where all stay. Raise ValueError where they cannot."""
-    wanted = config.shape.expert_neurons
-    if wanted is None:
-        return None
-    check_expert_neurons(anatomy)
-    most = anatomy.sizes.carried["x"]
-    if wanted > most:
-        raise ValueError(
-            f"shape.expert_neurons: {wanted} is outside 1..{most} (the teacher's); choose a number of these"
-        )
+def _neurons(config: Config, anatomy: Anatomy) -> tuple[int | None, int | None]:
+    """Return the neurons of a routed expert, and of shared experts, after this round; None where all stay.
+
+    Where the config states both by one field, they change in the last round, since numbers between do not fit it.
+    Raise ValueError where a student cannot have them.
+    """
+    inner, shared = config.shape.expert_neurons, config.shape.shared_neurons
+    if inner is None and shared is None:
+        return None, None
+    check_expert_neurons(anatomy, inner, shared)
+    _check_aligned(inner, anatomy.sizes.carried["x"])
     done, rounds = config.recipe.part
-    return wanted + (most - wanted) * (rounds - done) // rounds
+    coupled = narrowing_of(anatomy.family).coupled and anatomy.shared_writer is not None
+    left = (int(done < rounds), 1) if coupled else (rounds - done, rounds)
+    step = 1 if anatomy.sizes.carried["x"] % GROUPED else GROUPED
+    return (
+        None if inner is None else _partway(inner, anatomy.sizes.carried["x"], *left, step),
+        None if shared is None else _partway(shared, anatomy.sizes.carried["y"], *left),
+    )
+
+
+def _check_aligned(inner: int | None, most: int) -> None:
+    """Refuse neurons of an expert that the grouped matrix products of the classes do not take, as the teacher's are."""
+    if inner is None or most % GROUPED or inner % GROUPED == 0:
+        return
+    near = [value for value in (inner // GROUPED * GROUPED, (inner // GROUPED + 1) * GROUPED) if value]
+    raise ValueError(
+        f"shape.expert_neurons: {inner} is no multiple of {GROUPED}, which grouped matrix products in 16-bit types "
+        f"need; nearest: {' or '.join(map(str, near))}"
+    )
+
+
+def _partway(wanted: int, most: int, left: int, rounds: int, step: int = 1) -> int:
+    """Return a width with `left` of `rounds` equal parts of the way from `most` to `wanted` still to do, rounded down
+    to whole steps from `wanted`."""
+    return wanted + (most - wanted) * left // (rounds * step) * step
 
 
 def kept_shares(anatomy: Anatomy, student: Student) -> tuple[float, float]:
@@ -168,7 +194,7 @@ def kept_shares(anatomy: Anatomy, student: Student) -> tuple[float, float]:
         for own in sizes.layers[:count]
     )
     narrow = anatomy.narrowed(replace(sizes, hidden=student.shape.hidden, layers=layers), anatomy.layer_types[:count])
-    made = with_experts(narrow, student.experts or sizes.carried["e"], student.expert_neurons)
+    made = with_experts(narrow, student.experts or sizes.carried["e"], student.expert_neurons, student.shared_neurons)
     pairs = ((made.parameters(), anatomy.parameters()), (made.active_parameters(), anatomy.active_parameters()))
     shares = [some[1] / whole[1] for some, whole in pairs]
     return shares[0], shares[1]

@@ -146,6 +146,14 @@ def test_norms_are_absorbed(record, tmp_path, absorb):
     assert (folder / "initial_student").is_dir()
 
 
+def test_experts_are_narrowed_and_restored(record, tmp_path):
+    world = make_world(tmp_path, "qwen2_moe", moe_intermediate_size=16)
+    narrow = {"shape.experts": 3, "shape.expert_neurons": 8, "shape.shared_neurons": 8, "restore.outputs": "true"}
+    stages = "importance,shape,hessian,plan,cut"
+    folder = run(world, "experts", f"recipe.stages=[{stages}]", *dotted(narrow), **WIDTHS)
+    assert (folder / "initial_student").is_dir()
+
+
 def test_no_stage_reads_a_setting_that_its_artifact_does_not_name(record):
     """After all runs of this module: settings named by the stage, or by one behind its inputs, or neutral."""
     assert record.ran == set(STAGES)

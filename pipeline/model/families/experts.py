@@ -1,7 +1,7 @@
 """Mixtures of experts, and low-rank attention (MLA).
 
-`{expert}` in a name is replaced by the index of every expert; the axis `e` runs over experts and `x` over
-the neurons of each.
+`{expert}` in a name is replaced by the index of every expert; the axis `e` runs over experts, `x` over the neurons of
+each and `y` over those of shared experts together.
 """
 
 from dataclasses import replace
@@ -231,10 +231,10 @@ EXPERTS = (
         | ATTENTION_BIASES
         | {"self_attn.query_layernorm.weight": "d", "self_attn.key_layernorm.weight": "d"}
         | experts(NAMED, "x", "mlp.gate.wg.weight")
-        | shared("mlp.shared_mlp", "x")
+        | shared("mlp.shared_mlp", "y")
         | NORMS,
         PRE,
-        lengths=FFN_WIDTH,
+        lengths=FFN_WIDTH | {"y": ("intermediate_size",)},
         experts=("num_experts",),
         top_k="moe_topk",
         fixed=WHOLE,

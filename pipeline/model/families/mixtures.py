@@ -263,6 +263,7 @@ MIXTURES = (
             "optional": (*DENSE_OR_SPARSE, "mlp.shared_expert."),
             "fixed": WHOLE | {"heads": HEADS_LISTED, "groups": HEADS_LISTED},
         },
+        shared_module="mlp.shared_experts.down_proj",
         experts=("num_experts",),
         rotary="class",
     ),
@@ -282,6 +283,7 @@ MIXTURES = (
             "lengths": SHARED_WIDTH,
             "optional": (*DENSE_OR_SPARSE, "mlp.shared_mlp.", "mlp.router.", "mlp.expert_bias"),
         },
+        shared_module="mlp.shared_experts.down_proj",
         experts=("num_experts",),
     ),
     Family(

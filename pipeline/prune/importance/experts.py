@@ -8,14 +8,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.model.anatomy import Anatomy
-from pipeline.model.forwards import replaced_forward
 from pipeline.model.scores import NORMS, PRODUCTS, TOKENS
+from pipeline.prune.passes.experts import watch_experts
 
 
 @dataclass
@@ -27,68 +26,49 @@ class ExpertSums:
 
     routing: list[Tensor]  # per layer [4, e], the rows as `Scores` has them
     neurons: list[Tensor]  # per layer [e, x], |(act(X W_gate) * X W_up)_m| summed over T_j (Pangu Light eq. 3)
+    shared: list[Tensor]  # per layer [y], the same of the neurons of shared experts, over all tokens
 
     def tensors(self) -> list[Tensor]:
         """Return every sum, to be added over ranks in place."""
-        return [*self.routing, *self.neurons]
+        return [*self.routing, *self.neurons, *self.shared]
 
 
 def empty_sums(anatomy: Anatomy, zeros: Callable[..., Tensor]) -> ExpertSums:
     """Return sums of zero; `zeros` makes a tensor of given lengths."""
-    lengths = [
-        (anatomy.sizes.carried["e"], anatomy.sizes.carried["x"]) if anatomy.sparse(layer) else (0, 0)
-        for layer in range(len(anatomy.sizes.layers))
-    ]
-    return ExpertSums([zeros(4, experts) for experts, _ in lengths], [zeros(*each) for each in lengths])
+    carried, layers = anatomy.sizes.carried, range(len(anatomy.sizes.layers))
+    sparse = [anatomy.sparse(layer) for layer in layers]
+    return ExpertSums(
+        [zeros(4, carried["e"] if has else 0) for has in sparse],
+        [zeros(*((carried["e"], carried["x"]) if has else (0, 0))) for has in sparse],
+        [zeros(carried["y"] if has and anatomy.shared_writer else 0) for has in sparse],
+    )
 
 
-def watch_experts(model: nn.Module, anatomy: Anatomy, sums: ExpertSums, undo: ExitStack) -> None:
-    """Add to the sums what the experts of a model compute, until `undo`.
-
-    The fused modules of experts run one expert after another on the tokens that are routed to it: the sums need the
-    output of each, and float64 has no other implementation. No weights are copied.
-    """
+def measure_experts(model: nn.Module, anatomy: Anatomy, sums: ExpertSums, undo: ExitStack) -> None:
+    """Add to the sums what the experts of a model compute, routed and shared, until `undo`."""
+    sparse = [layer for layer in range(len(anatomy.sizes.layers)) if anatomy.sparse(layer)]
+    watch_experts(
+        model, anatomy, {layer: partial(_add, sums.routing[layer], sums.neurons[layer]) for layer in sparse}, undo
+    )
+    if anatomy.shared_module is None:
+        return
     modules = dict(model.named_modules(prefix=anatomy.family.decoder))
-    forwards = {
-        modules[anatomy.expert_module(layer)]: partial(
-            _forward, modules[anatomy.expert_module(layer)], sums.routing[layer], sums.neurons[layer]
-        )
-        for layer in range(len(anatomy.sizes.layers))
-        if anatomy.sparse(layer)
-    }
-    undo.enter_context(replaced_forward(forwards))
+    for layer in sparse:
+        writer = modules[anatomy.shared_module.format(layer=layer)]
+        undo.callback(writer.register_forward_pre_hook(partial(_shared, sums.shared[layer])).remove)
 
 
-def expert_output(module: Any, expert: int, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the neurons [t, x] and the output [t, h] of one expert of a fused module for states [t, h]."""
-    neurons = module._apply_gate(_product(module, "gate_up_proj", expert, states))
-    return neurons, _product(module, "down_proj", expert, neurons)
+def _add(routing: Tensor, neurons: Tensor, expert: int, inner: Tensor, values: Tensor, weight: Tensor) -> None:
+    wide = torch.promote_types(values.dtype, torch.float32)
+    norms, gains = torch.linalg.vector_norm(values, dim=-1, dtype=wide), weight.to(wide)
+    added = torch.stack([torch.ones_like(norms), gains, norms, gains * norms]).sum(1)
+    routing[:, expert] += added.to(routing)
+    neurons[expert] += inner.abs().sum(0, dtype=wide).to(neurons)
 
 
-def _product(module: Any, name: str, expert: int, values: Tensor) -> Tensor:
-    weight = getattr(module, name)[expert]
-    result = values @ (weight if module.is_transposed else weight.T)
-    return result + getattr(module, f"{name}_bias")[expert] if module.has_bias else result
-
-
-def _forward(
-    module: nn.Module, routing: Tensor, neurons: Tensor, states: Tensor, chosen: Tensor, weights: Tensor
-) -> Tensor:
-    """Return what a module of experts returns for states [t, h], the chosen experts [t, k] and their weights [t, k]."""
-    output = torch.zeros_like(states)
-    for expert in range(len(neurons)):
-        token, place = torch.where(chosen == expert)
-        if not len(token):
-            continue
-        inner, values = expert_output(module, expert, states[token])
-        weight = weights[token, place]
-        output.index_add_(0, token, (values * weight[:, None]).to(output.dtype))
-        wide = torch.promote_types(values.dtype, torch.float32)
-        norms, gains = torch.linalg.vector_norm(values, dim=-1, dtype=wide), weight.to(wide)
-        added = torch.stack([torch.ones_like(norms), gains, norms, gains * norms]).sum(1)
-        routing[:, expert] += added.to(routing)
-        neurons[expert] += inner.abs().sum(0, dtype=wide).to(neurons)
-    return output
+def _shared(total: Tensor, module: nn.Module, inputs: tuple) -> None:
+    rows = inputs[0].abs().flatten(0, -2)
+    total += rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)).to(total)
 
 
 ExpertScore = Callable[[Tensor], Tensor]  # the sums of a layer [4, e] -> a score of each expert [e]

@@ -13,7 +13,7 @@ from pipeline.model.causal import CausalModel
 from pipeline.model.families import family_of
 from pipeline.model.forwards import replaced_forward
 from pipeline.model.scores import Scores
-from pipeline.prune.importance.experts import ExpertScore, ExpertSums, empty_sums, reap, watch_experts
+from pipeline.prune.importance.experts import ExpertScore, ExpertSums, empty_sums, measure_experts, reap
 
 AGGREGATIONS = ("sum", "minitron")
 NORMS = ("all", "pre")
@@ -53,6 +53,7 @@ class Sums:
             experts=tuple(map(of_experts, self.experts.routing)),
             expert_neurons=tuple(self.experts.neurons),
             routing=tuple(self.experts.routing),
+            shared=tuple(self.experts.shared) if any(map(len, self.experts.shared)) else (),
         )
 
 
@@ -89,7 +90,7 @@ def measure(
     )
     with ExitStack() as hooks:
         _watch(model, anatomy, sums, scored, hooks)
-        watch_experts(model, anatomy, sums.experts, hooks)
+        measure_experts(model, anatomy, sums.experts, hooks)
         for ids in batches:
             sums.tokens += ids.numel()
             model(input_ids=ids.to(device), use_cache=False)

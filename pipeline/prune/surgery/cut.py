@@ -101,6 +101,8 @@ def _part(
     for i, axis in enumerate(segment):
         if "f" in axis.split():
             tensor = _of_neurons(tensor, i, axis, "f", anatomy.sizes.layers[layer].neurons, plan.neurons)
+        elif "y" in axis.split() and plan.shared:
+            tensor = _of_neurons(tensor, i, axis, "y", anatomy.sizes.carried["y"], plan.shared)
         elif "x" in axis.split() and plan.expert_neurons:
             width, own = anatomy.sizes.carried["x"], plan.expert_neurons
             if "e" in segment:  # the first dimension

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
+from pipeline.prune.second_order.experts import restore_experts
 from pipeline.prune.second_order.restore import DAMPING, restore_outputs
 from pipeline.prune.surgery.cut import as_it_is, cut
 from pipeline.prune.surgery.reinit import compensate_gain, stabilise_gains
@@ -31,6 +32,7 @@ def begun(
     stream = cut(anatomy, blueprint, source, compensate_gain(anatomy, source) if gain_compensation else as_it_is)
     if grams is not None:
         stream = restore_outputs(anatomy, blueprint, source, grams, stream, damping)
+        stream = restore_experts(anatomy, blueprint, source, grams, stream, damping)
     if slnp:
         stream = stabilise_gains(anatomy, blueprint, source, stream, config.get("pruned", {}).get("scales", ()))
     return stream

@@ -11,8 +11,9 @@ from pipeline.config import Config
 from pipeline.model.scores import Scores
 from pipeline.prune.second_order.hessian import need_projections, projections, with_float64
 from pipeline.prune.second_order.removal_order import head_order, head_scores, obs_order
-from pipeline.runtime.checkpoint import open_tensors
+from pipeline.runtime.checkpoint import open_checkpoint, open_tensors
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_source import model_folder
 from pipeline.stages.models import checkpoint
 from pipeline.stages.stage import Inputs, Stage
 
@@ -25,6 +26,14 @@ def enabled(config: Config) -> bool:
 def settings(config: Config) -> dict:
     """Return the damping and how many neurons a step removes."""
     return {"damping": config.restore.damping, "at_once": config.restore.at_once}
+
+
+def check(config: Config) -> None:
+    """Refuse a teacher, where it is a folder, whose heads or neurons this order cannot choose among."""
+    folder = model_folder(config.model.path, config.model.allow_pickle)
+    if enabled(config) and folder is not None:
+        anatomy = open_checkpoint(folder, config.model.allow_pickle).anatomy
+        need_projections(anatomy, "restore.order=obs", "restore.order=scores")
 
 
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
@@ -64,4 +73,5 @@ STAGE = Stage(
     settings=settings,
     needs=("subject", "scores", "hessians"),
     enabled=enabled,
+    check=check,
 )

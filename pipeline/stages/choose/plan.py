@@ -56,8 +56,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     chosen = WIDTH_POLICIES[config.plan.widths](PolicyInputs(config, inputs, out, anatomy, scores, hosts, shape))
     for host, width in zip(hosts, chosen, strict=True):
         widths[host] = width
-    mixture = {"experts": shape.experts, "expert_neurons": shape.expert_neurons}
-    chosen_by = policy | mixture | {"seed": config.seed, "hosts": hosts}
+    chosen_by = policy | {"seed": config.seed, "hosts": hosts, "mixture": shape.mixture}
     step = plan_by(anatomy, scores, widths, shape.hidden, shape.layers, **chosen_by)
     if config.plan.experts == "merge":
         step = merge_experts(anatomy, scores, step, source)

@@ -146,7 +146,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     teacher = ModelShape.of(anatomy)
     student = student_of(config, anatomy)
     made = Shape(**student.shape.axes(), weights=student.weights)
-    replace(made, experts=student.experts, expert_neurons=student.expert_neurons).save(out)
+    mixture = {name: getattr(student, name) for name in made.mixture}
+    replace(made, **mixture).save(out)
     if teacher.experts:
         kept, used = kept_shares(anatomy, student)
         words = f"{student.shape.axes()}, {student.experts or teacher.experts} of {teacher.experts} experts per layer"
