@@ -67,6 +67,7 @@ class Data(Section):
 
 
 class SelfGenerate(Section):
+    form: Literal["text", "messages"]
     tokens: Count
     length: Count
     batch_size: Count

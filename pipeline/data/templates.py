@@ -72,24 +72,28 @@ class ChatTemplate:
         Raise ValueError, beginning with `place`, where there is no template, it refuses the turns, or it exceeds its
         time, memory or output.
         """
-        return self._asked(turns, place, tools, False)[0]
+        return self._asked(turns, place, tools, "text")[0]
+
+    def prompt(self, turns: list[dict[str, Any]], place: str) -> str:
+        """Return the text as `render`, up to where the assistant's next turn begins; ValueError as there."""
+        return self._asked(turns, place, None, "prompt")[0]
 
     def answers(self, turns: list[dict[str, Any]], place: str, tools: list | None = None) -> tuple[str, list[Span]]:
         """Return the text as `render`, and the characters of it that are the assistant's.
 
         Raise ValueError as `render`, and where the template does not separate them from the rest exactly.
         """
-        return self._asked(turns, place, tools, True)
+        return self._asked(turns, place, tools, "answers")
 
     def _asked(
-        self, turns: list[dict[str, Any]], place: str, tools: list | None, answers: bool
+        self, turns: list[dict[str, Any]], place: str, tools: list | None, wanted: str
     ) -> tuple[str, list[Span]]:
         if not getattr(self._tokenizer, "chat_template", None):
             raise ValueError(f"{place} holds turns, and the teacher's tokenizer has no chat template; {NO_TEMPLATE}")
         if self._process is None:
             self._start()
         try:
-            self._pipe.send((turns, tools, answers))
+            self._pipe.send((turns, tools, wanted))
             kind, text, spans = self._pipe.recv() if self._pipe.poll(SECONDS) else ("time", "", [])
         except (EOFError, ConnectionError):
             kind, text, spans = "memory", "", []
@@ -137,16 +141,19 @@ def _serve(tokenizer: Any, pipe: Connection, parents: Connection) -> None:
         _limit_memory()
     while True:
         try:
-            turns, tools, answers = pipe.recv()
+            turns, tools, wanted = pipe.recv()
         except EOFError:
             os._exit(0)  # the parent's exit handlers are not the child's to run
-        pipe.send(_render(tokenizer, turns, tools, answers))
+        pipe.send(_render(tokenizer, turns, tools, wanted))
 
 
 def _render(
-    tokenizer: Any, turns: list[dict[str, Any]], tools: list | None, answers: bool
+    tokenizer: Any, turns: list[dict[str, Any]], tools: list | None, wanted: str
 ) -> tuple[str, str, list[Span]]:
-    """Return ("text", text, the assistant's spans if wanted), or the kind of a fault and its text."""
+    """Return ("text", text, the assistant's spans if "answers" are wanted), or the kind of a fault and its text.
+
+    The text ends with the beginning of the assistant's next turn if a "prompt" is wanted.
+    """
 
     given_tools = {"tools": tools} if tools else {}
 
@@ -155,7 +162,7 @@ def _render(
         return tokenizer.apply_chat_template(list(some), tokenize=False, **options)
 
     try:
-        text = render(turns, False)
+        text = render(turns, wanted == "prompt")
     except MemoryError:
         return "memory", "", []
     except Exception as fault:  # a template may raise anything, as any program
@@ -164,7 +171,7 @@ def _render(
     if len(text) > OUTPUT + GROWTH * given:
         return "output", f"{len(text):,}", []
     try:
-        return "text", text, _spans(tokenizer, turns, tools, text, render) if answers else []
+        return "text", text, _spans(tokenizer, turns, tools, text, render) if wanted == "answers" else []
     except MemoryError:
         return "memory", "", []
     except Exception as fault:  # of a turn that replaces another

@@ -4,7 +4,7 @@ Documents begin with a word drawn at random, as in LLM-QAT (2305.17888), or as a
 an instruction-tuned model fills with a question and then answers (Magpie, 2406.08464). Tokens are sampled.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -13,8 +13,6 @@ from torch import Tensor
 
 from pipeline.evaluation.samples import continued
 from pipeline.model.causal import CausalModel
-
-MARK = "\u2060USER\u2060"  # in place of the user's words; no template contains it
 
 
 def word_starts(tokenizer: Any) -> list[int]:
@@ -30,21 +28,8 @@ def word_starts(tokenizer: Any) -> list[int]:
     return [place for place, word in words.items() if word[0].isupper()] or list(words)
 
 
-def user_turn(tokenizer: Any, render: Callable[[list[dict[str, str]]], str]) -> list[int]:
-    """Return the ids of the chat template up to the user's words; none where the tokenizer has no template.
-
-    `render` applies the tokenizer's chat template to turns.
-    """
-    if not tokenizer.chat_template:
-        return []
-    whole = render([{"role": "user", "content": MARK}])
-    return tokenizer(whole.partition(MARK)[0], add_special_tokens=False)["input_ids"]
-
-
 @torch.inference_mode()
-def sample(
-    model: CausalModel, starts: Tensor, tokens: int, temperature: float, generator: torch.Generator
-) -> Tensor:
+def sample(model: CausalModel, starts: Tensor, tokens: int, temperature: float, generator: torch.Generator) -> Tensor:
     """Return ids [b, tokens] sampled one after another after `starts` [b, s], with a key/value cache.
 
     A sample is argmax p / e with e exponential, which has the distribution p.

@@ -193,14 +193,6 @@ def _search(report: Report, drawings: Mapping[str, Drawing]) -> str:
     return section("Shape search", beside(drawings["shapes"], text), search_table(search, caption))
 
 
-
-
-
-
-
-
-
-
 def _training(title: str, text: str, names: Sequence[str], drawings: Mapping[str, Drawing]) -> str:
     """Return the section of a training with its curves, or nothing where there are none."""
     shown = [drawings[name] for name in names if name in drawings]

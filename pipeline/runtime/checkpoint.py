@@ -24,7 +24,6 @@ from pipeline.runtime.wrapper import WrapperParts
 FROM_CLASS = ("head_size", "groups", "neurons", "layers", "hidden", "heads")  # widths, where config.json is silent
 
 
-
 class Checkpoint(Mapping[str, Tensor]):
     """A model folder as a lazy mapping from the tensor names of its family's table to tensors.
 
@@ -207,31 +206,3 @@ def _check_pruned(config: Mapping[str, Any], anatomy: Anatomy, path: Path) -> No
         raise ValueError(f"{path}: pruned.shapes or .attention differs from its layers; export the student again")
     if pruned.get("scales", []) not in ([], frozen_modules(anatomy)):
         raise ValueError(f"{path}: pruned.scales does not name all post-norms of the model; export the student again")
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

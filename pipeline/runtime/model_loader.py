@@ -22,7 +22,6 @@ from pipeline.runtime.tokenizer_check import PROBE
 logging.disable_progress_bar()  # the pipeline shows its own
 
 
-
 def load_model(folder: Path, dtype: torch.dtype | Literal["auto"], attention: str) -> PreTrainedModel:
     """Load a model folder on the CPU, in evaluation mode; a pruned one by this project's own modelling code.
 

@@ -135,7 +135,6 @@ def test_a_channel_that_was_always_silent_keeps_a_scale_of_one():
     assert fit.tolist() == [1.0, 2.0]
 
 
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_removed_is_a_scale_of_ones_and_nothing_else_changes(kind, tmp_path):
     model = tiny_model(kind)

@@ -37,7 +37,6 @@ def test_the_stream_is_summed_over_pre_norms_and_the_final_norm_at_unit_rms(kind
     assert grams.stream.trace() == pytest.approx(32 * 20 * 9, rel=1e-3)
 
 
-
 def test_grams_of_two_ranks_add_to_the_grams_of_one():
     model, ids = tiny_model("qwen3"), tokens(4, 8)
     parts = [grams_of(model, part).tensors() for part in (ids[0::2], ids[1::2])]

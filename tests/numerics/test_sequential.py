@@ -59,7 +59,6 @@ def test_each_projection_sees_what_its_pruned_predecessors_produce(kind):
         assert torch.equal(model(tokens()).logits, measured(tokens()).logits)
 
 
-
 def test_the_expectation_of_candidates_is_passed_on_after_attention_and_after_the_mlp():
     """Eq. 5 taken literally, by averaging the candidates' outputs, gives the H that the averaged weight gives."""
     sparsities = [0.0, 0.25, 0.5]

@@ -1,15 +1,17 @@
 """Text that the teacher writes: drawn from its own distribution, the same for any number of ranks, and readable."""
 
 import json
-from functools import partial
+import shutil
 
 import pytest
 import torch
 from tokenizers import AddedToken
 
 from pipeline.data import sources
-from pipeline.evaluation.writing import sample, user_turn, word_starts, written
+from pipeline.data.written_chats import ChatMarks, before_user, chat_marks
+from pipeline.evaluation.writing import sample, word_starts, written
 from pipeline.runtime.model_loader import load_tokenizer
+from tests.chat_templates import SPECIAL, TEMPLATES
 from tests.tiny import tiny_model
 from tests.tiny_text import byte_tokenizer
 from tests.world import make_world, pipeline, settings
@@ -50,10 +52,9 @@ def test_every_token_is_drawn_from_what_stands_before_it():
 
 def test_texts_begin_with_words_or_with_the_users_turn_and_hold_no_special_token():
     tokenizer = byte_tokenizer()
-    render = partial(tokenizer.apply_chat_template, tokenize=False)
-    assert user_turn(tokenizer, render) == []
+    assert before_user(tokenizer, "here") == []
     tokenizer.chat_template = TEMPLATE
-    assert tokenizer.decode(user_turn(tokenizer, render)) == "<user> "
+    assert tokenizer.decode(before_user(tokenizer, "here")) == "<user> "
     ids = tokenizer("One.", add_special_tokens=False)["input_ids"]
     assert written([*ids, tokenizer.eos_token_id, *ids], tokenizer) == "One.\n\nOne."
     tokenizer.add_tokens([AddedToken("<turn>", special=True)])  # special, and no name of the tokenizer's
@@ -73,3 +74,62 @@ def test_the_line_writes_text_that_can_be_calibrated_on_whatever_the_ranks(world
     assert len(list(sources.read(sources.locate(str(path)), "words"))) == 12
     pipeline(*SMALL, "run=two", "data.text_field=words", *settings(world, artifacts=world / "two"), cwd=world, ranks=2)
     assert (world / "runs" / "two" / "generated.jsonl").read_text() == path.read_text()
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_a_chat_that_a_template_writes_is_separated_into_its_turns(family):
+    """For every format: what stands before the user's words, and the two turns of what follows."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(text, special=True) for text in SPECIAL])
+    tokenizer.chat_template, end = TEMPLATES[family]
+    marks, before = chat_marks(tokenizer, "here"), tokenizer.decode(before_user(tokenizer, "here"))
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    whole = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True) + "Because."
+    assert whole.startswith(before)
+    rest = whole.removeprefix(before)
+    assert marks.after == (end or "<|user|>")
+    assert marks.turns(f"{rest}{marks.after}\nmore") == turns
+    assert marks.turns(rest) is None, "the answer has no end"
+    assert marks.turns("Why?") is None
+    assert marks.turns(f"{marks.special[0]}{rest}{marks.after}") is None, "a special token is no word"
+
+
+def test_words_of_a_chat_are_neither_empty_nor_hold_what_marks_turns():
+    marks = ChatMarks("A", "E", ("<s>",))
+    assert marks.turns(" a A b E") == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for text in ("A b E", "a A E", "a <s> A b E", "a A b <s> E", "a A b"):
+        assert marks.turns(text) is None, text
+
+
+def with_template(world, folder, template):
+    """Return the folder of a copy of the world's model that has a chat template."""
+    shutil.copytree(world / "model", folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return str(folder)
+
+
+def test_chats_are_written_as_turns_that_recovery_can_read(world, tmp_path):
+    """Bytes that a random model draws end a turn by chance; whatever has both ends is a chat, and nothing else is."""
+    ends = "U{% for m in messages %}{{ m.content }}{{ 'e' if m.role == 'user' else 't' }}{% endfor %}"
+    chosen = ("self_generate.form=messages", "self_generate.length=60", "self_generate.tokens=1920")
+    given = settings(world, model__path=with_template(world, tmp_path / "model", ends))
+    said = pipeline(*SMALL, "run=chats", *chosen, *given, cwd=world).stdout
+    records = [json.loads(line)["text"] for line in (world / "runs/chats/generated.jsonl").read_text().splitlines()]
+    assert records and f"{len(records)} of them chats" in said
+    for turns in records:
+        assert [turn["role"] for turn in turns] == ["user", "assistant"]
+        assert "e" not in turns[0]["content"] and "t" not in turns[1]["content"]
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        ("{% for m in messages %}{{ m.content }} {% endfor %}", "self_generate.form"),
+        ("{% for m in messages %}{{ m.content }}<e>{% endfor %}", "self_generate.form"),
+        ("U{% for m in messages %}{{ m.content }}<ends like no drawn text>{% endfor %}", "self_generate.length"),
+    ],
+)
+def test_a_template_or_length_that_ends_no_turn_is_refused(world, tmp_path, template, named):
+    given = settings(world, model__path=with_template(world, tmp_path / "model", template))
+    failed = pipeline(*SMALL, "run=none", "self_generate.form=messages", *given, cwd=world, check=False)
+    assert failed.returncode == 2 and f"error: {named}: " in failed.stdout

@@ -8,8 +8,8 @@ import torch
 
 from pipeline.config import Config
 from pipeline.data.encoding import frame
-from pipeline.data.templates import ChatTemplate
-from pipeline.evaluation.writing import sample, user_turn, word_starts, written
+from pipeline.data.written_chats import before_user, chat_marks
+from pipeline.evaluation.writing import sample, word_starts, written
 from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine
@@ -18,6 +18,7 @@ from pipeline.stages.stage import Inputs, Stage
 from pipeline.stages.texts import check_positions_of_source
 
 FILE = "generated.jsonl"
+PLACE = "self_generate.form"  # the setting that errors of the chat template name
 
 
 def check(config: Config) -> None:
@@ -34,11 +35,14 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """Write generated.jsonl, one record per text. Ranks take batches in turn; a batch depends on its number alone."""
     options, ranks, device = config.self_generate, machine.ranks, machine.device
     tokenizer = load_tokenizer(inputs["teacher"], config.model.trust_remote_code)
-    model = load_model(inputs["teacher"], device.compute_dtype, device.attention)
     total = -(-options.tokens // (options.batch_size * options.length))
     files = [out / f"batch-{number:05d}.jsonl" for number in range(total)]
-    turn = _user_turn(tokenizer) if options.chat else []
-    chats = round(options.chat * total) if turn else 0
+    marks = chat_marks(tokenizer, PLACE) if options.form == "messages" else None
+    turn = before_user(tokenizer, PLACE) if marks or options.chat else []
+    if marks and not turn:
+        raise ValueError(f"{PLACE}: the teacher's chat template writes nothing before a user's words")
+    chats = round((1.0 if marks else options.chat) * total) if turn else 0
+    model = load_model(inputs["teacher"], device.compute_dtype, device.attention)
     own = [number for number in range(ranks.rank, total, ranks.world) if not files[number].exists()]
     with placed(model, device, config.device.layer_streaming):
         for number in machine.progress(own, len(own), "self_generate"):
@@ -48,23 +52,18 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
             ids = sample(model, starts, options.length, options.temperature, draw)
             if not chat:
                 ids = torch.cat([starts[:, -1:], ids], 1)  # the drawn word is part of the text
-            texts = [written(row, tokenizer) for row in ids.tolist()]
+            texts = [marks.turns(tokenizer.decode(row)) if marks else written(row, tokenizer) for row in ids.tolist()]
             records = [json.dumps({config.data.text_field: text}, ensure_ascii=False) + "\n" for text in texts if text]
             write_atomically(files[number], "".join(records))
     ranks.wait("self_generate")
     if ranks.rank == 0:
-        with open(out / FILE, "w", encoding="utf-8") as whole:
-            for file in files:
-                whole.write(file.read_text(encoding="utf-8"))
-                file.unlink()
-        summary = f"{total * options.batch_size} texts of {options.length} tokens, {chats} of {total} batches as chats"
-        machine.say(f"self_generate: {summary}")
-
-
-def _user_turn(tokenizer: Any) -> list[int]:
-    """Return the ids of the chat template up to the user's words, rendered within limits; none without a template."""
-    with ChatTemplate(tokenizer) as template:
-        return user_turn(tokenizer, lambda turns: template.render(turns, "self_generate.chat"))
+        drawn, found = total * options.batch_size, _joined(files, out / FILE)
+        if not found:
+            raise ValueError(
+                f"self_generate.length: none of {drawn} texts ends within {options.length} tokens; set it higher"
+            )
+        kinds = f"{found} of them chats that end" if marks else f"{chats} of {total} batches as chats"
+        machine.say(f"self_generate: {drawn} texts of {options.length} tokens, {kinds}")
 
 
 def _starts(tokenizer: Any, batch: int, turn: list[int], draw: torch.Generator) -> torch.Tensor:
@@ -75,6 +74,18 @@ def _starts(tokenizer: Any, batch: int, turn: list[int], draw: torch.Generator) 
     picks = words[torch.randint(len(words), (batch, 1), generator=draw, device=draw.device).cpu()]
     first = around.after if around.first is None else around.first
     return torch.cat([torch.full_like(picks, first), picks], 1)
+
+
+def _joined(files: list[Path], place: Path) -> int:
+    """Write the batches to one file, remove them, and return the number of records."""
+    found = 0
+    with open(place, "w", encoding="utf-8") as whole:
+        for file in files:
+            text = file.read_text(encoding="utf-8")
+            found += text.count("\n")
+            whole.write(text)
+            file.unlink()
+    return found
 
 
 STAGE = Stage(
