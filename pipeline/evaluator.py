@@ -51,9 +51,7 @@ class Bench:
     prompts are the reference's.
     """
 
-    def __init__(
-        self, config: Config, tokens: Path, tokenizer: Any, machine: Machine, original: "Bench | None" = None
-    ):
+    def __init__(self, config: Config, tokens: Path, tokenizer: Any, machine: Machine, original: "Bench | None" = None):
         self.config, self.tokenizer, self.machine, self.original = config, tokenizer, machine, original
         self.texts = {folder.name[3:]: Packed(folder) for folder in sorted((tokens / "evaluation").iterdir())}
         self.rows = {name: self._count(name) for name in self.texts}
@@ -110,9 +108,7 @@ class Bench:
             ids = self.tokenizer(sample["prompt"], return_tensors="pt")["input_ids"]
             continued.append(self.tokenizer.decode(continue_greedily(model, ids, report.sample_tokens, stop)))
         with bars_on_terminals_only():
-            metrics = tasks.measure(
-                model, self.tokenizer, section.task_names, section.batch_size, section.templated
-            )
+            metrics = tasks.measure(model, self.tokenizer, section.task_names, section.batch_size, section.templated)
         return Behaviour(cache_bytes_per_token(model, self.prompt(8)), metrics, tuple(continued))
 
     def answers(self, reference: nn.Module, student: nn.Module) -> dict[str, dict[str, Any]]:

@@ -59,9 +59,7 @@ def run(config: Config, command: str) -> dict[str, Path]:
     """
     names = check(config)
     chosen = config.device
-    device = open_device(
-        chosen.kind, chosen.attention, chosen.deterministic, place()[2], config.seed, chosen.kernels
-    )
+    device = open_device(chosen.kind, chosen.attention, chosen.deterministic, place()[2], config.seed, chosen.kernels)
     ranks = join(device, config.device.timeout)
     with ranks.guard():
         if ranks.rank == 0:  # only this rank writes

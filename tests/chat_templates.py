@@ -5,9 +5,12 @@ CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-SMOLLM2 = """{% if messages and messages[0].role != 'system' %}<|im_start|>system
+SMOLLM2 = (
+    """{% if messages and messages[0].role != 'system' %}<|im_start|>system
 You are a helpful AI assistant.<|im_end|>
-{% endif %}""" + CHATML
+{% endif %}"""
+    + CHATML
+)
 LLAMA3 = """{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' ~ m.role ~ '<|end_header_id|>\n\n' }}
 {%- if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% else %}{{ m.content | trim }}{% endif %}<|eot_id|>
 {%- endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""

@@ -1,6 +1,7 @@
 """The masked teacher: a whole model that computes what a student cut from it computes."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,14 +55,30 @@ def _narrow(sizes, plan: LayerPlan, axes: set[str], coupled: bool) -> LayerPlan:
 
 
 @torch.no_grad()
+def halved(anatomy: Anatomy) -> Blueprint:
+    """Return a blueprint without the attention of the last layer and of the first, if another of its kind is left, and
+    without the FFN of the others, where the family can lose them."""
+    whole = everything(anatomy.sizes)
+    last = len(whole.layers) - 1
+    ends = {0, last} if anatomy.layer_types[0] in anatomy.layer_types[1:last] else {last}
+    plans = []
+    for layer, plan in enumerate(whole.layers):
+        if layer in ends and "attention_layers" in anatomy.family.sublayers:
+            plan = replace(plan, groups=())
+        elif layer not in (0, last) and "ffn_layers" in anatomy.family.sublayers:
+            plan = replace(plan, neurons=())
+        plans.append(plan)
+    return Blueprint(whole.channels, tuple(plans))
+
+
 def masked(model: PreTrainedModel, anatomy: Anatomy, blueprint: Blueprint, folder: Path) -> PreTrainedModel:
     """Return a model of the source's shapes that computes what the student of a blueprint without donations computes.
 
     The source itself is changed where its parameters are its checkpoint tensors.
 
-    Dropped layers pass the hidden state on; columns of W_O and W_down of dropped heads and neurons are zero; nothing
-    writes to dropped channels, and every norm over channels, or over all heads, is taken over the kept ones. Experts
-    that are dropped are never chosen (`never_routed`).
+    Dropped layers pass the hidden state on. A dropped attention or FFN writes zero, its bias included. Columns of W_O
+    and W_down of dropped heads and neurons are zero; nothing writes to dropped channels, and every norm over channels,
+    or over all heads, is taken over the kept ones. Experts that are dropped are never chosen (`never_routed`).
     """
     family = anatomy.family
     state, teacher = tensors_of(model), model
@@ -84,7 +101,7 @@ def masked(model: PreTrainedModel, anatomy: Anatomy, blueprint: Blueprint, folde
             _restrict(teacher, prefix + norm, channels)
         kept = _kept(anatomy, plans[layer])
         for name, (axis, power) in spans(anatomy).items():
-            if power < 0:
+            if power < 0 and plans[layer].groups:
                 _restrict(teacher, name.format(layer=layer).removesuffix(".weight"), kept[axis])
     return teacher
 
@@ -94,9 +111,9 @@ def _kept(anatomy: Anatomy, plan: LayerPlan) -> dict[str, torch.Tensor]:
     size = anatomy.sizes.head_size
     heads = [head for group in plan.groups for head in group.heads]
     return {
-        "n d": torch.tensor([head * size + i for head in heads for i in range(size)]),
-        "k d": torch.tensor([group.kv * size + i for group in plan.groups for i in range(size)]),
-        "f": torch.tensor(plan.neurons),
+        "n d": torch.tensor([head * size + i for head in heads for i in range(size)], dtype=torch.int64),
+        "k d": torch.tensor([group.kv * size + i for group in plan.groups for i in range(size)], dtype=torch.int64),
+        "f": torch.tensor(plan.neurons, dtype=torch.int64),
     }
 
 
@@ -118,6 +135,9 @@ def _silence(state: dict[str, torch.Tensor], anatomy: Anatomy, blueprint: Bluepr
                 dropped = torch.ones(len(columns), dtype=torch.bool)
                 dropped[kept[axis]] = False
                 columns[dropped] = 0.0
+                bias = f"{anatomy.writer(axis)}.bias".format(layer=plan.host)
+                if dropped.all() and bias in state:
+                    state[bias].zero_()
         for name, segments in anatomy.layer_tensors.items():
             module = name.removeprefix(family.prefix).rpartition(".")[0]
             if module not in norms and anatomy.has(name, plan.host):

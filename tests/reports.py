@@ -1,6 +1,7 @@
 """Examples of reports for tests: a small cut, what was measured of it, and the page's parser."""
 
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import torch
@@ -34,6 +35,14 @@ def donating():
 BLUEPRINTS = {
     "donating": donating(),
     "everything": everything(SIZES),
+    "halves": Blueprint(
+        tuple(range(32)),
+        (
+            everything(SIZES).layers[0],
+            replace(everything(SIZES).layers[1], groups=()),
+            replace(everything(SIZES).layers[2], neurons=()),
+        ),
+    ),
     "depth only": Blueprint(tuple(range(32)), everything(SIZES).layers[:2]),
     "width only": Blueprint(
         tuple(range(16)), tuple(LayerPlan(i, everything(SIZES).layers[i].groups, (0, 5, 7)) for i in range(4))

@@ -21,6 +21,12 @@ MIXED = (
     LayerPlan(2, (Group(2, 1, (2, 3)),), tuple(range(16))),
     LayerPlan(3, (Group(3, 1, (2,)),), tuple(range(3, 24))),
 )
+HALVES = (  # layers of all widths without attention, or without an FFN
+    MIXED[0],
+    LayerPlan(1, (), tuple(range(16))),
+    LayerPlan(2, MIXED[2].groups, ()),
+    LayerPlan(3, (Group(3, 0, (0, 1)), Group(3, 1, (2, 3))), tuple(range(24))),
+)
 
 
 def student(kind, folder, plans=MIXED, channels=32, **changed):

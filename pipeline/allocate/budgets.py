@@ -95,7 +95,7 @@ def threshold_widths(
 
 def group_weights(sizes: Sizes, widths: LayerSizes) -> int:
     """Return the weights of a KV group of a layer of these widths, in Q, K, V and O."""
-    return 2 * sizes.hidden * sizes.head_size * (widths.heads // widths.groups + 1)
+    return 2 * sizes.hidden * sizes.head_size * (widths.each + 1)
 
 
 def layer_weights(sizes: Sizes, layers: Sequence[LayerSizes]) -> int:

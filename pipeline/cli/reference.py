@@ -1,7 +1,7 @@
 """The reference of all settings, read from conf/ and its comments: --help and docs/settings.md.
 
-    python -m pipeline.cli.reference > docs/settings.md     write the document
-    python -m pipeline.cli.reference docs/settings.md       check it, and that every setting has a comment
+python -m pipeline.cli.reference > docs/settings.md     write the document
+python -m pipeline.cli.reference docs/settings.md       check it, and that every setting has a comment
 """
 
 import re

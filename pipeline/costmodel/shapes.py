@@ -53,7 +53,7 @@ class ModelShape:
         return ModelShape(
             layers=len(sizes.layers),
             hidden=sizes.hidden,
-            heads=groups * max(widths.heads // widths.groups for widths in sizes.layers),
+            heads=groups * max(widths.each for widths in sizes.layers),
             groups=groups,
             head_size=sizes.head_size,
             neurons=max(widths.neurons for widths in sizes.layers),

@@ -35,7 +35,7 @@ class Lessons:
 class Rows:
     """This rank's tokens: input stream, target stream, and their indices among those of all ranks."""
 
-    read: Tensor    # [tokens, h]
+    read: Tensor  # [tokens, h]
     wanted: Tensor  # [tokens, h]
     places: Tensor  # [tokens], int64
     total: int  # of all ranks

@@ -30,13 +30,13 @@ class Engine(Protocol):
 class Course:
     """A training run: its length, when it is measured and saved, and the seed of what is drawn at random (dropout)."""
 
-    section: str         # of the settings, for messages
+    section: str  # of the settings, for messages
     steps: int
-    accumulation: int    # micro-batches per step and rank
-    tokens: int          # per step, all ranks together
+    accumulation: int  # micro-batches per step and rank
+    tokens: int  # per step, all ranks together
     validate_every: int  # steps
-    save_every: int      # steps
-    keep: int            # checkpoints
+    save_every: int  # steps
+    keep: int  # checkpoints
     seed: int
     marked: bool = False  # batches have marks (model/marks.py), and the loss of a step is a mean over what they count
 

@@ -14,10 +14,10 @@ from torch.autograd.function import once_differentiable
 from pipeline.distill.chunk import Terms, compare, method_of, planned_method
 from pipeline.model.logits import PLAIN, LogitForm
 
-IGNORED = -100             # a label that takes no part in the cross entropy
-CACHED = 1 << 20           # logits of a block on a CPU: few enough to stay in its caches between passes
-RESIDENT = 1 << 25         # logits of a block on an accelerator: enough to fill it, few enough that buffers are small
-ADDED_LOW = 4              # chunks whose weight gradients are added in a low precision before float32 takes over
+IGNORED = -100  # a label that takes no part in the cross entropy
+CACHED = 1 << 20  # logits of a block on a CPU: few enough to stay in its caches between passes
+RESIDENT = 1 << 25  # logits of a block on an accelerator: enough to fill it, few enough that buffers are small
+ADDED_LOW = 4  # chunks whose weight gradients are added in a low precision before float32 takes over
 
 
 def linear_distillation(

@@ -15,14 +15,14 @@ class RecoveryFacts(Stored):
     FILE: ClassVar[str] = "recovery.json"
 
     metric: str
-    first: float         # before the first step
+    first: float  # before the first step
     last: float
     last_step: int
     exported: float
     exported_step: int
     stopped_early: bool
-    helped: bool         # the exported state has a lower value than the first
-    rose: bool           # the last state has a higher value than the first
+    helped: bool  # the exported state has a lower value than the first
+    rose: bool  # the last state has a higher value than the first
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Selection:
     metric: str
     best: bool
     patience: int | None
-    first: float = math.nan   # the value before the first step
+    first: float = math.nan  # the value before the first step
     last: float = math.nan
     lowest: float = math.inf
     lowest_step: int | None = None
     last_step: int = 0
-    waited: int = 0           # measurements since the lowest value
+    waited: int = 0  # measurements since the lowest value
 
     def after(self, step: int, metrics: Mapping[str, Any]) -> "Selection":
         """Return the selection after the measurements of a step; unchanged where the metric is not among them."""

@@ -21,9 +21,7 @@ class Question:
     word: tuple[int, ...]
 
 
-def questions(
-    texts: Iterable[str], encode: Callable[[str], Sequence[int]], limit: int, context: int
-) -> list[Question]:
+def questions(texts: Iterable[str], encode: Callable[[str], Sequence[int]], limit: int, context: int) -> list[Question]:
     """Return at most `limit` questions, spread evenly over the sentences of `texts`.
 
     A context is at most the `context` characters before the word, cut at a space. A word whose ids are not a plain

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.model.families import Family, family_for
+from pipeline.model.families.table import Sublayer
 from pipeline.model.mixture import Routing, routing_of
 from pipeline.model.sizes import Axis, Segment, Sizes, joint, parse, sizes_of
 
@@ -132,7 +133,19 @@ class Anatomy:
     def has(self, name: str, layer: int) -> bool:
         """Whether a layer has a tensor of the table, by its name with a `{layer}` place."""
         own = name.removeprefix(self.family.prefix)
-        return own in self.optional and not own.startswith(tuple(self.lacking.get(self.layer_types[layer], ())))
+        if own not in self.optional or any(half.owns(own) for half in self.removed(layer)):
+            return False
+        return not own.startswith(tuple(self.lacking.get(self.layer_types[layer], ())))
+
+    def removed(self, layer: int) -> tuple[Sublayer, ...]:
+        """Return the halves, attention or FFN, that a layer has lost."""
+        return self.family.removed(self.sizes.layers[layer])
+
+    def modules(self, names: Iterable[str], layer: int) -> list[str]:
+        """Return which of the modules of a layer it still has, by their whole names."""
+        gone = tuple(f"{part}." for half in self.removed(layer) for part in (half.module, *half.norms))
+        prefix = self.family.prefix.format(layer=layer)
+        return [prefix + name for name in names if not f"{name}.".startswith(gone)]
 
     def layer_module(self, axes: str) -> str:
         """Return the `{layer}` module name of the one projection with these axes, such as `h (n d)` for W_O.
@@ -228,8 +241,14 @@ def anatomy_of(config: Mapping[str, Any], names: Iterable[str]) -> Anatomy:
     count = len(sizes.layers)
     table = expanded(family, sizes)
     present = [frozenset(n for n in table if family.prefix.format(layer=i) + n in names) for i in range(count)]
+    removed = [family.removed(widths) for widths in sizes.layers]
     absent = [
-        frozenset(prefix for prefix in family.optional if not any(n.startswith(prefix) for n in own)) for own in present
+        frozenset(
+            prefix
+            for prefix in family.optional
+            if not any(n.startswith(prefix) for n in own) and not any(half.owns(prefix) for half in gone)
+        )
+        for own, gone in zip(present, removed, strict=True)
     ]
     types, lacking = _types(config, absent)
     anatomy = Anatomy(
@@ -249,7 +268,7 @@ def anatomy_of(config: Mapping[str, Any], names: Iterable[str]) -> Anatomy:
         family.prefix.format(layer=i) + n
         for n in required
         for i, gone in enumerate(absent)
-        if not n.startswith(tuple(gone))
+        if not n.startswith(tuple(gone)) and not any(half.owns(n) for half in removed[i])
     }
     missing = sorted((expected | wanted) - names)
     ignored = re.compile("|".join((*IGNORED, *family.left_out)))

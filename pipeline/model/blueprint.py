@@ -25,8 +25,8 @@ class LayerPlan:
     """One student layer: the source layer that hosts it (norms and FFN), its KV bundles, its neurons, its experts."""
 
     host: int
-    groups: tuple[Group, ...]
-    neurons: tuple[int, ...]
+    groups: tuple[Group, ...]  # empty: the layer has no attention
+    neurons: tuple[int, ...]  # empty: the layer has no FFN
     experts: tuple[int, ...] = ()  # empty: all experts of the host, if it has any
     expert_neurons: tuple[tuple[int, ...], ...] = ()  # of each expert that stays; empty: all neurons
     # Of each expert that stays: the experts whose weighted mean it becomes, each with its share; empty: as they are
@@ -72,15 +72,18 @@ class Blueprint(Stored):
         for place, plan in enumerate(self.layers):
             at = f"blueprint layer {place}"
             _distinct(f"{at} host", (plan.host,), len(anatomy.sizes.layers))
-            _distinct(f"{at} neurons", plan.neurons, anatomy.sizes.layers[plan.host].neurons)
-            if len({len(group.heads) for group in plan.groups}) != 1:
-                raise ValueError(f"{at}: its KV groups must have equal numbers of heads, and there must be one group")
+            if plan.neurons:
+                _distinct(f"{at} neurons", plan.neurons, anatomy.sizes.layers[plan.host].neurons)
+            if len({len(group.heads) for group in plan.groups}) > 1:
+                raise ValueError(f"{at}: its KV groups must have equal numbers of heads")
+            if not plan.groups and not plan.neurons:
+                raise ValueError(f"{at}: it has neither attention nor FFN; leave the layer out")
             if len({(g.layer, g.kv) for g in plan.groups}) != len(plan.groups):
                 raise ValueError(f"{at}: a KV group is taken twice")
             for group in plan.groups:
                 _distinct(f"{at} donor", (group.layer,), len(anatomy.sizes.layers))
                 widths = anatomy.sizes.layers[group.layer]
-                each = widths.heads // widths.groups
+                each = widths.each
                 _distinct(f"{at} kv", (group.kv,), widths.groups)
                 _distinct(f"{at} heads", group.heads, widths.heads)
                 if any(head // each != group.kv for head in group.heads):
@@ -92,6 +95,7 @@ class Blueprint(Stored):
                     )
         _check_experts(self, anatomy)
         _check_attention(self, anatomy)
+        _check_halves(self, anatomy)
         for axis in _cut_axes(self, anatomy.sizes):
             check_axis(anatomy, axis)
 
@@ -170,18 +174,31 @@ def _check_attention(blueprint: Blueprint, anatomy: Anatomy) -> None:
             f"{last}: {anatomy.family.keeps_last}; keep it"
         )
     with_attention = {layer for layer in range(len(anatomy.sizes.layers)) if anatomy.has(output, layer)}
-    if with_attention and with_attention.isdisjoint(plan.host for plan in blueprint.layers):
+    if with_attention and with_attention.isdisjoint(plan.host for plan in blueprint.layers if plan.groups):
         raise ValueError(
             f"shape.layers: of the layers with attention ({', '.join(map(str, sorted(with_attention)))}) none stays; "
             "keep one of them, or more layers"
         )
 
 
+def _check_halves(blueprint: Blueprint, anatomy: Anatomy) -> None:
+    """Raise ValueError where no layer keeps its FFN, or no layer of the first one's kind its attention: the classes
+    read the length of the KV cache where the first layer, or the first of its kind, writes it."""
+    if not any(plan.neurons for plan in blueprint.layers) and any(w.neurons for w in anatomy.sizes.layers):
+        raise ValueError("shape.ffn_layers: no layer keeps its FFN; keep one")
+    kinds = [anatomy.layer_types[plan.host].partition(",")[0] for plan in blueprint.layers]
+    if not any(plan.groups for plan, kind in zip(blueprint.layers, kinds, strict=True) if kind == kinds[0]):
+        raise ValueError(
+            f"shape.attention_layers: no layer of the first one's kind ({kinds[0]}) keeps its attention, by which the "
+            "KV cache is counted; keep one, or raise plan.keep_first"
+        )
+
+
 def check_axis(anatomy: Anatomy, axis: str) -> None:
     """Raise ValueError if a model of this family cannot have fewer of an axis (`layers`, `hidden`, `heads`, ...)."""
-    if axis in anatomy.family.fixed:
+    if axis in anatomy.family.kept:
         raise ValueError(
-            f"shape.{axis}: model_type {anatomy.family.model_type!r} keeps its {axis}: {anatomy.family.fixed[axis]}; "
+            f"shape.{axis}: model_type {anatomy.family.model_type!r} keeps its {axis}: {anatomy.family.kept[axis]}; "
             f"leave shape.{axis} unset"
         )
 
@@ -194,11 +211,15 @@ def _cut_axes(blueprint: Blueprint, sizes: Sizes) -> Iterator[str]:
         yield "hidden"
     for plan in blueprint.layers:
         whole = whole_layer(sizes, plan.host)
-        if len(plan.groups) != len(whole.groups) or any(group.layer != plan.host for group in plan.groups):
+        if whole.groups and not plan.groups:
+            yield "attention_layers"
+        elif len(plan.groups) != len(whole.groups) or any(group.layer != plan.host for group in plan.groups):
             yield "groups"
-        if plan.groups != whole.groups:
+        if plan.groups and plan.groups != whole.groups:
             yield "heads"
-        if len(plan.neurons) != len(whole.neurons):
+        if whole.neurons and not plan.neurons:
+            yield "ffn_layers"
+        elif len(plan.neurons) != len(whole.neurons):
             yield "neurons"
 
 
@@ -210,7 +231,7 @@ def everything(sizes: Sizes) -> Blueprint:
 def whole_layer(sizes: Sizes, layer: int) -> LayerPlan:
     """Return the plan of a layer that keeps the whole source layer."""
     widths = sizes.layers[layer]
-    each = widths.heads // widths.groups
+    each = widths.each
     groups = tuple(Group(layer, kv, tuple(range(kv * each, (kv + 1) * each))) for kv in range(widths.groups))
     return LayerPlan(layer, groups, tuple(range(widths.neurons)))
 

@@ -2,7 +2,8 @@
 
 The rules are those of vLLM's class (vllm/model_executor/models/nemotron_nas.py): Llama layers, all with the same number
 H of query heads; a layer's KV heads are H // n_heads_in_group; its neurons int(2 * ffn_mult * hidden / 3), rounded up
-to a multiple of 256; biases are on all four attention projections (attention_bias) or on Q, K and V (qkv_bias); no
+to a multiple of 256; an attention or FFN that is `no_op` has neither weights nor a norm, and caches nothing; the first
+layer has attention; biases are on all four attention projections (attention_bias) or on Q, K and V (qkv_bias); no
 sliding window; SiLU. A student is padded with zeros to the nearest widths these rules can say.
 """
 
@@ -53,8 +54,8 @@ def decilm(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any],
     rope = rotary(config)
     blocks = [
         {
-            "attention": {"n_heads_in_group": heads // w.groups, "no_op": False, "replace_with_linear": False},
-            "ffn": {"ffn_mult": 3 * w.neurons / (2 * hidden), "no_op": False, "replace_with_linear": False},
+            "attention": _block("n_heads_in_group", heads // w.groups if w.groups else None),
+            "ffn": _block("ffn_mult", 3 * w.neurons / (2 * hidden) if w.neurons else None),
         }
         for w in layers
     ]
@@ -78,6 +79,11 @@ def decilm(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any],
     return written, replace(student.sizes, layers=layers)
 
 
+def _block(field: str, value: float | None) -> dict[str, Any]:
+    """Return a part of a block; None: the layer has no such part."""
+    return {field: value, "no_op": value is None, "replace_with_linear": False}
+
+
 def block_widths(config: Mapping[str, Any]) -> tuple[LayerSizes, ...]:
     """Return the widths that the class builds from `block_configs`; ValueError if it would not build the model."""
     heads, blocks = config["num_attention_heads"], config["block_configs"]
@@ -87,13 +93,14 @@ def block_widths(config: Mapping[str, Any]) -> tuple[LayerSizes, ...]:
     for place, block in enumerate(blocks):
         attention, ffn = block["attention"], block["ffn"]
         for part, settings in (("attention", attention), ("ffn", ffn)):
-            if settings.get("no_op") or settings.get("replace_with_linear"):
-                raise ValueError(f"block_configs[{place}].{part} is no_op or linear; only whole layers are supported")
-        each = attention["n_heads_in_group"]
+            if settings.get("replace_with_linear"):
+                raise ValueError(f"block_configs[{place}].{part} is linear, which is not supported; give another model")
+        absent = bool(attention.get("no_op"))
+        each = heads if absent else attention["n_heads_in_group"]
         if each < 1 or heads % each:
             raise ValueError(f"block_configs[{place}].attention.n_heads_in_group is {each}, no divisor of {heads}")
-        neurons = _up(int(2 * ffn["ffn_mult"] * config["hidden_size"] / 3))
-        layers.append(LayerSizes(heads, heads // each, neurons))
+        neurons = 0 if ffn.get("no_op") else _up(int(2 * ffn["ffn_mult"] * config["hidden_size"] / 3))
+        layers.append(LayerSizes(0 if absent else heads, 0 if absent else heads // each, neurons))
     return tuple(layers)
 
 
@@ -131,6 +138,11 @@ def _widths(student: Anatomy) -> tuple[LayerSizes, ...]:
     """Return the cheapest widths: one number of query heads H, and per layer the fewest KV groups dividing H that hold
     its groups and its heads per group."""
     narrow, hidden = student.sizes.layers, student.sizes.hidden
+    if not narrow[0].groups:
+        raise ValueError(
+            "export.form is decilm, whose first layer must have attention, and the student's has none; set "
+            "export.form=own or padded"
+        )
     groups, each = least(narrow)
     found = []
     for heads in range(max(w.heads for w in narrow), max(groups * each, hidden) + 1):
@@ -145,12 +157,13 @@ def _widths(student: Anatomy) -> tuple[LayerSizes, ...]:
             f"{hidden} holds every layer; set export.form=own"
         )
     _, heads, held = min(found)
-    return tuple(LayerSizes(heads, k, _up(w.neurons)) for k, w in zip(held, narrow))
+    return tuple(LayerSizes(heads if k else 0, k, _up(w.neurons)) for k, w in zip(held, narrow))
 
 
 def _groups(widths: LayerSizes, heads: int) -> int | None:
-    each = widths.heads // widths.groups
-    fitting = (k for k in range(widths.groups, heads // each + 1) if heads % k == 0)
+    if not widths.groups:
+        return 0
+    fitting = (k for k in range(widths.groups, heads // widths.each + 1) if heads % k == 0)
     return next(fitting, None)
 
 

@@ -55,7 +55,7 @@ def refuse_scales(config: Mapping[str, Any], form: str) -> None:
 
 def least(layers: tuple[LayerSizes, ...]) -> tuple[int, int]:
     """Return the least numbers of KV groups and of heads per group that hold every layer."""
-    return max(w.groups for w in layers), max(w.heads // w.groups for w in layers)
+    return max(w.groups for w in layers), max(w.each for w in layers)
 
 
 def _common_widths(student: Anatomy) -> LayerSizes:

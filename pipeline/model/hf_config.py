@@ -95,7 +95,9 @@ def _stated(source: Anatomy, student: Anatomy) -> LayerSizes:
     Where layers differ each has its own, and these need only be values that the class accepts: of another layer, or of
     the source.
     """
-    ranked = sorted(student.sizes.layers, key=lambda widths: (widths.heads, widths.groups, widths.neurons))[::-1]
+    neurons = max(widths.neurons for widths in student.sizes.layers)
+    whole = [replace(w, neurons=w.neurons or neurons) for w in student.sizes.layers if w.groups]
+    ranked = sorted(whole, key=lambda widths: (widths.heads, widths.groups, widths.neurons))[::-1]
     choices = ranked if student.sizes.uniform else (*ranked, *source.sizes.layers)
     return next((w for w in choices if accepts_heads(student, student.sizes.hidden, w.heads)), ranked[0])
 
@@ -152,7 +154,7 @@ def per_layer(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any]:
     ValueError if the family's attention takes its heads from more than the fields of its config.
     """
     family = student.family
-    if family.field("groups") is None and len({w.heads for w in student.sizes.layers}) > 1:
+    if family.field("groups") is None and len({w.heads for w in student.sizes.layers if w.groups}) > 1:
         raise ValueError(
             f"plan.widths: {family.architecture} has one number of heads for all layers; set plan.widths=uniform"
         )
@@ -165,9 +167,38 @@ def per_layer(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any]:
                 "num_key_value_heads": w.groups,
             }
             for i, w in enumerate(student.sizes.layers)
-            if family.field("groups") is not None and "heads" not in family.fixed
+            if w.groups and family.field("groups") is not None and "heads" not in family.fixed
         },
+        **removed_halves(config, student),
     }
+
+
+def removed_halves(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any]:
+    """Return the entries of a `pruned` section for halves of layers that are removed; none where all layers are whole.
+
+    `removed`: the modules in whose place nothing is added to the residual stream, and their norms. `cache`: the place
+    in the KV cache of each attention that has another than its layer's. Within the layers of one kind of attention the
+    first places are used, since the classes read there how many tokens are cached.
+    """
+    family, layers = student.family, range(len(student.sizes.layers))
+    gone = {layer: student.removed(layer) for layer in layers}
+    if not any(gone.values()):
+        return {}
+    named = {layer: family.prefix.format(layer=layer) for layer in layers}
+    modules = {"attention": family.attention, "ffn": family.ffn}
+    removed = {
+        kind: [named[layer] + module for layer in layers if module in {half.module for half in gone[layer]}]
+        for kind, module in modules.items()
+    }
+    removed["norms"] = [named[layer] + norm for layer in layers for half in gone[layer] for norm in half.norms]
+    kinds = config.get("layer_types") or [None] * len(layers)
+    places: dict[str, int] = {}
+    for kind in dict.fromkeys(kinds):
+        own = [layer for layer in layers if kinds[layer] == kind]
+        caching = [layer for layer in own if student.sizes.layers[layer].groups]
+        moved = ((layer, place) for place, layer in zip(own, caching) if place != layer)
+        places |= {named[layer] + family.attention: place for layer, place in moved}
+    return {"removed": removed, "cache": places}
 
 
 def own_shapes(config: Mapping[str, Any], student: Anatomy) -> dict[str, list[int]]:
@@ -183,11 +214,8 @@ def own_shapes(config: Mapping[str, Any], student: Anatomy) -> dict[str, list[in
 
 def frozen_modules(anatomy: Anatomy) -> list[str]:
     """Return the names of all post-norm modules."""
-    return [
-        f"{anatomy.family.prefix}{norm}".format(layer=layer)
-        for layer in range(len(anatomy.sizes.layers))
-        for norm in anatomy.family.post_norms
-    ]
+    layers = range(len(anatomy.sizes.layers))
+    return [name for layer in layers for name in anatomy.modules(anatomy.family.post_norms, layer)]
 
 
 def with_scales(config: Mapping[str, Any], anatomy: Anatomy) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from pipeline.model.families import AXES, FAMILIES, REFUSED, WRAPPERS, Family, Wrapper
+from pipeline.model.families.table import SUBLAYERS
 
 HEAD = """# Models
 
@@ -17,12 +18,13 @@ reloads it without missing or unexpected tensors; SLNP keeps the L2 norm of ever
 
 The columns are the axes of `shape.*`. `with heads` and `with hidden`: hidden channels and heads change together, since
 the class computes the head size as hidden size / heads. `own widths`: the class computes the neurons from the hidden
-size, so a student with fewer is written in the form `own`. `no`: the reason is listed below. Basis rotation
+size, so a student with fewer is written in the form `own`. `attention` and `FFN`: a layer can lose this half alone
+(`shape.attention_layers`, `shape.ffn_layers`). `no`: the reason is listed below. Basis rotation
 (`rotate.kind`) needs RMSNorm, no post-norms and no experts. `-` under experts: there are none. In parentheses: config
 fields by which a type has several tables.
 
-| type | layers | hidden | heads | groups | neurons | experts | basis rotation |
-|---|---|---|---|---|---|---|---|
+| type | layers | hidden | heads | groups | neurons | attention | FFN | experts | basis rotation |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 WRAPPED = """
@@ -52,7 +54,7 @@ def models_page(types: Iterable[str]) -> str:
     lines.append("\n## Axes that a type keeps\n\n")
     for family in accepted:
         reasons: dict[str, list[str]] = {}
-        for axis, reason in family.fixed.items():
+        for axis, reason in family.kept.items():
             reasons.setdefault(reason, []).append(axis)
         lines += [f"- `{family.model_type}` keeps its {', '.join(axes)}: {why}.\n" for why, axes in reasons.items()]
     lines.append(WRAPPED)
@@ -86,6 +88,8 @@ def _cells(family: Family) -> Iterable[str]:
             yield "own widths"
         else:
             yield "yes"
+    for axis in SUBLAYERS:
+        yield "yes" if axis in family.sublayers else "no"
     yield "yes" if family.experts else "-"
     plain = family.pre_norms and not (family.experts or family.layer_norm or family.post_norms)
     yield "yes" if plain and "hidden" not in family.fixed else "no"

@@ -21,10 +21,15 @@ class LayerSizes:
     groups: int
     neurons: int
 
+    @property
+    def each(self) -> int:
+        """The query heads of a KV group; 0 where the layer has no attention."""
+        return self.heads // self.groups if self.groups else 0
+
     def within(self, own: "LayerSizes") -> "LayerSizes":
         """Return these widths, bounded by those of a layer: KV groups, query heads per group, neurons."""
         groups = min(self.groups, own.groups)
-        each = min(self.heads // self.groups, own.heads // own.groups)
+        each = min(self.each, own.each)
         return LayerSizes(groups * each, groups, min(self.neurons, own.neurons))
 
 
@@ -52,7 +57,7 @@ class Sizes:
             "f": widths.neurons,
             "n": widths.heads,
             "k": widths.groups,
-            "q+2": widths.heads // widths.groups + 2,
+            "q+2": widths.each + 2,
             **self.carried,
         }
         return math.prod(int(letter) if letter.isdigit() else lengths[letter] for letter in axis.split())

@@ -162,9 +162,11 @@ DEPTH_POLICIES: dict[str, DepthPolicy] = {
 def _competes(anatomy: Anatomy, donor: int, host: int, width: LayerSizes) -> bool:
     """Return whether a dropped layer's KV groups can take the places of a host of this width."""
     own = anatomy.sizes.layers[donor]
+    if not width.groups or not own.groups:
+        return False
     alike = anatomy.layer_types[donor] == anatomy.layer_types[host]
     movable = not {"heads", "groups"} & anatomy.family.fixed.keys()
-    return movable and alike and own.heads // own.groups >= width.heads // width.groups
+    return movable and alike and own.each >= width.each
 
 
 def _groups(
@@ -172,11 +174,13 @@ def _groups(
 ) -> tuple[Group, ...]:
     """Return the best KV groups of `layers` in one ranking, each scored by the mean of its heads that survive (eq.
     5)."""
-    each = width.heads // width.groups
+    if not width.groups:
+        return ()
+    each = width.each
     ranked = []
     for layer in layers:
         source = anatomy.sizes.layers[layer]
-        per_group = source.heads // source.groups
+        per_group = source.each
         if each > per_group:
             raise ValueError(
                 f"shape.heads / shape.groups is {each}, but a KV group of layer {layer} has {per_group} heads"

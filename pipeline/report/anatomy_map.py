@@ -74,7 +74,7 @@ def anatomy_map(sizes: Sizes, blueprint: Blueprint, scores: Scores) -> Drawing:
 
 def _heads(sizes, scores, found: Fate, layer: int, left: float, y: float, cell: float, row: float) -> list[Mark]:
     widths = sizes.layers[layer]
-    each = widths.heads // widths.groups
+    each = widths.each
     marks: list[Mark] = []
     for head in range(widths.heads):
         x = left + head * cell + (head // each) * 4
@@ -95,7 +95,8 @@ def _neurons(sizes, scores, found: Fate, layer: int, x: float, y: float, bins: i
     total = sizes.layers[layer].neurons
     kept = found.neurons.get(layer, frozenset())
     if not kept:
-        tip = f"layer {layer}: removed; its {total} neurons are removed"
+        what = "its FFN is removed" if layer in found.hosts else "removed"
+        tip = f"layer {layer}: {what}; its {total} neurons are removed"
         return [Box(x, y + 1, width, row - 2, "removed", tip)]
     share = float(scores.neurons[layer][sorted(kept)].sum() / scores.neurons[layer].sum())
     bins = min(bins, total)

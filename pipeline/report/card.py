@@ -104,6 +104,9 @@ def _removed(report: Report) -> Iterator[str]:
     cut = report["cut"]
     if cut["dropped_layers"]:
         yield f"Removed layers of the teacher, counted from 0: {', '.join(map(str, cut['dropped_layers']))}."
+    for part, layers in (("attention", cut["removed_attention"]), ("FFN", cut["removed_ffn"])):
+        if layers:
+            yield f"Layers of the teacher that lost their {part} alone: {', '.join(map(str, layers))}."
     if cut["donations"]:
         groups = sum(each["groups"] for each in cut["donations"])
         yield f"KV groups of removed layers that replaced weaker ones of remaining layers (CLAP): {groups}."

@@ -128,9 +128,7 @@ def as_text(points: Sequence[Point]) -> str:
     """Return the table as plain text for the terminal, one line a run."""
     rows = [["run", *columns(points)], *([point.name, *cells(point, points)] for point in points)]
     wide = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join([row[0].ljust(wide[0]), *map(str.rjust, row[1:], wide[1:])]).rstrip() for row in rows
-    )
+    return "\n".join("  ".join([row[0].ljust(wide[0]), *map(str.rjust, row[1:], wide[1:])]).rstrip() for row in rows)
 
 
 def as_values(points: Sequence[Point]) -> list[dict[str, Any]]:

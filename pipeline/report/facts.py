@@ -94,13 +94,14 @@ def times(value: float, form: str = ".2f") -> str:
 
 
 def cut_facts(sizes: Sizes, blueprint: Blueprint, scores: Scores) -> dict[str, Any]:
-    """Return what a blueprint removes, in numbers: layers removed, KV groups donated, shares kept."""
+    """Return what a blueprint removes, in numbers: layers removed, and of the others those without attention or FFN; KV
+    groups donated, shares kept."""
     found = fate(blueprint)
     channels = scores.channels.double()
     shares = [
         float(scores.neurons[layer][sorted(kept)].double().sum() / scores.neurons[layer].double().sum())
         for layer, kept in found.neurons.items()
-        if scores.neurons[layer].any()
+        if kept and scores.neurons[layer].any()
     ]
     experts = kept_experts(blueprint, scores)
     routed = [tokens_kept(scores, experts, layer) for layer in experts if experts[layer]]
@@ -113,6 +114,8 @@ def cut_facts(sizes: Sizes, blueprint: Blueprint, scores: Scores) -> dict[str, A
         **(mixture if experts else {}),
         "layers": len(sizes.layers),
         "dropped_layers": sorted(set(range(len(sizes.layers))) - found.hosts),
+        "removed_attention": sorted(plan.host for plan in blueprint.layers if not plan.groups),
+        "removed_ffn": sorted(plan.host for plan in blueprint.layers if not plan.neurons),
         "donations": [{"from": donor, "to": host, "groups": n} for (donor, host), n in found.donations.items()],
         "heads": sum(widths.heads for widths in sizes.layers),
         "heads_kept": len(found.heads),

@@ -26,9 +26,7 @@ def errors_by_layer(errors: Sequence[Mapping[str, float]]) -> Drawing:
     ]
     marks += legend(keys, LEFT, 26)
     ends = ", ".join(f"{each['before']:.2g} to {each['after']:.2g}" for each in errors)
-    return Drawing(
-        WIDTH, HEIGHT, f"Distance behind each of {len(errors)} FFNs before and after: {ends}.", tuple(marks)
-    )
+    return Drawing(WIDTH, HEIGHT, f"Distance behind each of {len(errors)} FFNs before and after: {ends}.", tuple(marks))
 
 
 def blocks_section(report: Report, drawings: Mapping[str, Drawing]) -> str:

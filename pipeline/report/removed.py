@@ -17,6 +17,9 @@ def removed_section(report: Report, drawings: Mapping[str, Drawing]) -> str:
     if cut["dropped_layers"]:
         dropped = ", ".join(map(str, cut["dropped_layers"]))
         sentences.append(f"{len(cut['dropped_layers'])} of {cut['layers']} layers were removed ({dropped}).")
+    for part, layers in (("attention", cut["removed_attention"]), ("FFN", cut["removed_ffn"])):
+        if layers:
+            sentences.append(f"Layers that lost their {part} alone: {', '.join(map(str, layers))}.")
     if cut["donations"]:
         given = sum(donation["groups"] for donation in cut["donations"])
         sentences.append(

@@ -204,5 +204,7 @@ def _check_pruned(config: Mapping[str, Any], anatomy: Anatomy, path: Path) -> No
     ]
     if pruned.get("shapes", {}) != expected["shapes"] or heads[0] != heads[1]:
         raise ValueError(f"{path}: pruned.shapes or .attention differs from its layers; export the student again")
+    if any(pruned.get(name) != expected.get(name) for name in ("removed", "cache")):
+        raise ValueError(f"{path}: pruned.removed or .cache differs from its layers; export the student again")
     if pruned.get("scales", []) not in ([], frozen_modules(anatomy)):
         raise ValueError(f"{path}: pruned.scales does not name all post-norms of the model; export the student again")

@@ -48,15 +48,18 @@ def logits(folder, ids, dtype):
     stream = embedding[torch.tensor(ids)]
     for layer in range(config.num_hidden_layers):
         at, block = f"model.layers.{layer}", config.block_configs[layer]
-        groups = heads // block.attention.n_heads_in_group
-        x = norm(stream, f"{at}.input_layernorm")
-        q, k, v = (
-            project(x, f"{at}.self_attn.{name}_proj", count * size, biased).view(len(ids), count, size).transpose(0, 1)
-            for name, count in (("q", heads), ("k", groups), ("v", groups))
-        )
-        mixed = attend(turn(q), *(t.repeat_interleave(heads // groups, 0) for t in (turn(k), v)))
-        mixed = mixed.transpose(0, 1).reshape(len(ids), heads * size)
-        stream = stream + project(mixed, f"{at}.self_attn.o_proj", hidden, output_biased)
+        if not block.attention.no_op:
+            groups = heads // block.attention.n_heads_in_group
+            x = norm(stream, f"{at}.input_layernorm")
+            q, k, v = (
+                project(x, f"{at}.self_attn.{part}_proj", n * size, biased).view(len(ids), n, size).transpose(0, 1)
+                for part, n in (("q", heads), ("k", groups), ("v", groups))
+            )
+            mixed = attend(turn(q), *(t.repeat_interleave(heads // groups, 0) for t in (turn(k), v)))
+            mixed = mixed.transpose(0, 1).reshape(len(ids), heads * size)
+            stream = stream + project(mixed, f"{at}.self_attn.o_proj", hidden, output_biased)
+        if block.ffn.no_op:
+            continue
         neurons = int(2 * block.ffn.ffn_mult * hidden / 3)
         neurons = neurons if neurons % 256 == 0 else neurons + 256 - neurons % 256
         mlp_biased = getattr(config, "mlp_bias", False)

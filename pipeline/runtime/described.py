@@ -144,10 +144,10 @@ def _floats_written(value: Any) -> Any:
     return [_floats_written(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _check_count(field: str, value: Any, limit: int, path: Path) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+def _check_count(field: str, value: Any, limit: int, path: Path, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= limit:
         text = json.dumps(value)
-        raise ValueError(f"{path}: {field} is {text:.60}, not an integer from 1 to {limit}; fetch it again")
+        raise ValueError(f"{path}: {field} is {text:.60}, not an integer from {least} to {limit}; fetch it again")
 
 
 def _check_layers(config: Mapping[str, Any], path: Path) -> None:
@@ -177,8 +177,8 @@ def _check_layers(config: Mapping[str, Any], path: Path) -> None:
         if not isinstance(entry, dict) or entry.keys() != WIDTHS.keys():
             raise ValueError(f"{path}: pruned.layers[{place}] does not have {', '.join(WIDTHS)}; fetch it again")
         for field, limit in WIDTHS.items():
-            _check_count(f"pruned.layers[{place}].{field}", entry[field], limit, path)
-        if entry["heads"] % entry["groups"]:
+            _check_count(f"pruned.layers[{place}].{field}", entry[field], limit, path, least=0)
+        if entry["heads"] % entry["groups"] if entry["groups"] else entry["heads"]:
             raise ValueError(f"{path}: pruned.layers[{place}].heads is not a multiple of its groups; fetch it again")
 
 

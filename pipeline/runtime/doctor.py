@@ -22,8 +22,8 @@ from pipeline.runtime.findings import ABSENT, FAILS, OK, WARNING, Row, installed
 from pipeline.runtime.track import logged_in
 
 NEEDED = ("torch", "transformers", "deepspeed", "safetensors", "datasets", "hydra-core", "pydantic", "wandb")
-SHARED_MEMORY = 1 << 30   # bytes of /dev/shm below which collectives between local ranks fail
-DISK = 20 * 10**9         # bytes free below which a run of a mid-sized model does not fit
+SHARED_MEMORY = 1 << 30  # bytes of /dev/shm below which collectives between local ranks fail
+DISK = 20 * 10**9  # bytes free below which a run of a mid-sized model does not fit
 INTERFACE = {"npu": "HCCL_SOCKET_IFNAME", "cuda": "NCCL_SOCKET_IFNAME", "cpu": "GLOO_SOCKET_IFNAME"}
 
 
@@ -123,7 +123,7 @@ def _host(kind: str) -> Iterator[Row]:
     states = psutil.net_if_stats()
     up = sorted(name for name, state in states.items() if state.isup and name != "lo")
     yield Row("network", ", ".join(up) or "only the loopback interface: one node")
-    for variable in (INTERFACE.values() if kind == "auto" else [INTERFACE[kind]]):
+    for variable in INTERFACE.values() if kind == "auto" else [INTERFACE[kind]]:
         named = os.environ.get(variable, "").lstrip("^=").split(",")
         wrong = [name for name in named if name and not any(other.startswith(name.split(":")[0]) for other in states)]
         if wrong:

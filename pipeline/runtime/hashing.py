@@ -14,8 +14,8 @@ from typing import Any
 
 import xxhash
 
-BLOCK = 1 << 20     # bytes read at once
-RECENT = 10**8      # nanoseconds: a file changed later than this before it was hashed may change again unnoticed
+BLOCK = 1 << 20  # bytes read at once
+RECENT = 10**8  # nanoseconds: a file changed later than this before it was hashed may change again unnoticed
 
 _known: dict[tuple[int, int, int, int], str] = {}  # device, inode, size, time of change -> digest of the bytes
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from pipeline.runtime.faults import REPORTER
 
-EVERY = 5.0        # most seconds between two heartbeats
-GRACE = 30.0       # most seconds that the main thread has to end by itself
-GAVE_UP = 70       # the exit code of a process that ended itself
+EVERY = 5.0  # most seconds between two heartbeats
+GRACE = 30.0  # most seconds that the main thread has to end by itself
+GAVE_UP = 70  # the exit code of a process that ended itself
 FAILED = "failed"  # key under which a rank that fails stores the reason
 SILENT = "silent"  # key under which the watcher of a rank without heartbeats stores that
 

@@ -25,6 +25,18 @@ class StaticScale(nn.Module):
         return x * self.weight
 
 
+class Removed(nn.Module):
+    """An attention or FFN that was removed: it adds nothing to the residual stream and caches nothing."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, hidden_states, *rest, **named):
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing, None) if self.attention else nothing
+
+
 def narrow(model, pruned):
     """Set the widths of the named modules of a stock model, in place."""
     for name, shape in pruned.get("shapes", {}).items():
@@ -45,6 +57,16 @@ def narrow(model, pruned):
             if hasattr(module, field):
                 setattr(module, field, value)
         module.num_key_value_groups = heads["num_attention_heads"] // heads["num_key_value_heads"]
+    for kind, names in pruned.get("removed", {}).items():
+        for name in names:
+            parent, _, leaf = name.rpartition(".")
+            absent = nn.Identity() if kind == "norms" else Removed(kind == "attention")
+            setattr(model.get_submodule(parent), leaf, absent)
+    for name, place in pruned.get("cache", {}).items():
+        module = model.get_submodule(name)
+        for field in ("layer_idx", "layer_id"):  # of attentions, for their place in the cache
+            if hasattr(module, field):
+                setattr(module, field, place)
     for name in pruned.get("scales", ()):
         parent, _, leaf = name.rpartition(".")
         old = model.get_submodule(name).weight

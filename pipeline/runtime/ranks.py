@@ -25,7 +25,7 @@ from pipeline.runtime.faults import REPORTER, PeerFailed
 from pipeline.runtime.heartbeat import FAILED, Pulse, alive
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-LOOK = 0.5       # most seconds between two looks of a waiting rank at the others
+LOOK = 0.5  # most seconds between two looks of a waiting rank at the others
 COLLECTIVES = ("gloo/transport", "Connection closed by peer", "NCCL", "HCCL", "ProcessGroup")  # in their errors
 CHUNK = 1 << 24  # elements of a host tensor that travel through an accelerator at once
 

@@ -30,9 +30,7 @@ class Shown:
         return self.artifact / self.inside
 
 
-def show(
-    runs: Path, name: str, record: dict[str, Any], shown: Mapping[str, Shown], output: Path | None = None
-) -> Path:
+def show(runs: Path, name: str, record: dict[str, Any], shown: Mapping[str, Shown], output: Path | None = None) -> Path:
     """Bring runs/<name>/ up to date and return it: run.json, links and delivered files, each put in place in one step.
 
     A link to an artifact that `record["stages"]` does not name is removed, also in rounds/N/; files are not. Delivered

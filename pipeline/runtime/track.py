@@ -21,9 +21,9 @@ from pipeline.runtime.log import say
 from pipeline.runtime.records import load_record, save_record
 from pipeline.runtime.tracker import Track
 
-START = 60.0    # seconds within which W&B opens a run
+START = 60.0  # seconds within which W&B opens a run
 FINISH = 300.0  # seconds for the upload at the end; the rest stays on disk for `wandb sync`
-RETRIES = 3     # of one request while the run is opened
+RETRIES = 3  # of one request while the run is opened
 PUBLIC = ("api.wandb.ai", "api.forge.coreweave.com")  # the public server's two names
 LONGEST = 128  # characters of a W&B name
 MODES = ("auto", "online", "offline", "disabled")

@@ -14,8 +14,8 @@ from pipeline.runtime.described import read_config
 from pipeline.runtime.hashing import file_digest
 from pipeline.runtime.weight_files import Tensors
 
-DIGESTS = "digests.json"   # file name -> digest of its content
-SHARD_BYTES = 1 << 30      # also what the rank that writes holds in memory
+DIGESTS = "digests.json"  # file name -> digest of its content
+SHARD_BYTES = 1 << 30  # also what the rank that writes holds in memory
 Usable = Callable[[int, Callable[[int], bool]], bool]  # (step, whether the checkpoint of a step is sound)
 
 

@@ -189,7 +189,11 @@ for _ in range(2):
 """
     kind, *faults = in_a_process(code, broken_npu).splitlines()
     assert kind == "cpu"
-    assert faults == [
-        "device.kind: npu cannot run: torch_npu cannot be imported (OSError: libhccl.so: cannot open shared object"
-        " file); source CANN's set_env.sh; or set device=auto to use what this machine has"
-    ] * 2
+    assert (
+        faults
+        == [
+            "device.kind: npu cannot run: torch_npu cannot be imported (OSError: libhccl.so: cannot open shared object"
+            " file); source CANN's set_env.sh; or set device=auto to use what this machine has"
+        ]
+        * 2
+    )

@@ -202,9 +202,7 @@ def test_checkpointing_trades_time_for_memory():
 
 
 def test_a_run_that_cannot_be_split_or_held_is_refused_with_the_remedy():
-    with pytest.raises(
-        ValueError, match=r"distill\.global_batch_size: 256 .* distill\.micro_batch_size \(1\) times 3"
-    ):
+    with pytest.raises(ValueError, match=r"distill\.global_batch_size: 256 .* distill\.micro_batch_size \(1\) times 3"):
         training_needs(chip("910B1"), LLAMA_8B, STUDENT, RUN, 3)
     narrow = Recovery(953, 4096, 2, 1, "bf16", 0, False, 1024, *LOSS)
     with pytest.raises(ValueError, match=r"distill\.global_batch_size: 2 .* deepspeed\.stage \(now 0\)"):

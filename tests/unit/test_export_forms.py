@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -16,12 +17,12 @@ from pipeline.model.hf_config import student_config, with_scales
 from pipeline.prune.surgery.cut import cut
 from pipeline.prune.surgery.pad import pad
 from pipeline.prune.surgery.reinit import absorb_post_norms, post_norm_modules
-from pipeline.runtime import configuration_decilm, decilm_reader
+from pipeline.runtime import configuration_decilm, decilm_reader, modelling
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.model_loader import load_model
 from pipeline.stages.deliver import export
-from tests.students import machine, student
+from tests.students import HALVES, MIXED, machine, student
 from tests.tiny import CLASSES, config_of, tiny_model, tokens
 from tests.tiny_text import configured
 
@@ -57,9 +58,10 @@ def served(source, folder):
     return folder
 
 
+@pytest.mark.parametrize("plans", [MIXED, HALVES], ids=["widths", "halves"])
 @pytest.mark.parametrize("kind", CLASSES)
-def test_a_padded_student_is_the_same_function_in_the_stock_class(kind, tmp_path):
-    source = student(kind, tmp_path / "s")
+def test_a_padded_student_is_the_same_function_in_the_stock_class(kind, plans, tmp_path):
+    source = student(kind, tmp_path / "s", plans)
     folder = exported(padded, source, tmp_path / "p")
     assert not {"pruned", "auto_map"} & json.loads((folder / "config.json").read_text()).keys()
     model = load_model(folder, torch.float64, "eager")
@@ -69,14 +71,39 @@ def test_a_padded_student_is_the_same_function_in_the_stock_class(kind, tmp_path
     assert_close(logits(model), logits(load_model(source.folder, torch.float64, "eager")))
 
 
+@pytest.mark.parametrize("plans", [MIXED, HALVES], ids=["widths", "halves"])
 @pytest.mark.parametrize("kind", SERVED)
-def test_the_decilm_form_is_the_same_function_to_a_reader_of_its_rules_and_to_our_loader(kind, tmp_path):
-    source = student(kind, tmp_path / "s")
+def test_the_decilm_form_is_the_same_function_to_a_reader_of_its_rules_and_to_our_loader(kind, plans, tmp_path):
+    source = student(kind, tmp_path / "s", plans)
     folder = served(source, tmp_path / "d")
     wanted = logits(load_model(source.folder, torch.float64, "eager"))
     read = [decilm_reader.logits(folder, ids.tolist(), torch.float64) for ids in tokens()]
     assert_close(torch.stack(read), wanted)
     assert_close(logits(load_model(folder, torch.float64, "eager")), wanted)
+    blocks = json.loads((folder / "config.json").read_text())["block_configs"]
+    assert [block["attention"]["no_op"] for block in blocks] == [not plan.groups for plan in plans]
+    assert [block["ffn"]["no_op"] for block in blocks] == [not plan.neurons for plan in plans]
+
+
+def test_the_decilm_form_needs_attention_in_its_first_layer(tmp_path):
+    source = student("llama", tmp_path / "s", (LayerPlan(0, (), tuple(range(8))), *MIXED[1:]))
+    with pytest.raises(ValueError, match="export.form is decilm, whose first layer must have attention"):
+        decilm.decilm(source.config, source.anatomy)
+
+
+def test_own_code_runs_a_student_without_halves_of_layers_and_caches_what_is_left(tmp_path):
+    source = student("qwen2", tmp_path / "s", HALVES)
+    folder = exported(own, source, tmp_path / "o")
+    shutil.copyfile(modelling.__file__, folder / "modeling_pruned.py")
+    with (folder / "modeling_pruned.py").open("a") as code:
+        code.write('PrunedForCausalLM = pruned_class("Qwen2ForCausalLM")\n')
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64)
+    assert_close(logits(model), logits(load_model(source.folder, torch.float64, "eager")))
+    cache = model(tokens(), use_cache=True).past_key_values
+    assert sum(layer.keys is not None for layer in cache.layers if hasattr(layer, "keys")) == 3
+    assert cache.get_seq_length() == tokens().shape[1]
+    whole = model.generate(tokens(), max_new_tokens=6, do_sample=False)
+    assert torch.equal(whole, model.generate(tokens(), max_new_tokens=6, do_sample=False, use_cache=False))
 
 
 def run_export(source, out, form, **changed):
@@ -256,8 +283,7 @@ def test_blocks_that_the_class_would_not_build_are_refused(tmp_path):
     good = json.loads(path.read_text())
     for change, fault in (
         (lambda c: c["block_configs"].pop(), "block_configs has 3 blocks; num_hidden_layers is 4"),
-        (lambda c: c["block_configs"][1]["attention"].update(no_op=True), r"block_configs\[1\].attention is no_op"),
-        (lambda c: c["block_configs"][2]["ffn"].update(replace_with_linear=True), r"\[2\].ffn is no_op or linear"),
+        (lambda c: c["block_configs"][2]["ffn"].update(replace_with_linear=True), r"\[2\].ffn is linear"),
         (lambda c: c["block_configs"][0]["attention"].update(n_heads_in_group=3), "is 3, no divisor of 2"),
     ):
         config = json.loads(json.dumps(good))

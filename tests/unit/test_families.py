@@ -14,6 +14,7 @@ from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
 from pipeline.model.export_forms import padded
 from pipeline.model.families import AXES, FAMILIES, family_of
+from pipeline.model.families.table import SUBLAYERS
 from pipeline.model.hf_config import student_config
 from pipeline.model.logits import logits_of
 from pipeline.prune.importance.coupled import coupled, is_coupled
@@ -26,7 +27,7 @@ from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.fused_layers import LAYER_OPERATORS, fused_layers
 from pipeline.runtime.model_class import class_shapes
 from pipeline.runtime.model_loader import load_model
-from tests.laws import masked, plan_of
+from tests.laws import halved, masked, plan_of
 from tests.tiny import TINY, config_of, model_type, save_tiny, tensors_of, tiny_model, tokens
 
 FLOAT64 = torch.float64
@@ -138,6 +139,8 @@ def everything_but(of, axis):
     first, *rest = whole.layers
     if axis == "layers":
         return Blueprint(whole.channels, tuple(rest))
+    if axis in SUBLAYERS:
+        return Blueprint(whole.channels, (first, replace(whole.layers[1], **{SUBLAYERS[axis]: ()}), *rest[1:]))
     if axis == "hidden":
         return Blueprint(whole.channels[1:], whole.layers)
     if axis == "neurons":
@@ -165,6 +168,30 @@ def test_layers_of_their_own_widths_equal_masking_and_reload(kind, tmp_path):
     assert open_checkpoint(tmp_path / "s").anatomy.shapes() == {
         n: tuple(t.shape) for n, t in tensors_of(student).items()
     }
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_a_student_without_some_attentions_and_ffns_is_the_masked_model_and_caches_what_is_left(kind, tmp_path):
+    model = tiny_model(kind)
+    of = anatomy(model)
+    for axis in SUBLAYERS.keys() - of.family.sublayers.keys():
+        with pytest.raises(ValueError, match=rf"shape\.{axis}: .*keeps its {axis}"):
+            everything_but(of, axis).check(of)
+    if not of.family.sublayers:
+        return
+    blueprint = halved(of)
+    student = student_of(model, blueprint, tmp_path / "s")
+    read = open_checkpoint(tmp_path / "s").anatomy
+    assert read.sizes == blueprint.sizes(of.sizes) and read.shapes().keys() < of.shapes().keys()
+    assert read.parameters()[0] < of.parameters()[0]
+    wanted = logits(student)
+    assert_close(wanted, logits(masked(model, of, blueprint, tmp_path / "masked")))
+    if "attention_layers" in of.family.sublayers:
+        ids = tokens()
+        with torch.no_grad():
+            first = student(ids[:, :-4], use_cache=True)
+            steps = [student(ids[:, at : at + 1], past_key_values=first.past_key_values).logits for at in range(-4, -1)]
+        assert_close(torch.cat([first.logits, *steps], 1), wanted[:, :-1])
 
 
 @pytest.mark.parametrize("kind", [kind for kind in TINY if FAMILIES[model_type(kind)].experts])

@@ -114,9 +114,7 @@ def test_a_hub_model_is_fetched_with_its_code_and_pickles_only_where_allowed(pic
         (absorb_norms, "llama", "reinit.absorb=fitted", "^reinit.absorb.*fitted"),
     ],
 )
-def test_a_hub_id_is_checked_before_any_work_as_a_folder_is(
-    stage, family, given, fault, hub, tmp_path, monkeypatch
-):
+def test_a_hub_id_is_checked_before_any_work_as_a_folder_is(stage, family, given, fault, hub, tmp_path, monkeypatch):
     folder = save_tiny(tiny_model(family, dtype=torch.float32), tmp_path / "m")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: folder)
     path = f"somebody/{stage.STAGE.name}" if hub else folder

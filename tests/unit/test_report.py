@@ -19,6 +19,7 @@ from pipeline.report.facts import cut_facts, perplexity_of, recovery_curves, rec
 from pipeline.report.figures import curve, duration, perplexities, thinned
 from pipeline.report.local_distill import errors_by_layer
 from pipeline.report.page import page
+from pipeline.report.removed import removed_section
 from pipeline.report.rounds import cuts, layers_by_round, round_facts, rounds_section
 from tests.reports import (
     BLUEPRINTS,
@@ -68,6 +69,21 @@ def test_the_facts_of_a_cut_count_what_the_blueprint_keeps():
     assert facts["neuron_score_kept"] == pytest.approx((1 + half + 1) / 3)
     assert facts["channel_score_kept"] == pytest.approx(float(scores.channels[:24].sum() / scores.channels.sum()))
     assert cut_facts(SIZES, everything(SIZES), scores)["neuron_score_kept"] == pytest.approx(1)
+
+
+def test_the_facts_and_the_page_name_the_layers_that_lost_one_half():
+    scores, halves = example_scores(), BLUEPRINTS["halves"]
+    facts = cut_facts(SIZES, halves, scores)
+    assert (facts["removed_attention"], facts["removed_ffn"], facts["dropped_layers"]) == ([1], [2], [3])
+    assert (facts["heads_kept"], facts["neurons_kept"], facts["neuron_score_kept"]) == (8, 48, pytest.approx(1))
+    report = example_report() | {"cut": facts}
+    section = removed_section(report, example_drawings(report))
+    assert "Layers that lost their attention alone: 1." in section and "lost their FFN alone: 2." in section
+    tips = {mark.tip for mark in anatomy_map(SIZES, halves, scores).marks if isinstance(mark, Box) and mark.tip}
+    assert {
+        "layer 2: its FFN is removed; its 24 neurons are removed",
+        "layer 3: removed; its 24 neurons are removed",
+    } <= tips
 
 
 def test_layers_of_unequal_width_are_drawn_each_with_its_own_heads_and_neurons():

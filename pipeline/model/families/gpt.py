@@ -174,6 +174,7 @@ GPT = (
         embedding="transformer.w",
         final_norm="transformer.layernorm",
         attention="multi_head_attention",
+        ffn="ffn",
         outer={"transformer.layernorm.bias": "h", "lm_head.bias": "v"},
         fields=NO_HEAD_SIZE | {"layers": "n_layer", "hidden": "n_embd", "heads": "n_head", "neurons": "dff"},
         fixed=dict.fromkeys(("hidden", "heads", "groups"), "its sinusoidal positions follow from the hidden size"),

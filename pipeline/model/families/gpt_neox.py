@@ -5,6 +5,7 @@ from dataclasses import replace
 from pipeline.model.families.table import NO_HEAD_SIZE, NORM_BIASES, NORMS, Family
 
 ALIBI = "its ALiBi slopes follow from the number of heads, so fewer heads get other slopes"
+RESIDUAL = "its attention and FFN add the residual stream themselves"
 FOUR = {  # the FFN of GPT-NeoX, BLOOM, Falcon and Persimmon
     "mlp.dense_h_to_4h.weight": "f h",
     "mlp.dense_h_to_4h.bias": "f",
@@ -97,6 +98,7 @@ GPT_NEOX = (
         fields=NO_HEAD_SIZE | {"neurons": None},
         requires={"intermediate_multiple_size": (4, None)},
         keeps_last="the bias of its attention's output is in the last layer only",
+        fixed={"attention_layers": "its attention returns a bias that the layer adds"},
         layer_norm=True,
         whole_heads=True,
         neurons_per_channel=4,
@@ -117,7 +119,8 @@ GPT_NEOX = (
             "transformer.word_embeddings_layernorm.bias": "h",
         },
         fields={"layers": "n_layer", "heads": "n_head", "neurons": None} | NO_HEAD_SIZE,
-        fixed={"heads": ALIBI, "groups": ALIBI, "hidden": "its class computes the head size as hidden size / heads"},
+        fixed={"heads": ALIBI, "groups": ALIBI, "hidden": "its class computes the head size as hidden size / heads"}
+        | dict.fromkeys(("attention_layers", "ffn_layers"), RESIDUAL),
         layer_norm=True,
         whole_heads=True,
         neurons_per_channel=4,
@@ -181,7 +184,8 @@ GPT_NEOX = (
         attention="attn",
         tuples=True,
         fields={"layers": "n_layers", "hidden": "d_model", "heads": "n_heads", "neurons": None} | NO_HEAD_SIZE,
-        fixed={"heads": ALIBI, "groups": ALIBI, "hidden": "its class computes the head size as hidden size / heads"},
+        fixed={"heads": ALIBI, "groups": ALIBI, "hidden": "its class computes the head size as hidden size / heads"}
+        | dict.fromkeys(("attention_layers", "ffn_layers"), RESIDUAL),
         layer_norm=True,
         whole_heads=True,
         neurons_per_channel=4,

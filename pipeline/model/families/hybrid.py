@@ -125,6 +125,7 @@ LFM2 = Family(
     lengths={"l": ("conv_L_cache",)},
     adjusted=("block_auto_adjust_ff_dim", "feed_forward.w1.weight"),
     superseded=("block_ff_dim", "full_attn_idxs"),
+    ffn="feed_forward",
     fixed=SHORT_FIXED,
 )
 
@@ -152,6 +153,7 @@ HYBRID = (
         "FalconH1ForCausalLM",
         ATTENTION | ATTENTION_BIASES | MAMBA | FF | FF_NORMS,
         {"input_layernorm": (*QKV, "mamba.in_proj"), "pre_ff_layernorm": FF_READERS},
+        ffn="feed_forward",
         final_norm="model.final_layernorm",
         tuples=True,
         optional=("mamba.norm.",),
@@ -165,6 +167,7 @@ HYBRID = (
         "BambaForCausalLM",
         ATTENTION | ATTENTION_BIASES | MAMBA | FF | FF_NORMS,
         {"input_layernorm": (*QKV, "mamba.in_proj"), "pre_ff_layernorm": FF_READERS},
+        ffn="feed_forward",
         final_norm="model.final_layernorm",
         tuples=True,
         optional=("self_attn.", "mamba."),
@@ -182,6 +185,7 @@ HYBRID = (
         | {"shared_mlp.input_linear.weight": "f h + f h", "shared_mlp.output_linear.weight": "h f"}
         | NORMS,
         {"input_layernorm": (*QKV, "mamba.in_proj"), "post_attention_layernorm": ("shared_mlp.input_linear",)},
+        ffn="shared_mlp",
         optional=("self_attn.", "mamba."),
         fields={"head_size": None, "neurons": "shared_intermediate_size"},
         lengths=mamba_lengths("mamba_expand*hidden_size"),
@@ -222,6 +226,7 @@ HYBRID = (
         final_norm="model.embedding_norm",
         disk=((".self_attn.gate_proj.", ".self_attn.g_proj."),),
         optional=("self_attn.g_proj.", "self_attn.", "conv."),
+        ffn="feed_forward",
         lengths={"l": ("conv_L_cache",)},
         fixed=SHORT_FIXED,
     ),
@@ -283,6 +288,7 @@ HYBRID = (
         },
         final_norm="model.final_norm",
         attention="temporal_block",
+        ffn="mlp_block",
         optional=tuple(
             f"temporal_block.{name}" for name in ("q_proj.", "k_proj.", "v_proj.", "o_proj.", "linear_", "conv_1d.")
         )

@@ -169,7 +169,7 @@ MIXTURES = (
         rotary="class",
         logit_scale="logit_scale",
         experts=("num_experts",),
-        **COMMON,
+        **COMMON | {"fixed": WHOLE | {"attention_layers": "its attention and its experts read one norm"}},
     ),
     Family(
         "flex_olmo",

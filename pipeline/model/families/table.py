@@ -10,9 +10,14 @@ first dimension in which they differ, or along the rows: `(n d) h + (k d) h + (k
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.model.sizes import LayerSizes
 
 AXES = ("layers", "hidden", "heads", "groups", "neurons")  # that a student may have fewer of
+SUBLAYERS = {"attention_layers": "groups", "ffn_layers": "neurons"}  # what a layer can lose: the width that is then 0
 FIELDS: Mapping[str, str | None] = {
     "layers": "num_hidden_layers",
     "hidden": "hidden_size",
@@ -22,6 +27,18 @@ FIELDS: Mapping[str, str | None] = {
     "head_size": "head_dim",
     "vocabulary": "vocab_size",
 }
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One half of a layer, attention or FFN: its module, and the norms that serve no other part of the layer."""
+
+    module: str
+    norms: tuple[str, ...]
+
+    def owns(self, name: str) -> bool:
+        """Whether a tensor of a layer, by its name in the table, is one of this half."""
+        return name.startswith(tuple(f"{part}." for part in (self.module, *self.norms)))
 
 
 @dataclass(frozen=True)
@@ -42,7 +59,8 @@ class Family:
     embedding: str = "model.embed_tokens"  # module names
     final_norm: str = "model.norm"
     head: str = "lm_head"
-    attention: str = "self_attn"
+    attention: str = "self_attn"  # modules of a layer
+    ffn: str = "mlp"
     disk: tuple[tuple[str, str], ...] = ()  # parts of names in files, and the class's own part that the table has
     outer: Mapping[str, str] = field(default_factory=dict)  # further tensors outside the layers, where present
     optional: tuple[str, ...] = ()  # prefixes of layer tensors that some checkpoints or layers lack
@@ -69,7 +87,8 @@ class Family:
     superseded: tuple[str, ...] = ()  # config fields of older files, which a later field of the class replaces
     # A config field by which the class changes the neurons that the config states, and the tensor whose rows they are
     adjusted: tuple[str, str] | None = None
-    fixed: Mapping[str, str] = field(default_factory=dict)  # of AXES: those that cannot be cut, with the reason
+    # Of AXES and SUBLAYERS: those that cannot be cut, with the reason
+    fixed: Mapping[str, str] = field(default_factory=dict)
 
     norm_offset: float = 0.0  # the checkpoint stores gain - offset
     transposed: bool = False  # matrices are stored [in, out]
@@ -102,6 +121,39 @@ class Family:
     def sandwich(self) -> bool:
         """Whether every sublayer is normalised before and after (Pangu Ultra's sandwich norm, Gemma 2/3, GLM-4)."""
         return bool(self.pre_norms and self.post_norms)
+
+    @cached_property
+    def kept(self) -> Mapping[str, str]:
+        """Return the axes that cannot be cut, `fixed` and what follows from the table, each with the reason."""
+        reasons = dict(self.fixed)
+        for axis, module in (("attention_layers", self.attention), ("ffn_layers", self.ffn)):
+            widths = ("heads", "groups") if axis == "attention_layers" else ("neurons",)
+            of_widths = [self.fixed[width] for width in widths if width in self.fixed]
+            if axis not in reasons and of_widths:
+                reasons[axis] = of_widths[0]
+            elif axis not in reasons and not any(name.startswith(f"{module}.") for name in self.layer):
+                reasons[axis] = f"a layer of it has no module {module}"
+        return reasons
+
+    @cached_property
+    def sublayers(self) -> Mapping[str, Sublayer]:
+        """Return the halves that a layer can lose, by axis of SUBLAYERS."""
+        modules = {"attention_layers": self.attention, "ffn_layers": self.ffn}
+        return {axis: self._sublayer(module) for axis, module in modules.items() if axis not in self.kept}
+
+    def _sublayer(self, module: str) -> Sublayer:
+        own = f"{module}."
+        before = [
+            norm
+            for norm, readers in self.pre_norms.items()
+            if readers and all(name.startswith(own) for name in readers)
+        ]
+        after = [norm for norm, writer in self.post_norms.items() if writer.startswith(own)]
+        return Sublayer(module, (*before, *after))
+
+    def removed(self, widths: "LayerSizes") -> tuple[Sublayer, ...]:
+        """Return the halves that a layer of these widths has lost."""
+        return tuple(half for axis, half in self.sublayers.items() if not getattr(widths, SUBLAYERS[axis]))
 
     def named(self, stored: str) -> str:
         """Return the table's name of a tensor by its name in a file."""

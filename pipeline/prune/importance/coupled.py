@@ -23,7 +23,7 @@ def coupled(anatomy: Anatomy, terms: Callable[[str], Tensor]) -> Units:
     """
     heads, neurons = [], []
     for layer, widths in enumerate(anatomy.sizes.layers):
-        each = widths.heads // widths.groups
+        each = widths.each
         totals = {
             letter: torch.zeros(length, dtype=torch.float64)
             for letter, length in (("n", widths.heads), ("k", widths.groups), ("f", widths.neurons))

@@ -104,7 +104,7 @@ def _scored_norms(anatomy: Anatomy, norms: str) -> list[str]:
     family = anatomy.family
     post = family.post_norms if norms == "all" or not family.pre_norms else ()
     layers = range(len(anatomy.sizes.layers))
-    inner = [f"{family.prefix}{norm}".format(layer=layer) for layer in layers for norm in (*family.pre_norms, *post)]
+    inner = [name for layer in layers for name in anatomy.modules((*family.pre_norms, *post), layer)]
     return [*inner, family.final_norm]
 
 

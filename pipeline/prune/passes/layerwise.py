@@ -101,7 +101,7 @@ def in_step(
         for number in range(after, until):
             _pass(dense, large[number], number, place, home)
         after = until
-        branch = [modules[name] for name in ffn_modules(student[1], index)]
+        branch = [modules[name] for name in ffn_modules(student[1], index)]  # none where the FFN was removed
         with silent(branch):
             _pass(thin, layer, index, place, home)
         yield (  # kept neither here nor by a decorator: what the caller is done with is free before the next pass
@@ -109,7 +109,8 @@ def in_step(
             _gathered(thin, slice(None), none),
             _gathered(dense, shared, none),
         )
-        _add(thin, nn.Sequential(*branch), place, home)
+        if branch:
+            _add(thin, nn.Sequential(*branch), place, home)
 
 
 @torch.no_grad()
@@ -148,13 +149,16 @@ def _gathered(steps: Sequence[Step], channels: Tensor | slice, none: Tensor) -> 
 
 
 def ffn_modules(anatomy: Anatomy, layer: int) -> tuple[str, ...]:
-    """Return the names of a layer's FFN and of the norms before and after it, if any, in the order of the stream."""
+    """Return the names of a layer's FFN and of the norms before and after it, if any, in the order of the stream.
+
+    None where the layer has lost its FFN.
+    """
     prefix = anatomy.family.prefix.format(layer=layer)
     down = anatomy.layer_module("h f").format(layer=layer).removeprefix(prefix)
     ffn = down.rpartition(".")[0]
     before = (norm for norm, readers in anatomy.family.pre_norms.items() if readers[0].startswith(f"{ffn}."))
     after = (norm for norm, writer in anatomy.family.post_norms.items() if writer == down)
-    return tuple(f"{prefix}{name}" for name in (*before, ffn, *after))
+    return tuple(anatomy.modules((*before, ffn, *after), layer))
 
 
 def layers_of(modules: Mapping[str, nn.Module], anatomy: Anatomy) -> list[nn.Module]:

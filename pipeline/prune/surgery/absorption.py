@@ -41,7 +41,7 @@ def fitted_scales(
     whole = [step.twin() for step in steps]  # the model as it came
     for index, layer in enumerate(layers):
         layer.to(place)
-        norms = [f"{anatomy.family.prefix}{norm}".format(layer=index) for norm in anatomy.family.post_norms]
+        norms = anatomy.modules(anatomy.family.post_norms, index)
         wanted = [_outputs(step, layer, index, [modules[name] for name in norms], place) for step in whole]
         with ExitStack() as undo:
             for position, name in enumerate(norms):

@@ -94,9 +94,7 @@ def sums_of(
     return sums
 
 
-def _summed(
-    hidden: int, added: list[Tensor], before: list[Tensor], after: list[Tensor], place: torch.device
-) -> Sums:
+def _summed(hidden: int, added: list[Tensor], before: list[Tensor], after: list[Tensor], place: torch.device) -> Sums:
     zeros = torch.zeros(2 * hidden * hidden + 1, dtype=torch.float64, device=place)
     gram, cross, gap = zeros.split([hidden * hidden, hidden * hidden, 1])
     sums = Sums(gram.view(hidden, hidden), cross.view(hidden, hidden), gap)

@@ -138,7 +138,7 @@ def _of_neurons(tensor: Tensor, along: int, axis: Axis, letter: str, count: int,
 def units(axis: Axis, sizes: Sizes, layer: int, groups: Sequence[Group]) -> Tensor:
     """Return the positions on a head axis (`n`, `n d`, `k d`, `k q+2 d`) of some bundles of a layer, in their order."""
     letters, widths = axis.split(), sizes.layers[layer]
-    each = widths.heads // widths.groups
+    each = widths.each
     if letters[0] == "n":
         kept = torch.tensor([head for group in groups for head in group.heads])
     elif "q+2" in letters:

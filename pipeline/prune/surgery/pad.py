@@ -21,20 +21,27 @@ def pad(anatomy: Anatomy, wide: Sizes, stream: Iterable[tuple[str, Tensor]]) -> 
     """Yield a checkpoint with every layer widened to `wide`, groups and heads of a group keeping their first places.
 
     `wide` has at least the groups, heads per group and neurons of every layer. Gains that span all heads of a layer and
-    what they normalise are rescaled, so that zeros change no mean square (`spans`).
+    what they normalise are rescaled, so that zeros change no mean square (`spans`). An attention or FFN that was
+    removed is zero throughout.
     """
+    missing = anatomy.narrowed(wide, anatomy.layer_types).shapes()
     places = {
         name.format(layer=layer): (name, layer) for name in anatomy.layer_tensors for layer in range(len(wide.layers))
     }
     for name, tensor in stream:
+        missing.pop(name, None)
+        kind = tensor.dtype
         if name in places:
             pattern, layer = places[name]
             narrow, wider = anatomy.sizes.layers[layer], wide.layers[layer]
             if narrow != wider:
-                shares = {"n d": wider.heads / narrow.heads, "k d": wider.groups / narrow.groups}
+                few, many = (max(1, narrow.heads), max(1, narrow.groups))  # none: no tensor of the axis is left
+                shares = {"n d": wider.heads / few, "k d": wider.groups / many}
                 tensor = rescaled(anatomy, pattern, tensor, shares)
                 tensor = _widened(anatomy, pattern, tensor, narrow, wider)
         yield name, tensor
+    for name, shape in missing.items():
+        yield name, torch.zeros(shape, dtype=kind)
 
 
 def _widened(anatomy: Anatomy, pattern: str, tensor: Tensor, narrow: LayerSizes, wider: LayerSizes) -> Tensor:
@@ -56,8 +63,8 @@ def _grid(axis: Axis, sizes: Sizes, widths: LayerSizes) -> Grid:
         "d": (sizes.head_size,),
         "f": (widths.neurons,),
         "k": (widths.groups,),
-        "n": (widths.groups, widths.heads // widths.groups),
-        "q+2": (widths.heads // widths.groups + 2,),
+        "n": (widths.groups, widths.each),
+        "q+2": (widths.each + 2,),
     }
     lengths |= {letter: (length,) for letter, length in sizes.carried.items()}
     return sum(((int(letter),) if letter.isdigit() else lengths[letter] for letter in axis.split()), ())

@@ -42,7 +42,7 @@ def stabilise_gains(
 def _gain_factors(
     anatomy: Anatomy, blueprint: Blueprint, source: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, str, Tensor]]:
-    channels = torch.tensor(blueprint.channels)
+    channels, cut = torch.tensor(blueprint.channels), blueprint.student(anatomy)
     for pattern in anatomy.norms:
         places = (
             [(pattern, pattern)]
@@ -50,7 +50,7 @@ def _gain_factors(
             else [
                 (pattern.format(layer=place), pattern.format(layer=plan.host))
                 for place, plan in enumerate(blueprint.layers)
-                if anatomy.has(pattern, plan.host)
+                if cut.has(pattern, place)
             ]
         )
         for student, origin in places:
@@ -115,9 +115,9 @@ def post_norm_modules(anatomy: Anatomy) -> dict[str, str]:
     """Return every post-norm module of the model with the projection it follows."""
     prefix = anatomy.family.prefix
     return {
-        f"{prefix}{norm}".format(layer=layer): f"{prefix}{projection}".format(layer=layer)
+        name: prefix.format(layer=layer) + anatomy.family.post_norms[name.removeprefix(prefix.format(layer=layer))]
         for layer in range(len(anatomy.sizes.layers))
-        for norm, projection in anatomy.family.post_norms.items()
+        for name in anatomy.modules(anatomy.family.post_norms, layer)
     }
 
 

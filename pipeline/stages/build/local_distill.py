@@ -77,14 +77,16 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     if ranks.rank == 0:
         trained.mkdir(exist_ok=True)
     ledger = Ledger(trained / LEDGER, LayerError, ranks)
-    done = len(ledger.entries)
+    done = {entry.layer for entry in ledger.entries}
     hosts = [plan.host for plan in blueprint.layers]
     passes = in_step(teacher, student, hosts, blueprint.channels, batches, device.torch)
     changed: dict[str, Tensor] = {}
     for layer in machine.progress(range(len(hosts)), len(hosts), "local_distill"):
         branch, matrices = _branch(student, start, layer)
         streams = next(passes)[1:]
-        if layer < done:
+        if not matrices:  # the layer has no FFN
+            continue
+        if layer in done:
             _restore(trained, matrices, ranks)
         else:
             placed = [stream.to(device.torch) for stream in streams]

@@ -76,9 +76,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     stream = machine.progress(cut(source.anatomy, blueprint, source), len(source), "vocabulary")
     write_checkpoint(out, written, stream, config.checkpoint.shard_bytes)
     kept = counts[list(chosen)]
-    found = Vocabulary(
-        chosen, rows, int((counts > 0).sum()), int((kept > 0).sum()), float(kept.sum() / counts.sum())
-    )
+    found = Vocabulary(chosen, rows, int((counts > 0).sum()), int((kept > 0).sum()), float(kept.sum() / counts.sum()))
     found.save(out)
     _write_tokenizer(source.folder, renumbered_tokenizer(document, found.renumbering), found.renumbering, out)
     parts = source.wrapper_parts
