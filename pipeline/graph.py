@@ -3,7 +3,7 @@
 from operator import attrgetter
 
 from pipeline.config import Config
-from pipeline.stages.analyse import hessian, importance, layer_gates, layer_loss, obs_order, sensitivity
+from pipeline.stages.analyse import hessian, importance, layer_gates, layer_loss, obs_order, sensitivity, sublayers
 from pipeline.stages.build import absorb_norms, bypass, cut, local_distill, regularize, rotate, sequential, supernet
 from pipeline.stages.choose import plan, shape, shape_search
 from pipeline.stages.deliver import evaluate, evaluate_reference, export, report
@@ -29,6 +29,7 @@ MODULES = (
     shape_search,
     layer_loss,
     layer_gates,
+    sublayers,
     hessian,
     obs_order,
     sensitivity,

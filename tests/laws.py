@@ -54,8 +54,7 @@ def _narrow(sizes, plan: LayerPlan, axes: set[str], coupled: bool) -> LayerPlan:
     return LayerPlan(plan.host, groups, neurons)
 
 
-@torch.no_grad()
-def halved(anatomy: Anatomy) -> Blueprint:
+def lacking_sublayers(anatomy: Anatomy) -> Blueprint:
     """Return a blueprint without the attention of the last layer and of the first, if another of its kind is left, and
     without the FFN of the others, where the family can lose them."""
     whole = everything(anatomy.sizes)
@@ -71,6 +70,7 @@ def halved(anatomy: Anatomy) -> Blueprint:
     return Blueprint(whole.channels, tuple(plans))
 
 
+@torch.no_grad()
 def masked(model: PreTrainedModel, anatomy: Anatomy, blueprint: Blueprint, folder: Path) -> PreTrainedModel:
     """Return a model of the source's shapes that computes what the student of a blueprint without donations computes.
 

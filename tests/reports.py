@@ -35,7 +35,7 @@ def donating():
 BLUEPRINTS = {
     "donating": donating(),
     "everything": everything(SIZES),
-    "halves": Blueprint(
+    "sublayers": Blueprint(
         tuple(range(32)),
         (
             everything(SIZES).layers[0],

@@ -21,7 +21,7 @@ MIXED = (
     LayerPlan(2, (Group(2, 1, (2, 3)),), tuple(range(16))),
     LayerPlan(3, (Group(3, 1, (2,)),), tuple(range(3, 24))),
 )
-HALVES = (  # layers of all widths without attention, or without an FFN
+SUBLAYERS = (  # layers of all widths without attention, or without an FFN
     MIXED[0],
     LayerPlan(1, (), tuple(range(16))),
     LayerPlan(2, MIXED[2].groups, ()),

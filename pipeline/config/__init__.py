@@ -8,7 +8,18 @@ from pydantic import AfterValidator, PrivateAttr, ValidationError
 from pipeline.config import names
 from pipeline.config.fields import Count, Section, Seed
 from pipeline.config.inputs import Calibration, Data, Logits, Model, SelfGenerate
-from pipeline.config.methods import LayerGates, LayerLoss, Plan, Reinit, Restore, Rotate, Score, Sensitivity, Supernet
+from pipeline.config.methods import (
+    LayerGates,
+    LayerLoss,
+    Plan,
+    Reinit,
+    Restore,
+    Rotate,
+    Score,
+    Sensitivity,
+    Sublayers,
+    Supernet,
+)
 from pipeline.config.results import Checkpoint, Evaluate, Export, Report, Track
 from pipeline.config.rules import RULES
 from pipeline.config.schema import plain, settings_of
@@ -93,6 +104,7 @@ class Config(Section):
     supernet: Supernet
     layer_loss: LayerLoss
     layer_gates: LayerGates
+    sublayers: Sublayers
     regularize: Regularize
     sensitivity: Sensitivity
     plan: Plan
@@ -111,6 +123,11 @@ class Config(Section):
     def predicts(self) -> bool:
         """Whether a result depends on the chip model's predictions."""
         return self.dry_run or self.recipe.shape == "search" or bool(self.budget.predicted)
+
+    @property
+    def removes_sublayers(self) -> bool:
+        """Whether layers lose their attention or their FFN alone."""
+        return self.budget.axes == "sublayers" or bool(self.shape.sublayers)
 
     @property
     def corrects(self) -> bool:

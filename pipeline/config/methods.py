@@ -53,6 +53,11 @@ class LayerLoss(Section):
     offspring: Count
 
 
+class Sublayers(Section):
+    score: Literal["kl", "kl_per_size"]
+    candidates: Count | None
+
+
 class LayerGates(Section):
     form: Literal["residual", "stream"]
     penalty: Weight

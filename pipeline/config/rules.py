@@ -167,6 +167,37 @@ def merged_experts_are_whole(config: Config) -> None:
         )
 
 
+def sublayers_are_removed_to_one_target(config: Config) -> None:
+    if config.budget.axes == "sublayers" and config.shape.given:
+        raise ValueError(
+            "budget.axes: sublayers removes attentions and FFNs to a budget, and shape.* is given; leave it unset, or "
+            "set budget.axes=all and shape.attention_layers or shape.ffn_layers"
+        )
+
+
+def removed_sublayers_go_with_equal_widths(config: Config) -> None:
+    if not config.removes_sublayers:
+        return
+    remedies = [
+        remedy
+        for remedy, clashes in (
+            ("recipe.rounds=1", config.recipe.rounds > 1),
+            ("recipe.shape=given", config.recipe.shape == "search"),
+            ("plan.widths=uniform", config.plan.widths != "uniform"),
+            ("restore.sequential=false", config.restore.sequential),
+            ("reinit.bias_compensation=false", config.reinit.bias_compensation),
+            ("reinit.bypass=false", config.reinit.bypass),
+        )
+        if clashes
+    ]
+    if remedies:
+        setting = f"shape.{next(iter(config.shape.sublayers))}" if config.shape.sublayers else "budget.axes"
+        raise ValueError(
+            f"{setting}: attentions and FFNs of single layers are removed once, from a student whose other layers have "
+            f"equal widths and outputs; set {', '.join(remedies)}"
+        )
+
+
 def _rotated(config: Config) -> bool:
     return config.rotate.kind == "principal"
 
@@ -190,6 +221,8 @@ RULES: tuple[Callable[[Config], None], ...] = (
     local_distillation_keeps_the_axes,
     layer_by_layer_methods_choose_alone,
     merged_experts_are_whole,
+    sublayers_are_removed_to_one_target,
+    removed_sublayers_go_with_equal_widths,
     external_students_keep_their_tokens,
     drafts_have_the_tokens_of_the_teacher,
 )

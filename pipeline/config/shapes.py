@@ -16,10 +16,17 @@ class Shape(Section):
     experts: Count | None
     expert_neurons: Count | None
     shared_neurons: Count | None
+    attention_layers: Count | None
+    ffn_layers: Count | None
 
     @property
     def given(self) -> bool:
         return any(value is not None for value in self.model_dump().values())
+
+    @property
+    def sublayers(self) -> dict[str, int]:
+        """The numbers of layers that keep their attention and their FFN, where set."""
+        return self.model_dump(include={"attention_layers", "ffn_layers"}, exclude_none=True)
 
 
 class Budget(Section):
@@ -28,7 +35,7 @@ class Budget(Section):
     active_parameters: Fraction | None
     bytes: Positive | None
     context: Count | None
-    axes: Literal["all", "layers", "neurons", "experts"]
+    axes: Literal["all", "layers", "neurons", "experts", "sublayers"]
     fallback: Fraction
     vocabulary: Count | None
     speedup: Positive | None

@@ -133,17 +133,17 @@ class Anatomy:
     def has(self, name: str, layer: int) -> bool:
         """Whether a layer has a tensor of the table, by its name with a `{layer}` place."""
         own = name.removeprefix(self.family.prefix)
-        if own not in self.optional or any(half.owns(own) for half in self.removed(layer)):
+        if own not in self.optional or any(sublayer.owns(own) for sublayer in self.removed(layer)):
             return False
         return not own.startswith(tuple(self.lacking.get(self.layer_types[layer], ())))
 
     def removed(self, layer: int) -> tuple[Sublayer, ...]:
-        """Return the halves, attention or FFN, that a layer has lost."""
+        """Return the sub-layers, attention or FFN, that a layer has lost."""
         return self.family.removed(self.sizes.layers[layer])
 
     def modules(self, names: Iterable[str], layer: int) -> list[str]:
         """Return which of the modules of a layer it still has, by their whole names."""
-        gone = tuple(f"{part}." for half in self.removed(layer) for part in (half.module, *half.norms))
+        gone = tuple(f"{part}." for sublayer in self.removed(layer) for part in (sublayer.module, *sublayer.norms))
         prefix = self.family.prefix.format(layer=layer)
         return [prefix + name for name in names if not f"{name}.".startswith(gone)]
 
@@ -246,7 +246,7 @@ def anatomy_of(config: Mapping[str, Any], names: Iterable[str]) -> Anatomy:
         frozenset(
             prefix
             for prefix in family.optional
-            if not any(n.startswith(prefix) for n in own) and not any(half.owns(prefix) for half in gone)
+            if not any(n.startswith(prefix) for n in own) and not any(sublayer.owns(prefix) for sublayer in gone)
         )
         for own, gone in zip(present, removed, strict=True)
     ]
@@ -268,7 +268,7 @@ def anatomy_of(config: Mapping[str, Any], names: Iterable[str]) -> Anatomy:
         family.prefix.format(layer=i) + n
         for n in required
         for i, gone in enumerate(absent)
-        if not n.startswith(tuple(gone)) and not any(half.owns(n) for half in removed[i])
+        if not n.startswith(tuple(gone)) and not any(sublayer.owns(n) for sublayer in removed[i])
     }
     missing = sorted((expected | wanted) - names)
     ignored = re.compile("|".join((*IGNORED, *family.left_out)))

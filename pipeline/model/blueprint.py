@@ -95,7 +95,7 @@ class Blueprint(Stored):
                     )
         _check_experts(self, anatomy)
         _check_attention(self, anatomy)
-        _check_halves(self, anatomy)
+        _check_sublayers(self, anatomy)
         for axis in _cut_axes(self, anatomy.sizes):
             check_axis(anatomy, axis)
 
@@ -181,7 +181,7 @@ def _check_attention(blueprint: Blueprint, anatomy: Anatomy) -> None:
         )
 
 
-def _check_halves(blueprint: Blueprint, anatomy: Anatomy) -> None:
+def _check_sublayers(blueprint: Blueprint, anatomy: Anatomy) -> None:
     """Raise ValueError where no layer keeps its FFN, or no layer of the first one's kind its attention: the classes
     read the length of the KV cache where the first layer, or the first of its kind, writes it."""
     if not any(plan.neurons for plan in blueprint.layers) and any(w.neurons for w in anatomy.sizes.layers):

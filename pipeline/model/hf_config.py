@@ -169,12 +169,12 @@ def per_layer(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any]:
             for i, w in enumerate(student.sizes.layers)
             if w.groups and family.field("groups") is not None and "heads" not in family.fixed
         },
-        **removed_halves(config, student),
+        **removed_sublayers(config, student),
     }
 
 
-def removed_halves(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any]:
-    """Return the entries of a `pruned` section for halves of layers that are removed; none where all layers are whole.
+def removed_sublayers(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any]:
+    """Return the entries of a `pruned` section for removed sub-layers; none where all layers are whole.
 
     `removed`: the modules in whose place nothing is added to the residual stream, and their norms. `cache`: the place
     in the KV cache of each attention that has another than its layer's. Within the layers of one kind of attention the
@@ -187,10 +187,10 @@ def removed_halves(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any
     named = {layer: family.prefix.format(layer=layer) for layer in layers}
     modules = {"attention": family.attention, "ffn": family.ffn}
     removed = {
-        kind: [named[layer] + module for layer in layers if module in {half.module for half in gone[layer]}]
+        kind: [named[layer] + module for layer in layers if module in {each.module for each in gone[layer]}]
         for kind, module in modules.items()
     }
-    removed["norms"] = [named[layer] + norm for layer in layers for half in gone[layer] for norm in half.norms]
+    removed["norms"] = [named[layer] + norm for layer in layers for each in gone[layer] for norm in each.norms]
     kinds = config.get("layer_types") or [None] * len(layers)
     places: dict[str, int] = {}
     for kind in dict.fromkeys(kinds):

@@ -18,7 +18,7 @@ reloads it without missing or unexpected tensors; SLNP keeps the L2 norm of ever
 
 The columns are the axes of `shape.*`. `with heads` and `with hidden`: hidden channels and heads change together, since
 the class computes the head size as hidden size / heads. `own widths`: the class computes the neurons from the hidden
-size, so a student with fewer is written in the form `own`. `attention` and `FFN`: a layer can lose this half alone
+size, so a student with fewer is written in the form `own`. `attention` and `FFN`: a layer can lose this sub-layer alone
 (`shape.attention_layers`, `shape.ffn_layers`). `no`: the reason is listed below. Basis rotation
 (`rotate.kind`) needs RMSNorm, no post-norms and no experts. `-` under experts: there are none. In parentheses: config
 fields by which a type has several tables.

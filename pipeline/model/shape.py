@@ -1,6 +1,6 @@
 """What is known of a student before its blueprint: its widths, the layers that stay, the widths of each layer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from pipeline.model.sizes import LayerSizes
@@ -103,6 +103,42 @@ class Depth(Stored):
     kept: tuple[int, ...]
     loss: float | None
     tried: tuple[Trial, ...]
+
+
+@dataclass(frozen=True)
+class MeasuredRemoval:
+    """Sub-layers, each a layer and an axis of SUBLAYERS, and the KL in nats per token of the model without them."""
+
+    removed: tuple[tuple[int, str], ...]
+    divergence: float
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A sub-layer that is removed, and the KL in nats per token of the model without it and those before it."""
+
+    layer: int
+    sublayer: str  # of SUBLAYERS
+    divergence: float
+
+
+@dataclass(frozen=True)
+class Sublayers(Stored):
+    """The sub-layers that are removed, in order, of the layers `hosts`, which stay before that."""
+
+    FILE: ClassVar[str] = "sublayers.json"
+
+    hosts: tuple[int, ...]
+    removed: tuple[Removal, ...]
+
+    def without(self, layer: int, widths: LayerSizes) -> LayerSizes | None:
+        """Return the widths of a layer without its removed sub-layers; None where nothing of it is left."""
+        lost = {each.sublayer for each in self.removed if each.layer == layer}
+        if "attention_layers" in lost:
+            widths = replace(widths, heads=0, groups=0)
+        if "ffn_layers" in lost:
+            widths = replace(widths, neurons=0)
+        return widths if widths.groups or widths.neurons else None
 
 
 @dataclass(frozen=True)

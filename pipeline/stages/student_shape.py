@@ -33,7 +33,28 @@ BUDGET_AXES: dict[str, Callable[[ModelShape, float], ModelShape]] = {
     "layers": depth_for,
     "neurons": neurons_for,
     "experts": unchanged,  # `experts_for` counts them
+    "sublayers": unchanged,  # the stage sublayers removes them
 }
+
+
+@dataclass(frozen=True)
+class SizeLimit:
+    """A budget of a student that keeps every width of its layers, and the size that it allows, counted in `unit`."""
+
+    name: str  # of budget.*
+    requested: float
+    most: float
+    unit: Unit
+    counted: Anatomy  # with the biases and the matrix that settings add
+
+    def size(self, student: Anatomy) -> float:
+        """Return the size of a student."""
+        parameters = student.parameters()[int(self.name == "parameters")]
+        return parameters * self.unit.bytes + sum(w.groups for w in student.sizes.layers) * self.unit.cached
+
+    def shown(self, size: float) -> str:
+        """Return a size as the setting states it."""
+        return f"{size / self.most * self.requested:.4g}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +80,8 @@ def student_of(config: Config, anatomy: Anatomy) -> Student:
         mixture = _experts(config, anatomy, config.shape.experts), *_neurons(config, anatomy)
         return Student(partway(teacher, shape, done, rounds), None, None, *mixture)
     if config.budget.of_tokens_alone:
+        return Student(teacher)
+    if config.budget.axes == "sublayers":
         return Student(teacher)
     if config.budget.axes == "experts":
         count, made = _experts_budgeted(config, anatomy)
@@ -114,6 +137,15 @@ def _counted(config: Config, anatomy: Anatomy) -> Anatomy:
     """Return the tensors of a student that keeps every width: with the biases and the matrix that settings add."""
     counted = biased_anatomy(anatomy) if config.reinit.bias_compensation else anatomy
     return replace(counted, tied=anatomy.tied and not unties(config))
+
+
+def size_limit(config: Config, anatomy: Anatomy) -> SizeLimit:
+    """Return the size that budget.* leaves a student, whose layers lose attentions and FFNs and no width."""
+    (name, requested), *_ = (config.budget.sized or {"parameters": config.budget.fallback}).items()
+    bytes_each = getattr(torch, config.export.dtype).itemsize if name == "bytes" else 1
+    unit = Unit(bytes_each, (config.budget.context or 0) * 2 * anatomy.sizes.head_size * bytes_each)
+    whole = 1.0 if name == "bytes" else anatomy.parameters()[int(name == "parameters")]
+    return SizeLimit(name, requested, requested * whole, unit, _counted(config, anatomy))
 
 
 def unties(config: Config) -> bool:

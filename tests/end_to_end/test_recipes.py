@@ -76,6 +76,18 @@ VARIANTS: dict[str, tuple[str, str, dict[str, object]]] = {
         "importance,shape,plan,bypass,cut",
         {"reinit.bypass": "true", "reinit.bypass_tokens": 256, "plan.clap": "false"},
     ),
+    "sublayers": (
+        "pangu_light",
+        "importance,shape,sublayers,plan,cut,local_distill",
+        {"shape.attention_layers": 2, "shape.ffn_layers": 3, "shape.layers": "null", "plan.depth_tokens": 128}
+        | {"local_distill.tokens": 256, "local_distill.epochs": 1},
+    ),
+    "sublayers_to_a_budget": (
+        "pangu_light",
+        "importance,shape,sublayers,plan,cut",
+        {"budget.axes": "sublayers", "budget.total": 0.9, "shape.layers": "null", "shape.neurons": "null"}
+        | {"sublayers.candidates": 2, "plan.depth_tokens": 128},
+    ),
     "random": ("pangu_light", SHORT, {"plan.heads": "random", "plan.neurons": "random", "plan.channels": "random"}),
     "taylor": ("pangu_light", SHORT, {"score.kind": "taylor"}),
     "magnitude": ("pangu_light", SHORT, {"score.kind": "magnitude"}),

@@ -22,7 +22,7 @@ from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.model_loader import load_model
 from pipeline.stages.deliver import export
-from tests.students import HALVES, MIXED, machine, student
+from tests.students import MIXED, SUBLAYERS, machine, student
 from tests.tiny import CLASSES, config_of, tiny_model, tokens
 from tests.tiny_text import configured
 
@@ -58,7 +58,7 @@ def served(source, folder):
     return folder
 
 
-@pytest.mark.parametrize("plans", [MIXED, HALVES], ids=["widths", "halves"])
+@pytest.mark.parametrize("plans", [MIXED, SUBLAYERS], ids=["widths", "sublayers"])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_padded_student_is_the_same_function_in_the_stock_class(kind, plans, tmp_path):
     source = student(kind, tmp_path / "s", plans)
@@ -71,7 +71,7 @@ def test_a_padded_student_is_the_same_function_in_the_stock_class(kind, plans, t
     assert_close(logits(model), logits(load_model(source.folder, torch.float64, "eager")))
 
 
-@pytest.mark.parametrize("plans", [MIXED, HALVES], ids=["widths", "halves"])
+@pytest.mark.parametrize("plans", [MIXED, SUBLAYERS], ids=["widths", "sublayers"])
 @pytest.mark.parametrize("kind", SERVED)
 def test_the_decilm_form_is_the_same_function_to_a_reader_of_its_rules_and_to_our_loader(kind, plans, tmp_path):
     source = student(kind, tmp_path / "s", plans)
@@ -91,8 +91,8 @@ def test_the_decilm_form_needs_attention_in_its_first_layer(tmp_path):
         decilm.decilm(source.config, source.anatomy)
 
 
-def test_own_code_runs_a_student_without_halves_of_layers_and_caches_what_is_left(tmp_path):
-    source = student("qwen2", tmp_path / "s", HALVES)
+def test_own_code_runs_a_student_without_some_sublayers_and_caches_what_is_left(tmp_path):
+    source = student("qwen2", tmp_path / "s", SUBLAYERS)
     folder = exported(own, source, tmp_path / "o")
     shutil.copyfile(modelling.__file__, folder / "modeling_pruned.py")
     with (folder / "modeling_pruned.py").open("a") as code:

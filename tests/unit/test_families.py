@@ -27,7 +27,7 @@ from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.fused_layers import LAYER_OPERATORS, fused_layers
 from pipeline.runtime.model_class import class_shapes
 from pipeline.runtime.model_loader import load_model
-from tests.laws import halved, masked, plan_of
+from tests.laws import lacking_sublayers, masked, plan_of
 from tests.tiny import TINY, config_of, model_type, save_tiny, tensors_of, tiny_model, tokens
 
 FLOAT64 = torch.float64
@@ -179,7 +179,7 @@ def test_a_student_without_some_attentions_and_ffns_is_the_masked_model_and_cach
             everything_but(of, axis).check(of)
     if not of.family.sublayers:
         return
-    blueprint = halved(of)
+    blueprint = lacking_sublayers(of)
     student = student_of(model, blueprint, tmp_path / "s")
     read = open_checkpoint(tmp_path / "s").anatomy
     assert read.sizes == blueprint.sizes(of.sizes) and read.shapes().keys() < of.shapes().keys()

@@ -71,15 +71,15 @@ def test_the_facts_of_a_cut_count_what_the_blueprint_keeps():
     assert cut_facts(SIZES, everything(SIZES), scores)["neuron_score_kept"] == pytest.approx(1)
 
 
-def test_the_facts_and_the_page_name_the_layers_that_lost_one_half():
-    scores, halves = example_scores(), BLUEPRINTS["halves"]
-    facts = cut_facts(SIZES, halves, scores)
+def test_the_facts_and_the_page_name_the_layers_that_lost_a_sublayer():
+    scores, blueprint = example_scores(), BLUEPRINTS["sublayers"]
+    facts = cut_facts(SIZES, blueprint, scores)
     assert (facts["removed_attention"], facts["removed_ffn"], facts["dropped_layers"]) == ([1], [2], [3])
     assert (facts["heads_kept"], facts["neurons_kept"], facts["neuron_score_kept"]) == (8, 48, pytest.approx(1))
     report = example_report() | {"cut": facts}
     section = removed_section(report, example_drawings(report))
     assert "Layers that lost their attention alone: 1." in section and "lost their FFN alone: 2." in section
-    tips = {mark.tip for mark in anatomy_map(SIZES, halves, scores).marks if isinstance(mark, Box) and mark.tip}
+    tips = {mark.tip for mark in anatomy_map(SIZES, blueprint, scores).marks if isinstance(mark, Box) and mark.tip}
     assert {
         "layer 2: its FFN is removed; its 24 neurons are removed",
         "layer 3: removed; its 24 neurons are removed",

@@ -24,6 +24,11 @@ CASES = {  # rule -> (settings that it refuses, the setting that its message beg
     ),
     "layer_by_layer_methods_choose_alone": (("restore.sequential=true",), "restore.sequential"),
     "merged_experts_are_whole": (("plan.experts=merge", "shape.expert_neurons=8"), "plan.experts"),
+    "sublayers_are_removed_to_one_target": (("budget.axes=sublayers", "shape.neurons=8"), "budget.axes"),
+    "removed_sublayers_go_with_equal_widths": (
+        ("shape.attention_layers=3", "reinit.bypass=true"),
+        "shape.attention_layers",
+    ),
     "external_students_keep_their_tokens": (
         ("recipe=recover", "model.start=folder", "budget.vocabulary=64"),
         "budget.vocabulary",

@@ -31,13 +31,13 @@ FIELDS: Mapping[str, str | None] = {
 
 @dataclass(frozen=True)
 class Sublayer:
-    """One half of a layer, attention or FFN: its module, and the norms that serve no other part of the layer."""
+    """A sub-layer, attention or FFN: its module, and the norms that serve no other part of the layer."""
 
     module: str
     norms: tuple[str, ...]
 
     def owns(self, name: str) -> bool:
-        """Whether a tensor of a layer, by its name in the table, is one of this half."""
+        """Whether a tensor of a layer, by its name in the table, is one of this sub-layer."""
         return name.startswith(tuple(f"{part}." for part in (self.module, *self.norms)))
 
 
@@ -137,7 +137,7 @@ class Family:
 
     @cached_property
     def sublayers(self) -> Mapping[str, Sublayer]:
-        """Return the halves that a layer can lose, by axis of SUBLAYERS."""
+        """Return the sub-layers that a layer can lose, by axis of SUBLAYERS."""
         modules = {"attention_layers": self.attention, "ffn_layers": self.ffn}
         return {axis: self._sublayer(module) for axis, module in modules.items() if axis not in self.kept}
 
@@ -152,8 +152,8 @@ class Family:
         return Sublayer(module, (*before, *after))
 
     def removed(self, widths: "LayerSizes") -> tuple[Sublayer, ...]:
-        """Return the halves that a layer of these widths has lost."""
-        return tuple(half for axis, half in self.sublayers.items() if not getattr(widths, SUBLAYERS[axis]))
+        """Return the sub-layers that a layer of these widths has lost."""
+        return tuple(sublayer for axis, sublayer in self.sublayers.items() if not getattr(widths, SUBLAYERS[axis]))
 
     def named(self, stored: str) -> str:
         """Return the table's name of a tensor by its name in a file."""

@@ -7,7 +7,7 @@ from pipeline.config import Config
 from pipeline.config.methods import MEASURED_DEPTH
 from pipeline.model.blueprint import Blueprint, Step, compose
 from pipeline.model.scores import FILE, Scores
-from pipeline.model.shape import Shape
+from pipeline.model.shape import Shape, Sublayers
 from pipeline.prune.merging import merge_experts
 from pipeline.prune.plan import DEPTH_POLICIES, layers_that_stay, leading, plan_by
 from pipeline.runtime.machine import Machine
@@ -54,7 +54,12 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     hosts = layers_that_stay(inputs, scores.layers, policy)
     widths = list(anatomy.sizes.layers)
     chosen = WIDTH_POLICIES[config.plan.widths](PolicyInputs(config, inputs, out, anatomy, scores, hosts, shape))
-    for host, width in zip(hosts, chosen, strict=True):
+    own = dict(zip(hosts, chosen, strict=True))
+    if "sublayers" in inputs:
+        lost = Sublayers.load(inputs["sublayers"])
+        own = {host: left for host, width in own.items() if (left := lost.without(host, width)) is not None}
+        hosts = list(own)
+    for host, width in own.items():
         widths[host] = width
     chosen_by = policy | {"seed": config.seed, "hosts": hosts, "mixture": shape.mixture}
     step = plan_by(anatomy, scores, widths, shape.hidden, shape.layers, **chosen_by)
@@ -69,6 +74,10 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     dropped = sorted(set(range(len(anatomy.sizes.layers))) - {layer.host for layer in step.layers})
     donated = sum(group.layer != layer.host for layer in step.layers for group in layer.groups)
     machine.say(f"plan: layers dropped: {dropped or 'none'}; KV groups donated across layers: {donated}")
+    for part, lost_by in (("attention", lambda layer: layer.groups), ("FFN", lambda layer: layer.neurons)):
+        places = [layer.host for layer in step.layers if not lost_by(layer)]
+        if places:
+            machine.say(f"plan: layers without {part}: {places}")
 
 
 def _ranked(inputs: Inputs) -> Path:
@@ -83,7 +92,7 @@ STAGE = Stage(
     run=run,
     settings=settings,
     needs=("subject", "teacher", "scores", "shape"),
-    optional=("restored", "obs_orders", "depth", "sensitivities", "previous_blueprint"),
+    optional=("restored", "obs_orders", "depth", "sublayers", "sensitivities", "previous_blueprint"),
     choices={"plan.depth": (*DEPTH_POLICIES, *MEASURED_DEPTH), "plan.widths": WIDTH_POLICIES},
     check=check,
     all_ranks=False,

@@ -49,13 +49,14 @@ def check(config: Config) -> None:
             f"budget.axes: {budget.axes} supports budget.parameters, total and bytes only; remove "
             f"{list(budget.predicted)}, or set budget.axes=all"
         )
-    if budget.active_parameters and (budget.axes == "experts" or widths != "uniform"):
-        chosen = "budget.axes=experts" if budget.axes == "experts" else f"plan.widths={widths}"
+    uncounted = budget.axes in ("experts", "sublayers")
+    if budget.active_parameters and (uncounted or widths != "uniform"):
+        chosen = f"budget.axes={budget.axes}" if uncounted else f"plan.widths={widths}"
         raise ValueError(
             f"budget.active_parameters: {chosen} does not determine what a token uses; set plan.widths=uniform and "
             "budget.axes=all, layers or neurons"
         )
-    alike = budget.axes in ("layers", "experts") or (budget.axes == "neurons" and widths != "measured")
+    alike = budget.axes in ("layers", "experts", "sublayers") or (budget.axes == "neurons" and widths != "measured")
     if alike and widths != "uniform":
         raise ValueError(
             f"budget.axes: {budget.axes} makes all layers alike, and plan.widths={widths} does not; set budget.axes=all"
