@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.costmodel.calibrate import calibrate, write_chip
 from pipeline.costmodel.chip import Chip
-from pipeline.costmodel.expert_budget import check_counted
+from pipeline.costmodel.expert_budget import check_covered
 from pipeline.costmodel.pareto import Limits, Serving, shape_within
 from pipeline.costmodel.shapes import ModelShape
 from pipeline.costmodel.training_cost import Recovery, training_needs
@@ -35,7 +35,7 @@ def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
     """
     checkpoint = open_checkpoint(made["teacher"], config.model.allow_pickle)
     teacher = ModelShape.of(checkpoint.anatomy, config.reinit.bias_compensation)
-    check_counted(teacher, "dry_run", "set dry_run=false")
+    check_covered(teacher, "dry_run", "set dry_run=false")
     teacher = replace(teacher, vocabulary=min(teacher.vocabulary, config.budget.vocabulary or teacher.vocabulary))
     devices, regularizes = ranks if ranks > 1 else None, config.regularize.norm != "none"
     student, sentences = _student(config, made, teacher)
@@ -59,7 +59,9 @@ def _student(config: Config, made: Mapping[str, Path], teacher: ModelShape) -> t
     if "initial_student" in made:
         return ModelShape.of(open_checkpoint(made["initial_student"], config.model.allow_pickle).anatomy), []
     if "shape" in made:
-        return teacher.changed(Shape.load(made["shape"]).axes()), []
+        chosen = Shape.load(made["shape"])
+        mixture = teacher.mixture.changed(chosen) if teacher.mixture else None
+        return replace(teacher.changed(chosen.axes()), mixture=mixture), []
     shape = shape_within(_chip(config), teacher, Serving(**config.shape_search.serving), Limits(**config.budget.limits))
     return shape, [f"the search will measure which shape; of those within its limits {shape.axes()} promises the most"]
 

@@ -6,6 +6,7 @@ from math import ceil
 
 from pipeline.costmodel.chip import ELEMENT_BYTES, Chip
 from pipeline.costmodel.gemm import allreduce_seconds, gather_seconds, gemm_seconds, vector_seconds
+from pipeline.costmodel.mixture import Mixture
 from pipeline.costmodel.shapes import ModelShape
 
 MEMORY_SHARE = 0.9  # share of a device's memory that a program can fill; the rest is runtime, buffers, fragments
@@ -112,6 +113,64 @@ def ffn_seconds(chip: Chip, work: Work, hidden: int, neurons: int) -> float:
     )
 
 
+def mixture_products(work: Work, hidden: int, mixture: Mixture) -> tuple[tuple[int, int], ...]:
+    """Return (n, k) of the products of one device with the experts' weights, which are split as those of an FFN."""
+    return ffn_products(work, hidden, mixture.neurons)
+
+
+def routed_rows(chip: Chip, work: Work, mixture: Mixture) -> tuple[int, float]:
+    """Return the rows of a grouped product of all experts, and how many of these it reads.
+
+    The rows are each token once for each of its experts; every expert but one adds half an edge of the matrix unit, to
+    which its own rows are padded.
+    """
+    read = mixture.read(work.rows)
+    return work.rows * mixture.top + round((read - 1.0) * chip.cube_edge / 2), read
+
+
+def router_seconds(chip: Chip, work: Work, hidden: int, mixture: Mixture) -> float:
+    """Time of choosing the experts of each token, and of ordering the rows by expert and adding their outputs."""
+    scores = 3 * work.rows * mixture.experts * 4  # in fp32: read for the softmax, written, read for the choice
+    ordered = 4 * work.rows * mixture.top * hidden * work.element  # read and written before and after
+    return (
+        gemm_seconds(chip, work.rows, mixture.experts, hidden, work.precision, row_major=work.row_major)
+        + vector_seconds(chip, scores, chip.align_bytes)
+        + vector_seconds(chip, ordered, hidden * work.element)
+    )
+
+
+def experts_seconds(chip: Chip, work: Work, hidden: int, mixture: Mixture) -> float:
+    """Time of the products of all experts, each with the tokens that are sent to it, and of their activation."""
+    rows, read = routed_rows(chip, work, mixture)
+    share = ceil(mixture.neurons / work.tensor_parallel) * work.element
+    return sum(
+        gemm_seconds(chip, rows, n, k, work.precision, row_major=work.row_major, weights=read)
+        for n, k in mixture_products(work, hidden, mixture)
+    ) + vector_seconds(chip, work.rows * mixture.top * 3 * share, share)
+
+
+def beside_seconds(chip: Chip, work: Work, hidden: int, neurons: int) -> float:
+    """Time of an FFN that every token passes through beside the experts; none where it has no neurons."""
+    if not neurons:
+        return 0.0
+    share = ceil(neurons / work.tensor_parallel) * work.element
+    products = products_seconds(chip, work, ffn_products(work, hidden, neurons))
+    return products + vector_seconds(chip, work.rows * 3 * share, share)
+
+
+def mixture_seconds(chip: Chip, work: Work, hidden: int, neurons: int, mixture: Mixture) -> float:
+    """Time of the feed-forward block of a layer with experts, its sum over tensor-parallel devices included; `neurons`
+    are those of a dense FFN, which count where the layer has one beside the experts."""
+    return (
+        _norm_seconds(chip, work, work.rows, hidden)
+        + router_seconds(chip, work, hidden, mixture)
+        + experts_seconds(chip, work, hidden, mixture)
+        + beside_seconds(chip, work, hidden, mixture.shared)
+        + beside_seconds(chip, work, hidden, neurons if mixture.beside else 0)
+        + allreduce_seconds(chip, work.rows * hidden * work.element, work.tensor_parallel)
+    )
+
+
 def ends_seconds(chip: Chip, work: Work, hidden: int, vocabulary: int) -> float:
     """Time of what a pass does once: embeddings; norm, logits and choice for the last token of each sequence."""
     share = ceil(vocabulary / work.tensor_parallel)
@@ -128,9 +187,12 @@ def ends_seconds(chip: Chip, work: Work, hidden: int, vocabulary: int) -> float:
 def pass_seconds(chip: Chip, shape: ModelShape, work: Work) -> float:
     """Time of one forward pass of a whole model."""
     attention = attention_seconds(chip, work, shape.hidden, shape.heads, shape.groups, shape.head_size)
-    ffn = ffn_seconds(chip, work, shape.hidden, shape.neurons)
-    layer = attention + ffn + chip.layer_seconds
-    return shape.layers * layer + ends_seconds(chip, work, shape.hidden, shape.vocabulary)
+    sparse, dense = shape.mixture.layers(shape.layers) if shape.mixture else (0, shape.layers)
+    ffns = dense * ffn_seconds(chip, work, shape.hidden, shape.neurons) if dense else 0.0
+    if shape.mixture is not None:
+        ffns += sparse * mixture_seconds(chip, work, shape.hidden, shape.neurons, shape.mixture)
+    layers = shape.layers * (attention + chip.layer_seconds) + ffns
+    return layers + ends_seconds(chip, work, shape.hidden, shape.vocabulary)
 
 
 def decode_rate(

@@ -55,7 +55,10 @@ def experts_for(anatomy: Anatomy, budget: str, requested: float, unit: Unit, sou
     return counts[within[-1]], made
 
 
-def check_counted(teacher: ModelShape, setting: str, remedy: str) -> None:
-    """Raise ValueError where a mixture of experts would be counted by the formula of dense models."""
-    if teacher.experts:
-        raise ValueError(f"{setting}: the model has experts, which are not counted here; {remedy}")
+def check_covered(teacher: ModelShape, setting: str, remedy: str) -> None:
+    """Raise ValueError where a mixture of experts has attention that the formulas of shapes do not count."""
+    if teacher.mixture and "heads" in teacher.fixed:
+        raise ValueError(
+            f"{setting}: the chip model counts attention with query heads and KV groups, and in this model "
+            f"{teacher.fixed['heads']}; {remedy}"
+        )

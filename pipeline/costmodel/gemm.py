@@ -6,25 +6,40 @@ from pipeline.costmodel.chip import ELEMENT_BYTES, Chip
 
 
 def gemm_seconds(
-    chip: Chip, m: int, n: int, k: int, precision: str, tile: tuple[int, int] | None = None, row_major: bool = False
+    chip: Chip,
+    m: int,
+    n: int,
+    k: int,
+    precision: str,
+    tile: tuple[int, int] | None = None,
+    row_major: bool = False,
+    weights: float = 1.0,
 ) -> float:
     """Time of [m, k] x [k, n]: whole tiles in waves over the cores, against memory, against what one core can fetch.
 
     T = launch + max(cube, memory, core) where the chip overlaps them; formulas and provenance in docs/chip_model.md.
     Without a `tile` the library is taken to choose its best one. `row_major`: the weight is not stored in the chip's
-    tiled format.
+    tiled format. `weights`: how many weights [k, n] the rows are multiplied with, each row with one of them (a grouped
+    product).
     """
     tiles = chip.tiles if tile is None else (tile,)
     times = []
     for each in tiles:
-        cube, memory, core = gemm_terms(chip, m, n, k, precision, each, row_major)
+        cube, memory, core = gemm_terms(chip, m, n, k, precision, each, row_major, weights)
         traffic = max(memory, core)
         times.append(max(cube, traffic) + (1.0 - chip.overlap) * min(cube, traffic))
     return chip.launch_seconds + min(times)
 
 
 def gemm_terms(
-    chip: Chip, m: int, n: int, k: int, precision: str, tile: tuple[int, int], row_major: bool = False
+    chip: Chip,
+    m: int,
+    n: int,
+    k: int,
+    precision: str,
+    tile: tuple[int, int],
+    row_major: bool = False,
+    weights: float = 1.0,
 ) -> tuple[float, float, float]:
     """Return the cube, memory and core terms of a matrix product with one tile, in seconds."""
     size = ELEMENT_BYTES[precision]
@@ -37,8 +52,8 @@ def gemm_terms(
 
     weight = _weight_factor(chip, k * size) if row_major else 1.0
     left, right = m * k * size / row_share(chip, k * size), n * k * size * weight
-    unique, out = left + right, m * n * size / row_share(chip, n * size)
-    reads = columns * left + rows * right  # every block reads its rows and its columns whole
+    unique, out = left + weights * right, m * n * size / row_share(chip, n * size)
+    reads = columns * left + max(rows, weights) * right  # every block reads its rows and its columns whole
     memory = ((unique + out) / chip.hbm_bandwidth + (reads - unique) / chip.l2_bandwidth) / chip.memory_efficiency
 
     fresh = unique / reads  # share of a core's reads that come from HBM, the rest from L2

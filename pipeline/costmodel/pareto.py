@@ -13,10 +13,12 @@ from pipeline.costmodel.cost import (
     decode_rate,
     ends_seconds,
     ffn_seconds,
+    mixture_seconds,
     pass_seconds,
     prefill,
     serving_bytes,
 )
+from pipeline.costmodel.expert_budget import check_covered
 from pipeline.costmodel.shapes import AXES, Grid, ModelShape, Multiples, imbalance, multiples_for
 from pipeline.costmodel.size_budget import Choice
 from pipeline.model.shape import Budgeted
@@ -213,13 +215,11 @@ class _Sieve:
 
 
 def check_alike(teacher: ModelShape) -> None:
-    """Refuse a teacher with experts, which the chip model does not cover, or whose layers differ: it takes all to be
-    alike."""
-    if teacher.experts:
-        raise ValueError(
-            "model.path is a mixture of experts, and the chip model covers dense models only: no speed of it can be "
-            "predicted; set recipe.shape=given, and shape.*, budget.total or budget.active_parameters"
-        )
+    """Refuse a teacher whose attention the chip model does not cover, or whose layers differ: it takes all to be
+    alike, but for those with and without experts."""
+    check_covered(
+        teacher, "model.path", "set recipe.shape=given, and shape.*, budget.total or budget.active_parameters"
+    )
     if teacher.own:
         raise ValueError(
             "model.path is a model whose layers differ in width, and the chip model takes all to be alike: no speed of "
@@ -262,6 +262,7 @@ def _sift(chip: Chip, teacher: ModelShape, serving: Serving, limits: Limits, mul
 
 def _grid_seconds(chip: Chip, teacher: ModelShape, work: Work, grid: Grid) -> np.ndarray:
     """Seconds of a pass for every shape of a grid: blocks add up, so few of them are computed."""
+    mixture = teacher.mixture
     attention = [
         [
             attention_seconds(chip, work, hidden, heads, groups, teacher.head_size)
@@ -271,9 +272,16 @@ def _grid_seconds(chip: Chip, teacher: ModelShape, work: Work, grid: Grid) -> np
     ]
     ffn = [[ffn_seconds(chip, work, h, neurons) for neurons in grid.neurons.tolist()] for h in grid.hidden.tolist()]
     ends = [ends_seconds(chip, work, hidden, teacher.vocabulary) for hidden in grid.hidden.tolist()]
-    layer = np.array(attention)[:, :, None] + np.array(ffn)[:, None, :]  # [hidden, (heads, groups), neurons]
-    layer += chip.layer_seconds
-    return grid.layers[:, None, None, None] * layer + np.array(ends)[:, None, None]
+    layers = grid.layers[:, None, None, None]
+    sparse = np.zeros_like(layers)
+    experts = np.zeros_like(np.array(ffn))
+    if mixture is not None:
+        sparse = np.minimum(layers, mixture.sparse)
+        experts = np.array([[mixture_seconds(chip, work, h, neurons, mixture) for neurons in grid.neurons.tolist()]
+                            for h in grid.hidden.tolist()])  # fmt: skip
+    blocks = layers * (np.array(attention)[:, :, None] + chip.layer_seconds)  # [layers, hidden, (heads, groups), 1]
+    ffns = (layers - sparse) * np.array(ffn)[:, None, :] + sparse * experts[:, None, :]
+    return blocks + ffns + np.array(ends)[:, None, None]
 
 
 def _grid_bytes(teacher: ModelShape, serving: Serving, grid: Grid) -> np.ndarray:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.costmodel.mixture import Mixture
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.hf_config import needs_even_heads
 from pipeline.model.sizes import LayerSizes
@@ -40,7 +41,7 @@ class ModelShape:
     even_heads: bool = False
     whole_heads: bool = False
     fixed: Mapping[str, str] = field(default_factory=dict, hash=False)
-    experts: int = 0  # routed experts per layer, which no count and no cost of this class includes
+    mixture: Mixture | None = None
 
     @staticmethod
     def of(anatomy: Anatomy, biased: bool = False) -> "ModelShape":
@@ -63,7 +64,7 @@ class ModelShape:
             even_heads=needs_even_heads(anatomy, biased),
             whole_heads=anatomy.whole_heads,
             fixed=anatomy.family.fixed,
-            experts=sizes.carried["e"] if anatomy.routing else 0,
+            mixture=Mixture.of(anatomy),
         )
 
     def changed(self, axes: Mapping[str, int]) -> "ModelShape":
@@ -92,7 +93,13 @@ class ModelShape:
 
     def non_embedding_parameters(self) -> int:
         """Everything but the vocabulary matrices; of layers that differ the largest count, whichever will stay."""
-        rows = (2 * (each.heads + each.groups) * self.head_size + 3 * each.neurons + 2 for each in self.each())
+        if self.mixture is None:
+            ffns = [(each, 3 * each.neurons) for each in self.each()]
+        else:
+            sparse, dense = self.mixture.rows(self.neurons)
+            widest = LayerSizes(self.heads, self.groups, self.neurons)
+            ffns = [(widest, sparse)] * self.mixture.sparse + [(widest, dense)] * self.mixture.dense
+        rows = (2 * (each.heads + each.groups) * self.head_size + ffn + 2 for each, ffn in ffns)
         return self.hidden * (sum(sorted(rows, reverse=True)[: self.layers]) + 1)  # rows of h weights
 
     def embedding_parameters(self) -> int:
@@ -256,7 +263,12 @@ class Grid:
         kept = [[LayerSizes(heads, groups, 0).within(own) for heads, groups in pairs] for own in teacher.each()]
         bundles = np.array([[pair.heads + pair.groups for pair in layer] for layer in kept]) * teacher.head_size
         neurons = np.minimum(self.neurons, np.array([[own.neurons] for own in teacher.each()]))  # [layer, neurons]
-        width = 2 * bundles[:, :, None] + 3 * neurons[:, None] + 2  # of a layer per hidden channel
+        ffn = 3 * neurons
+        if teacher.mixture is not None:
+            kinds = [False] * teacher.mixture.dense + [True] * teacher.mixture.sparse
+            pairs_of = [teacher.mixture.rows(count) for count in self.neurons.tolist()]
+            ffn = np.array([[sparse if has else dense for sparse, dense in pairs_of] for has in kinds])
+        width = 2 * bundles[:, :, None] + ffn[:, None] + 2  # of a layer per hidden channel
         most = np.sort(width, axis=0)[::-1].cumsum(axis=0)  # of 1, 2, ... layers, [layers, (heads, groups), neurons]
         self.counts = self.hidden[:, None, None] * (most[self.layers - 1][:, None] + 1)
         accepted = [

@@ -1,5 +1,6 @@
 """What recovery training needs: memory of a device, time of a step, and the answer for a whole run before it starts."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 
@@ -12,10 +13,14 @@ from pipeline.costmodel.cost import (
     ffn_products,
     ffn_vector_seconds,
     kernel_seconds,
+    mixture_products,
+    mixture_seconds,
     pass_seconds,
     products_seconds,
+    routed_rows,
 )
 from pipeline.costmodel.gemm import allreduce_seconds, gather_seconds, gemm_seconds, vector_seconds
+from pipeline.costmodel.mixture import Mixture
 from pipeline.costmodel.shapes import ModelShape
 
 KERNEL_BACKWARD = 2.5  # products of attention's backward pass over those of its forward pass: five over two
@@ -121,7 +126,7 @@ def memory_parts(teacher: ModelShape | None, student: ModelShape, run: Recovery,
     return state_bytes(own, frozen, run.precision, run.zero_stage, devices) | {
         "gathered": size * min(own + frozen, LIVE_PARAMETERS + heads) if gathers else 0,
         "activations": run.rows * activation_bytes(student, run.precision, run.checkpointing),
-        "teacher_activations": run.rows * size * (6 * teacher.hidden + 4 * teacher.neurons) if teacher else 0,
+        "teacher_activations": run.rows * size * (6 * teacher.hidden + 4 * used_neurons(teacher)) if teacher else 0,
         "loss": _loss_bytes(student, run, 2 if teacher else 1),
     }
 
@@ -155,18 +160,33 @@ def activation_bytes(shape: ModelShape, precision: str, checkpointing: bool) -> 
     """Bytes a token leaves behind for the backward pass of all layers, exact for the Llama of transformers with SDPA.
 
     A layer keeps, of each norm, the fp32 input, its normalised form and the output; queries, keys, values, attention's
-    output and its fp32 log-sum; gate, activated gate, up and their product; two fp32 scales. With checkpointing every
-    layer keeps its input alone and one is whole while it is recomputed. Fused norms keep less.
+    output and its fp32 log-sum; gate, activated gate, up and their product; two fp32 scales. A layer with experts keeps
+    those of each expert of a token, the token's row and output for each, and the router's scores (inferred). With
+    checkpointing every layer keeps its input alone and one is whole while it is recomputed. Fused norms keep less.
     """
-    size = ELEMENT_BYTES[precision]
-    layer = (
+    size, mixture = ELEMENT_BYTES[precision], shape.mixture
+    attention = (
         2 * shape.hidden * (4 + 2 * size)
         + size * (2 * shape.heads + 2 * shape.groups) * shape.head_size
-        + size * 4 * shape.neurons
         + 4 * shape.heads
         + 8
     )
-    return shape.layers * size * shape.hidden + layer if checkpointing else shape.layers * layer
+    sparse, dense = mixture.layers(shape.layers) if mixture else (0, shape.layers)
+    ffns = [size * 4 * shape.neurons] * bool(dense)
+    if mixture is not None:  # scores and weights of the router; each token's row and output, once for each expert
+        routed = 4 * 2 * mixture.experts + 2 * size * mixture.top * shape.hidden
+        ffns.append(size * 4 * used_neurons(shape) + routed)
+    if checkpointing:
+        return shape.layers * size * shape.hidden + attention + max(ffns)
+    return shape.layers * attention + dense * ffns[0] + (sparse * ffns[-1] if mixture else 0)
+
+
+def used_neurons(shape: ModelShape) -> int:
+    """Return the FFN neurons that a token passes through in a layer: of experts, those that it is sent to."""
+    if shape.mixture is None:
+        return shape.neurons
+    used = shape.mixture.top * shape.mixture.neurons + shape.mixture.shared
+    return used + (shape.neurons if shape.mixture.beside else 0)
 
 
 def step_parts(
@@ -213,17 +233,48 @@ def _needs(chip: Chip, teacher: ModelShape | None, student: ModelShape, run: Rec
 
 def _student_seconds(chip: Chip, shape: ModelShape, work: Work, checkpointing: bool) -> float:
     """Forward and backward of all layers: each product once more for its input's and once for its weight's gradient."""
-    attention = attention_products(work, shape.hidden, shape.heads, shape.groups, shape.head_size)
-    ffn = ffn_products(work, shape.hidden, shape.neurons)
-    products = products_seconds(chip, work, attention + ffn)
-    vector = attention_vector_seconds(chip, work, shape.hidden, shape.heads, shape.groups, shape.head_size)
-    vector += ffn_vector_seconds(chip, work, shape.hidden, shape.neurons)
-    kernel = kernel_seconds(chip, work, shape.heads, shape.groups, shape.head_size)
-    backward = sum(_gradient_seconds(chip, work.rows, n, k, work.precision) for n, k in attention + ffn)
-    forward = products + vector + kernel
     passes = 2 if checkpointing else 1  # forward
-    layer = passes * forward + backward + VECTOR_BACKWARD * vector + KERNEL_BACKWARD * kernel
-    return shape.layers * (layer + (passes + 2) * chip.layer_seconds)
+    attention = attention_products(work, shape.hidden, shape.heads, shape.groups, shape.head_size)
+    vector = attention_vector_seconds(chip, work, shape.hidden, shape.heads, shape.groups, shape.head_size)
+    kernel = kernel_seconds(chip, work, shape.heads, shape.groups, shape.head_size)
+    layer = _trained_seconds(chip, work, attention, vector, passes)
+    layer += (passes + KERNEL_BACKWARD) * kernel + (passes + 2) * chip.layer_seconds
+    sparse, dense = shape.mixture.layers(shape.layers) if shape.mixture else (0, shape.layers)
+    ffn = ffn_products(work, shape.hidden, shape.neurons)
+    ffns = dense * _trained_seconds(
+        chip, work, ffn, ffn_vector_seconds(chip, work, shape.hidden, shape.neurons), passes
+    )
+    if shape.mixture is not None:
+        ffns += sparse * _mixture_seconds(chip, shape, shape.mixture, work, passes)
+    return shape.layers * layer + ffns
+
+
+def _trained_seconds(chip: Chip, work: Work, products: Sequence[tuple[int, int]], vector: float, passes: int) -> float:
+    """Return the time of `passes` forward passes and the backward one of some products and element-wise operations."""
+    backward = sum(_gradient_seconds(chip, work.rows, n, k, work.precision) for n, k in products)
+    return passes * products_seconds(chip, work, products) + backward + (passes + VECTOR_BACKWARD) * vector
+
+
+def _mixture_seconds(chip: Chip, shape: ModelShape, mixture: Mixture, work: Work, passes: int) -> float:
+    """Return the time of the feed-forward block of a layer with experts, forward and backward.
+
+    The gradient of the experts' weights takes as long as their product forward: it moves and multiplies as much.
+    """
+    rows, read = routed_rows(chip, work, mixture)
+    products = mixture_products(work, shape.hidden, mixture)
+    forward = mixture_seconds(chip, work, shape.hidden, shape.neurons, mixture)
+    beside = [shape.neurons] * mixture.beside + [mixture.shared] * bool(mixture.shared)
+    single = [(mixture.experts, shape.hidden)]
+    single += [pair for neurons in beside for pair in ffn_products(work, shape.hidden, neurons)]
+
+    def of_experts(pairs: Sequence[tuple[int, int]]) -> float:
+        return sum(gemm_seconds(chip, rows, n, k, work.precision, row_major=True, weights=read) for n, k in pairs)
+
+    grouped = of_experts(products)
+    backward = grouped + of_experts([(k, n) for n, k in products])
+    backward += sum(_gradient_seconds(chip, work.rows, n, k, work.precision) for n, k in single)
+    vector = forward - grouped - products_seconds(chip, work, single)
+    return passes * forward + backward + VECTOR_BACKWARD * vector
 
 
 def _loss_seconds(chip: Chip, teacher: ModelShape | None, student: ModelShape, run: Recovery) -> float:

@@ -61,7 +61,7 @@ def models_page(types: Iterable[str]) -> str:
     lines += [f"| `{each.model_type}` | `{each.architecture}` | {_texts(each)} |\n" for each in WRAPPERS.values()]
     lines.append("\n## Types without a table\n\n")
     groups: dict[str, list[str]] = {}
-    for name in types:
+    for name in (*types, *sorted(REFUSED.keys() - set(types))):
         if name not in FAMILIES and name not in WRAPPERS:
             groups.setdefault(REFUSED[name], []).append(f"`{name}`")
     lines += [f"- {', '.join(names)}: {reason}.\n" for reason, names in sorted(groups.items())]

@@ -8,7 +8,8 @@ import torch
 from pipeline.allocate.widths import even_widths, partway, weights_of_size, weights_within
 from pipeline.config import Config
 from pipeline.costmodel.chip import Chip
-from pipeline.costmodel.expert_budget import check_counted, experts_for, with_experts
+from pipeline.costmodel.expert_budget import check_covered, experts_for, with_experts
+from pipeline.costmodel.expert_speed import experts_for_speed
 from pipeline.costmodel.nearest_shape import given_shape
 from pipeline.costmodel.pareto import Limits, Serving, shape_within, speedup_of
 from pipeline.costmodel.shapes import AXES, ModelShape, depth_for, multiples_for, neurons_for, shape_for
@@ -88,7 +89,7 @@ def student_of(config: Config, anatomy: Anatomy) -> Student:
         return Student(teacher, None, made if done == rounds else None, _experts(config, anatomy, count))
     if not (config.budget.total or config.budget.active_parameters or config.budget.bytes):
         remedy = "set shape.*, budget.axes=experts, budget.total or budget.active_parameters"
-        check_counted(teacher, "budget.parameters", remedy)
+        check_covered(teacher, "budget.speedup" if config.budget.speedup else "budget.parameters", remedy)
     if config.plan.widths != "uniform":
         weights = _weights(config, anatomy, done / rounds)
         even = even_widths(anatomy.sizes, weights, multiples_for(teacher).neurons)
@@ -155,6 +156,9 @@ def unties(config: Config) -> bool:
 def _experts_budgeted(config: Config, anatomy: Anatomy) -> tuple[int, Budgeted]:
     """Return the experts per layer that budget.* leaves, the other axes being the teacher's, and what they reach."""
     budget = config.budget
+    if budget.speedup is not None:
+        chip, serving = Chip(**config.device.chip_facts), Serving(**config.shape_search.serving)
+        return experts_for_speed(chip, ModelShape.of(anatomy), anatomy, serving, budget.speedup)
     (name, requested), *_ = (budget.sized or {"parameters": budget.fallback}).items()
     size = getattr(torch, config.export.dtype).itemsize if budget.bytes else 1
     unit = Unit(size, (budget.context or 0) * 2 * anatomy.sizes.head_size * size)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from pipeline import runner
 from pipeline.model.hf_config import with_scales
 from pipeline.prune.surgery.reinit import absorb_post_norms, post_norm_modules
 from pipeline.runtime.checkpoint import open_checkpoint
@@ -21,6 +22,7 @@ from pipeline.stages.prepare import teacher
 from tests.students import imported, machine, student
 from tests.tiny import save_tiny, tiny_model, tokenizer_folder, tokens
 from tests.tiny_text import byte_tokenizer, configured
+from tests.world import make_world, settings
 
 EMBEDDING, HEAD, DOWN = "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.down_proj.weight"
 INDEX = "model.safetensors.index.json"
@@ -471,3 +473,12 @@ def test_a_damaged_generation_config_is_left_out_and_reported(folder):
     checkpoint = imported(folder, folder.with_name("copy"))
     assert not (checkpoint.folder / "generation_config.json").exists()
     assert any("generation_config.json" in note for note in checkpoint.notes)
+
+
+def test_pangu_pro_moe_is_refused_by_its_router_before_any_work(tmp_path):
+    world = make_world(tmp_path)
+    path = world / "model" / "config.json"
+    config = json.loads(path.read_text()) | {"model_type": "PanguProMoE", "architectures": ["PanguProMoEForCausalLM"]}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="PanguProMoE.* one expert of every group"):
+        runner.run(configured(*settings(world)), "a test")

@@ -10,6 +10,7 @@ from pipeline.costmodel.expert_budget import experts_for, possible_counts, with_
 from pipeline.costmodel.shapes import Grid, ModelShape, multiples_for
 from pipeline.costmodel.size_budget import Unit, sizes
 from pipeline.model.anatomy import anatomy_of
+from pipeline.model.shape import Shape
 from pipeline.model.sizes import LayerSizes
 from tests.mixtures import MIXTURES
 from tests.tiny import config_of, tensors_of, tiny_model
@@ -86,9 +87,39 @@ def test_budgets_through_the_stage(tmp_path):
         ("dry_run", ["shape.experts=2", "dry_run=true", "stages=null"]),
     ],
 )
-def test_what_does_not_count_experts_refuses_them(setting, overrides, tmp_path):
+def test_low_rank_attention_is_refused_where_the_chip_model_counts(setting, overrides, tmp_path):
     with pytest.raises(ValueError, match=f"^{setting}"):
-        shaped(make_world(tmp_path, "mixtral"), *overrides)
+        shaped(make_world(tmp_path, "deepseek_v3"), *overrides)
+
+
+@pytest.mark.parametrize("axes", ["all", "layers", "experts"])
+def test_parameters_of_a_mixture_keep_to_their_budget(axes, tmp_path):
+    world, of = make_world(tmp_path, "mixtral"), anatomy("mixtral")
+    folders = shaped(world, f"budget.axes={axes}", "budget.parameters=0.7")
+    budget = json.loads((folders["shape"] / "budget.json").read_text())
+    shape = Shape.load(folders["shape"])
+    assert budget["reached"] <= 0.7 and (shape.experts is None) == (axes != "experts")
+    made = with_experts(of, shape.experts or 4)
+    widths = LayerSizes(shape.heads, shape.groups, shape.neurons)
+    sizes = replace(made.sizes, hidden=shape.hidden, layers=(widths,) * shape.layers)
+    kept = made.narrowed(sizes, made.layer_types[: shape.layers]).parameters()[1]
+    assert kept / of.parameters()[1] == pytest.approx(budget["reached"])
+
+
+def test_a_speedup_of_experts_alone_passes_through_the_stage(tmp_path):
+    world = make_world(tmp_path, "mixtral")
+    chosen = ["budget.axes=experts", "budget.speedup=1.0", "device/chip=CPU"]
+    assert Shape.load(shaped(world, *chosen)["shape"]).experts == 4
+    with pytest.raises(ValueError, match=r"^budget\.speedup: "):
+        shaped(world, *chosen[:1], "budget.speedup=9", "device/chip=CPU")
+    with pytest.raises(ValueError, match=r"^budget\.axes: "):
+        shaped(world, *chosen, "budget.memory_gb=1")
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "dots1"])
+def test_a_dry_run_answers_for_a_mixture(kind, tmp_path, capsys):
+    shaped(make_world(tmp_path, kind), "shape.experts=2", "dry_run=true", "stages=null", "device/chip=CPU")
+    assert "recovery needs 1 x " in capsys.readouterr().out
 
 
 def test_a_dense_model_has_no_budget_of_experts(tmp_path):

@@ -1,10 +1,10 @@
-"""Model types without a table, each with the reason."""
+"""Model types without a table, each with the reason; also types that transformers has no class for."""
 
 from collections.abc import Mapping
 
 REASONS: Mapping[str, str] = {
     "its layers are a mixture of experts that no table describes yet": (
-        "axk1 axk2 dbrx deepseek_v4 dots3_note_text hy_v4 jetmoe kolibri1 llama4_text longcat_flash mimo_v2_flash "
+        "axk1 axk2 dbrx deepseek_v4 dots3_note_text hy_v4 jetmoe kolibri1 longcat_flash mimo_v2_flash "
         "sarvam_moe"
     ),
     "its residual additions are scaled by the layer's number": "beam",
@@ -30,8 +30,15 @@ REASONS: Mapping[str, str] = {
     ),
     "its checkpoints fuse projections that its class holds apart": "lara_mini olmo_hybrid",
     "each layer's differential attention has a constant that follows from the layer's number": "diffllama",
-    "it has per-layer embeddings, alternating updates or head sizes that differ by layer": (
-        "gemma3n_text gemma4_text gemma4_unified_text"
+    "its class runs every expert on every token, scaled at its input, so none is measured on the tokens sent to it": (
+        "llama4_text"
+    ),
+    "its router takes one expert of every group, scaled by a learned factor, which no class of transformers computes": (
+        "PanguProMoE"
+    ),
+    "it has per-layer embeddings and several streams that are updated in turn": "gemma3n_text",
+    "its head size differs by layer type, its last layers read the keys of earlier ones, and it embeds every layer": (
+        "gemma4_text gemma4_unified_text"
     ),
     "its norms follow the addition of the residual": "openai-gpt",
     "its hidden states and matrices are normalised to a sphere": "dory",

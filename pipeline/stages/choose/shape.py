@@ -44,10 +44,11 @@ def check(config: Config) -> None:
             f"budget.context: plan.widths={widths} gives layers different KV groups, so the cache is not known; set "
             "plan.widths=uniform, or leave budget.context out"
         )
-    if budget.axes != "all" and budget.predicted:
+    served = {"speedup"} if budget.axes == "experts" else set()
+    if budget.axes != "all" and set(budget.predicted) - served:
         raise ValueError(
-            f"budget.axes: {budget.axes} supports budget.parameters, total and bytes only; remove "
-            f"{list(budget.predicted)}, or set budget.axes=all"
+            f"budget.axes: {budget.axes} supports budget.{', '.join(['parameters', 'total', 'bytes', *served])} only; "
+            f"remove {sorted(set(budget.predicted) - served)}, or set budget.axes=all"
         )
     uncounted = budget.axes in ("experts", "sublayers")
     if budget.active_parameters and (uncounted or widths != "uniform"):
@@ -149,9 +150,10 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     made = Shape(**student.shape.axes(), weights=student.weights)
     mixture = {name: getattr(student, name) for name in made.mixture}
     replace(made, **mixture).save(out)
-    if teacher.experts:
+    if teacher.mixture is not None:
         kept, used = kept_shares(anatomy, student)
-        words = f"{student.shape.axes()}, {student.experts or teacher.experts} of {teacher.experts} experts per layer"
+        most = teacher.mixture.experts
+        words = f"{student.shape.axes()}, {student.experts or most} of {most} experts per layer"
         machine.say(
             f"shape: {words}, keeps {kept:.1%} of the parameters outside the embeddings, and {used:.1%} of those that "
             "a token uses"
