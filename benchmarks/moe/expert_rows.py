@@ -1,16 +1,22 @@
-"""Fewer experts by REAP, by frequency and at random, before and after recovery, side by side.
+"""Fewer experts by REAP, by frequency and at random, before and after a short recovery, side by side.
 
     python benchmarks/moe/expert_rows.py MODEL [--keep 6,4] [--choices reap,frequency,random] [--runs runs/moe]
-        [settings of the pipeline ...]
+        [--results FOLDER] [settings of the pipeline ...]
 
 MODEL is a mixture, as upcycle.py makes one. A row is one run; one that is finished is not run again, and stages of
-equal settings are shared. Printed are perplexities over those of the model itself, by text.
+equal settings are shared. Printed are perplexities over those of the model itself, by text; experts.md and its figures
+experts.json go to --results.
 """
 
+import datetime
 import json
+import os
+import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the directory of arguments.py
 
@@ -22,6 +28,24 @@ CHOICES = {
     "frequency": ["score.experts=frequency"],
     "random": ["plan.experts=random"],
 }
+COMMON = [
+    "data.sequence_length=256",
+    "data.evaluation.path=[builtin:topics,builtin:readmes]",
+    "calibration.batch_size=4",
+    "score.tokens=4096",
+    "distill.tokens=8192",
+    "distill.eval_tokens=1024",
+    "distill.eval_steps=1000",
+    "distill.save_steps=1000",
+    "distill.select=last",
+    "evaluate.tokens=4096",
+    "evaluate.words=0",
+    "evaluate.speed=false",
+    "report.samples=0",
+    "track.mode=disabled",
+]
+STATES = {"start": "before", "student": "after"}
+Row = tuple[int, str]
 
 
 def main() -> None:
@@ -30,6 +54,7 @@ def main() -> None:
     parser.add_argument("--keep", type=several(at_least(1)), default="6,4", help="experts of a layer, by commas")
     parser.add_argument("--choices", type=some_of(CHOICES), default=",".join(CHOICES))
     parser.add_argument("--runs", type=Path, default=Path("runs/moe"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).resolve().parents[1] / "results")
     options, settings = with_settings(parser)
     rows = [(count, choice) for count in options.keep for choice in options.choices]
     for count, choice in rows:
@@ -38,16 +63,69 @@ def main() -> None:
             status = subprocess.run([sys.executable, "-m", "pipeline", *command, *settings]).returncode
             if status:
                 sys.exit(status)
-    reports = {row: json.loads((options.runs / f"{row[1]}-{row[0]}" / "report.json").read_text()) for row in rows}
-    print(table(reports))
+        found = {row: report for row in rows if (report := report_of(options.runs, row)) is not None}
+        write(options.results, found, facts(options.model))
+    print(table(found))
 
 
 def row_settings(model: Path, runs: Path, count: int, choice: str) -> list[str]:
     """Return the settings of the run of a row."""
-    return [f"model.path={model}", f"runs={runs}", f"run={choice}-{count}", f"shape.experts={count}", *CHOICES[choice]]
+    own = [f"model.path={model}", f"runs={runs}", f"run={choice}-{count}", f"shape.experts={count}"]
+    return [*COMMON, *own, *CHOICES[choice]]
 
 
-def table(reports: dict[tuple[int, str], dict]) -> str:
+def report_of(runs: Path, row: Row) -> dict | None:
+    """Return the report of a row; None where it was not run."""
+    path = runs / f"{row[1]}-{row[0]}" / "report.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def facts(model: Path) -> dict[str, Any]:
+    """Return how upcycle.py made a mixture; nothing where another tool did."""
+    path = model / "upcycled.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(folder: Path, reports: Mapping[Row, dict], made: Mapping[str, Any]) -> None:
+    """Write experts.md and experts.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = [
+        {
+            "row": f"{choice}_{count}",
+            "experts": count,
+            "parameters": report["parameters"],
+            "texts": {
+                text: {"dense": each["teacher"]} | {STATES[who]: each[who] for who in STATES if who in each}
+                for text, each in report["perplexity"].items()
+            },
+        }
+        for (count, choice), report in reports.items()
+    ]
+    (folder / "experts.json").write_text(json.dumps(figures, indent=1) + "\n")
+    command = shlex.join(["python", "benchmarks/moe/expert_rows.py", *sys.argv[1:]])
+    lines = [
+        "# Fewer experts",
+        "",
+        f"`{command}`, {os.cpu_count()} CPU cores, {datetime.date.today()}. {caption(made)} Cells: perplexity over "
+        "that of the whole mixture, before and after recovery.",
+        "",
+        table(reports),
+    ]
+    (folder / "experts.md").write_text("\n".join(lines) + "\n")
+
+
+def caption(made: Mapping[str, Any]) -> str:
+    """Return what the mixture is."""
+    if not made:
+        return "The mixture was not made by upcycle.py."
+    source = "SmolLM2-135M-Instruct in 4 bits" if "smollm2" in str(made["source"]) else str(made["source"])
+    return (
+        f"The mixture is upcycled from {source}: {made['experts']} noisy copies of each FFN, {made['top']} of a token, "
+        f"with routers trained on {made['router_tokens']:,} tokens."
+    )
+
+
+def table(reports: Mapping[Row, dict]) -> str:
     """Return the rows as a Markdown table: the perplexity over the teacher's, before and after recovery, by text."""
     texts = list(next(iter(reports.values()))["perplexity"])
     lines = [f"| experts | choice | {' | '.join(texts)} |", f"|---|---|{'---|' * len(texts)}"]

