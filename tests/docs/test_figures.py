@@ -123,15 +123,25 @@ def of_vocabulary(row: str, now: dict[str, str], other: str | None) -> list[floa
     return [figures["texts"][now["text"]][str(other).replace(" ", "_")]]
 
 
+def of_experts(row: str, now: dict[str, str], other: str | None) -> list[float]:
+    (figures,) = (each for each in saved("experts") if each["row"] == row)
+    if other == "M parameters":
+        return [figures["parameters"]["student"] / 1e6]
+    text = figures["texts"][now["text"]]
+    return [text[now["state"]]["perplexity"] / text["dense"]["perplexity"]]
+
+
 READERS = {
     "quality": of_quality,
     "reinit_ablation": of_reinit,
     "absorption": of_absorption,
     "hidden_widths": of_hidden,
     "vocabulary": of_vocabulary,
+    "experts": of_experts,
 }
 FACTS = {
     "quality": ("removed", "KV bytes", "recovery"),
+    "experts": ("M parameters",),
     "vocabulary": ("M parameters", "MB", "perplexity", "bits per byte", "bytes per token"),
 }  # columns that are neither a text nor a description
 
