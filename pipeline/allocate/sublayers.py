@@ -21,9 +21,10 @@ def greedy_sublayers(
 ) -> list[Removal]:
     """Remove sub-layers one at a time, each time the one of least score, measured without those that are removed.
 
-    The score is the divergence of the model without it; with `size`, the rise of the divergence over what leaves the
-    size of the model. Each removal is chosen among the `candidates` of least score when last measured; None: all.
-    Raise ValueError where nothing more may be removed and it is not `enough`.
+    The score is the rise of the divergence; with `size`, over what leaves the size of the model. Before each removal
+    the `candidates` of least score when last measured are measured again, and any other whose last score is below the
+    least of these; None: all. The choice is then that of measuring all as long as scores only rise. Raise ValueError
+    where nothing more may be removed and it is not `enough`.
     """
     removed: Removed = ()
     now, found = divergence(removed, None), []
@@ -32,15 +33,17 @@ def greedy_sublayers(
         left = [part for part in parts if part not in removed and allowed(removed, part)]
         if not left:
             raise ValueError(f"no attention or FFN may be removed after {len(removed)} of them; request fewer")
-        near = left if candidates is None else sorted(left, key=lambda part: last.get(part, -math.inf))[:candidates]
-        measure = [part for part in left if part in near or part not in last]
-        divergences = {}
-        for part in measure:  # upwards, so that passes share the layers below
-            value = divergence(removed, part)
-            divergences[part] = value if math.isfinite(value) else math.inf
-            freed = 1.0 if size is None else size(removed) - size((*removed, part))
-            last[part] = divergences[part] if size is None else (divergences[part] - now) / freed
-        best = min(measure, key=lambda part: last[part])
-        removed, now = (*removed, best), divergences[best]
+        fresh: dict[Part, float] = {}
+        near = sorted(left, key=lambda part: last.get(part, -math.inf))[:candidates]
+        near += [part for part in left if part not in last and part not in near]
+        while near:
+            for part in sorted(near, key=parts.index):  # upwards, so that passes share the layers below
+                value = divergence(removed, part)
+                fresh[part] = value if math.isfinite(value) else math.inf
+                freed = 1.0 if size is None else size(removed) - size((*removed, part))
+                last[part] = (fresh[part] - now) / freed
+            best = min(fresh, key=lambda part: last[part])
+            near = [part for part in left if part not in fresh and last[part] < last[best]]
+        removed, now = (*removed, best), fresh[best]
         found.append(Removal(*best, now))
     return found
