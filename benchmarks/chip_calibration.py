@@ -23,7 +23,7 @@ from pipeline.costmodel.calibrate import calibrate, clock, misfit, with_layer_ov
 from pipeline.costmodel.chip import Chip
 from pipeline.costmodel.cost import Work, pass_seconds
 from pipeline.costmodel.shapes import ModelShape, shape_for
-from pipeline.evaluation.samples import cache_name, cache_of
+from pipeline.model.decoding import cache_name, cache_of
 
 ROOT = Path(__file__).parents[1]
 TEACHER = ModelShape(30, 576, 9, 3, 64, 1536, 49152, True)

@@ -23,7 +23,8 @@ from pipeline.model.shape import Shape
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.device import choose, kind_of_chip, open_device
 from pipeline.runtime.log import progress
-from pipeline.training import steps_of
+from pipeline.stages.recover import onpolicy
+from pipeline.training_settings import steps_of
 
 
 def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
@@ -41,16 +42,21 @@ def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
     student, sentences = _student(config, made, teacher)
     for section, trains in (("teacher_correction", config.corrects), ("regularize", regularizes)):
         if trains:
-            run = _training(config, section, _next_token_space())
+            run = _of_text(config, section, _next_token_space())
             sentences.append(training_needs(_chip(config), None, teacher, run, devices).sentence())
     if "distill" in config.recipe.stages:
-        run = _training(config, "distill", _distillation_space(config, checkpoint.config))
+        loss = config.distill.loss
+        space = _distillation_space(config, checkpoint.config, loss.kind, loss.cross_entropy)
+        run = _of_text(config, "distill", space)
         sentences.append(training_needs(_chip(config), teacher, student, run, devices).sentence())
     else:
         when = "after the cut" if regularizes or config.corrects else "on its way"
         sentences.append(
             f"recipe {config.recipe.name} has no distill: no weights are trained {when} to {student.axes()}"
         )
+    if onpolicy.enabled(config):
+        run = _on_policy(config, _distillation_space(config, checkpoint.config, config.onpolicy.divergence, 0.0))
+        sentences.append(training_needs(_chip(config), teacher, student, run, devices).sentence())
     return "; ".join(sentences)
 
 
@@ -66,11 +72,17 @@ def _student(config: Config, made: Mapping[str, Path], teacher: ModelShape) -> t
     return shape, [f"the search will measure which shape; of those within its limits {shape.axes()} promises the most"]
 
 
-def _training(config: Config, section: str, space: WorkSpace) -> Recovery:
+def _of_text(config: Config, section: str, space: WorkSpace) -> Recovery:
+    """Return the cost of a training on packed text."""
+    sequence = config.data.sequence_length
+    return _training(config, section, space, steps_of(section, getattr(config, section), sequence), sequence)
+
+
+def _training(config: Config, section: str, space: WorkSpace, steps: int, sequence: int) -> Recovery:
     training = getattr(config, section)
     return Recovery(
-        steps=steps_of(section, training, config.data.sequence_length),
-        sequence=config.data.sequence_length,
+        steps=steps,
+        sequence=sequence,
         batch=training.global_batch_size,
         micro_batch=training.micro_batch_size,
         precision="fp32" if training.precision == "fp32" else "bf16",
@@ -84,11 +96,22 @@ def _training(config: Config, section: str, space: WorkSpace) -> Recovery:
     )
 
 
-def _distillation_space(config: Config, teacher: Mapping[str, Any]) -> WorkSpace:
-    """Return what the distillation loss works in on the configured chip; the student keeps the teacher's logits."""
-    loss, form = config.distill.loss, logit_form(SimpleNamespace(**teacher))
+def _on_policy(config: Config, space: WorkSpace) -> Recovery:
+    """Return the cost of on-policy distillation with answers of mean length."""
+    options = config.onpolicy
+    written = (options.min_new_tokens + options.max_new_tokens) // 2
+    sequence = options.prompt_tokens + written
+    return replace(_training(config, "onpolicy", space, onpolicy.steps_of(config), sequence), written=written)
+
+
+def _distillation_space(config: Config, teacher: Mapping[str, Any], divergence: str, entropy: float) -> WorkSpace:
+    """Return what the loss of a distillation works in on the configured chip; the student keeps the teacher's logits.
+
+    `entropy`: the weight of the cross entropy.
+    """
+    form = logit_form(SimpleNamespace(**teacher))
     kind = kind_of_chip(_chip(config).name) or choose(config.device.kind)
-    return work_space(loss.kind, loss.kernel, kind, loss.cross_entropy, form, form)
+    return work_space(divergence, config.distill.loss.kernel, kind, entropy, form, form)
 
 
 def _next_token_space() -> WorkSpace:

@@ -15,7 +15,7 @@ from pipeline.stages.prepare import (
     tokens,
     vocabulary,
 )
-from pipeline.stages.recover import distill
+from pipeline.stages.recover import distill, onpolicy
 from pipeline.stages.stage import Stage, always
 
 MODULES = (
@@ -44,6 +44,7 @@ MODULES = (
     local_distill,
     absorb_norms,
     distill,
+    onpolicy,
     export,
     evaluate_reference,
     evaluate,

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Config
-from pipeline.config.neutral import TRAINING_NEUTRAL
 from pipeline.config.training import Training
 from pipeline.costmodel.training_cost import state_bytes
 from pipeline.data.packing import Packed
-from pipeline.data.stream import stream
+from pipeline.data.stream import Rows, stream
 from pipeline.distill.holdout import hold_out, share_out
 from pipeline.distill.loop import HELD_OUT, Course, train
 from pipeline.distill.schedule import learning_rate
@@ -34,6 +33,7 @@ from pipeline.runtime.layer_streaming import need_memory
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_class import class_of
 from pipeline.runtime.model_loader import load_model
+from pipeline.training_settings import accumulation, held_out_rows, steps_of
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -54,6 +54,20 @@ class Stretch:
 ALL = Stretch(1, 1, None)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where the batches of a training come from.
+
+    `tokens`: how many the first n steps count, on all ranks. `batches`: this rank's micro-batches from a step on, made
+    of a text without its held-out part; the current model can be used for them through the engine.
+    """
+
+    steps: int
+    tokens: Callable[[int], int]
+    batches: Callable[[Engine, Rows, int], Iterator[Tensor]]
+    marked: bool  # batches have marks (model/marks.py)
+
+
 def train_model(
     section: str,
     config: Config,
@@ -66,6 +80,7 @@ def train_model(
     skipped: int = 0,
     selection: Selection = LAST,
     marked: bool = False,
+    source: Source | None = None,
 ) -> None:
     """Write the model trained from `origin` as a model folder in float32, and metrics.jsonl; every rank takes part.
 
@@ -75,18 +90,20 @@ def train_model(
     `section`: the name of the settings; `module`: makes what the engine trains from a function that loads a model
     folder in the compute type; `skipped`: sequences at the beginning of the text that an earlier training read;
     `marked`: the module reads tokens with marks, where the text has them (`data.loss_on`).
+    `source`: where batches come from, None for the text itself.
     `selection`: which state is exported, and recovery.json is written where it has a metric. Checkpoints that an
     interrupted attempt left in `out` are resumed from, bit for bit; a damaged one is reported and an earlier one taken.
     """
     options, ranks = getattr(config, section), machine.ranks
-    count, steps = accumulation(section, options, ranks.world), steps_of(section, options, config.data.sequence_length)
+    marked = marked and text.marked
+    source = source or _of_text(section, config, machine, skipped, marked)
+    count, steps = accumulation(section, options, ranks.world), source.steps
     first, last = (steps * part // stretch.count for part in (stretch.number - 1, stretch.number))
     parameters = sum(math.prod(shape) for shape in origin.anatomy.shapes().values())
     kept = options.save_total_limit + 1 + selection.best  # one more while it is written
     need_space(out, parameters * (STATE_BYTES * kept + WEIGHT_BYTES))
     start = ClassParameters(class_of(origin.config, origin.folder), origin)
-    marked = marked and text.marked
-    rest, held = hold_out(Marked(text) if marked else text, _held_out(section, config), section)
+    rest, held = hold_out(Marked(text) if marked else text, held_out_rows(section, config), section)
     held_out = share_out(held, options.micro_batch_size, ranks.rank, ranks.world, marked)
     with ExitStack() as undo:
         engine = _engine(section, config, options, module, machine, count, undo)
@@ -95,22 +112,29 @@ def train_model(
             engine.take(start)
         elif done:
             machine.say(f"{section}: resumes after step {first + done} of {steps}")
-        tokens = options.global_batch_size * rest.sequence
         every = (options.eval_steps, options.save_steps, options.save_total_limit)
-        course = Course(section, last - first, count, tokens, *every, config.seed + first, marked)
-        read = skipped + (first + done) * options.global_batch_size
+        before = source.tokens(first)
+        course = Course(
+            section,
+            last - first,
+            count,
+            lambda taken: source.tokens(first + taken) - before,
+            *every,
+            config.seed + first,
+            source.marked,
+        )
         peak, warmup, floor = options.learning_rate, options.warmup_ratio, options.min_lr_ratio
 
         def rate(step: int) -> float:
             return learning_rate(options.lr_scheduler, first + step, steps, peak, warmup, floor)
 
         def record(metrics: dict[str, float]) -> None:
-            whole = {"step": first + metrics["step"], "tokens": first * tokens + metrics["tokens"]}
+            whole = {"step": first + metrics["step"], "tokens": before + metrics["tokens"]}
             _record(out / METRICS, section, steps, machine, metrics | whole)
 
         selection = train(
             engine,
-            stream(rest, options.micro_batch_size, ranks.rank, ranks.world, read, config.seed),
+            source.batches(engine, rest, first + done),
             held_out,
             course,
             rate,
@@ -132,47 +156,15 @@ def train_model(
         shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
-def settings_of(config: Config, options: Training, without: set[str]) -> dict[str, Any]:
-    """Return what determines the trained weights, but the fields `without`; the number of ranks is not part of it."""
-    own = options.model_dump(exclude=set(TRAINING_NEUTRAL | without))
-    return own | {"seed": config.seed, "deepspeed": config.deepspeed.extra}
-
-
-def accumulation(section: str, options: Training, world: int) -> int:
-    """Return the micro-batches per step and rank; ValueError where the batch is not a whole number of them."""
+def _of_text(section: str, config: Config, machine: Machine, skipped: int, marked: bool) -> Source:
+    """Return the batches of packed text behind its first `skipped` sequences."""
+    options, ranks, sequence = getattr(config, section), machine.ranks, config.data.sequence_length
     batch, micro = options.global_batch_size, options.micro_batch_size
-    together = micro * world
-    if batch % together:
-        below, above = batch // together * together, -(-batch // together) * together
-        near = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(
-            f"{section}.global_batch_size: {batch} is no multiple of {section}.micro_batch_size ({micro}) x ranks "
-            f"({world}) = {together}; nearest: {near}"
-        )
-    return batch // together
 
+    def batches(engine: Engine, text: Rows, step: int) -> Iterator[Tensor]:
+        return stream(text, micro, ranks.rank, ranks.world, skipped + step * batch, config.seed)
 
-def check_text(section: str, config: Config, tokens: Path) -> None:
-    """Raise ValueError where the recovery text is too short to hold out as much of it as a section of settings asks."""
-    hold_out(Packed(tokens / "recovery"), _held_out(section, config), section)
-
-
-def _held_out(section: str, config: Config) -> int:
-    """Return how many sequences of the recovery text are held out."""
-    return max(1, getattr(config, section).eval_tokens // config.data.sequence_length)
-
-
-def steps_of(section: str, options: Training, sequence: int) -> int:
-    """Return the number of optimizer steps; ValueError where the tokens are too few for one."""
-    per_step = options.global_batch_size * sequence
-    if options.tokens < per_step:
-        raise ValueError(
-            f"{section}.tokens: {options.tokens} is less than one step of {section}.global_batch_size "
-            f"({options.global_batch_size}) x data.sequence_length ({sequence}) = {per_step} tokens; raise it or lower "
-            "the batch"
-        )
-    steps = options.tokens // per_step
-    return steps if options.max_steps is None else min(steps, options.max_steps)
+    return Source(steps_of(section, options, sequence), lambda steps: steps * batch * sequence, batches, marked)
 
 
 def need_training_memory(section: str, config: Config, module: Any, precision: str, machine: Machine) -> None:

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 REGISTRIES = {  # setting -> (file, variable) of the dictionaries and tuples whose names it accepts
     "budget.axes": (("stages/student_shape.py", "BUDGET_AXES"),),
     "distill.loss.kind": (("distill/divergences.py", "DIVERGENCES"),),
+    "onpolicy.divergence": (("distill/divergences.py", "DIVERGENCES"),),
     "plan.depth": (("prune/plan.py", "DEPTH_POLICIES"), ("config/methods.py", "MEASURED_DEPTH")),
     "plan.widths": (("stages/widths.py", "WIDTH_POLICIES"),),
     "restore.local": (("prune/second_order/narrow.py", "LOCAL_ORDERS"),),

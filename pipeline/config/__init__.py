@@ -24,7 +24,7 @@ from pipeline.config.results import Checkpoint, Evaluate, Export, Report, Track
 from pipeline.config.rules import RULES
 from pipeline.config.schema import plain, settings_of
 from pipeline.config.shapes import Budget, Calibrate, Chip, Shape, ShapeSearch
-from pipeline.config.training import DeepSpeed, Distill, LocalDistill, Regularize, TeacherCorrection
+from pipeline.config.training import DeepSpeed, Distill, LocalDistill, OnPolicy, Regularize, TeacherCorrection
 
 LONGEST_NAME = 200  # bytes of a folder's name; file systems allow 255, and temporary names are longer
 
@@ -111,6 +111,7 @@ class Config(Section):
     reinit: Reinit
     local_distill: LocalDistill
     distill: Distill
+    onpolicy: OnPolicy
     export: Export
     evaluate: Evaluate
     calibrate: Calibrate
@@ -170,6 +171,6 @@ def _copied(fault: Mapping[str, Any], faults: Sequence[Mapping[str, Any]]) -> bo
     """Return whether a fault repeats one of `distill`, whose values the other training sections take by default."""
     section, *rest = fault["loc"]
     original = ("distill", *rest)
-    return section in ("teacher_correction", "regularize") and any(
+    return section in ("teacher_correction", "regularize", "onpolicy") and any(
         other["loc"] == original and str(other["input"]) == str(fault["input"]) for other in faults
     )

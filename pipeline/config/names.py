@@ -16,6 +16,7 @@ SECTIONS = {
     "train": "distill",
     "training": "distill",
     "distillation": "distill",
+    "on_policy": "onpolicy",
 }
 FIELDS = {
     "batch": "batch_size",
@@ -31,7 +32,7 @@ FIELDS = {
     "validate_tokens": "eval_tokens",
     "warmup": "warmup_ratio",
 }
-TRAINING = ("distill", "teacher_correction", "regularize")  # sections of settings of a training run
+TRAINING = ("distill", "teacher_correction", "regularize", "onpolicy")  # sections of settings of a training run
 
 # Whole keys: earlier ones that moved, and those of other tools (Hugging Face, Megatron, DeepSpeed, ModelOpt).
 KEYS = {
@@ -47,6 +48,8 @@ KEYS = {
     "device.stream": "device.layer_streaming",
     "distill.loss.chunk": "logits.chunk",
     "dtype": "export.dtype",
+    "max_completion_length": "onpolicy.max_new_tokens",
+    "max_prompt_length": "onpolicy.prompt_tokens",
     "evaluate.chunk": "logits.chunk",
     "export.shard_bytes": "checkpoint.shard_bytes",
     "ffn_hidden_size": "shape.neurons",

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config import Config
 
-TRAINING_SECTIONS = ("teacher_correction", "regularize", "distill")
+TRAINING_SECTIONS = ("teacher_correction", "regularize", "distill", "onpolicy")
 TRAINING_NEUTRAL = frozenset(("micro_batch_size", "save_steps", "save_total_limit", "gradient_checkpointing"))
 NEUTRAL = frozenset(
     {

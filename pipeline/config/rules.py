@@ -198,6 +198,37 @@ def removed_sublayers_go_with_equal_widths(config: Config) -> None:
         )
 
 
+def on_policy_begins_at_a_recovered_student(config: Config) -> None:
+    if config.onpolicy.tokens and "distill" not in config.recipe.stages and config.model.start is None:
+        raise ValueError(
+            f"onpolicy.tokens: {config.onpolicy.tokens}, but recipe {config.recipe.name} does not recover the student, "
+            "and answers of a model that was just cut teach little; add distill to recipe.stages before onpolicy, or "
+            "set onpolicy.tokens=0"
+        )
+
+
+def on_policy_follows_the_rounds(config: Config) -> None:
+    if config.onpolicy.tokens and config.recipe.rounds > 1 and "onpolicy" in config.recipe.repeat:
+        raise ValueError("recipe.repeat: onpolicy trains once, after all rounds; remove it from recipe.repeat")
+
+
+def on_policy_holds_out_what_recovery_did(config: Config) -> None:
+    held, other = config.onpolicy.eval_tokens, config.distill.eval_tokens
+    if config.onpolicy.tokens and held != other and "distill" in config.recipe.stages:
+        raise ValueError(
+            f"onpolicy.eval_tokens: {held}, and distill.eval_tokens is {other}; both hold out the same part of the "
+            "recovery text: set them to one value"
+        )
+
+
+def prompts_fit_a_sequence(config: Config) -> None:
+    if config.onpolicy.tokens and config.onpolicy.prompt_tokens > config.data.sequence_length:
+        raise ValueError(
+            f"onpolicy.prompt_tokens: {config.onpolicy.prompt_tokens}, more than a packed sequence has "
+            f"(data.sequence_length={config.data.sequence_length}); lower it"
+        )
+
+
 def _rotated(config: Config) -> bool:
     return config.rotate.kind == "principal"
 
@@ -225,4 +256,8 @@ RULES: tuple[Callable[[Config], None], ...] = (
     removed_sublayers_go_with_equal_widths,
     external_students_keep_their_tokens,
     drafts_have_the_tokens_of_the_teacher,
+    on_policy_begins_at_a_recovered_student,
+    on_policy_follows_the_rounds,
+    on_policy_holds_out_what_recovery_did,
+    prompts_fit_a_sequence,
 )

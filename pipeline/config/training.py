@@ -59,6 +59,27 @@ class Distill(Training):
     loss: Loss
 
 
+class OnPolicy(Training):
+    tokens: Size
+    prompt_tokens: Count
+    min_new_tokens: Count
+    max_new_tokens: Count
+    temperature: Weight
+    divergence: str  # a name in pipeline/distill/divergences.py
+    mix: Annotated[float, Field(gt=0.0, lt=1.0)]
+    select: Literal["best", "last"]
+    patience: Count | None
+
+    @model_validator(mode="after")
+    def _grows(self):
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens ({self.max_new_tokens}); answers "
+                "grow during the training, so lower it or raise max_new_tokens"
+            )
+        return self
+
+
 OWN = {  # DeepSpeed settings that the pipeline writes itself, and the settings they come from
     "train_batch_size": "distill.global_batch_size",
     "train_micro_batch_size_per_gpu": "distill.micro_batch_size",
@@ -78,6 +99,6 @@ class DeepSpeed(Section):
             if name in self.extra:
                 raise ValueError(
                     f"extra.{name} is written by the pipeline; set {ours} instead "
-                    "(of teacher_correction or regularize where these train)"
+                    "(of teacher_correction, regularize or onpolicy where these train)"
                 )
         return self

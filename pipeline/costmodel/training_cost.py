@@ -10,6 +10,7 @@ from pipeline.costmodel.cost import (
     Work,
     attention_products,
     attention_vector_seconds,
+    cache_bytes,
     ffn_products,
     ffn_vector_seconds,
     kernel_seconds,
@@ -29,7 +30,12 @@ LOGIT_PASSES = 16  # times logits are read or written in fp32 to get the loss an
 MOST_DEVICES = 4096
 LIVE_PARAMETERS = 1_000_000_000  # that ZeRO-3 gathers at once, beside the running module's: DeepSpeed's default
 
-PURPOSES = {"distill": "recovery", "regularize": "regularization", "teacher_correction": "teacher correction"}
+PURPOSES = {
+    "distill": "recovery",
+    "onpolicy": "on-policy distillation",
+    "regularize": "regularization",
+    "teacher_correction": "teacher correction",
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Recovery:
     loss_block: int  # logits that such a tensor holds at most
     score_tokens: int = 0  # tokens the whole model alone reads before
     section: str = "distill"  # of the settings, named where they cannot be met
+    written: int = 0  # tokens of a sequence that the student writes before the pass, one after another
 
     @property
     def rows(self) -> int:
@@ -55,7 +62,7 @@ class Recovery:
 
     @property
     def tokens(self) -> int:
-        return self.steps * self.batch * self.sequence
+        return self.steps * self.batch * (self.written or self.sequence)
 
 
 @dataclass(frozen=True)
@@ -123,11 +130,13 @@ def memory_parts(teacher: ModelShape | None, student: ModelShape, run: Recovery,
     size, own, frozen = ELEMENT_BYTES[run.precision], student.parameters(), teacher.parameters() if teacher else 0
     heads = sum(model.vocabulary * model.hidden for model in (student, teacher) if model)
     gathers = run.zero_stage >= 3 and devices > 1
+    cached = {"cache": cache_bytes(student, run.rows, run.precision)} if run.written else {}
     return state_bytes(own, frozen, run.precision, run.zero_stage, devices) | {
         "gathered": size * min(own + frozen, LIVE_PARAMETERS + heads) if gathers else 0,
         "activations": run.rows * activation_bytes(student, run.precision, run.checkpointing),
         "teacher_activations": run.rows * size * (6 * teacher.hidden + 4 * used_neurons(teacher)) if teacher else 0,
         "loss": _loss_bytes(student, run, 2 if teacher else 1),
+        **cached,
     }
 
 
@@ -198,12 +207,14 @@ def step_parts(
     own, frozen = student.parameters(), teacher.parameters() if teacher else 0
     passes = 3 if run.precision == "fp32" else 4  # fp32 weight, moments and (bf16) weight written
     share = own / (devices if run.zero_stage >= 1 else 1)
+    writing = {"writing": accumulation * _writing_seconds(chip, student, run, devices)} if run.written else {}
     return {
         "student": accumulation * _student_seconds(chip, student, work, run.checkpointing),
         "teacher": accumulation * pass_seconds(chip, teacher, work) if teacher else 0.0,
         "loss": accumulation * _loss_seconds(chip, teacher, student, run),
         "optimizer": vector_seconds(chip, share * 4 * (passes + 4), chip.align_bytes),
         "communication": _communication_seconds(chip, own, frozen, run, devices, accumulation),
+        **writing,
     }
 
 
@@ -275,6 +286,16 @@ def _mixture_seconds(chip: Chip, shape: ModelShape, mixture: Mixture, work: Work
     backward += sum(_gradient_seconds(chip, work.rows, n, k, work.precision) for n, k in single)
     vector = forward - grouped - products_seconds(chip, work, single)
     return passes * forward + backward + VECTOR_BACKWARD * vector
+
+
+def _writing_seconds(chip: Chip, student: ModelShape, run: Recovery, devices: int) -> float:
+    """The prompts, then a pass for each token of the answers; stage 3 gathers the weights for each of them."""
+    gathers = run.zero_stage >= 3 and devices > 1
+    gather = gather_seconds(chip, student.parameters() * ELEMENT_BYTES[run.precision], devices) if gathers else 0.0
+    prompt, middle = run.sequence - run.written, run.sequence - run.written // 2
+    read = pass_seconds(chip, student, Work(run.micro_batch, prompt, prompt, run.precision, row_major=True))
+    write = pass_seconds(chip, student, Work(run.micro_batch, 1, middle, run.precision, row_major=True))
+    return read + gather + (run.written - 1) * (write + gather)
 
 
 def _loss_seconds(chip: Chip, teacher: ModelShape | None, student: ModelShape, run: Recovery) -> float:

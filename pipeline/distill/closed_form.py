@@ -4,6 +4,7 @@ With z student and y teacher logits over the temperature, q = softmax(z), p = so
   forward KL  dD/dz = q - p
   reverse KL  dD/dz = q (log q - log p - D)
   JSD(b)      dD/dz = (1 - b) q (log(q/m) - KL(q | m)), m = b p + (1 - b) q
+  mixed KL    dD/dz = b (q - p) + (1 - b) q (log q - log p - KL(q | p))
 Tests compare each with autograd through the function of the same name in `divergences.py`.
 """
 
@@ -41,10 +42,23 @@ def jsd(beta: float, z: Tensor, y: Tensor, q: Tensor, p: Tensor, spare: Tensor) 
     return beta * from_teacher + (1.0 - beta) * from_student, gradient
 
 
+def mixed_kl(beta: float, z: Tensor, y: Tensor, q: Tensor, p: Tensor, spare: Tensor) -> Result:
+    """Return beta KL(p | q) + (1 - beta) KL(q | p) and its gradient; arguments as of `forward_kl`."""
+    gap = log_sum(y, p) - log_sum(z, q)
+    z.sub_(y).add_(gap[:, None])  # log q - log p
+    forward = -torch.mul(z, p, out=y).sum(-1)
+    torch.mul(z, q, out=spare)
+    reverse = spare.sum(-1)
+    gradient = spare.addcmul_(q, reverse[:, None], value=-1.0).mul_(1.0 - beta)
+    gradient.add_(q, alpha=beta).sub_(p, alpha=beta)
+    return beta * forward + (1.0 - beta) * reverse, gradient
+
+
 CLOSED_FORMS: dict[str, Callable[[float, Tensor, Tensor, Tensor, Tensor, Tensor], Result]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jsd": jsd,
+    "mixed_kl": mixed_kl,
 }
 
 

@@ -4,6 +4,7 @@ With p the teacher's and q the student's probabilities at the temperature T:
   forward KL  sum p (log p - log q)
   reverse KL  sum q (log q - log p)
   JSD(b)      b KL(p | m) + (1 - b) KL(q | m), m = b p + (1 - b) q
+  mixed KL    b KL(p | q) + (1 - b) KL(q | p)
 (Hinton et al. 2015; Agarwal et al. 2023, generalised JSD). The loss multiplies them by T^2 (Hinton et al. 2015).
 
 A function of DIVERGENCES is a whole divergence: the loss differentiates it by autograd, a chunk of tokens at a time,
@@ -21,7 +22,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Options:
-    """The settings of `distill.loss` that a divergence may read. `beta`: weight of the teacher in a mixture."""
+    """The settings that a divergence may read. `beta`: weight of the teacher in a mixture, or of the forward KL."""
 
     beta: float
 
@@ -48,10 +49,17 @@ def jsd(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
     return beta * from_teacher + (1.0 - beta) * from_student
 
 
+def mixed_kl(student: Tensor, teacher: Tensor, options: Options) -> Tensor:
+    """Return beta KL(p | q) + (1 - beta) KL(q | p) [t] of log-probabilities [t, v]."""
+    beta = options.beta
+    return beta * forward_kl(student, teacher, options) + (1.0 - beta) * reverse_kl(student, teacher, options)
+
+
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jsd": jsd,
+    "mixed_kl": mixed_kl,
 }
 
 

@@ -33,7 +33,7 @@ class Course:
     section: str  # of the settings, for messages
     steps: int
     accumulation: int  # micro-batches per step and rank
-    tokens: int  # per step, all ranks together
+    tokens: Callable[[int], int]  # of so many steps, all ranks together
     validate_every: int  # steps
     save_every: int  # steps
     keep: int  # checkpoints
@@ -58,8 +58,9 @@ def train(
 ) -> Selection:
     """Train from step `start` to the end of the course, or until `selection` stops it; return the last selection.
 
-    `batches`: this rank's micro-batches [micro_batch, sequence], beginning with those of step `start`; `rate`: the
-    learning rate of a step; `selection`: the held-out measurements up to `start`. `record` is called with the numbers
+    `batches`: this rank's micro-batches [micro_batch, sequence], beginning with those of step `start`; those of a step
+    are taken at its beginning, so they may depend on the weights after the step before. `rate`: the learning rate of a
+    step; `selection`: the held-out measurements up to `start`. `record` is called with the numbers
     after every step (and before the first): step, loss and its parts, learning_rate, grad_norm, tokens,
     tokens_per_second (of training alone), and what `measured` returns where it was called. A checkpoint is saved every
     `save_every` steps, and after a measurement that is the best one, where the selection exports it.
@@ -81,8 +82,8 @@ def train(
         if not math.isfinite(metrics["grad_norm"]):
             raise FloatingPointError(_diverged(course.section, step + 1, metrics, saved, checkpoints))
         done = step + 1
-        metrics |= {"step": done, "tokens": done * course.tokens}
-        metrics["tokens_per_second"] = course.tokens / (time.perf_counter() - began)
+        seconds, tokens = time.perf_counter() - began, course.tokens(done)
+        metrics |= {"step": done, "tokens": tokens, "tokens_per_second": (tokens - course.tokens(step)) / seconds}
         if done % course.validate_every == 0 or done == course.steps:
             held = measured(engine, held_out)
             metrics |= held

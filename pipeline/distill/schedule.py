@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step, counted from 0."""
+"""Learning rates, and lengths of answers, as functions of the step, counted from 0."""
 
 import math
 
@@ -23,6 +23,11 @@ def learning_rate(kind: str, step: int, steps: int, peak: float, warmup: float, 
         begin = max(top, steps - math.ceil(DECAYED * steps) - 1)
         return peak * (1.0 - (1.0 - floor) * max(0.0, _progress(step, begin, steps)))
     raise ValueError(f"distill.lr_scheduler: {kind!r} is no schedule; choose cosine or wsd")
+
+
+def answer_length(step: int, steps: int, shortest: int, longest: int) -> int:
+    """Return the tokens of an answer at a step: from `shortest` at the first to `longest` at the last, linearly."""
+    return shortest + (longest - shortest) * step // max(1, steps - 1)
 
 
 def _progress(step: int, begin: int, steps: int) -> float:

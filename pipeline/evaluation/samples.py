@@ -1,6 +1,5 @@
 """Greedy continuations, token by token with a key/value cache."""
 
-import inspect
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.model.causal import CausalModel
+from pipeline.model.decoding import cache_name, cache_of
 
 
 @torch.inference_mode()
@@ -29,16 +29,6 @@ def continuation(model: CausalModel, prompt: Tensor) -> Iterator[Tensor]:
 def continued(model: CausalModel, ids: Tensor, step: Any) -> Any:
     """Return the output of a model for ids [b, t] after those of an earlier output, with that output's cache."""
     return model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_name(model): cache_of(step)})
-
-
-def cache_name(model: CausalModel) -> str:
-    """Return the argument that takes a cache: `cache`, or `past_key_values` in earlier releases of transformers."""
-    return "cache" if "cache" in inspect.signature(inspect.unwrap(model.forward)).parameters else "past_key_values"
-
-
-def cache_of(step: Any) -> Any:
-    """Return the cache in a model's output."""
-    return step["cache"] if "cache" in step else step["past_key_values"]
 
 
 def continue_greedily(model: CausalModel, prompt: Tensor, tokens: int, stop: frozenset[int]) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.evaluation.samples import continued
 from pipeline.model.causal import CausalModel
+from pipeline.model.decoding import drawn
 
 
 def word_starts(tokenizer: Any) -> list[int]:
@@ -30,19 +31,16 @@ def word_starts(tokenizer: Any) -> list[int]:
 
 @torch.inference_mode()
 def sample(model: CausalModel, starts: Tensor, tokens: int, temperature: float, generator: torch.Generator) -> Tensor:
-    """Return ids [b, tokens] sampled one after another after `starts` [b, s], with a key/value cache.
-
-    A sample is argmax p / e with e exponential, which has the distribution p.
-    """
+    """Return ids [b, tokens] sampled one after another after `starts` [b, s], with a key/value cache."""
     step = model(input_ids=starts, use_cache=True, logits_to_keep=1)
-    drawn = []
+    chosen: list[Tensor] = []
     for _ in range(tokens):
-        chances = torch.softmax(step.logits[:, -1].float() / temperature, -1)
-        noise = torch.empty_like(chances).exponential_(generator=generator)
-        drawn.append((chances / noise).argmax(-1, keepdim=True))
-        if len(drawn) < tokens:
-            step = continued(model, drawn[-1], step)
-    return torch.cat(drawn, 1)
+        logits = step.logits[:, -1].float()
+        noise = torch.empty_like(logits).exponential_(generator=generator)
+        chosen.append(drawn(logits, temperature, noise)[:, None])
+        if len(chosen) < tokens:
+            step = continued(model, chosen[-1], step)
+    return torch.cat(chosen, 1)
 
 
 def written(ids: Sequence[int], tokenizer: Any) -> str:

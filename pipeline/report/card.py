@@ -136,6 +136,8 @@ def _quality(report: Report) -> Iterator[str]:
         yield "The model was not trained after pruning."
     elif (report["recovery"].get("selection") or {}).get("rose"):
         yield "Training after pruning did not lower the divergence from the teacher on held-out text."
+    if "onpolicy" in report:
+        yield "After recovery it was trained on its own answers, towards its teacher's distribution on them."
     teacher, student = (report["tasks"].get(who) or {} for who in ("teacher", "student"))
     if teacher:
         yield _lines(

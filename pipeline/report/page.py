@@ -23,12 +23,13 @@ TEMPLATE = Path(__file__).with_name("page.html")
 CORRECTION = ("correction",)
 REGULARIZATION = ("settling", "settling_change", "settling_entropy")
 RECOVERY = ("loss", "kl", "rate")
+ON_POLICY = ("onpolicy", "onpolicy_kl")
 
 
 def page(report: Report, drawings: Mapping[str, Drawing]) -> str:
     """Return the HTML page of a report with its figures; what was not measured has no section."""
     parts = [_comparison, _quality, _samples, _search, removed_section, importance_section, _correction]
-    parts += [_regularization, rounds_section, blocks_section, _recovery, export_section, _costs, _making]
+    parts += [_regularization, rounds_section, blocks_section, _recovery, _on_policy, export_section, _costs, _making]
     student = count(report["parameters"]["student"])
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(f"{report['model']}, pruned to {student} parameters"),
@@ -224,16 +225,25 @@ def _recovery(report: Report, drawings: Mapping[str, Drawing]) -> str:
             f"After each round of pruning the student was trained on the predictions of the {kind} teacher; "
             "dashed lines mark the rounds."
         )
-    text += _selected((report["recovery"] or {}).get("selection"))
+    text += _selected((report["recovery"] or {}).get("selection"), "recovery")
     return _training("Recovery", text, RECOVERY, drawings)
 
 
-def _selected(selection: Mapping[str, Any] | None) -> str:
-    """Return which state is exported, if not the last, and a warning if recovery did not lower the held-out KL."""
+def _on_policy(report: Report, drawings: Mapping[str, Drawing]) -> str:
+    text = (
+        "After recovery the student wrote answers to prompts of the recovery text and was trained on the divergence of "
+        "its predictions from the teacher’s on them; tokens of answers are counted."
+    )
+    text += _selected(report.get("onpolicy", {}).get("selection"), "on-policy distillation")
+    return _training("On-policy distillation", text, ON_POLICY, drawings)
+
+
+def _selected(selection: Mapping[str, Any] | None, training: str) -> str:
+    """Return which state is exported, if not the last, and a warning if a training did not lower the held-out KL."""
     if not selection:
         return ""
-    values = f"{selection['first']:.4f} before recovery, {selection['last']:.4f} after it"
-    sentence = f" Warning: recovery did not lower the held-out KL ({values})." if selection["rose"] else ""
+    values = f"{selection['first']:.4f} before {training}, {selection['last']:.4f} after it"
+    sentence = f" Warning: {training} did not lower the held-out KL ({values})." if selection["rose"] else ""
     if selection["exported_step"] != selection["last_step"]:
         sentence += (
             f" Exported is the state of step {selection['exported_step']} with the lowest held-out KL,"

@@ -117,11 +117,16 @@ class Engine:
 
     def measure(self, batch: Tensor) -> dict[str, Tensor]:
         """Return the parts of the module's evaluation mode, without gradients; the training is unchanged."""
+        _, parts = self.predict(batch)
+        return parts
+
+    def predict(self, tokens: Tensor, *further: Any) -> Any:
+        """Return what the module's evaluation mode computes of tokens and further arguments, without gradients."""
         self._engine.eval()
         with torch.no_grad():
-            _, parts = self._engine(batch.to(self._device.torch))
+            result = self._engine(tokens.to(self._device.torch), *further)
         self._engine.train()
-        return parts
+        return result
 
     def average(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the mean over ranks of scalars, the same on every rank."""

@@ -54,7 +54,7 @@ class Stage:
     needs: tuple[str, ...] = ()
     needs_also: Callable[[Config], tuple[str, ...]] = nothing_more  # inputs that depend on the configuration
     optional: tuple[str, ...] = ()  # read where the configuration asks for the stage that makes them
-    becomes: tuple[str, ...] = ()  # model roles that the artifact takes over for the stages after it
+    becomes: tuple[str, ...] = ()  # roles, and earlier artifacts, whose place it takes for the stages after it
     enabled: Callable[[Config], bool] = always  # whether this configuration asks for the stage
     applies: Callable[[Config, Inputs], bool] = always_applies
     choices: Mapping[str, Collection[str]] = field(default_factory=dict)  # setting -> the names registered for it

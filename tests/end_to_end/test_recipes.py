@@ -14,9 +14,11 @@ from tests.world import make_world, settings
 SMALL = {"evaluate__speed": "false", "evaluate__words": 8, "report__samples": 1, "report__sample_tokens": 2}
 WIDTHS = {"shape__layers": None, "shape__neurons": None}  # a budget chooses the shape
 ANY = {"budget.parameters": 0.7, "plan.depth_tokens": 128}
+ON_POLICY = {"onpolicy.tokens": 64, "onpolicy.prompt_tokens": 8}
+ON_POLICY |= {"onpolicy.min_new_tokens": 2, "onpolicy.max_new_tokens": 6}  # two steps of eight answers
 # By recipe: what is changed for a tiny model, and the file that the run ends with.
 RECIPES: dict[str, tuple[dict[str, object], str]] = {
-    "pangu_light": ({"teacher_correction.tokens": 512}, "report.html"),
+    "pangu_light": ({"teacher_correction.tokens": 512} | ON_POLICY, "report.html"),
     "auto": ({}, "report.html"),
     "minitron": ({}, "report.html"),
     "best": (
@@ -31,7 +33,7 @@ RECIPES: dict[str, tuple[dict[str, object], str]] = {
         {"self_generate.tokens": 64, "self_generate.length": 16, "self_generate.batch_size": 2},
         "generated.jsonl",
     ),
-    "recover": ({}, "evaluation.json"),
+    "recover": (ON_POLICY, "evaluation.json"),
 }
 # Stages and branches that no recipe selects by default: (recipe, stages, what is changed).
 SHORT = "importance,shape,plan,cut"
@@ -135,6 +137,7 @@ def test_a_recipe_runs_to_its_last_stage(record, world, recipe):
     if last == "report.html":
         report = json.loads((folder / "report.json").read_text())
         assert report["parameters"]["student"] < report["parameters"]["teacher"]
+        assert ("onpolicy" in report) == ("onpolicy.tokens" in changed)
         drafts = [text["draft"]["acceptance"] for text in report["perplexity"].values() if "draft" in text]
         assert bool(drafts) == ("evaluate.draft" in changed) and all(0.0 < share <= 1.0 for share in drafts)
 

@@ -135,7 +135,7 @@ def step(batches, ranks):
     for rank in range(ranks):
         own, kept = batches[rank::ranks], []
         engine = Summing(distiller(cross_entropy=0.5)[0], len(own), counts)
-        course = Course("distill", 1, len(own), 48, 9, 9, 1, 0, marked=True)
+        course = Course("distill", 1, len(own), lambda steps: 48 * steps, 9, 9, 1, 0, marked=True)
         train(
             engine,
             iter(own),

@@ -15,6 +15,14 @@ from tests.world import losses, make_world, pipeline, settings, text
 
 STAGES = "stages=[importance,shape,plan,cut,distill]"
 
+ON_POLICY = (
+    "onpolicy.tokens=384",
+    "onpolicy.prompt_tokens=16",
+    "onpolicy.min_new_tokens=4",
+    "onpolicy.max_new_tokens=12",
+    "stages=[importance,shape,plan,cut,distill,onpolicy]",
+)
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -52,6 +60,20 @@ def test_two_ranks_take_the_steps_of_one(world):
     one, two = losses(world / "one"), losses(world / "two")
     assert len(one) == len(two) > 4 and max(abs(a - b) for a, b in zip(one, two)) < 1e-4 * max(one)
     shutil.rmtree(world / "two")
+
+
+def test_two_ranks_under_zero_3_write_the_answers_of_one(world):
+    """Prompts of different lengths, answers that end early: the ranks run equally many passes."""
+    words = [word for word in chosen(world, "one") if word != STAGES] + list(ON_POLICY)
+    found = []
+    for ranks, extra in ((2, ("distill.micro_batch_size=2", "deepspeed=zero3")), (0, ())):
+        done = pipeline(*words, *extra, cwd=world, ranks=ranks)
+        assert "onpolicy: step 6/6" in done.stdout
+        (folder,) = (world / "one").glob("onpolicy-*")
+        found.append([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+        shutil.rmtree(folder)
+    two, one = ([row["loss"] for row in rows if "loss" in row] for rows in found)
+    assert len(one) == 6 and max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4 * max(one)
 
 
 def test_answers_are_measured_alone_and_reported(world):

@@ -1,5 +1,7 @@
 """Serving and training costs: against the real classes, against first principles, and against themselves."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -18,6 +20,7 @@ from pipeline.costmodel.cost import (
     prefill,
     serving_bytes,
 )
+from pipeline.costmodel.gemm import gather_seconds
 from pipeline.costmodel.shapes import ModelShape
 from pipeline.costmodel.training_cost import (
     LIVE_PARAMETERS,
@@ -27,7 +30,7 @@ from pipeline.costmodel.training_cost import (
     step_parts,
     training_needs,
 )
-from pipeline.evaluation.samples import cache_of
+from pipeline.model.decoding import cache_of
 from tests.chips import chip
 
 TINY = ModelShape(3, 48, 6, 2, 8, 80, 101, False)
@@ -190,6 +193,24 @@ def test_scoring_tokens_add_the_teachers_forward_passes():
     )
     passes = 100 * pass_seconds(npu, LLAMA_8B, Work(1, 4096, 4096, "bf16", row_major=True))
     assert extra * 3600 == pytest.approx(passes)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_answers_that_are_written_cost_a_pass_for_each_token_and_a_cache(stage):
+    npu = chip("910B1")
+    plain = Recovery(100, 512, 256, 4, "bf16", stage, True, 1024, *LOSS)
+    run = replace(plain, section="onpolicy", written=128)
+    read, write = (
+        pass_seconds(npu, STUDENT, Work(4, *shape, "bf16", row_major=True)) for shape in ((384, 384), (1, 448))
+    )
+    steps = [step_parts(npu, LLAMA_8B, STUDENT, each, 8) for each in (plain, run)]
+    gather = gather_seconds(npu, 2 * STUDENT.parameters(), 8) if stage == 3 else 0.0
+    assert steps[1].pop("writing") == pytest.approx(8 * (read + 127 * write + 128 * gather))
+    assert steps[0] == steps[1]
+    memory = [memory_parts(LLAMA_8B, STUDENT, each, 8) for each in (plain, run)]
+    assert sum(memory[1].values()) - sum(memory[0].values()) == cache_bytes(STUDENT, 4 * 512, "bf16")
+    needs = training_needs(npu, LLAMA_8B, STUDENT, run, 8)
+    assert needs.tokens == 100 * 256 * 128 and needs.sentence().startswith("on-policy distillation needs 8 x ")
 
 
 def test_checkpointing_trades_time_for_memory():

@@ -249,7 +249,8 @@ class Recorder:
 
 
 def course(**changed):
-    values = {"steps": 6, "accumulation": 2, "tokens": 32, "validate_every": 4, "save_every": 2, "keep": 2, "seed": 3}
+    values = {"steps": 6, "accumulation": 2, "validate_every": 4, "save_every": 2, "keep": 2, "seed": 3}
+    values["tokens"] = lambda steps: 32 * steps
     return Course("distill", **(values | changed))
 
 
@@ -353,7 +354,7 @@ def test_a_gradient_that_is_not_finite_stops_too():
 
 
 def test_batches_that_do_not_divide_and_runs_below_a_step_are_refused():
-    from pipeline.training import accumulation, steps_of
+    from pipeline.training_settings import accumulation, steps_of
 
     def training(**changed):
         plain = {"global_batch_size": 8, "micro_batch_size": 4, "tokens": 49152, "max_steps": None}

@@ -98,6 +98,7 @@ def test_a_setting_that_determines_an_artifact_changes_its_digest(world):
         ("seed", "importance"),
         ("score.tokens", "importance"),
         ("distill.learning_rate", "distill"),
+        ("onpolicy.max_new_tokens", "onpolicy"),
         ("evaluate.tokens", "evaluate"),
         ("reinit.slnp", "cut"),
         ("data.sequence_length", "tokens"),

@@ -33,6 +33,16 @@ CASES = {  # rule -> (settings that it refuses, the setting that its message beg
         ("recipe=recover", "model.start=folder", "budget.vocabulary=64"),
         "budget.vocabulary",
     ),
+    "on_policy_begins_at_a_recovered_student": (("recipe=flap", "onpolicy.tokens=4096"), "onpolicy.tokens"),
+    "on_policy_follows_the_rounds": (
+        ("onpolicy.tokens=4096", "onpolicy.prompt_tokens=8", "recipe.rounds=2", "recipe.repeat=[plan,cut,onpolicy]"),
+        "recipe.repeat",
+    ),
+    "on_policy_holds_out_what_recovery_did": (
+        ("onpolicy.tokens=4096", "onpolicy.eval_tokens=64"),
+        "onpolicy.eval_tokens",
+    ),
+    "prompts_fit_a_sequence": (("onpolicy.tokens=4096", "onpolicy.prompt_tokens=33"), "onpolicy.prompt_tokens"),
     "drafts_have_the_tokens_of_the_teacher": (("evaluate.draft=true", "budget.vocabulary=64"), "evaluate.draft"),
 }
 

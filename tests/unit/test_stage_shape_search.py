@@ -31,7 +31,7 @@ from pipeline.stages.analyse import importance
 from pipeline.stages.build import cut
 from pipeline.stages.choose import plan, shape, shape_search
 from pipeline.stages.prepare import tokens
-from pipeline.training import steps_of
+from pipeline.training_settings import steps_of
 from tests.chips import chip
 from tests.tiny_text import configured
 from tests.world import make_world
@@ -270,6 +270,9 @@ def test_a_dry_run_tells_of_the_trainings_of_its_line_and_of_no_other(world):
     corrected = result(*world, "teacher_correction.tokens=1000")
     assert corrected.startswith("teacher correction needs 1 x ") and "; recovery needs 1 x " in corrected
     assert "no weights are trained after the cut" in result(*world, "recipe=flap", "teacher_correction.tokens=1000")
+    policy = result(*world, "onpolicy.tokens=1000", "onpolicy.prompt_tokens=16", "onpolicy.max_new_tokens=48")
+    assert policy.startswith("recovery needs 1 x ") and "; on-policy distillation needs 1 x " in policy
+    assert "for 960 tokens: 6 steps of" in policy and "on-policy" not in recovery
     line = "recipe.stages=[importance,shape,plan,cut,distill,export]"
     assert "correction" not in result(*world, "teacher_correction.tokens=1000", line)
     both = result(

@@ -12,7 +12,8 @@ from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import place
 from pipeline.stages.models import checkpoint
 from pipeline.stages.stage import Inputs, Stage
-from pipeline.training import accumulation, check_text, settings_of, steps_of, train_model
+from pipeline.training import train_model
+from pipeline.training_settings import accumulation, check_text, settings_of, steps_of
 
 
 def enabled(config: Config) -> bool:

@@ -48,6 +48,10 @@ RECOVERY = {
     "kl": ("held_out_kl", "Held-out KL to the teacher, nats per token"),
     "rate": ("learning_rate", "Learning rate"),
 }  # figure -> metric, title
+ON_POLICY = {
+    "onpolicy": ("loss", "Divergence from the teacher on the student's own answers"),
+    "onpolicy_kl": ("held_out_kl", "Held-out KL to the teacher, nats per token"),
+}
 CORRECTION = {"correction": ("held_out_cross_entropy", "Teacher, next-token loss, held-out text, nats")}
 REGULARIZATION = {
     "settling": ("loss", "Regularization loss"),
@@ -76,7 +80,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     scores = _scores(inputs)
     evaluation = Evaluation.load(inputs["evaluation"]).to_json()
     stages = _stages(inputs)
-    curves = recovery_curves(_metrics(inputs["recovered"]), SEEN) if "recovered" in inputs else None
+    distilled = _distilled(inputs)
+    curves = recovery_curves(_metrics(distilled), SEEN) if distilled else None
     report = gather(
         evaluation,
         cut_facts(sizes, blueprint, scores),
@@ -84,8 +89,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         stages,
         _made_with(config, inputs),
     )
-    if "recovered" in inputs and (inputs["recovered"] / RecoveryFacts.FILE).is_file():
-        report["recovery"]["selection"] = RecoveryFacts.load(inputs["recovered"]).to_json()
+    if distilled and (distilled / RecoveryFacts.FILE).is_file():
+        report["recovery"]["selection"] = RecoveryFacts.load(distilled).to_json()
     if curves and HELD_OUT in curves:
         report["recovery"]["curves"][HELD_OUT]["points"] = thinned(curves[HELD_OUT], POINTS)
     drawings = cut_figures(sizes, blueprint, scores)
@@ -94,7 +99,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     if "shape" in inputs and (inputs["shape"] / SearchResult.FILE).is_file():
         report["search"] = SearchResult.load(inputs["shape"]).to_json()
         drawings["shapes"] = shapes_searched(report["search"])
-    rounds = _rounds(anatomy, inputs)
+    rounds = _rounds(anatomy, inputs, distilled)
     if rounds:
         report["rounds"], drawings["rounds"] = rounds, layers_by_round(rounds)
     drawings["perplexity"] = perplexities(perplexity_of(report), start_of(report))
@@ -106,9 +111,14 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         regularized = recovery_curves(_metrics(inputs["restored"]), SEEN)
         report["settling"] = recovery_facts(regularized, SEEN)
         drawings |= _training_figures(regularized, REGULARIZATION, [])
-    distilled = _nearest(inputs["initial_student"], "initial_student", LayerErrors.FILE)
-    if distilled:
-        report["blocks"] = LayerErrors.load(distilled).to_json()["layers"]
+    if "onpolicy_student" in inputs:
+        own = recovery_curves(_metrics(inputs["onpolicy_student"]), SEEN)
+        selection = RecoveryFacts.load(inputs["onpolicy_student"]).to_json()
+        report["onpolicy"] = recovery_facts(own, SEEN) | {"selection": selection}
+        drawings |= _training_figures(own, ON_POLICY, [])
+    trained_by_layer = _nearest(inputs["initial_student"], "initial_student", LayerErrors.FILE)
+    if trained_by_layer:
+        report["blocks"] = LayerErrors.load(trained_by_layer).to_json()["layers"]
         drawings["blocks"] = errors_by_layer(report["blocks"])
     if (inputs["student"] / Exported.FILE).is_file():
         place = {"folder": str(Path(config.runs) / config.run / "student")}
@@ -181,12 +191,21 @@ def _stages(inputs: Mapping[str, Path]) -> dict[str, dict]:
     return costs
 
 
-def _rounds(teacher: Anatomy, inputs: Mapping[str, Path]) -> dict[str, Any] | None:
+def _distilled(inputs: Mapping[str, Path]) -> Path | None:
+    """Return the folder of recovery, from which on-policy distillation may have started; None where there was none."""
+    last = inputs.get("onpolicy_student")
+    if last is None:
+        return inputs.get("recovered")
+    before = _inputs(last).get("recovered")
+    return last.parent / before if before else None
+
+
+def _rounds(teacher: Anatomy, inputs: Mapping[str, Path], distilled: Path | None) -> dict[str, Any] | None:
     """Return the facts of each round, read along the manifests; None where there was one."""
     plans = _chain(inputs["blueprint"], "previous_blueprint")
     if len(plans) == 1:
         return None
-    students = _chain(inputs["recovered"], "previous_student") if "recovered" in inputs else []
+    students = _chain(distilled, "previous_student") if distilled else []
     metrics = [_metrics(folder) for folder in students] if len(students) == len(plans) else []
     alone = [rows[len(before) :] for before, rows in zip([[], *metrics], metrics)]
     return round_facts(teacher, [Blueprint.load(plan) for plan in plans], alone, SEEN)
@@ -236,7 +255,7 @@ STAGE = Stage(
     run=run,
     settings=settings,
     needs=("reference", "scores", "blueprint", "initial_student", "student", "evaluation"),
-    optional=("corrected_teacher", "recovered", "shape", "rotated", "restored"),
+    optional=("corrected_teacher", "recovered", "onpolicy_student", "shape", "rotated", "restored"),
     all_ranks=False,
     shows={"report.json": "report.json", "report.html": "report.html", "figures": "figures", f"student/{CARD}": CARD},
     delivers=True,

@@ -14,7 +14,8 @@ from pipeline.runtime.device import choose
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.ranks import place
 from pipeline.stages.stage import Inputs, Stage
-from pipeline.training import Stretch, accumulation, check_text, settings_of, steps_of, train_model
+from pipeline.training import Stretch, train_model
+from pipeline.training_settings import accumulation, check_text, sequences_of, settings_of, steps_of
 
 
 def check(config: Config) -> None:
@@ -67,10 +68,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
 
 def _skipped(config: Config) -> int:
     """Return the number of sequences that teacher correction read: recovery continues after them."""
-    if not config.corrects:
-        return 0
-    training = config.teacher_correction
-    return steps_of("teacher_correction", training, config.data.sequence_length) * training.global_batch_size
+    return sequences_of("teacher_correction", config) if config.corrects else 0
 
 
 def _match(inputs: Inputs) -> Match | None:
