@@ -61,7 +61,7 @@ def sizes(anatomy: Anatomy, grid: Grid, unit: Unit) -> np.ndarray:
 def _within(own: LayerSizes, heads: np.ndarray, groups: np.ndarray, neurons: np.ndarray) -> dict[str, np.ndarray]:
     """Return arrays of widths bounded by those of a layer, as `LayerSizes.within`."""
     kept = np.minimum(groups, own.groups)
-    each = np.minimum(heads // groups, own.heads // own.groups)
+    each = np.minimum(heads // groups, own.each)
     return {"heads": kept * each, "groups": kept, "neurons": np.minimum(neurons, own.neurons)}
 
 

@@ -180,6 +180,8 @@ def _check_layers(config: Mapping[str, Any], path: Path) -> None:
             _check_count(f"pruned.layers[{place}].{field}", entry[field], limit, path, least=0)
         if entry["heads"] % entry["groups"] if entry["groups"] else entry["heads"]:
             raise ValueError(f"{path}: pruned.layers[{place}].heads is not a multiple of its groups; fetch it again")
+    if pruned.get("layers") and not all(any(entry[field] for entry in pruned["layers"]) for field in WIDTHS):
+        raise ValueError(f"{path}: pruned.layers leaves no layer with attention, or none with an FFN; fetch it again")
 
 
 def _check_names(config: Mapping[str, Any], path: Path) -> None:

@@ -274,3 +274,17 @@ def test_a_whole_run_trains_the_ffns_that_are_left_recovers_and_reports_what_was
     assert report["cut"]["removed_ffn"] == [plan.host for plan in blueprint.layers if not plan.neurons]
     assert report["kv_bytes_per_token"]["student"] == report["kv_bytes_per_token"]["teacher"] // 2
     assert report["recovery"]["curves"]
+
+
+def test_a_student_without_some_sublayers_can_be_pruned_again_but_not_by_methods_that_need_them(world):
+    first = made(world, "shape.attention_layers=2", "shape.ffn_layers=3")
+    model = f"model.path={first['initial_student'].absolute()}"
+    chosen = configured(*settings(world, run="again", **WHOLE), *CHOSEN, model, "shape.neurons=16", "shape.layers=3")
+    again = runner.run(chosen.model_copy(update={"stages": ["importance", "shape", "plan", "cut"]}), "a test")
+    source, student = (open_checkpoint(folders["initial_student"]).anatomy for folders in (first, again))
+    hosts = [plan.host for plan in Blueprint.load(again["blueprint"]).layers]
+    wanted = [(source.sizes.layers[host].groups, min(16, source.sizes.layers[host].neurons)) for host in hosts]
+    assert [(own.groups, own.neurons) for own in student.sizes.layers] == wanted
+    for method in ("restore.outputs=true", "score.kind=fluctuation", "reinit.bypass=true"):
+        with pytest.raises(ValueError, match=f"{method.partition('=')[0]}: needs attention and an FFN in every layer"):
+            runner.check(configured(*settings(world, **WHOLE), *CHOSEN, model, method))

@@ -20,6 +20,7 @@ from pipeline.runtime.model_source import model_folder
 from pipeline.stages.models import checkpoint
 from pipeline.stages.stage import Inputs, Stage
 from pipeline.stages.student_shape import BUDGET_AXES, kept_shares, student_of, unties
+from pipeline.stages.whole_layers import check_whole
 
 EXACT = 1e-9  # what rounding may add to a step
 
@@ -71,6 +72,7 @@ def check(config: Config) -> None:
     if folder is None:
         return
     anatomy = open_checkpoint(folder, config.model.allow_pickle).anatomy
+    check_whole(config, anatomy)
     if config.recipe.shape == "search" or budget.predicted:
         check_alike(ModelShape.of(anatomy))
     elif enabled(config) and (config.stages is None or "shape" in config.stages):
