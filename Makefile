@@ -2,6 +2,8 @@
 # make check      linters, import contracts, types, language, the page of settings
 # make test-fast  unit, numerics and document tests
 # make test       the whole suite
+# make serving  the environments of vLLM and llama.cpp, in .serving (ENGINES='vllm llama_cpp converter')
+# make test-serving  students in these engines, compared with transformers; skipped where they are not installed
 # make coverage   test-fast with line coverage
 # make bench      rows of the side-by-side table (an hour each on two cores), and the table
 # Each sets everything up first.
@@ -14,11 +16,13 @@ STAMP  := $(VENV)/.installed
 ROWS   ?= best,pangu_light,minitron
 SHARE  ?= 25
 
+ENGINES ?= vllm llama_cpp converter
+
 WORKERS ?= 2
 DEMO    ?= budget.parameters=0.75 distill.tokens=16384 local_distill.tokens=16384 evaluate.tokens=8192
 FAST   := -m "(unit or numerics or docs) and not slow and not stages"
 
-.PHONY: setup demo test test-fast coverage check bench clean
+.PHONY: setup demo test test-fast serving test-serving coverage check bench clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements/demo.txt
@@ -36,6 +40,12 @@ test: setup
 
 test-fast: setup
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile $(FAST)
+
+serving:
+	PYTHON=$(PYTHON) tests/serving/environment.sh $(ENGINES)
+
+test-serving: setup
+	$(RUN) -m pytest tests/serving
 
 coverage: setup
 	$(RUN) -m pytest $(FAST) --cov --cov-report=term

@@ -6,7 +6,7 @@ from pipeline.config import Config
 from pipeline.stages.analyse import hessian, importance, layer_gates, layer_loss, obs_order, sensitivity, sublayers
 from pipeline.stages.build import absorb_norms, bypass, cut, local_distill, regularize, rotate, sequential, supernet
 from pipeline.stages.choose import plan, shape, shape_search
-from pipeline.stages.deliver import evaluate, evaluate_reference, export, report
+from pipeline.stages.deliver import evaluate, evaluate_reference, export, gguf, report
 from pipeline.stages.prepare import (
     external_student,
     self_generate,
@@ -46,6 +46,7 @@ MODULES = (
     distill,
     onpolicy,
     export,
+    gguf,
     evaluate_reference,
     evaluate,
     report,

@@ -142,3 +142,5 @@ class Balanced(HTMLParser):
 
 EXPORT = {"class": "LlamaForCausalLM", "difference": 0.0, "form": "stock", "folded": False, "padded": None,
           "bytes": 4_000_000, "folder": "runs/demo/student"}  # fmt: skip
+GGUF = {"file": "model.gguf", "type": "f16", "architecture": "gemma3", "tensors": {"F16": 8, "F32": 5},
+        "bytes": 3_000_000, "query_factor": 2.0, "windows": True}  # fmt: skip

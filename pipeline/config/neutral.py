@@ -33,6 +33,7 @@ NEUTRAL = frozenset(
         "device.layer_streaming",
         "device.timeout",
         "calibrate",
+        "export.gguf_converter",  # a place; the converter's code is part of what names the GGUF
     }
     | {f"{section}.{name}" for section in TRAINING_SECTIONS for name in TRAINING_NEUTRAL}
 )

@@ -11,6 +11,8 @@ class Export(Section):
     form: Literal["auto", "own", "padded", "decilm"]
     dtype: Literal["bfloat16", "float16", "float32"]
     tolerance: Positive
+    gguf: Literal["f32", "f16", "bf16", "q8_0"] | None
+    gguf_converter: str
 
 
 class Evaluate(Section):

@@ -159,6 +159,24 @@ def drafts_have_the_tokens_of_the_teacher(config: Config) -> None:
         )
 
 
+def gguf_is_of_a_stock_class(config: Config) -> None:
+    alike = config.plan.widths == "uniform" and not config.removes_sublayers
+    stock = config.export.form == "padded" or (config.export.form == "auto" and alike)
+    if config.export.gguf is not None and not stock:
+        raise ValueError(
+            "export.gguf: llama.cpp reads stock classes, whose layers are alike, and this student's are not, or "
+            f"export.form={config.export.form} is not one; set export.form=padded"
+        )
+
+
+def gguf_has_the_tokens_of_the_model(config: Config) -> None:
+    if config.export.gguf is not None and config.budget.vocabulary is not None:
+        raise ValueError(
+            "export.gguf: llama.cpp's converter recognises a tokenizer by the ids of its tokens, which "
+            "budget.vocabulary changes; set one of them to null"
+        )
+
+
 def merged_experts_are_whole(config: Config) -> None:
     if config.plan.experts == "merge" and config.shape.expert_neurons is not None:
         raise ValueError(
@@ -260,4 +278,6 @@ RULES: tuple[Callable[[Config], None], ...] = (
     on_policy_follows_the_rounds,
     on_policy_holds_out_what_recovery_did,
     prompts_fit_a_sequence,
+    gguf_is_of_a_stock_class,
+    gguf_has_the_tokens_of_the_model,
 )

@@ -26,3 +26,18 @@ class Exported(Stored):
         """Return the value as JSON holds it, the architecture under `class`."""
         values = asdict(self)
         return {"class": values.pop("architecture"), **values}
+
+
+@dataclass(frozen=True)
+class Converted(Stored):
+    """The student as a GGUF file, and what was adapted to llama.cpp's graph of its type."""
+
+    FILE: ClassVar[str] = "gguf.json"
+
+    file: str  # its name in the student's folder
+    type: str  # of the large matrices, as requested
+    architecture: str  # llama.cpp's name of the graph
+    tensors: dict[str, int]  # number of tensors by the type that they are stored in
+    bytes: int
+    query_factor: float  # the queries were multiplied by this; 1.0 where the graph has the model's scale of attention
+    windows: bool  # the order of sliding-window layers was added to the file

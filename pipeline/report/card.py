@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.report.comparison import Row, count, rows, size, unsteady, whole
-from pipeline.report.exported import loading
+from pipeline.report.exported import adapted, llama, loading
 from pipeline.report.facts import Report, infinite, start_of, times
 
 FOLDER = "path/to/this/folder"
@@ -184,6 +184,8 @@ def _loading(report: Report) -> Iterator[str]:
     if export["form"] in ("own", "decilm"):
         yield "The folder contains code of Pangu Light, which `trust_remote_code` permits to run; read it first."
     yield f"Weights: {size(export['bytes'])}."
+    if "gguf" in report:
+        yield f"{adapted(report['gguf'])}\n\n```bash\n{llama(report['gguf'], FOLDER)}\n```"
 
 
 def _versions(report: Report) -> str:

@@ -16,6 +16,7 @@ LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({folder}{code})
 tokenizer = AutoTokenizer.from_pretrained({folder})"""
 CODE = ", trust_remote_code=True"
+LLAMA = "llama-cli -m {path}"
 SERVE = "vllm serve {folder} --trust-remote-code"
 
 
@@ -44,6 +45,8 @@ def export_section(report: Report, drawings: Mapping[str, Drawing]) -> str:
     parts = [paragraph(words + folded + proof), f"<pre>{escape(loading(form, export['folder']))}</pre>"]
     if export["padded"]:
         parts.append(_padding(export["padded"]))
+    if "gguf" in report:
+        parts += _gguf(report["gguf"], export["folder"])
     return section("Export", *parts)
 
 
@@ -52,6 +55,25 @@ def loading(form: str, folder: str) -> str:
     if form == "decilm":
         return SERVE.format(folder=shlex.quote(folder))
     return LOAD.format(folder=json.dumps(folder, ensure_ascii=False), code=CODE if form == "own" else "")
+
+
+def llama(gguf: Mapping[str, Any], folder: str) -> str:
+    """Return the command of llama.cpp that answers with the GGUF file of a student."""
+    return LLAMA.format(path=shlex.quote(f"{folder}/{gguf['file']}"))
+
+
+def adapted(gguf: Mapping[str, Any]) -> str:
+    """Return what a GGUF file is, in sentences."""
+    parts = [f"{gguf['file']} ({gguf['type']}, {size(gguf['bytes'])}) is the student for llama.cpp."]
+    if gguf["windows"]:
+        parts.append("It states which layers have a sliding window; older versions of llama.cpp ignore that.")
+    if gguf["query_factor"] != 1.0:
+        parts.append(f"Its queries are scaled by {gguf['query_factor']:.4g}, for the scale of attention of llama.cpp.")
+    return " ".join(parts)
+
+
+def _gguf(gguf: Mapping[str, Any], folder: str) -> list[str]:
+    return [paragraph(adapted(gguf)), f"<pre>{escape(llama(gguf, folder))}</pre>"]
 
 
 def _padding(padded: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The header of a GGUF file, validated before any other library reads the file; the parts of a split one joined.
+"""The header of a GGUF file, validated before any other library reads the file; parts joined, fields added.
 
 Layout (version 2 and 3, little endian): magic, version, number of tensors, number of fields; the fields (key, type,
 value); a record for each tensor (name, dimensions, type, offset); then, aligned, the tensors' data.
@@ -16,7 +16,7 @@ from gguf.constants import GGML_QUANT_SIZES
 
 MAGIC = b"GGUF"
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct formats
-STRING, ARRAY = 8, 9
+BOOL, STRING, ARRAY = 7, 8, 9
 LONGEST_KEY = 1 << 16
 LONGEST_NAME = 64  # of a tensor, by the format
 HEADER = 128 << 20  # the most bytes before the data
@@ -179,11 +179,21 @@ def _check_places(records: Sequence[Tensor], data: int) -> None:
             raise ValueError(f"{record.name} ends at {end} of {max(data, 0)} bytes of data: the file is truncated")
 
 
-def join(headers: Sequence[Header], path: Path) -> None:
-    """Write the parts of a split GGUF, in order, as one file; ValueError unless they are all parts of one model."""
+def flags(key: str, values: Sequence[bool]) -> bytes:
+    """Return the stored bytes of a field that is an array of booleans."""
+    name = key.encode()
+    begin = struct.pack("<Q", len(name)) + name + struct.pack("<IIQ", ARRAY, BOOL, len(values))
+    return begin + struct.pack(f"<{len(values)}?", *values)
+
+
+def join(headers: Sequence[Header], path: Path, added: Sequence[bytes] = ()) -> None:
+    """Write the parts of a split GGUF, in order, or a whole one, as one file with further fields as they are stored.
+
+    Raise ValueError unless they are all parts of one model.
+    """
     first = headers[0]
     for number, header in enumerate(headers):
-        if (header.parts, header.fields.get("split.no")) != (len(headers), number):
+        if (header.parts, header.fields.get("split.no", 0)) != (len(headers), number):
             raise ValueError(f"{header.path} is not part {number + 1} of {len(headers)}; give the parts of one model")
         if header.alignment != first.alignment:
             raise ValueError(f"{header.path} is aligned unlike {first.path.name}; give the parts of one model")
@@ -192,6 +202,7 @@ def join(headers: Sequence[Header], path: Path) -> None:
     if len(tensors) != expected or len({tensor.name for tensor in tensors}) < len(tensors):
         raise ValueError(f"{first.path}: its parts hold {len(tensors)} tensors, not {expected}; fetch them again")
     fields = [stored for key, stored in first.stored.items() if not key.startswith("split.")]
+    fields += added
     with path.open("wb") as out:
         out.write(MAGIC + struct.pack("<IQQ", first.version, len(tensors), len(fields)))
         out.writelines(fields)

@@ -131,7 +131,17 @@ def of_experts(row: str, now: dict[str, str], other: str | None) -> list[float]:
     return [text[now["state"]]["perplexity"] / text["dense"]["perplexity"]]
 
 
+def of_serving(row: str, now: dict[str, str], other: str | None) -> list[float]:
+    """Return the equal tokens of all, or the largest difference of a log-probability in thousandths."""
+    rows = json.loads((RESULTS / "serving.json").read_text())["rows"]
+    (figures,) = (each for each in rows if (each["engine"], each["student"]) == (now["engine"], row))
+    if other == "equal tokens":
+        return [figures["equal"], figures["tokens"]]
+    return [1000.0 * figures["difference"]]
+
+
 READERS = {
+    "serving": of_serving,
     "quality": of_quality,
     "reinit_ablation": of_reinit,
     "absorption": of_absorption,
@@ -140,6 +150,7 @@ READERS = {
     "experts": of_experts,
 }
 FACTS = {
+    "serving": ("equal tokens", "difference, thousandths"),
     "quality": ("removed", "KV bytes", "recovery"),
     "experts": ("M parameters",),
     "vocabulary": ("M parameters", "MB", "perplexity", "bits per byte", "bytes per token"),

@@ -22,7 +22,8 @@ RECIPES: dict[str, tuple[dict[str, object], str]] = {
     "auto": ({}, "report.html"),
     "minitron": ({}, "report.html"),
     "best": (
-        {"local_distill.tokens": 512, "local_distill.epochs": 1, "plan.depth_tokens": 128, "evaluate.draft": "true"},
+        {"local_distill.tokens": 512, "local_distill.epochs": 1, "plan.depth_tokens": 128, "evaluate.draft": "true"}
+        | {"export.gguf": "f32", "export.gguf_converter": Path(__file__).parents[1] / "stand_in_converter.py"},
         "report.html",
     ),
     "adapt_pruner": (ANY | {"recipe.rounds": 2, "plan.amplitude": 0.01}, "report.html"),
@@ -139,6 +140,8 @@ def test_a_recipe_runs_to_its_last_stage(record, world, recipe):
         assert report["parameters"]["student"] < report["parameters"]["teacher"]
         assert ("onpolicy" in report) == ("onpolicy.tokens" in changed)
         drafts = [text["draft"]["acceptance"] for text in report["perplexity"].values() if "draft" in text]
+        gguf = folder / "student" / "model.gguf"
+        assert gguf.is_file() == ("export.gguf" in changed) == ("gguf" in report)
         assert bool(drafts) == ("evaluate.draft" in changed) and all(0.0 < share <= 1.0 for share in drafts)
 
 

@@ -8,7 +8,7 @@ import yaml
 
 from pipeline.report.card import card, command_without_paths, plain
 from pipeline.runtime.source_card import license_digests, license_files, source_facts
-from tests.reports import EXPORT, example_report
+from tests.reports import EXPORT, GGUF, example_report
 
 HEAD = "---\nlicense: apache-2.0\nlanguage: [en]\n---\n# A model\n"
 
@@ -67,6 +67,15 @@ def test_loading_is_shown_for_the_form(form, expected, trusted):
     _, body = made(export=EXPORT | {"form": form})
     assert expected in body and ("trust" in body) == trusted
     assert "path/to/this/folder" in body and EXPORT["folder"] not in body
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_gguf_is_listed_with_its_command_and_what_was_adapted(adapted):
+    gguf = GGUF if adapted else GGUF | {"query_factor": 1.0, "windows": False}
+    _, body = made(export=EXPORT, gguf=gguf)
+    assert "model.gguf (f16, 3.00 MB)" in body and "llama-cli -m path/to/this/folder/model.gguf" in body
+    assert ("scaled by 2" in body) == ("sliding window" in body) == adapted
+    assert "gguf" not in made(export=EXPORT)[1]
 
 
 def test_the_card_holds_no_path_and_no_secret():

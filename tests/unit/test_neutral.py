@@ -30,6 +30,7 @@ OTHER = {
     "device.layer_streaming": True,
     "distill.loss.kernel": "reference",
     "deepspeed.stage": 3,
+    "export.gguf_converter": "elsewhere.py",
 }  # where neither negating a switch nor adding to a number gives another value
 RECIPES = {
     "pangu_light": (),

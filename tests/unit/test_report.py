@@ -25,6 +25,7 @@ from tests.reports import (
     BLUEPRINTS,
     CURVES,
     EXPORT,
+    GGUF,
     SIZES,
     STAGES,
     Balanced,
@@ -393,6 +394,13 @@ def test_the_page_tells_of_rounds_each_on_a_line_and_of_their_cuts_where_there_w
     assert json.loads(json.dumps(message)) == message
     alone = rounds_section({"rounds": in_rounds(False)[2]}, drawings)
     assert "held-out" not in alone and "tokens" not in alone and "scored and pruned by one part" in alone
+
+
+def test_the_page_shows_how_the_gguf_is_used():
+    report = example_report() | {"export": EXPORT, "gguf": GGUF}
+    seen = Balanced(export_section(report, {}))
+    assert not seen.faults and not seen.open
+    assert "llama-cli -m runs/demo/student/model.gguf" in "".join(seen.words)
 
 
 PADDED = {"parameters": [1000, 1500], "kv_values_per_token": [40, 50], "layers": [{"layer": 0, "neurons": [1, 2]}] * 3}

@@ -43,6 +43,8 @@ CASES = {  # rule -> (settings that it refuses, the setting that its message beg
         "onpolicy.eval_tokens",
     ),
     "prompts_fit_a_sequence": (("onpolicy.tokens=4096", "onpolicy.prompt_tokens=33"), "onpolicy.prompt_tokens"),
+    "gguf_is_of_a_stock_class": (("export.gguf=f16", "plan.widths=adaptive"), "export.gguf"),
+    "gguf_has_the_tokens_of_the_model": (("export.gguf=f16", "budget.vocabulary=64"), "export.gguf"),
     "drafts_have_the_tokens_of_the_teacher": (("evaluate.draft=true", "budget.vocabulary=64"), "evaluate.draft"),
 }
 

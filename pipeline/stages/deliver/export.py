@@ -1,7 +1,6 @@
 """export: the student as a Hugging Face folder in the configured form, verified by loading it in a fresh process."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pipeline.config import Config
 from pipeline.model import decilm, export_forms
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.exported import Exported
-from pipeline.model.families import FAMILIES, WRAPPERS, family_of
+from pipeline.model.families import family_of
 from pipeline.model.hf_config import folded_config
 from pipeline.model.token_ids import Vocabulary
 from pipeline.prune.surgery.pad import pad
@@ -23,13 +22,15 @@ from pipeline.prune.surgery.reinit import Stream, fold_scales, post_norm_modules
 from pipeline.runtime import configuration_decilm, decilm_reader, modelling
 from pipeline.runtime.checkpoint import Checkpoint, open_checkpoint
 from pipeline.runtime.checkpoint_writer import GENERATION, write_checkpoint
-from pipeline.runtime.described import read_config, read_mapping, stored_config
+from pipeline.runtime.described import stored_config
+from pipeline.runtime.fresh_process import quiet_environment
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_loader import load_model
 from pipeline.runtime.model_source import generation_of, model_folder
 from pipeline.runtime.source_card import license_digests, license_files
 from pipeline.runtime.wrapper import wrapped_config
 from pipeline.stages.stage import Inputs, Stage
+from pipeline.stages.student_config import is_image_text, student_config
 
 FORMS = {"stock": export_forms.stock, "own": export_forms.own, "padded": export_forms.padded, "decilm": decilm.decilm}
 CHECKS = {"padded": export_forms.check_padded, "decilm": decilm.check}
@@ -58,20 +59,12 @@ print(json.dumps({"class": type(model).__name__, "generated": new.shape[1] - len
 
 def check(config: Config) -> None:
     """Refuse a form that the teacher's family cannot take, where its config.json can be read before any work."""
-    form = config.export.form
-    folder = model_folder(config.model.path, config.model.allow_pickle)
-    if folder is None or not (folder / "config.json").is_file():
-        return
-    whole = read_mapping(folder / "config.json").get("model_type") in WRAPPERS
+    form, whole = config.export.form, is_image_text(config)
     if form not in CHECKS and not whole:
         return
-    student = read_config(folder)
-    family = FAMILIES.get(str(student.get("model_type")))
-    if family is None:  # refused by the teacher stage
+    student = student_config(config)
+    if student is None:
         return
-    absorbs = config.reinit.absorb is not False and "absorb_norms" in config.recipe.stages
-    if absorbs and family.sandwich and family.folded is None:
-        student["pruned"] = {"scales": list(family.post_norms)}
     if whole:
         _check_stock("own" if form == "auto" and "pruned" in student else "stock" if form == "auto" else form)
     if form in CHECKS:
@@ -81,7 +74,8 @@ def check(config: Config) -> None:
 def settings(config: Config) -> dict:
     """Return the export section, and the generation_config.json and licence files written beside the weights."""
     generation, licenses = _generation(config), license_digests(_source(config))
-    result = config.export.model_dump() | ({} if generation is None else {"generation": generation})
+    result = config.export.model_dump(include={"form", "dtype", "tolerance"})
+    result |= {} if generation is None else {"generation": generation}
     return result | ({"licenses": licenses} if licenses else {})
 
 
@@ -220,7 +214,7 @@ def prove(
         program = Path(decilm_reader.__file__).read_text(encoding="utf-8") if form == "decilm" else RELOAD
         done = subprocess.run(
             [sys.executable, "-I", "-c", program, *arguments],
-            env=_quiet_environment(scratch),
+            env=quiet_environment(scratch),
             cwd=scratch,
             capture_output=True,
             text=True,
@@ -234,13 +228,6 @@ def prove(
             f"export: reloaded logits differ by {difference:.3g} of the largest; export.tolerance is {tolerance}"
         )
     return json.loads(done.stdout.splitlines()[-1]) | {"difference": difference}
-
-
-def _quiet_environment(scratch: str) -> dict[str, str]:
-    """Return the environment without the launcher's variables, the hub offline, code cached in the scratch folder."""
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC", "GROUP_", "ROLE_", "PYTHONPATH")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(launcher)}
-    return kept | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "TRANSFORMERS_VERBOSITY": "error"}
 
 
 STAGE = Stage(

@@ -20,7 +20,7 @@ from pipeline.distill.selection import RecoveryFacts
 from pipeline.evaluation.results import Evaluation
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
-from pipeline.model.exported import Exported
+from pipeline.model.exported import Converted, Exported
 from pipeline.model.scores import Scores
 from pipeline.model.shape import Budgeted, StreamEnergy
 from pipeline.report.axes import number
@@ -123,6 +123,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     if (inputs["student"] / Exported.FILE).is_file():
         place = {"folder": str(Path(config.runs) / config.run / "student")}
         report["export"] = Exported.load(inputs["student"]).to_json() | place
+    if "gguf" in inputs:
+        report["gguf"] = Converted.load(inputs["gguf"]).to_json()
     drawings |= _training_figures(curves or {}, RECOVERY, cuts(rounds, SEEN) if rounds else [])
     if stages:
         drawings["stages"] = stage_costs(stages)
@@ -255,7 +257,7 @@ STAGE = Stage(
     run=run,
     settings=settings,
     needs=("reference", "scores", "blueprint", "initial_student", "student", "evaluation"),
-    optional=("corrected_teacher", "recovered", "onpolicy_student", "shape", "rotated", "restored"),
+    optional=("corrected_teacher", "recovered", "onpolicy_student", "shape", "rotated", "restored", "gguf"),
     all_ranks=False,
     shows={"report.json": "report.json", "report.html": "report.html", "figures": "figures", f"student/{CARD}": CARD},
     delivers=True,
