@@ -19,6 +19,7 @@ VLLM = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in one process, which ends with its program
     "VLLM_NO_USAGE_STATS": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled, which takes minutes
 }
 
 

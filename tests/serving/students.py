@@ -44,6 +44,14 @@ def differing() -> tuple[LayerPlan, ...]:
     return tuple(plans)
 
 
+def lacking() -> tuple[LayerPlan, ...]:
+    """Return the plan of `differing` whose third layer has no attention, and whose fifth has no FFN."""
+    plans = list(differing())
+    plans[2] = LayerPlan(plans[2].host, (), plans[2].neurons)
+    plans[4] = LayerPlan(plans[4].host, plans[4].groups, ())
+    return tuple(plans)
+
+
 def exported(folder: Path, kind: str, form: str, plans: tuple[LayerPlan, ...] | None = None) -> Path:
     """Write the student of a tiny model of a kind by the stage `export`, in float32; return its folder."""
     changed = WIDTHS | SIZES | {"num_hidden_layers": LAYERS} | CHANGED.get(kind, {})

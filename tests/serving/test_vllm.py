@@ -6,13 +6,14 @@ import pytest
 
 from tests.serving import engines
 from tests.serving.reference import NEW, agreement, prompts, sentences
-from tests.serving.students import VOCABULARY, differing, exported
+from tests.serving.students import VOCABULARY, differing, exported, lacking
 
 TOLERANCE = 2e-3  # of a log-probability, in float32
 STUDENTS = {  # kind, form and plan of each; None: a layer removed, the others alike
     "llama": ("llama", "auto", None),
     "qwen3": ("qwen3", "auto", None),
     "llama-decilm": ("llama", "decilm", differing()),
+    "llama-decilm-no_op": ("llama", "decilm", lacking()),
     "llama-padded": ("llama", "padded", differing()),
     "gemma3_text": ("gemma3_text", "auto", None),
     "gemma3_text-scaled": ("gemma3_text-scaled", "auto", None),
