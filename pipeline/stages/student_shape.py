@@ -89,7 +89,8 @@ def student_of(config: Config, anatomy: Anatomy) -> Student:
         return Student(teacher, None, made if done == rounds else None, _experts(config, anatomy, count))
     if not (config.budget.total or config.budget.active_parameters or config.budget.bytes):
         remedy = "set shape.*, budget.axes=experts, budget.total or budget.active_parameters"
-        check_covered(teacher, "budget.speedup" if config.budget.speedup else "budget.parameters", remedy)
+        limit = "speedup" if "speedup" in config.budget.predicted else "parameters"
+        check_covered(teacher, f"budget.{limit}", remedy)
     if config.plan.widths != "uniform":
         weights = _weights(config, anatomy, done / rounds)
         even = even_widths(anatomy.sizes, weights, multiples_for(teacher).neurons)
@@ -156,9 +157,10 @@ def unties(config: Config) -> bool:
 def _experts_budgeted(config: Config, anatomy: Anatomy) -> tuple[int, Budgeted]:
     """Return the experts per layer that budget.* leaves, the other axes being the teacher's, and what they reach."""
     budget = config.budget
-    if budget.speedup is not None:
+    speedup = budget.predicted.get("speedup")
+    if speedup is not None:
         chip, serving = Chip(**config.device.chip_facts), Serving(**config.shape_search.serving)
-        return experts_for_speed(chip, ModelShape.of(anatomy), anatomy, serving, budget.speedup)
+        return experts_for_speed(chip, ModelShape.of(anatomy), anatomy, serving, speedup)
     (name, requested), *_ = (budget.sized or {"parameters": budget.fallback}).items()
     size = getattr(torch, config.export.dtype).itemsize if budget.bytes else 1
     unit = Unit(size, (budget.context or 0) * 2 * anatomy.sizes.head_size * size)
