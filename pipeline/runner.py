@@ -41,6 +41,7 @@ class Session:
     store: artifacts.Store
     machine: Machine
     record: dict[str, Any]
+    stages: Mapping[str, Stage]
     total: int  # stages that this configuration runs, each round's counted
     begin: float = field(default_factory=time.monotonic)
     numbers: Iterator[int] = field(default_factory=lambda: count(1))
@@ -52,10 +53,10 @@ class Session:
         return f"stage {next(self.numbers)} of {self.total}, {stage} ({elapsed} elapsed)"
 
 
-def run(config: Config, command: str) -> dict[str, Path]:
+def run(config: Config, command: str, stages: Mapping[str, Stage] = STAGES) -> dict[str, Path]:
     """Run the stages of the recipe and return the folders of their artifacts by name; finished ones are reused.
 
-    `command` is what the user typed, for run.json.
+    `command`: what the user typed, for run.json. `stages`: what runs under each name of the graph.
     """
     names = check(config)
     chosen = config.device
@@ -79,7 +80,7 @@ def run(config: Config, command: str) -> dict[str, Path]:
         store = artifacts.Store(Path(config.artifacts), ranks, artifacts.code_revision(), device.name, config.verify)
         if ranks.rank == 0:
             record["earlier"] = _earlier(folder)
-        session = Session(config, store, machine, record, _count(config, names))
+        session = Session(config, store, machine, record, stages, _count(config, names))
         made = _run_rounds(session, names)
         for unneeded in ("earlier", "unfinished"):
             record.pop(unneeded, None)
@@ -209,7 +210,7 @@ def _run_stages(session: Session, names: list[str], known: Mapping[str, Path]) -
     number, rounds = config.recipe.part
     inner, suffix = ("", "") if number == rounds else (f"/rounds/{number}", f", round {number}")
     for name in names:
-        stage = STAGES[name]
+        stage = session.stages[name]
         folder, fresh = _run_stage(session, stage, made)
         if folder is None:
             continue

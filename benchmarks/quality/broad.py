@@ -23,7 +23,7 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -160,16 +160,16 @@ SETS = {
 }
 
 
-def main() -> None:
+def main(sets: Mapping[str, Sequence[Kind]] = SETS) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/texts"), help="where texts.py wrote")
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--set", choices=SETS, default="broad", help="how many kinds; also the name of what is written")
+    parser.add_argument("--set", choices=sets, default="broad", help="how many kinds; also the name of what is written")
     options = parser.parse_args()
     measured = set().union(*(runs_of_words(text) for text in measured_on(options.out)))
     records = []
     with tempfile.TemporaryDirectory() as scratch:
-        for kind in SETS[options.set]:
+        for kind in sets[options.set]:
             files = sorted(unpacked(kind, options.folder, Path(scratch)).glob(kind.files))
             own = [file for file in files if file.is_file() and not file.is_symlink()]
             passages = [text for file in own for text in kind.passages(file.read_bytes())]

@@ -73,14 +73,14 @@ class Group:
     entries: list[Entry] = field(default_factory=list)
 
 
-def reference() -> list[Group]:
+def reference(conf: Path = CONF) -> list[Group]:
     """Return all settings by group: first those without a section, then groups of files, then sections in order."""
-    sections = _read(CONF / "config.yaml", "")
+    sections = _read(conf / "config.yaml", "")
     top = [entry for group in sections for entry in group.entries if group.name == ""]
-    chosen = re.findall(r"^  - (\w+): (\w+)$", (CONF / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+    chosen = re.findall(r"^  - (\w+): (\w+)$", (conf / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
     files = []
     for name, choice in [*chosen, *EXTRA.items()]:
-        path = CONF / name / f"{choice}.yaml"
+        path = conf / name / f"{choice}.yaml"
         group = Group(name, _heading(path), {each.stem: _heading(each) for each in sorted(path.parent.glob("*.yaml"))})
         prefix = "" if "@package _global_" in path.read_text(encoding="utf-8") else f"{name.replace('/', '.')}."
         for section in _read(path, prefix):
@@ -89,9 +89,9 @@ def reference() -> list[Group]:
     return [Group("run", "Runs.", entries=top), *files, *(group for group in sections if group.name)]
 
 
-def undocumented() -> list[str]:
+def undocumented(conf: Path = CONF) -> list[str]:
     """Return settings that have no comment, and those of the configuration that the reference lacks."""
-    entries = [entry for group in reference() for entry in group.entries]
+    entries = [entry for group in reference(conf) for entry in group.entries]
     return sorted({entry.key for entry in entries if not entry.comment} | set(SETTINGS) - {e.key for e in entries})
 
 

@@ -28,9 +28,15 @@ def check(tasks: Sequence[str]) -> None:
         if is_file(task) and not Path(task).is_file():
             raise ValueError(f"evaluate.tasks: the task file {task} does not exist; correct the path")
     named = [task for task in tasks if not is_file(task)]
-    unknown = [task for task in named if task not in _known()]
+    if named:
+        check_names(named, _manager(include_defaults=True).all_tasks)
+
+
+def check_names(tasks: Sequence[str], known: Sequence[str]) -> None:
+    """Raise ValueError for tasks that are not among the known ones, with those that have a similar name."""
+    unknown = [task for task in tasks if task not in known]
     if unknown:
-        near = [name for task in unknown for name in get_close_matches(task, _known(), n=3)]
+        near = [name for task in unknown for name in get_close_matches(task, known, n=3)]
         remedy = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists the known ones"
         raise ValueError(f"evaluate.tasks: the installed lm_eval has no {unknown}; {remedy}")
 
@@ -64,11 +70,6 @@ def measure(
 def is_file(task: str) -> bool:
     """Return whether a task is a file of its own rather than a name of the harness."""
     return task.endswith((".yaml", ".yml"))
-
-
-def _known() -> list[str]:
-    """Return the names of the installed harness's tasks."""
-    return _manager(include_defaults=True).all_tasks
 
 
 @cache

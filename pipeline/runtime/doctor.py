@@ -7,7 +7,7 @@ the chosen device cannot run.
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -46,18 +46,19 @@ def doctor(arguments: list[str]) -> int:
 
 def report(kind: str, runs: Path, artifacts: Path) -> tuple[list[str], bool]:
     """Return the report as lines of text, and whether a run on this kind of device can start."""
-    rows = [*_software(), *_accelerators(kind), *_host(kind), *_folders(runs, artifacts), _monitoring()]
+    versions = {name: installed(name) for name in NEEDED}
+    rows = [*software(versions), *_accelerators(kind), *_host(kind), *_folders(runs, artifacts), _monitoring()]
     ok = all(row.state != FAILS for row in rows)
     device = kind if kind != "auto" else next(name for name in BACKENDS if missing(name) is None)
     verdict = f"device {device} can run" if ok else f"device {device} cannot run: see the rows marked {FAILS}"
     return [*table(rows), "", verdict], ok
 
 
-def _software() -> Iterator[Row]:
+def software(versions: Mapping[str, str | None]) -> Iterator[Row]:
+    """Yield a row for Python and each distribution, whose version is None where it is not installed."""
     yield Row("python", platform.python_version())
     required = _requirements()
-    for name in NEEDED:
-        version = installed(name)
+    for name, version in versions.items():
         if version is None:
             yield Row(name, "not installed", FAILS, f"pip install {required.get(name, name)}")
         elif name in required and not required[name].specifier.contains(version, prereleases=True):

@@ -93,9 +93,3 @@ def test_the_readme_has_at_most_150_lines():
 def test_the_results_have_at_most_2500_words():
     text = re.sub(r"<!--.*?-->", "", (ROOT / "docs" / "results.md").read_text())
     assert sum(bool(re.search(r"\w", word)) for word in text.split()) <= 2500
-
-
-def test_no_test_file_imports_another():
-    """What tests share lies in modules that are no tests."""
-    importing = re.compile(r"^(?:from|import) .*\btest_\w+", re.MULTILINE)
-    assert [str(file) for file in (ROOT / "tests").rglob("test_*.py") if importing.search(file.read_text())] == []

@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 
-from pipeline import runner, training
+from pipeline import runner
 from pipeline.runtime.checkpoint import open_checkpoint
 from tests.tiny_text import configured
+from tests.watching import texts_read_in_training
 from tests.world import make_world, settings
 
 ROUNDS = "recipe.repeat=[importance,shape,plan,cut]"
@@ -92,24 +93,15 @@ def test_without_a_correction_there_is_no_word_of_it(world, plain):
     assert "Teacher correction" not in (world / "runs" / "plain" / "report.html").read_text()
 
 
-def test_recovery_reads_on_where_the_correction_ended(world, monkeypatch):
+def test_recovery_reads_on_where_the_correction_ended(world):
     """Both together read the sequences that a recovery as long as both reads, in its order."""
-    read, learn = {}, training.train
-
-    def spied(engine, batches, held_out, course, *rest):
-        def through():
-            for batch in batches:
-                read.setdefault(course.section, []).append(batch)
-                yield batch
-
-        return learn(engine, through(), held_out, course, *rest)
-
-    monkeypatch.setattr(training, "train", spied)
-    made(world, "alone", teacher_correction__tokens=0, distill__tokens=CORRECTED + RECOVERED, artifacts=world / "alone")
-    alone = torch.cat(read.pop("distill"))
-    made(world, "both", distill__tokens=RECOVERED, artifacts=world / "both")
-    assert len(read["teacher_correction"]) < len(read["distill"])
-    assert torch.equal(torch.cat((*read["teacher_correction"], *read["distill"])), alone)
+    with texts_read_in_training() as alone:
+        lasting = CORRECTED + RECOVERED
+        made(world, "alone", teacher_correction__tokens=0, distill__tokens=lasting, artifacts=world / "alone")
+    with texts_read_in_training() as both:
+        made(world, "both", distill__tokens=RECOVERED, artifacts=world / "both")
+    assert len(both) > 1 and torch.equal(torch.cat(both), torch.cat(alone))
+    assert sum(ids.numel() for ids in both) == CORRECTED + RECOVERED
 
 
 def test_a_part_of_the_line_reads_the_corrected_teacher_too(world, corrected):

@@ -100,11 +100,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, object]]] = {
 @pytest.fixture(scope="module")
 def record():
     """What the stages of all runs in this module read."""
-    record = Record()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, stage in STAGES.items():
-            patch.setitem(STAGES, name, record.watched(stage))
-        yield record
+    return Record()
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +108,11 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("recipes"), "llama-tied")
 
 
-def run(world: Path, name: str, *overrides: str, **changed: object) -> Path:
-    """Run a configuration in this process; return its run folder."""
+def run(record: Record, world: Path, name: str, *overrides: str, **changed: object) -> Path:
+    """Run a configuration in this process, with stages whose reads are recorded; return its run folder."""
     chosen = settings(world, run=name, **SMALL | changed)
-    runner.run(configured(*chosen, *overrides), "a test")
+    stages = {each: record.watched(stage) for each, stage in STAGES.items()}
+    runner.run(configured(*chosen, *overrides), "a test", stages)
     return world / "runs" / name
 
 
@@ -132,8 +129,8 @@ def test_a_recipe_runs_to_its_last_stage(record, world, recipe):
     changed, last = RECIPES[recipe]
     widths = WIDTHS if "budget.parameters" in changed else {}
     if recipe == "recover":
-        changed = {"model.start": run(world, "start", f"recipe.stages=[{SHORT}]") / "initial_student"}
-    folder = run(world, recipe, f"recipe={recipe}", *dotted(changed), **widths)
+        changed = {"model.start": run(record, world, "start", f"recipe.stages=[{SHORT}]") / "initial_student"}
+    folder = run(record, world, recipe, f"recipe={recipe}", *dotted(changed), **widths)
     assert (folder / last).is_file()
     if last == "report.html":
         report = json.loads((folder / "report.json").read_text())
@@ -148,13 +145,14 @@ def test_a_recipe_runs_to_its_last_stage(record, world, recipe):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_runs_to_its_last_stage(record, world, variant):
     recipe, stages, changed = VARIANTS[variant]
-    folder = run(world, variant, f"recipe={recipe}", f"recipe.stages=[{stages}]", *dotted(changed))
+    folder = run(record, world, variant, f"recipe={recipe}", f"recipe.stages=[{stages}]", *dotted(changed))
     assert (folder / "initial_student").is_dir()
 
 
 @pytest.mark.parametrize("absorb", ["auto", "fitted", "removed"])
 def test_norms_are_absorbed(record, tmp_path, absorb):
     folder = run(
+        record,
         make_world(tmp_path, "glm4"),
         absorb,
         f"recipe.stages=[{SHORT},absorb_norms]",

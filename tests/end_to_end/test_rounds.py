@@ -7,11 +7,13 @@ from html import unescape
 import pytest
 import torch
 
-from pipeline import runner, training
+from pipeline import runner
+from pipeline.distill.schedule import learning_rate
 from pipeline.model.blueprint import Blueprint, Step
 from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import open_checkpoint
 from tests.tiny_text import configured
+from tests.watching import watched
 from tests.world import make_world, settings
 
 STEPS, TOKENS = 16, 256  # of the whole recovery; of a step
@@ -128,17 +130,14 @@ def test_a_second_run_does_no_work(world, straight, capsys):
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_cut_off_in_the_second_round_it_goes_on_as_if_nothing_had_happened(world, straight, monkeypatch, capsys):
+def test_cut_off_in_the_second_round_it_goes_on_as_if_nothing_had_happened(world, straight, capsys):
     place = world / "cut-off"
 
-    def dying(kind, step, *rest):
-        if step == 13:
+    def dying(given):
+        if given["step"] == 13:
             raise KeyboardInterrupt
-        return rate(kind, step, *rest)
 
-    rate = training.learning_rate
-    with monkeypatch.context() as fault, pytest.raises(KeyboardInterrupt):
-        fault.setattr(training, "learning_rate", dying)
+    with pytest.raises(KeyboardInterrupt), watched({learning_rate: dying}):
         adapted(world, "cut-off", artifacts=place)
     assert len(list(place.glob("distill-*"))) == 1
     capsys.readouterr()

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -18,9 +17,11 @@ from pipeline import runner
 from pipeline.cli.boundary import Boundary
 from pipeline.cli.command import main
 from pipeline.config import validate
+from pipeline.graph import STAGES
 from tests.composing import composed
 from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import configured
+from tests.watching import calls_of
 from tests.world import environment, make_world, settings
 
 
@@ -106,12 +107,9 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_any_stage(wor
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_fills_up_is_one_line_that_names_the_folder(world, tmp_path, monkeypatch, capsys):
-    def fill(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")  # as write() does, naming no file
-
-    monkeypatch.setitem(runner.STAGES, "teacher", replace(runner.STAGES["teacher"], run=fill))
-    with pytest.raises(SystemExit, match="2"), Boundary()():
+def test_a_disk_that_fills_up_is_one_line_that_names_the_folder(world, tmp_path, capsys):
+    full = OSError(errno.ENOSPC, "No space left on device")  # as write() raises it, naming no file
+    with pytest.raises(SystemExit, match="2"), Boundary()(), calls_of(STAGES["teacher"].run, full, at=1):
         runner.run(validate(composed(*settings(world, artifacts=tmp_path / "full", runs=tmp_path))), "a test")
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/full/teacher-")
     with pytest.raises(SystemExit, match="2"), Boundary()():

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -198,7 +199,7 @@ def test_the_owner_of_a_lock_is_one_line_whatever_its_file_holds(tmp_path, text,
     def look(_):
         held.release()
 
-    monkeypatch.setattr("pipeline.runtime.lock.time.sleep", look)
+    monkeypatch.setattr(time, "sleep", look)
     waiting.acquire(owners.append)
     assert len(owners) == 1 and owners[0] and owners[0].isprintable() and len(owners[0]) <= 100
     waiting.release()
@@ -206,10 +207,8 @@ def test_the_owner_of_a_lock_is_one_line_whatever_its_file_holds(tmp_path, text,
 
 @pytest.mark.parametrize("jump", [-1e9, -3600.0, 3600.0, 1e9])
 def test_a_clock_that_jumps_leaves_the_artifact_and_its_seconds_sound(store, monkeypatch, jump):
-    from pipeline.runtime import artifacts
-
     now = [1e9]
-    monkeypatch.setattr(artifacts.time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: now[0])
     for step in (0.0, jump, 0.0):
         now[0] += step
         with store.open("score", "c" * 12) as partial:

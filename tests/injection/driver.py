@@ -2,8 +2,8 @@
 
 Started by `Driver` with faulty.c preloaded. Reads one JSON object a line: `overrides`, `log`, `root`, `kind`, `at` (see
 faulty.c) and `seconds` (null, or when to kill the child). Answers with one: `status` (exit code, or minus the signal),
-`operations` (how many there were; null for a killed child) and `seconds`. The export's proof in a fresh process, which
-takes seconds and writes nothing, is left out.
+`operations` (how many there were; null for a killed child) and `seconds`. The fresh process of
+the export's proof, which takes seconds and writes nothing, is left out.
 """
 
 import ctypes
@@ -11,25 +11,55 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
+from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from pipeline import runner
 from pipeline.config import Config, validate
 from pipeline.runtime.ranks import PeerFailed
-from pipeline.stages.deliver import export
 from tests.tiny_text import CONF
+
+STAND_IN = """#!/bin/sh
+cp "$(dirname "$0")/logits.pt" "$7"
+echo '{"class": "not read", "generated": 0}'
+"""
 
 
 @cache
 def configuration(*overrides: str) -> Config:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return validate(OmegaConf.to_container(compose("config", [*overrides]), resolve=True))
+        composed = compose("config", [*overrides, "export.tolerance=2"])  # the logits of `without_proof` are zero
+        return validate(OmegaConf.to_container(composed, resolve=True))
+
+
+@contextmanager
+def without_proof() -> Iterator[None]:
+    """Within the block, a stand-in answers in place of the fresh interpreter in which an export is loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(torch.zeros(1, 1), Path(folder) / "logits.pt")
+        stand_in = Path(folder) / "python"
+        stand_in.write_text(STAND_IN)
+        stand_in.chmod(0o700)
+        sys.executable = str(stand_in)
+        yield
+
+
+def serve(attempt: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Answer each line of standard input with that of an attempt."""
+    with without_proof():
+        print("ready", flush=True)
+        for line in sys.stdin:
+            print(json.dumps(attempt(json.loads(line))), flush=True)
 
 
 def child(job: dict, config: Config, answer: int) -> None:
@@ -81,7 +111,4 @@ def attempt(job: dict) -> dict:
 
 
 if __name__ == "__main__":
-    export.prove = lambda *_: {"class": "not read", "generated": 0, "difference": 0.0}
-    print("ready", flush=True)
-    for line in sys.stdin:
-        print(json.dumps(attempt(json.loads(line))), flush=True)
+    serve(attempt)

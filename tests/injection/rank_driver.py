@@ -4,7 +4,7 @@ Started by `RankDriver`. Reads one JSON object a line: `overrides`, `log`, and t
 dies) and `at`, the call of this program's functions inside that stage before which the rank is killed; at the end of
 the stage where it makes fewer calls. Answers with one: `status` and `calls` of each rank (exit code or minus signal;
 calls by stage, null for a killed rank), and `outlived`, the seconds between the end of the first rank and the second.
-The export's proof in a fresh process, which takes seconds and writes nothing, is left out.
+The fresh process of the export's proof, which takes seconds and writes nothing, is left out.
 """
 
 import json
@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import suppress
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
@@ -21,39 +22,38 @@ import torch.distributed as dist
 from pipeline import runner
 from pipeline.cli.boundary import PACKAGE, Boundary
 from pipeline.runtime.ranks import leave
-from pipeline.stages.deliver import export
-from tests.injection.driver import configuration
+from pipeline.stages.stage import Stage
+from tests.injection.driver import configuration, serve
 
 WORLD = 2
 LONGEST = 120.0  # seconds that an attempt may take before its ranks count as hung
 
 
 class Calls:
-    """Count the calls of this program's functions in each stage, and kill this process at one of them."""
+    """A profile hook: count the calls of this program's functions in each stage, kill this process at one of them."""
 
     def __init__(self, stage: str | None, at: int):
         self.stage, self.at, self.count = stage, at, 0
         self.by_stage: dict[str, int] = {}
-        self.inside = runner._run_stage
+        self.current: str | None = None
 
-    def __call__(self, frame, event, _) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+    def __call__(self, frame: FrameType, event: str, result: Any) -> None:
+        if frame.f_code is runner._run_stage.__code__ and event in ("call", "return"):
+            self._begin(**frame.f_locals) if event == "call" else self._end(result)
+        elif self.current and event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
             self.count += 1
             if self.count == self.at and self.stage == self.current:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def run_stage(self, session, stage, made):
+    def _begin(self, session: runner.Session, stage: Stage, **_: Any) -> None:
         self.current, self.count = f"{stage.name}/{session.config.recipe.part[0]}", 0
-        sys.setprofile(self)
-        try:
-            result = self.inside(session, stage, made)
-        finally:
-            sys.setprofile(None)
+
+    def _end(self, result: tuple | None) -> None:
         if self.current == self.stage:
             os.kill(os.getpid(), signal.SIGKILL)
-        if result[0] is not None:
-            self.by_stage[self.current] = self.count
-        return result
+        if result is not None and result[0] is not None:  # None where it raised
+            self.by_stage[str(self.current)] = self.count
+        self.current = None
 
 
 def child(rank: int, job: dict[str, Any], port: int, answer: int) -> None:
@@ -67,7 +67,7 @@ def child(rank: int, job: dict[str, Any], port: int, answer: int) -> None:
         "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
     calls = Calls(job["stage"] if rank == job["rank"] else None, job["at"])
-    runner._run_stage = calls.run_stage
+    sys.setprofile(calls)
     status = 0
     try:
         with Boundary()():
@@ -75,6 +75,7 @@ def child(rank: int, job: dict[str, Any], port: int, answer: int) -> None:
             leave()
     except SystemExit as end:
         status = int(end.code or 0)
+    sys.setprofile(None)
     os.write(answer, json.dumps(calls.by_stage).encode())
     os._exit(status)
 
@@ -122,7 +123,4 @@ def attempt(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    export.prove = lambda *_: {"class": "not read", "generated": 0, "difference": 0.0}
-    print("ready", flush=True)
-    for line in sys.stdin:
-        print(json.dumps(attempt(json.loads(line))), flush=True)
+    serve(attempt)

@@ -21,18 +21,19 @@ from pipeline.model.logits import PLAIN, LogitForm
 DEVICE = os.environ.get("KERNELS_DEVICE", "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1.1e-3, torch.bfloat16: 8e-3}
 DTYPES = list(TOLERANCE)
+BLOCK = max(footprint.block for footprint in budget.KERNELS.values())
+LOGITS = budget.KERNELS["kl_of_logits_rows"].block
 # Blocks and a rest, in every dtype; less than a block, and blocks exactly; one row and more rows than programs.
-ROWS = [((3, 3, 150), dtype) for dtype in DTYPES] + [((1, 33), torch.float32), ((2, 2, 64), torch.bfloat16)]
+ROWS = [((3, 3, 2 * BLOCK + 22), dtype) for dtype in DTYPES]
+ROWS += [((1, 33), torch.float32), ((2, 2, BLOCK), torch.bfloat16)]
+VOCABULARY = 2 * LOGITS + 22
 each_row = pytest.mark.parametrize("shape,dtype", ROWS)
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Blocks small enough that small tensors take several and end in a masked one; tensors on the device."""
+def drawn_on_the_device():
     torch.set_default_device(DEVICE)
     torch.manual_seed(0)
-    for name, footprint in budget.KERNELS.items():
-        monkeypatch.setitem(budget.KERNELS, name, budget.Footprint(block=64, live=footprint.live))
 
 
 def triton(name: str):
@@ -76,14 +77,14 @@ def test_swiglu_packed(shape, dtype):
 
 
 def test_swiglu_of_two_halves_of_one_tensor():
-    packed = torch.randn(3, 5, 2 * 70)
+    packed = torch.randn(3, 5, 2 * (BLOCK + 22))
     assert torch.equal(triton("swiglu")(*packed.chunk(2, -1)), triton("swiglu_packed")(packed))
 
 
 @pytest.mark.parametrize("mode", ["half", "interleave"])
 @pytest.mark.parametrize(
     "tokens,size,batches,dtype",
-    [(1, 16, 1, torch.float32), (5, 24, 2, torch.float32), (5, 24, 2, torch.bfloat16), (4, 32, 1, torch.float16)],
+    [(1, 16, 1, torch.float32), (133, 24, 2, torch.float32), (133, 24, 2, torch.bfloat16), (4, 32, 1, torch.float16)],
 )
 def test_rotary(tokens, size, batches, mode, dtype):
     x = torch.randn(2, tokens, 3, size).to(dtype).transpose(1, 2)  # as a projection leaves it: tokens outside heads
@@ -102,8 +103,8 @@ def test_a_gradient_without_memory_of_its_own_is_read_rightly():
 @pytest.mark.parametrize(
     "vocabulary,temperature,beta,dtype",
     [
-        (40, 1.0, 0.5, torch.float32), (128, 2.0, 0.1, torch.float32),
-        (201, 0.7, 0.9, torch.float32), (150, 1.5, 0.5, torch.float16), (150, 1.0, 0.5, torch.bfloat16),
+        (40, 1.0, 0.5, torch.float32), (LOGITS, 2.0, 0.1, torch.float32), (3 * LOGITS + 9, 0.7, 0.9, torch.float32),
+        (VOCABULARY, 1.5, 0.5, torch.float16), (VOCABULARY, 1.0, 0.5, torch.bfloat16),
     ],
 )  # fmt: skip
 def test_kl_of_logits(vocabulary, temperature, beta, kind, dtype):
@@ -118,8 +119,8 @@ def test_kl_of_logits(vocabulary, temperature, beta, kind, dtype):
 @pytest.mark.parametrize("kind", reference.KINDS)
 def test_kl_of_logits_stands_logits_far_apart(kind):
     """Probabilities that vanish in float32 leave loss and gradient finite; a shift of all logits changes nothing."""
-    student, teacher = torch.randn(2, 4, 100)
-    student[:, 3], teacher[:, 50] = 300.0, 300.0
+    student, teacher = torch.randn(2, 4, VOCABULARY)
+    student[:, 3], teacher[:, LOGITS + 50] = 300.0, 300.0
     moved = student + 1000.0
     losses = [triton("kl_of_logits")(s, teacher, kind, 1.0, 0.5, 1.0) for s in (student, moved)]
     assert torch.isfinite(losses[0]).all() and torch.isfinite(student).all()
@@ -127,13 +128,13 @@ def test_kl_of_logits_stands_logits_far_apart(kind):
 
 
 def test_student_logits_may_be_rows_of_a_wider_buffer():
-    buffer, teacher = torch.randn(2, 6, 80)
-    inside = buffer[:, :70].clone()
-    rest = buffer[:, 70:].clone()
-    loss = triton("kl_of_logits")(buffer[:, :70], teacher[:, :70], "forward_kl", 1.0, 0.5, 1.0)
-    torch.testing.assert_close(loss, reference.kl_of_logits(inside, teacher[:, :70], "forward_kl", 1.0, 0.5, 1.0))
-    torch.testing.assert_close(buffer[:, :70], inside)
-    assert torch.equal(buffer[:, 70:], rest)
+    buffer, teacher = torch.randn(2, 6, VOCABULARY + 10)
+    logits, aim = buffer[:, :VOCABULARY], teacher[:, :VOCABULARY]
+    inside, rest = logits.clone(), buffer[:, VOCABULARY:].clone()
+    loss = triton("kl_of_logits")(logits, aim, "forward_kl", 1.0, 0.5, 1.0)
+    torch.testing.assert_close(loss, reference.kl_of_logits(inside, aim, "forward_kl", 1.0, 0.5, 1.0))
+    torch.testing.assert_close(logits, inside)
+    assert torch.equal(buffer[:, VOCABULARY:], rest)
 
 
 def test_what_the_kernels_cannot_compute_is_refused():
@@ -152,9 +153,9 @@ def both(kind, dtype, forms, temperature, weight, bias, kernel):
     """Loss, parts and gradients of one batch, its tokens in two chunks."""
     torch.manual_seed(2)
     draw = lambda *shape: torch.randn(shape).to(dtype)  # noqa: E731
-    student = [draw(7, 6), draw(150, 6), draw(150) if bias else None]
-    teacher = [draw(7, 9), draw(150, 9), draw(150) if bias else None]
-    labels = torch.tensor([3, -100, 149, 0, 7, 8, -100])
+    student = [draw(7, 6), draw(VOCABULARY, 6), draw(VOCABULARY) if bias else None]
+    teacher = [draw(7, 9), draw(VOCABULARY, 9), draw(VOCABULARY) if bias else None]
+    labels = torch.tensor([3, -100, VOCABULARY - 1, 0, 7, 8, -100])
     leaves = [None if each is None else each.requires_grad_() for each in student]
     loss, parts = linear_distillation(
         leaves[0], leaves[1], teacher[0], teacher[1], kind=kind, beta=0.3, temperature=temperature,

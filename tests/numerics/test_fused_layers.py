@@ -84,16 +84,15 @@ def test_only_the_model_at_hand_changes():
     assert not calls
 
 
-def test_a_decoder_and_a_streamed_model_are_covered_and_hooks_run(monkeypatch):
+def test_a_decoder_and_a_streamed_model_are_covered_and_hooks_run():
     chosen, calls = counted()
     model, ids = tiny_model("qwen3", dtype=torch.float32), tokens()
-    monkeypatch.setattr("pipeline.runtime.layer_streaming.operators", lambda kernels, kind: chosen)
     seen = []
     model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
     device = open_device("cpu", "auto", False, 0, 0)
     for stream in (False, True):
         calls.clear()
-        with placed(model.get_decoder(), device, stream) as decoder:
+        with fused_layers(model.get_decoder(), chosen), placed(model.get_decoder(), device, stream) as decoder:
             decoder(input_ids=ids, use_cache=False)
         assert calls == expected_calls("qwen3", model)
     assert len(seen) == 2

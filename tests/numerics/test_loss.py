@@ -13,6 +13,7 @@ from pipeline.distill.closed_form import CLOSED_FORMS
 from pipeline.distill.divergences import DIVERGENCES
 from pipeline.distill.loss import ADDED_LOW, IGNORED, linear_distillation
 from pipeline.model.logits import PLAIN, LogitForm
+from tests.watching import calls_of
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "mixed_kl")
 KERNELS = ("autograd", "auto", "reference")  # on a CPU auto is the closed form
@@ -210,41 +211,17 @@ def test_what_cannot_be_computed_is_refused_in_one_line(change, message):
         fused(leaves(student), teacher, **({"labels": labels} | change))
 
 
-def total_variation(student, teacher, options):
-    return 0.5 * (student.exp() - teacher.exp()).abs().sum(-1)
-
-
-def test_a_registered_function_is_a_divergence_with_its_gradient(monkeypatch):
-    """A divergence is one function and one entry: autograd differentiates it chunk by chunk."""
-    monkeypatch.setitem(DIVERGENCES, "total_variation", total_variation)
-    student, teacher, labels = case()
-    ours, theirs = leaves(student), leaves(student)
-    loss, _ = fused(ours, teacher, labels, kind="total_variation", temperature=2.0, chunk=5)
-    q, p = (torch.softmax(logits(*each, PLAIN) / 2.0, -1) for each in (theirs, teacher))
-    wanted = 4.0 * 0.5 * (q - p).abs().sum(-1).mean()
-    loss.backward()
-    wanted.backward()
-    assert abs(loss - wanted) < 1e-12
-    assert all((one.grad - other.grad).abs().max() < 1e-12 for one, other in zip(ours, theirs))
-    assert method_of("total_variation", "auto", "cpu") == "autograd"
-    for kernel in ("reference", "triton"):
-        with pytest.raises(ValueError, match=f"distill.loss.kernel: {kernel} .*total_variation"):
-            method_of("total_variation", kernel, "cpu")
-
-
 def test_every_fast_form_has_its_function():
     assert set(CLOSED_FORMS) | set(table.reference.KINDS) <= set(DIVERGENCES)
 
 
 @pytest.mark.parametrize("kind", table.reference.KINDS)
-def test_reference_runs_what_the_kernels_folder_holds(kind, monkeypatch):
-    calls = []
-    held = table.reference.kl_of_logits
-    monkeypatch.setattr(table.reference, "kl_of_logits", lambda *given: calls.append(given[2]) or held(*given))
+def test_reference_runs_what_the_kernels_folder_holds(kind):
     student, teacher, labels = case()
-    fused(leaves(student), teacher, labels, kind=kind, chunk=100, kernel="reference")
-    fused(leaves(student), teacher, labels, kind=kind, chunk=100, kernel="auto")
-    assert calls == [kind]
+    with calls_of(table.reference.kl_of_logits) as calls:
+        fused(leaves(student), teacher, labels, kind=kind, chunk=100, kernel="reference")
+        fused(leaves(student), teacher, labels, kind=kind, chunk=100, kernel="auto")
+    assert [given["kind"] for given in calls] == [kind]
 
 
 @pytest.mark.parametrize("device,kernel", [("cpu", "triton"), ("npu", "triton"), ("cpu", "ascend"), ("cpu", "other")])

@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.runtime import ranks as runtime_ranks
 from pipeline.runtime.artifacts import Store
 from pipeline.runtime.device import open_device
-from pipeline.runtime.ranks import Ranks, join, leave, place
+from pipeline.runtime.ranks import CHUNK, TORCHRUN, Ranks, join, leave, place
 from tests.processes import on_ranks
 
 KINDS = (torch.float64, torch.float32, torch.bfloat16, torch.int64)
@@ -28,13 +27,15 @@ def sums(ranks: Ranks, world: int) -> dict:
     on_device = [tensor.to(ranks.device) for tensor in draws(ranks.rank)]
     ranks.sum_(mine)
     ranks.sum_(on_device)
-    runtime_ranks.CHUNK = 4  # tensors of 15 elements travel in four parts
-    for tensor in through_bits:
+    in_parts = torch.arange(CHUNK + 3).remainder_(100).add_(ranks.rank).to(torch.uint8)  # travels in two parts
+    wanted_parts = (2 * (in_parts - ranks.rank) + 1).clone()
+    for tensor in (*through_bits, in_parts):
         ranks._sum_as_bits(tensor)  # the way of host tensors under an accelerator's backend
     expected = [sum(parts[1:], parts[0]) for parts in zip(*(draws(rank) for rank in range(world)))]
     return {
         "reduced": all(torch.equal(a, b) for a, b in zip(mine, expected)),
         "through_bits": all(torch.equal(a, b) for a, b in zip(through_bits, expected)),
+        "in_parts": torch.equal(in_parts, wanted_parts),
         "kinds": [str(tensor.dtype) for tensor in mine] == [str(tensor.dtype) for tensor in expected],
         "shared": [ranks.share({"from": ranks.rank}), ranks.share([ranks.rank, None])],
         "once": join(None, 1.0) is ranks,
@@ -50,6 +51,7 @@ def test_two_ranks_add_and_share_as_one_would(tmp_path, kind):
     expected = {
         "reduced": True,
         "through_bits": True,
+        "in_parts": True,
         "kinds": True,
         "shared": [{"from": 0}, [0, None]],
         "once": True,
@@ -88,7 +90,7 @@ def test_one_rank_publishes_and_all_see_it(tmp_path):
 
 
 def test_one_process_joins_a_group_of_one_without_a_port(monkeypatch):
-    for name in runtime_ranks.TORCHRUN:
+    for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     ranks = join(open_device("cpu", "auto", False, 0, 0), 5.0)
     try:
@@ -105,7 +107,7 @@ def test_one_process_joins_a_group_of_one_without_a_port(monkeypatch):
 
 
 def test_the_place_of_a_process_is_torchruns(monkeypatch):
-    for name in runtime_ranks.TORCHRUN:
+    for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     assert place() == (0, 1, 0)
     monkeypatch.setenv("RANK", "3")

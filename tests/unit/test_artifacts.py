@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +12,6 @@ import pytest
 import xxhash
 
 from pipeline.runner import STAGES, key_of
-from pipeline.runtime import artifacts, disk, hashing
 from pipeline.runtime.artifacts import Store
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.hashing import BLOCK, digest, file_digest, fingerprint
@@ -176,7 +176,7 @@ def test_a_second_owner_says_once_whom_it_waits_for_and_takes_the_lock_when_it_i
         if len(looks) == 100:
             first.release()
 
-    monkeypatch.setattr("pipeline.runtime.lock.time.sleep", look)
+    monkeypatch.setattr(time, "sleep", look)
     first.acquire(heard.append)
     second.acquire(heard.append)
     assert len(looks) == 100
@@ -188,7 +188,7 @@ def test_a_second_owner_says_once_whom_it_waits_for_and_takes_the_lock_when_it_i
 def test_the_seconds_of_an_artifact_are_those_of_all_attempts_that_it_took(store, monkeypatch):
     """An attempt that was cut off lasted from its beginning to the last file that it wrote."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(artifacts, "time", SimpleNamespace(time=lambda: clock.now, time_ns=lambda: 0))
+    monkeypatch.setattr(time, "time", lambda: clock.now)
     for begins, lasts in ((1000.0, 40.0), (5000.0, 2.5), (7000.0, None)):  # the last is cut off before any file
         clock.now = begins
         with store.open("score", "aa") as partial:
@@ -211,7 +211,7 @@ def test_what_an_earlier_attempt_left_is_a_part_of_the_disk_that_is_needed(tmp_p
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "weights").write_bytes(b"x" * 10**6)
     (tmp_path / "teacher").symlink_to(tmp_path / "checkpoints" / "weights")
-    monkeypatch.setattr(disk, "space_free", lambda folder: 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**6))
     need_space(tmp_path, 2 * 10**6)
     with pytest.raises(ValueError, match="needs 2.1 MB and its disk has 2.0 MB"):
         need_space(tmp_path, 2_100_000)
@@ -250,8 +250,8 @@ def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
     path, reads = tmp_path / "weights", []
     path.write_bytes(b"x" * 100)
     os.utime(path, (1000, 1000))
-    made = hashing.xxhash.xxh3_128
-    monkeypatch.setattr(hashing.xxhash, "xxh3_128", lambda: reads.append(1) or made())
+    made = xxhash.xxh3_128
+    monkeypatch.setattr(xxhash, "xxh3_128", lambda: reads.append(1) or made())
     first = file_digest(path)
     assert file_digest(path) == first and len(reads) == 1
     path.write_bytes(b"x" * 99 + b"y")  # just written: it may change again within one tick of the file system's clock

@@ -1,5 +1,8 @@
 """Progress and messages: rank 0 prints, the others are silent, and the items pass through unchanged."""
 
+import time
+from itertools import count
+
 import pytest
 from tqdm import tqdm
 
@@ -21,10 +24,11 @@ def test_only_the_first_rank_prints(capsys):
 def test_without_a_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):
     assert list(log.progress(range(5), 5, "score", 0)) == list(range(5))
     assert capsys.readouterr().err == ""  # done within the time of one line
-    monkeypatch.setattr(log, "EVERY", 0.0)
-    list(log.progress(range(3), 3, "score", 0))
+    seconds = count(step=log.EVERY / 2)
+    monkeypatch.setattr(time, "monotonic", lambda: next(seconds))  # two items take as long as a line
+    list(log.progress(range(6), 6, "score", 0))
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[0] for line in lines] == ["score: 1/3 (33%)", "score: 2/3 (67%)"]
+    assert [line.split(",")[0] for line in lines] == ["score: 2/6 (33%)", "score: 4/6 (67%)"]
     assert all(line.endswith(" left") for line in lines)
     list(log.progress(range(3), 3, "score", 1))
     assert capsys.readouterr().err == ""

@@ -36,11 +36,10 @@ def test_routers_are_trained_and_training_resumes(tmp_path, monkeypatch, capsys)
     text = "Some words to learn from, again and again. " * 300
     (tmp_path / "text.txt").write_text(text)
     tokenizer_folder(dense, text)
-    for name, value in (("LENGTH", 16), ("BATCH", 2), ("SAVED", 2)):
-        monkeypatch.setattr(upcycle, name, value)
     out = tmp_path / "out"
     for count in (64, 128):  # two steps, then four
         arguments = [str(out), "--source", str(dense), "--experts", "4", "--text", str(tmp_path / "text.txt")]
+        arguments += ["--length", "16", "--batch", "2", "--save-steps", "2"]
         monkeypatch.setattr(sys, "argv", ["upcycle.py", *arguments, "--tokens", str(count)])
         (out / "config.json").unlink(missing_ok=True)
         upcycle.main()

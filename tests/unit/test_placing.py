@@ -2,9 +2,9 @@
 
 import json
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import evaluator, graph, runner
+from pipeline import runner
 from pipeline.evaluation.perplexity import tally
 from pipeline.evaluation.samples import continue_greedily
 from pipeline.model.anatomy import anatomy_of
@@ -20,19 +20,21 @@ from pipeline.model.shape import Shape
 from pipeline.prune.importance.measure import measure, only_layers
 from pipeline.prune.second_order.hessian import gram
 from pipeline.prune.second_order.mask import masked, without
+from pipeline.runtime.artifacts import PARTIAL
 from pipeline.runtime.checkpoint import open_tensors
 from pipeline.runtime.device import Device, open_device
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_loader import load_model
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.tracker import Track
-from pipeline.stages import supernet_search
 from pipeline.stages.analyse import importance, layer_gates
 from pipeline.stages.deliver import evaluate
 from pipeline.training import need_training_memory
 from tests.processes import on_ranks
 from tests.tiny import config_of, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
+from tests.watching import calls_of, forwards
 from tests.world import make_world, settings
 
 
@@ -99,23 +101,31 @@ def test_one_part_of_one_layer_is_away_from_the_host_at_a_time_and_none_after_a_
         assert away() == []
 
 
+@dataclass(frozen=True)
+class Limited(Device):
+    """A device of which so many bytes are free."""
+
+    free: int = 0
+
+    def free_memory(self) -> int:
+        return self.free
+
+
 def on_npu(ranks) -> dict[str, list]:
     """Return, by way of placing, the bytes on an NPU after placing and at most, and the losses; and weights' bytes."""
     device, result = open_device("npu", "eager", False, 0, 0), {}
-    free = Device.free_memory
-    for way, stream, memory in (("whole", "auto", None), ("auto", "auto", 1.0), ("streamed", True, None)):
+    for way, stream in (("whole", "auto"), ("auto", "auto"), ("streamed", True)):
         model = tiny_model("llama-tied", dtype=torch.float32, hidden_size=128, intermediate_size=512)
         weights = sum(weight.nbytes for weight in model.parameters())
         layer = sum(weight.nbytes for weight in model.model.layers[0].parameters())
-        Device.free_memory = free if memory is None else lambda _, memory=memory * weights: memory
-        used = device.total_memory() - free(device)
-        with placed(model, device, stream):
+        used = device.total_memory() - device.free_memory()
+        tight = Limited(**vars(device), free=weights) if way == "auto" else device
+        with placed(model, tight, stream):
             device.reset_peak_memory()
-            after = device.total_memory() - free(device) - used
+            after = device.total_memory() - device.free_memory() - used
             loss = tally(model, [tokens()], 64)
             result[way] = [after, device.peak_memory() - used, loss.tolist()]
         del model
-    Device.free_memory = free
     return result | {"weights": [weights, layer]}
 
 
@@ -156,16 +166,16 @@ TYR = [
     "budget.parameters=0.7",
     "plan.depth=influence",
 ]
-LINES = {  # family, choices, and what places a model
+LINES = {  # family, choices, and the stages that place a model
     "measured": (
         "glm4",
         [
             *MEASURED,
             "stages=[importance,shape,layer_loss,hessian,obs_order,sensitivity,plan,cut,absorb_norms,export,evaluate]",
         ],
-        {"importance", "layer_loss", "hessian", "sensitivity", "absorb_norms", "evaluator"},
+        {"importance", "layer_loss", "hessian", "sensitivity", "absorb_norms", "evaluate_reference", "evaluate"},
     ),
-    "searched": ("llama", [*TYR, "stages=[importance,shape,supernet]"], {"importance", "supernet", "supernet_search"}),
+    "searched": ("llama", [*TYR, "stages=[importance,shape,supernet]"], {"importance", "supernet"}),
     "turned": (
         "llama-tied",
         [
@@ -196,27 +206,38 @@ def contents(folder: Path) -> dict:
     return files | {name: tensors[name].tolist() for name in tensors}
 
 
+@contextmanager
+def streaming_stages(artifacts: Path) -> Iterator[set[str]]:
+    """Yield a set that grows by the stages in which a module's weights are elsewhere while it runs."""
+    homes, stages = {}, set()
+
+    def places(module):
+        return [weight.data_ptr() for weight in module.parameters()]
+
+    def before(module, inputs):
+        homes[module] = places(module)
+
+    def after(module, inputs, output):
+        if homes[module] != places(module):
+            stages.update(each.name.rpartition("-")[0] for each in (artifacts / PARTIAL).iterdir() if each.is_dir())
+
+    with forwards(before, after):
+        yield stages
+
+
 @pytest.mark.parametrize("name", LINES)
-def test_stages_leave_the_same_artifacts_streamed_or_not(name, tmp_path, monkeypatch):
+def test_stages_leave_the_same_artifacts_streamed_or_not(name, tmp_path):
     kind, chosen, placing = LINES[name]
     world = make_world(tmp_path, kind)
-    made, requested = {}, []
-
-    def placed_and_told(who, model, device, stream):
-        requested.append((who, stream))
-        return placed(model, device, stream)
-
-    for module in (evaluator, supernet_search, *graph.MODULES):
-        if hasattr(module, "placed"):
-            monkeypatch.setattr(module, "placed", partial(placed_and_told, module.__name__.rpartition(".")[2]))
+    made = {}
     free = {} if name == "measured" else {"shape__layers": None, "shape__neurons": None}
     for way, stream in (("whole", False), ("streamed", True)):
         for exported in (world / "whole").glob("export-*"):  # by a process of its own, from the same start
             shutil.copytree(exported, world / "streamed" / exported.name)
         given = settings(world, artifacts=world / way, run=way, **free)
-        requested.clear()
-        made[way] = runner.run(configured(*given, *chosen, f"device.layer_streaming={stream}"), "a test")
-        assert set(requested) == {(who, stream) for who in placing}
+        with streaming_stages(world / way) as streaming:
+            made[way] = runner.run(configured(*given, *chosen, f"device.layer_streaming={stream}"), "a test")
+        assert streaming == (placing if stream else set())
     for artifact, folder in made["whole"].items():
         assert contents(folder) == contents(made["streamed"][artifact]), artifact
 
@@ -237,7 +258,7 @@ def machine(memory: int, world: int = 1) -> Machine:
     return Machine(Small(**values | {"compute_dtype": torch.float32}, bytes=memory), Ranks(0, world, 0), Track())
 
 
-def test_what_needs_the_whole_model_on_a_device_that_is_too_small_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
+def test_what_needs_the_whole_model_on_a_device_that_is_too_small_is_refused_before_it_is_loaded(tmp_path):
     world = make_world(tmp_path)
     Shape(layers=2, hidden=32, heads=4, groups=2, neurons=24).save(world)
     inputs = dict.fromkeys(("subject", "reference", "student"), world / "model") | {"shape": world, "tokens": world}
@@ -246,10 +267,10 @@ def test_what_needs_the_whole_model_on_a_device_that_is_too_small_is_refused_bef
         (layer_gates, "plan.depth=gates", "set plan.depth=influence"),
         (evaluate, "evaluate.speed=true", "set evaluate.speed=false"),
     ):
-        monkeypatch.setattr(stage, "load", None, raising=False)
         result = rf"{choice} needs 0\.1 MB of weights.* on one device, which has 0\.0 MB; {remedy}"
-        with pytest.raises(ValueError, match=result):
+        with pytest.raises(ValueError, match=result), calls_of(load_model) as loads:
             stage.run(configured(choice, "device.layer_streaming=true"), inputs, tmp_path, machine(10_000))
+        assert loads == []
 
 
 class Trained(nn.Module):

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from pipeline import runner
 from pipeline.config import validate
@@ -227,7 +228,7 @@ def test_bars_begin_at_the_dense_model_and_dots_below_it_stand_inside(after, low
     view(tmp_path, "best-25-0", start=15.0, student=after)
     view(tmp_path, "minitron-25-0", start=30.0, student=20.0)
     drawn = []
-    monkeypatch.setattr(drawing.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     drawing.draw_bars(results.collect(tmp_path, tmp_path / "saved.json"), tmp_path / "bars.png")
     for axes in drawn[0].axes:
         left, right = axes.get_xlim()
@@ -274,11 +275,11 @@ def test_rows_measured_on_different_text_are_not_put_side_by_side(tmp_path):
 def test_the_start_of_a_row_that_cuts_nothing_is_the_dense_model(monkeypatch, tmp_path):
     requested = []
     monkeypatch.setattr(
-        run, "pipeline", lambda *given: requested.append(given) or subprocess.CompletedProcess(given, 0)
+        subprocess, "run", lambda given: requested.append(given) or subprocess.CompletedProcess(given, 0)
     )
     start = run.peer_start(rows.ROWS["dense_next_longer"].peer, 25.0, tmp_path, None, ["seed=0"])
     assert start == tmp_path / "quality" / "teacher" / "teacher"
-    assert [each[:2] for each in requested] == [("run=quality/teacher", "stages=[]")]
+    assert [each[2:5] for each in requested] == [["pipeline", "run=quality/teacher", "stages=[]"]]
 
 
 def test_a_frozen_text_is_read_in_place_of_the_installations_own(tmp_path):

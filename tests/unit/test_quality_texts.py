@@ -80,10 +80,9 @@ def test_what_rows_are_measured_on_is_left_out_and_the_rest_is_read(name, tmp_pa
     (folder / "more").mkdir()
     (folder / "more" / "a.md").write_text("more " * 99)
     here, more = broad.Kind("here", "*.txt", broad.page), broad.Kind("more", "*.md", broad.page)
-    monkeypatch.setattr(broad, "SETS", {"broad": (here,), "wide": (here, more)})
     requested = ["--set", name] if name != "broad" else []
     monkeypatch.setattr(sys, "argv", ["broad.py", *requested, "--out", str(texts), "--folder", str(folder)])
-    broad.main()
+    broad.main({"broad": (here,), "wide": (here, more)})
     records = [json.loads(line)["text"] for line in (texts / f"{name}.jsonl").read_text().splitlines()]
     assert records == [stays] + ["more " * 99] * (name == "wide")
     assert run.located(name, texts) == str(texts / f"{name}.jsonl")

@@ -1,5 +1,6 @@
 """The run folder: links that follow the run, and a student and report that are real files."""
 
+import ctypes
 import os
 import shutil
 import tarfile
@@ -15,6 +16,7 @@ from pipeline.runtime.lock import Lock
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.records import read_record
 from pipeline.runtime.run_folder import Shown, artifacts_of, check_output, show, write_record
+from tests.watching import calls_of
 
 FACTS = {"settings": {"tokens": 3}, "inputs": {}, "seconds": 1.5, "peak_memory": 10}
 
@@ -123,7 +125,7 @@ def test_without_hard_links_the_student_is_copied(tmp_path, store, monkeypatch):
         raise OSError("no links across disks")
 
     made = exported(store, size=delivering.LARGE)
-    monkeypatch.setattr(delivering.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     view = show(tmp_path / "runs", "one", of(made), student(made))
     assert (view / "student/model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
     assert (view / "student/model.safetensors").stat().st_nlink == 1
@@ -132,7 +134,7 @@ def test_without_hard_links_the_student_is_copied(tmp_path, store, monkeypatch):
 @pytest.mark.parametrize("atomic", [True, False])
 def test_an_old_student_stays_until_the_new_one_is_complete(tmp_path, store, monkeypatch, atomic):
     if not atomic:
-        monkeypatch.setattr(delivering.ctypes, "CDLL", lambda _: None)
+        monkeypatch.setattr(ctypes, "CDLL", lambda _: None)
     old, new = exported(store), exported(store, "f" * 12, "better")
     view = show(tmp_path / "runs", "one", of(old), student(old))
     show(tmp_path / "runs", "one", of(make(store)), {})
@@ -188,14 +190,9 @@ def test_what_a_killed_process_left_is_recognised_and_removed(tmp_path, store, c
     class Killed(Exception):
         pass
 
-    def die(*_):
-        raise Killed
-
-    for step in ("_copy", "_exchange"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(delivering, step, die)
-            with pytest.raises(Killed):
-                show(tmp_path / "runs", "one", of(new), student(new))
+    for step in (delivering._copy, delivering._exchange):
+        with pytest.raises(Killed), calls_of(step, Killed(), at=1):
+            show(tmp_path / "runs", "one", of(new), student(new))
         assert (view / "student/model.safetensors").read_text() == "weights"
     (view / ".student.99999").mkdir()
     show(tmp_path / "runs", "one", of(new), student(new))

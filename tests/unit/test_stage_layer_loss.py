@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,17 @@ from pipeline.evaluation.perplexity import tally
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.scores import Scores
 from pipeline.model.shape import Depth
+from pipeline.prune.passes.prefix import PrefixCache
 from pipeline.prune.plan import kept_layers
 from pipeline.runtime.device import open_device
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_loader import load_model
 from pipeline.runtime.tracker import Track
 from pipeline.stages.analyse import layer_loss
-from pipeline.stages.models import load
 from tests.processes import on_ranks
 from tests.tiny import counted
 from tests.tiny_text import configured
+from tests.watching import calls_of, watched
 from tests.world import make_world, settings
 
 CHOSEN = ["plan.depth=evolved", "plan.depth_tokens=256", "layer_loss.generations=3", "layer_loss.offspring=3"]
@@ -77,35 +79,23 @@ def test_a_seed_finds_the_same_again(world):
 
 
 def chosen(ranks, place, interrupted_at, *inputs):
-    """Run the stage into a folder, to its end or until so many sets were measured; give how many were."""
-    measured = []
-
-    def counted(*arguments):
-        if len(measured) == interrupted_at:
-            raise RuntimeError("interrupted")
-        measured.append(arguments)
-        return tally(*arguments)
-
-    layer_loss.tally = counted
+    """Run the stage into a folder, to its end or until it begins to measure a set; return how many it began."""
     given = dict(zip(("subject", "tokens", "shape"), map(Path, inputs), strict=True))
     Path(place).mkdir(exist_ok=True)
     machine = Machine(open_device("cpu", "auto", False, ranks.local_rank, 0), ranks, Track())
     config = configured(*CHOSEN, "layer_loss.start=loss", f"calibration.batch_size={8 // ranks.world}")
-    try:
+    interrupted = suppress(KeyboardInterrupt)
+    with interrupted, calls_of(tally, KeyboardInterrupt(), interrupted_at) as measured:
         layer_loss.run(config, given, Path(place), machine)
-    except RuntimeError as fault:
-        assert str(fault) == "interrupted"
-    finally:
-        layer_loss.tally = tally
     return len(measured)
 
 
 def chosen_twice(ranks, place, *inputs):
     """Return how many sets a straight run measures, and one interrupted inside its evolution, in two attempts."""
-    straight = chosen(ranks, f"{place}/straight", None, *inputs)
-    first = chosen(ranks, f"{place}/killed", straight - 2, *inputs)
+    straight = chosen(ranks, f"{place}/straight", 0, *inputs)
+    first = chosen(ranks, f"{place}/killed", straight - 1, *inputs)
     assert not (Path(place) / "killed" / "depth.json").exists()
-    return straight, first, chosen(ranks, f"{place}/killed", None, *inputs)
+    return straight, first, chosen(ranks, f"{place}/killed", 0, *inputs)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -114,17 +104,17 @@ def test_an_interrupted_choice_measures_no_set_twice_and_ends_the_same(world, tm
     inputs = tuple(str(folders[name].absolute()) for name in ("teacher", "tokens", "shape"))
     result = on_ranks(chosen_twice, tmp_path, world_size, arguments=(str(tmp_path), *inputs))
     straight = result[0][0]
-    assert result == [[straight, straight - 2, 2]] * world_size and straight > 5 + 4 + 3
+    assert result == [[straight, straight - 1, 2]] * world_size and straight > 5 + 4 + 3
     killed, straight = (tmp_path / name for name in ("killed", "straight"))
     assert Depth.load(killed) == Depth.load(straight)
     assert [path.name for path in killed.iterdir()] == [Depth.FILE]
 
 
-def test_a_greedy_choice_runs_no_layer_again_that_two_sets_begin_with(world, monkeypatch):
+def test_a_greedy_choice_runs_no_layer_again_that_two_sets_begin_with(world):
     """Five sets of five layers, without layer 1, 2, 3, 4, 5: each is reached along what it shares with the last."""
     counts = Counter()
-    monkeypatch.setattr(layer_loss, "load", lambda *given: counted(load(*given), counts))
-    made(world, "plan.depth=loss", f"artifacts={world / 'counted'}", "calibration.batch_size=100", shape__layers=5)
+    with watched({PrefixCache.__init__: lambda given: counted(given["model"], counts)}):
+        made(world, "plan.depth=loss", f"artifacts={world / 'counted'}", "calibration.batch_size=100", shape__layers=5)
     assert counts == {0: 2, 1: 2, 2: 3, 3: 4, 4: 4, 5: 4}
 
 

@@ -18,12 +18,13 @@ from pipeline.distill.local import learn
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint
 from pipeline.prune.passes import layerwise
-from pipeline.prune.passes.layerwise import ffn_modules, in_step, recorded
+from pipeline.prune.passes.layerwise import Step, ffn_modules, in_step, recorded
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.model_loader import load_model
 from pipeline.stages.build import local_distill
 from tests.tiny import config_of, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
+from tests.watching import calls_of, watched
 from tests.world import make_world, pipeline, settings
 
 STAGES = ["importance", "shape", "plan", "cut", "local_distill"]
@@ -116,17 +117,17 @@ def test_every_projection_reads_every_batch_once():
     assert len(read) == 2 * 4 * 7 and set(read.values()) == {3}
 
 
-def test_streams_stay_where_they_are_in_memory(monkeypatch):
+def test_streams_stay_where_they_are_in_memory():
     """New ones a layer and batch leave holes among what layers need meanwhile: twice the memory, measured."""
     model = tiny_model("llama")
     known = (model.get_decoder(), anatomy_of(config_of(model), tensors_of(model)))
-    steps = []
-    monkeypatch.setattr(layerwise, "recorded", lambda *given: steps.extend(new := recorded(*given)) or new)
+    places = [set() for _ in range(4)]
+    for layer, seen in zip(model.model.layers, places, strict=True):
+        layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.add(inputs[0].data_ptr()))
     batches = [tokens(seed=seed) for seed in range(3)]
-    passes = in_step(known, known, range(4), range(32), batches, torch.device("cpu"))
-    message = [(read, [step.hidden.data_ptr() for step in steps]) for _, read, _ in passes]
-    assert all(places == message[0][1] for _, places in message) and len(set(message[0][1])) == 2 * 3
-    assert not torch.equal(message[0][0], message[-1][0])
+    first, *_, last = [read for _, read, _ in in_step(known, known, range(4), range(32), batches, torch.device("cpu"))]
+    assert all(seen == places[0] for seen in places) and len(places[0]) == 2 * 3
+    assert not torch.equal(first, last)
 
 
 def test_masks_and_rotations_of_batches_are_held_once_where_they_are_alike():
@@ -144,21 +145,18 @@ def test_masks_and_rotations_of_batches_are_held_once_where_they_are_alike():
     assert one < 10 and three == one
 
 
-def test_what_a_layer_learnt_from_is_free_before_the_next_streams_are_made(world, monkeypatch):
-    learnt_from, passes = [], layerwise._pass
+def test_what_a_layer_learnt_from_is_free_before_the_next_streams_are_made(world):
+    learnt_from, passes = [], []
 
-    def message(module, rows, *rest):
-        learnt_from.extend(map(weakref.ref, (rows.read, rows.wanted)))
-        return learn(module, rows, *rest)
+    def note(given):
+        learnt_from.extend(map(weakref.ref, (given["rows"].read, given["rows"].wanted)))
 
-    def watched(*given):
-        assert not any(each() is not None for each in learnt_from)
-        return passes(*given)
+    def look(given):
+        passes.append(sum(each() is not None for each in learnt_from))
 
-    monkeypatch.setattr(local_distill, "learn", message)
-    monkeypatch.setattr(layerwise, "_pass", watched)
-    made(world, *LEARN, "local_distill.tokens=1024", **widths())
-    assert len(learnt_from) == 2 * 4
+    with watched({learn: note, Step.advance: look}):
+        made(world, *LEARN, "local_distill.tokens=1024", **widths())
+    assert len(learnt_from) == 2 * 4 and len(passes) >= 2 * 4 and not any(passes)
 
 
 @pytest.mark.parametrize(("changed", "layers"), [({}, 4), ({"layers": 3}, 3), ({"hidden": 24}, 4)])
@@ -202,22 +200,14 @@ def test_a_student_that_misses_nothing_stays_as_it_is(world):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_cut_off_it_goes_on_where_it_was_and_two_ranks_learn_what_one_learns(world, monkeypatch):
+def test_cut_off_it_goes_on_where_it_was_and_two_ranks_learn_what_one_learns(world):
     whole = open_checkpoint(made(world, *LEARN, **widths())["initial_student"])
-    learn, calls = local_distill.learn, []
-
-    def cut_off(*arguments):
-        calls.append(None)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return learn(*arguments)
-
     apart = f"artifacts={world / 'apart'}"
-    monkeypatch.setattr(local_distill, "learn", cut_off)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), calls_of(learn, KeyboardInterrupt(), at=3):
         made(world, *LEARN, apart, **widths())
-    again = dict(open_checkpoint(made(world, *LEARN, apart, **widths())["initial_student"]))
-    assert len(calls) == 3 + 2, "two layers were trained, two were left"
+    with calls_of(learn) as calls:
+        again = dict(open_checkpoint(made(world, *LEARN, apart, **widths())["initial_student"]))
+    assert len(calls) == 2, "two layers were trained, two were left"
     shutil.rmtree(world / "apart")
     stages = f"stages=[{','.join(STAGES)}]"
     chosen = settings(world, **widths(), artifacts=world / "two")

@@ -19,6 +19,7 @@ from pipeline.model.hf_config import student_config
 from pipeline.model.scores import Scores
 from pipeline.model.shape import Depth
 from pipeline.prune.importance.measure import measure
+from pipeline.prune.passes.prefix import PrefixCache
 from pipeline.prune.second_order.mask import masked, without
 from pipeline.prune.second_order.restore import restore
 from pipeline.prune.surgery.cut import cut
@@ -26,9 +27,9 @@ from pipeline.runtime.checkpoint import open_checkpoint, open_tensors
 from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.model_loader import load_model
 from pipeline.stages.analyse import sensitivity
-from pipeline.stages.models import load
 from tests.tiny import config_of, counted, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
+from tests.watching import calls_of, watched
 from tests.world import make_world, pipeline, settings
 
 WIDE = {"num_key_value_heads": 4, "intermediate_size": 128}  # eight multiples of neurons, four groups
@@ -77,20 +78,16 @@ def test_masking_equals_cutting_and_leaves_every_weight_as_it_was(kind, tmp_path
 
 
 @pytest.mark.parametrize(("restored", "length"), [(False, 999), (True, 8)])
-def test_measured_widths_keep_to_the_budget_and_rows_are_the_kl_of_what_would_be_cut(
-    restored, length, world, monkeypatch
-):
+def test_measured_widths_keep_to_the_budget_and_rows_are_the_kl_of_what_would_be_cut(restored, length, world):
     seen, runs = [], Counter()
 
-    def remembered(*arguments):
-        model = counted(load(*arguments), runs)
+    def remember(given):
+        model = counted(given["model"], runs)
         seen.append((model, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
-        return model
 
-    monkeypatch.setattr(sensitivity, "load", remembered)
-    folders = made(
-        world, "budget.parameters=0.6", f"restore.outputs={restored}".lower(), f"sensitivity.length={length}"
-    )
+    chosen = ("budget.parameters=0.6", f"restore.outputs={restored}".lower(), f"sensitivity.length={length}")
+    with watched({PrefixCache.__init__: remember}):
+        folders = made(world, *chosen)
     ((model, before),) = seen
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     teacher, start = (open_checkpoint(folders[name]).anatomy for name in ("teacher", "initial_student"))
@@ -140,22 +137,13 @@ def test_a_layer_that_writes_nothing_loses_first(tmp_path):
     assert widths[1] == 16 and min(widths[0], *widths[2:]) > 16
 
 
-def test_what_an_interrupted_measuring_wrote_is_not_measured_again(world, monkeypatch):
-    place = f"artifacts={world / 'again'}"
-    calls = []
-
-    def failing(*arguments):
-        calls.append(1)
-        if len(calls) == 30:
-            raise RuntimeError("interrupted")
-        return divergence(*arguments)
-
-    monkeypatch.setattr(sensitivity, "divergence", failing)
-    with pytest.raises(RuntimeError, match="interrupted"):
-        made(world, place, "calibration.batch_size=4")
-    monkeypatch.setattr(sensitivity, "divergence", lambda *arguments: calls.append(1) or divergence(*arguments))
-    rows = rows_of(made(world, place, "calibration.batch_size=4"))
-    assert len(rows) == 17 and len(calls) == 17 * 2 + 2, "two batches a row; only the broken row is measured twice"
+def test_what_an_interrupted_measuring_wrote_is_not_measured_again(world):
+    chosen = (f"artifacts={world / 'again'}", "calibration.batch_size=4")
+    with pytest.raises(KeyboardInterrupt), calls_of(divergence, KeyboardInterrupt(), at=30) as calls:
+        made(world, *chosen)
+    with calls_of(divergence) as more:
+        rows = rows_of(made(world, *chosen))
+    assert len(rows) == 17 and len(calls + more) == 17 * 2 + 2, "two batches a row; only the broken row comes twice"
 
 
 def test_the_order_of_removal_says_what_is_masked_and_dropped_layers_are_not_measured(world):

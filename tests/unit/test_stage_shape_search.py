@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from pipeline import estimate, runner
-from pipeline.costmodel.pareto import Serving, describe
+from pipeline.costmodel.pareto import Serving, describe, search_shapes, shape_within
 from pipeline.costmodel.shapes import ModelShape
 from pipeline.data.packing import Packed
 from pipeline.data.stream import left_over, stream
 from pipeline.evaluation.perplexity import tally
 from pipeline.model.blueprint import Blueprint
-from pipeline.model.hf_config import with_scales
+from pipeline.model.hf_config import student_config, with_scales
 from pipeline.model.scores import Scores
 from pipeline.report.drawing import Dot
 from pipeline.report.figures import shapes_searched
@@ -34,6 +34,7 @@ from pipeline.stages.prepare import tokens
 from pipeline.training_settings import steps_of
 from tests.chips import chip
 from tests.tiny_text import configured
+from tests.watching import calls_of
 from tests.world import make_world
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
@@ -168,21 +169,15 @@ def test_a_text_that_was_scored_to_its_end_is_refused_before_anything_is_cut(wor
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_search_that_was_cut_short_measures_no_shape_twice(world, tmp_path, monkeypatch):
+def test_a_search_that_was_cut_short_measures_no_shape_twice(world, tmp_path):
     folder, made = world
-    measured, student = [], shape_search._student
-
-    def dies(config, requested, *rest):
-        measured.append(requested)
-        if len(measured) == 2:
-            raise RuntimeError("killed")
-        return student(config, requested, *rest)
-
-    monkeypatch.setattr(shape_search, "_student", dies)
-    with pytest.raises(RuntimeError, match="killed"):
+    with pytest.raises(KeyboardInterrupt), calls_of(student_config, KeyboardInterrupt(), at=2) as first:
         made_by(shape_search, configure(folder), made, tmp_path)
-    made_by(shape_search, configure(folder), made, tmp_path)
-    assert len(measured) == len(set(measured)) + 1  # the shape of the interrupted measurement alone comes twice
+    with calls_of(student_config) as second:
+        made_by(shape_search, configure(folder), made, tmp_path)
+    measured = [given["blueprint"] for given in first + second]
+    assert len(first) == 2 and measured[1] == measured[2]  # the shape of the interrupted measurement alone comes twice
+    assert len(measured) == len(set(measured)) + 1
     assert not (tmp_path / shape_search.SCRATCH).exists()
 
 
@@ -213,19 +208,14 @@ def test_a_search_among_some_axes_is_refused_and_one_among_all_is_not(world):
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_a_llama_that_is_to_get_biases_is_searched_as_one_that_has_them(world, biased, tmp_path, monkeypatch):
+def test_a_llama_that_is_to_get_biases_is_searched_as_one_that_has_them(world, biased, tmp_path):
     folder, made = world
     config = configure(folder, f"reinit.bias_compensation={biased}")
-
-    def result(chip, teacher, *_):
-        raise InterruptedError(teacher.even_heads)
-
-    monkeypatch.setattr(shape_search, "search_shapes", result)
-    monkeypatch.setattr(estimate, "shape_within", result)
-    with pytest.raises(InterruptedError, match=str(biased)):
+    with pytest.raises(KeyboardInterrupt), calls_of(search_shapes, KeyboardInterrupt(), at=1) as searched:
         made_by(shape_search, config, made, tmp_path)
-    with pytest.raises(InterruptedError, match=str(biased)):
+    with calls_of(shape_within) as estimated:
         estimate.needs(config, made, 1)
+    assert [given["teacher"].even_heads for given in searched + estimated] == [biased, biased]
     plain = configure(folder)
     assert all((stage.settings(config) == stage.settings(plain)) is not biased for stage in (shape, shape_search))
 

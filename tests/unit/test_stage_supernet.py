@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from pipeline import runner
-from pipeline.allocate import evolution
 from pipeline.allocate.budgets import layer_weights
 from pipeline.data.packing import Packed
 from pipeline.data.stream import beginning, left_over
@@ -20,11 +19,12 @@ from pipeline.model.blueprint import Blueprint
 from pipeline.model.sizes import LayerSizes
 from pipeline.prune.second_order.hessian import gram
 from pipeline.runtime.checkpoint import open_checkpoint, open_tensors
+from pipeline.runtime.ledger import Ledger
 from pipeline.runtime.model_loader import load_model
-from pipeline.stages import supernet_search
 from pipeline.stages.build import supernet
 from tests.tiny import inputs_of, save_tiny, tiny_model, tokens
 from tests.tiny_text import configured
+from tests.watching import watched
 from tests.world import make_world, pipeline, settings
 
 CUT = ["importance", "shape", "layer_loss", "sequential", "supernet", "plan", "cut"]
@@ -205,28 +205,17 @@ def test_without_accumulation_the_error_is_larger(world):
     assert losses[0] < losses[1]
 
 
-def test_killed_between_rounds_or_inside_one_and_taken_up_it_ends_the_same(world, monkeypatch):
+def test_killed_between_rounds_or_inside_one_and_taken_up_it_ends_the_same(world):
     whole = made(world, [*TYR, "supernet.rounds=2"])["restored"]
-    begun = evolution.evolve
-
-    class Killed(RuntimeError):
-        pass
-
     for last in ((1, 0), (1, 2), (0, 1)):
-        searches = []
 
-        def dies(*arguments, last=last, searches=searches, **named):
-            searches.append(arguments)
-            for each in begun(*arguments, **named):
-                if (len(searches) - 1, each.number) == last:
-                    raise Killed
-                yield each
+        def die(given, last=last):
+            if given["self"].path.stem == f"round-{last[0]}" and given["entry"].number == last[1]:
+                raise KeyboardInterrupt
 
         chosen = [*TYR, "supernet.rounds=2", f"artifacts={world / f'killed-{last[0]}-{last[1]}'}"]
-        monkeypatch.setattr(supernet_search, "evolve", dies)
-        with pytest.raises(Killed):
+        with pytest.raises(KeyboardInterrupt), watched({Ledger.append: die}):
             made(world, chosen)
-        monkeypatch.setattr(supernet_search, "evolve", begun)
         resumed = made(world, chosen)["restored"]
         for file in ("supernet.json", "widths.json"):
             assert (resumed / file).read_text() == (whole / file).read_text(), last

@@ -13,7 +13,6 @@ import wandb
 from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
-from pipeline.runtime import track as tracking
 from pipeline.runtime.track import accepted, logged_in, open_track, run_id
 from tests.processes import on_ranks
 
@@ -213,7 +212,7 @@ def spoken(work) -> str:
 
 def without_a_network(_, folder: str) -> str:
     os.environ.update({"WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"})
-    tracking.RETRIES = 1  # the wait between retries is not what is tested
+    os.environ |= {f"WANDB__GRAPHQL_RETRY_WAIT_{each}_SECONDS": "0.1" for each in ("MIN", "MAX")}
 
     def work():
         track = opened(Path(folder), mode="auto")
