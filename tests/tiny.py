@@ -1,7 +1,6 @@
 """Tiny random models of the real classes: every parameter random, also gains and biases, so that none hides in ones."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -302,41 +301,3 @@ def config_of(model) -> dict:
 
 def tokens(batch: int = 2, length: int = 12, vocabulary: int = 96, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def counted(model: torch.nn.Module, runs: Counter) -> torch.nn.Module:
-    """Count by layer how often its FFN runs."""
-    for index, layer in enumerate(model.get_decoder().layers):
-        layer.mlp.register_forward_hook(lambda *_, index=index: runs.update([index]))
-    return model
-
-
-def tokenizer_folder(folder: Path, text: str, size: int = 96) -> Path:
-    """Train a tiny byte-level BPE tokenizer on a text and save it in a folder."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<unk>", "<s>", "</s>"])
-    tokenizer.train_from_iterator([text], trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
-    )
-    wrapped.save_pretrained(folder)
-    return folder
-
-
-def inputs_of(model, ids, names):
-    """Return what some modules read of ids, [tokens, width] each, by module name."""
-    record = {}
-    hooks = [
-        model.get_submodule(n).register_forward_pre_hook(lambda m, i, n=n: record.update({n: i[0].flatten(0, 1)}))
-        for n in names
-    ]
-    with torch.no_grad():
-        model.model(input_ids=ids)
-    for hook in hooks:
-        hook.remove()
-    return record

@@ -1,8 +1,10 @@
 """Tokenizers trained on the spot on a few words, one of each kind: byte-level BPE, BPE with byte fallback, Unigram."""
 
 import json
+from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.prune.vocabulary.pieces import BYTES
 
@@ -85,3 +87,17 @@ KINDS = {
     "Unigram": lambda: unigram(False),
     "Unigram with byte fallback": lambda: unigram(True),
 }
+
+
+def tokenizer_folder(folder: Path, text: str, size: int = 96) -> Path:
+    """Train a tiny byte-level BPE tokenizer on a text and save it in a folder."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<unk>", "<s>", "</s>"])
+    tokenizer.train_from_iterator([text], trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+    wrapped.save_pretrained(folder)
+    return folder

@@ -4,6 +4,7 @@ Nothing is replaced. A hook that raises interrupts what is watched at that point
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from inspect import unwrap
@@ -72,3 +73,24 @@ def texts_read_in_training() -> Iterator[list[torch.Tensor]]:
 
     with forwards(note):
         yield read
+
+
+def counted(model: torch.nn.Module, runs: Counter) -> torch.nn.Module:
+    """Count by layer how often its FFN runs."""
+    for index, layer in enumerate(model.get_decoder().layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: runs.update([index]))
+    return model
+
+
+def inputs_of(model, ids, names):
+    """Return what some modules read of ids, [tokens, width] each, by module name."""
+    record = {}
+    hooks = [
+        model.get_submodule(n).register_forward_pre_hook(lambda m, i, n=n: record.update({n: i[0].flatten(0, 1)}))
+        for n in names
+    ]
+    with torch.no_grad():
+        model.model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    return record

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from tests.tiny import save_tiny, tiny_model, tokenizer_folder
+from tests.tiny import save_tiny, tiny_model
+from tests.tiny_tokenizers import tokenizer_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 VOICES = """the quick brown fox jumps over a lazy dog while seven wizards brew dark potions near old stone bridges and

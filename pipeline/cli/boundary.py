@@ -2,19 +2,21 @@
 
 import os
 import platform
+import select
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TextIO
 
 from pipeline.runtime.faults import REPORTER, PeerFailed
 
 PACKAGE = Path(__file__).resolve().parents[1]
-REFUSED, DEFECT, INTERRUPTED = 2, 70, 130  # exit statuses; 70 is EX_SOFTWARE of sysexits.h
+REFUSED, DEFECT, INTERRUPTED, UNREAD = 2, 70, 130, 141  # exit statuses; 70: EX_SOFTWARE, 141: as by SIGPIPE
 VERSIONS = ("pangu-light", "torch", "transformers", "deepspeed", "hydra-core")
 
 
@@ -28,10 +30,11 @@ class Boundary:
         """Turn exceptions of the block into a line on standard error and an exit status.
 
         With torchrun one rank of a node prints, and every rank writes its traceback. PIPELINE_TRACEBACK=1 lets
-        exceptions through.
+        exceptions through. Where the reader of the output has ended, as in `| head`, the command ends silently.
         """
         try:
             yield
+            sys.stdout.flush()
         except (KeyboardInterrupt, Exception) as error:
             if os.environ.get("PIPELINE_TRACEBACK"):
                 raise
@@ -40,6 +43,8 @@ class Boundary:
     def end(self, error: BaseException) -> int:
         """Report an exception and return the exit status for it."""
         rank = os.environ.get("RANK", "0")
+        if isinstance(error, BrokenPipeError) and _silence_unread():
+            return UNREAD
         if isinstance(error, KeyboardInterrupt):
             if REPORTER.prints():
                 _print("interrupted; run the same command again to resume")
@@ -106,6 +111,23 @@ def _raised_here(error: BaseException) -> bool:
 
 def _flat(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _silence_unread() -> bool:
+    """Discard what is still written to a standard stream that nobody reads any more; return whether there is one."""
+    unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+    for stream in unread:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+    return bool(unread)
+
+
+def _is_unread(stream: TextIO) -> bool:
+    with suppress(OSError, ValueError):  # a stream without a descriptor is no pipe
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+    return False
 
 
 def _print(line: str) -> None:

@@ -17,7 +17,11 @@ from pipeline.config import Config, validate
 
 
 def main() -> None:
-    """Run the command in sys.argv; its exit status is 0, 2 for refused input, 70 for a defect, 130 when interrupted."""
+    """Run the command in sys.argv.
+
+    Its exit status is 0, 2 for refused input, 70 for a defect, 130 when interrupted, 141 where its output is read no
+    more.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for stream in (sys.stdout, sys.stderr):  # text outside the terminal's encoding is escaped, not refused

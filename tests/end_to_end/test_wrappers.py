@@ -5,7 +5,7 @@ import json
 import torch
 from transformers import AutoModelForImageTextToText
 
-from tests.tiny import tokenizer_folder
+from tests.tiny_tokenizers import tokenizer_folder
 from tests.tiny_wrappers import image_inputs, tiny_wrapper
 from tests.world import make_world, pipeline, settings
 

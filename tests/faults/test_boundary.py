@@ -1,7 +1,10 @@
 """How a command ends: known faults in one line, defects with a traceback file, one line for all ranks."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 from pipeline.cli.boundary import Boundary
 from pipeline.runtime.faults import REPORTER, PeerFailed
+from tests.world import environment
 
 
 @pytest.fixture
@@ -115,3 +119,30 @@ def test_an_exception_comes_through_where_a_developer_wants_it(folder, monkeypat
     monkeypatch.setenv("PIPELINE_TRACEBACK", "1")
     with pytest.raises(KeyError), Boundary()():
         raise KeyError("lost")
+
+
+def into_a_closed_pipe(*words: str, both: bool) -> tuple[int, str]:
+    """Run a command whose output nobody reads; return its exit status and what it wrote to standard error."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as unread:
+        errors = unread if both else subprocess.PIPE
+        command = [sys.executable, "-m", "pipeline", *words]
+        done = subprocess.run(command, env=environment(), stdout=unread, stderr=errors, text=True, timeout=120)
+    return done.returncode, done.stderr or ""
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["output", "output and errors"])
+@pytest.mark.parametrize("words", [["--help"], ["--help", "seed"]], ids=["long", "short"])
+def test_a_command_whose_output_is_read_no_more_ends_silently(words, both):
+    """As in `| head`; a short output is written only when the command ends."""
+    assert into_a_closed_pipe(*words, both=both) == (141, "")
+
+
+def test_a_fault_is_reported_though_the_output_is_read_no_more():
+    status, text = into_a_closed_pipe("run=x", "distill.epochs=3", both=False)
+    assert status == 2 and text.startswith("error: ") and text.count("\n") == 1
+
+
+def test_another_broken_pipe_is_reported(folder, capsys):
+    assert left(folder, BrokenPipeError(32, "Broken pipe"), capsys)[:2] == (2, "error: [Errno 32] Broken pipe\n")

@@ -1,6 +1,5 @@
 """Model folders as they are found: what is read is what transformers reads, or refused by name before any work."""
 
-import json
 import shutil
 
 import pytest
@@ -8,21 +7,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline import runner
 from pipeline.model.hf_config import with_scales
 from pipeline.prune.surgery.reinit import absorb_post_norms, post_norm_modules
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.checkpoint_writer import write_checkpoint
-from pipeline.runtime.described import read_config
 from pipeline.runtime.model_loader import load_model, load_tokenizer
-from pipeline.runtime.model_source import generation_of, inspect, locate
-from pipeline.runtime.tokenizer_check import check_fits, difference
 from pipeline.stages.deliver import export
-from pipeline.stages.prepare import teacher
-from tests.students import imported, machine, student
-from tests.tiny import save_tiny, tiny_model, tokenizer_folder, tokens
-from tests.tiny_text import byte_tokenizer, configured
-from tests.world import make_world, settings
+from tests.model_folders import assert_read_as_by_transformers, change, edit, logits, refused
+from tests.students import imported, machine
+from tests.tiny import save_tiny, tiny_model
+from tests.tiny_text import configured
+from tests.tiny_tokenizers import tokenizer_folder
 
 EMBEDDING, HEAD, DOWN = "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.down_proj.weight"
 INDEX = "model.safetensors.index.json"
@@ -32,48 +27,6 @@ INDEX = "model.safetensors.index.json"
 def folder(tmp_path):
     """Return a sound tied Llama in a folder."""
     return save_tiny(tiny_model("llama-tied", dtype=torch.float32), tmp_path / "model")
-
-
-def edit(folder, file="config.json", without=(), **fields):
-    kept = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
-    (folder / file).write_text(json.dumps({k: v for k, v in (kept | fields).items() if k not in without}))
-
-
-def change(folder, **tensors):
-    """Replace tensors of a folder, or remove those that are None."""
-    weights = load_file(folder / "model.safetensors") | {name.replace("__", "."): t for name, t in tensors.items()}
-    save_file({k: t for k, t in weights.items() if t is not None}, folder / "model.safetensors", {"format": "pt"})
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(tokens()).logits
-
-
-def refused(folder, *names):
-    """Check that a folder is refused as model.path, in one line with these names, and that its copy is refused too."""
-    with pytest.raises(ValueError) as checked:
-        inspect(locate(str(folder)), "model.path")
-    with pytest.raises(ValueError):
-        imported(folder, folder.with_name("copy"))
-    message = str(checked.value)
-    assert message.startswith("model.path: ") and "\n" not in message, message
-    assert all(name in message for name in names), message
-
-
-def assert_read_as_by_transformers(folder, copy):
-    """Check that what the stages read, what they load and what transformers reads are the same network."""
-    checkpoint = imported(folder, copy)
-    options = {"local_files_only": True, "dtype": torch.float32, "attn_implementation": "eager"}
-    theirs = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-    ours = load_model(copy, torch.float32, "eager")
-    assert torch.equal(logits(ours), logits(theirs))
-    stock = AutoModelForCausalLM.from_pretrained(copy, **options).eval()
-    assert torch.equal(logits(stock), logits(theirs))
-    own = dict(ours.named_parameters())
-    assert own.keys() == checkpoint.keys() == checkpoint.anatomy.shapes().keys()
-    assert all(torch.equal(own[name], checkpoint[name]) for name in own)
-    return checkpoint
 
 
 # Files
@@ -262,117 +215,6 @@ def test_an_absent_output_matrix_is_refused_where_the_config_does_not_tie_it(fol
     refused(folder, HEAD)
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("gemma2", True), ("llama", False)])
-def test_a_config_that_does_not_say_is_tied_as_its_class_is(tmp_path, kind, tied):
-    folder = save_tiny(tiny_model(kind, dtype=torch.float32), tmp_path / "model")
-    edit(folder, without=("tie_word_embeddings",))
-    checkpoint = assert_read_as_by_transformers(folder, tmp_path / "copy")
-    assert checkpoint.anatomy.tied is tied and checkpoint.config["tie_word_embeddings"] is tied
-
-
-# config.json
-
-
-@pytest.mark.parametrize(("kind", "field"), [("llama-tied", "head_dim"), ("llama", "num_key_value_heads")])
-def test_fields_that_a_config_leaves_to_its_class_are_filled_in(tmp_path, kind, field):
-    changed = {} if field == "head_dim" else {"num_key_value_heads": 4}
-    folder = save_tiny(tiny_model(kind, dtype=torch.float32, **changed), tmp_path / "model")
-    edit(folder, without=(field,))
-    assert assert_read_as_by_transformers(folder, tmp_path / "copy").config[field]
-
-
-def test_the_old_name_of_the_type_is_replaced(folder):
-    edit(folder, torch_dtype="float32", without=("dtype",))
-    checkpoint = imported(folder, folder.with_name("copy"))
-    stored = json.loads((checkpoint.folder / "config.json").read_text())
-    assert stored["dtype"] == "float32" and "torch_dtype" not in stored
-
-
-def test_a_config_without_architectures_is_of_its_types_class(folder):
-    edit(folder, without=("architectures",))
-    assert imported(folder, folder.with_name("copy")).config["architectures"] == ["LlamaForCausalLM"]
-
-
-@pytest.mark.parametrize("entries", [3, 5])
-def test_a_list_for_other_layers_than_the_models_is_refused(tmp_path, entries):
-    folder = save_tiny(tiny_model("gemma3_text", dtype=torch.float32), tmp_path / "model")
-    edit(folder, layer_types=["full_attention"] * entries)
-    refused(folder, "layer_types", f"{entries} entries", "num_hidden_layers is 4")
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"rms_norm_eps": "small"},
-        {"hidden_act": "no such activation"},
-        {"rope_parameters": {"rope_type": "no such type", "rope_theta": 1e4}},
-        {"rope_parameters": [1]},
-        {"pad_token_id": 10_000},
-        {"attention_bias": True},
-    ],
-)
-def test_a_config_that_its_class_refuses_is_named_and_not_the_tokenizer(folder, fields):
-    edit(folder, **fields)
-    refused(folder, "config.json")
-
-
-def test_a_section_of_pruned_layers_that_contradicts_itself_is_refused(tmp_path):
-    source = student("llama", tmp_path / "s", dtype=torch.float32)
-    pruned = source.config["pruned"]
-    for changed in (
-        {"shapes": {}},
-        {"shapes": pruned["shapes"] | {EMBEDDING: [1 << 30, 1 << 30]}},
-        {"attention": pruned["attention"] | {"model.layers.0.self_attn": {"num_attention_heads": 1}}},
-        {"scales": ["model.layers.0.mlp"]},
-        {"layers": pruned["layers"][:-1]},
-        {"layers": [{"heads": "2", "groups": 1, "neurons": 3}] * 4},
-    ):
-        edit(source.folder, pruned=pruned | changed)
-        refused(source.folder, "config.json", "pruned")
-
-
-HOSTILE = [
-    {"num_hidden_layers": 300_000_000},
-    {"vocab_size": 10**12},
-    {"hidden_size": 10**9},
-    {"head_dim": 10**9},
-    {"num_key_value_heads": 0},
-    {"num_attention_heads": True},
-    {"intermediate_size": 1e9},
-]
-
-
-@pytest.mark.parametrize("fields", HOSTILE, ids=lambda fields: next(iter(fields)))
-def test_counts_beyond_any_model_are_refused_before_anything_is_built(folder, fields):
-    edit(folder, **fields)
-    refused(folder, "config.json", *fields)
-
-
-NO_OBJECTS = ["[" * 10_000_000, '{"a":' * 1_000_000, "{", "", "\x00", "[1]", '{"a": ' + "9" * 9999 + "}"]
-
-
-@pytest.mark.parametrize("text", NO_OBJECTS, ids=lambda text: text[:4])
-@pytest.mark.parametrize("file", ["config.json", INDEX])
-def test_json_that_is_too_deep_too_large_or_none_is_refused(folder, file, text):
-    (folder / file).write_text(text)
-    refused(folder, file)
-
-
-@pytest.mark.parametrize("length", [1 << 62, 1 << 30, 7])
-def test_a_header_of_an_impossible_length_is_refused(folder, length):
-    content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(length.to_bytes(8, "little") + content[8:])
-    refused(folder, "model.safetensors")
-
-
-def test_a_config_cannot_choose_kernels_or_files(folder):
-    fields = {"_attn_implementation", "attn_implementation", "transformers_weights"}
-    edit(folder, **dict.fromkeys(fields, "someone/kernel"))
-    assert not fields & read_config(folder).keys()
-    copy = imported(folder, folder.with_name("copy")).folder
-    assert not fields & json.loads((copy / "config.json").read_text()).keys()
-
-
 # Static scales
 
 
@@ -396,89 +238,3 @@ def test_static_scales_do_not_load_into_the_stock_class(tmp_path, form):
         AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     again = imported(folder, tmp_path / "again")
     assert again.config["model_type"] == "gemma2" and again.config["pruned"]["scales"]
-
-
-# Tokenizers
-
-
-def grown(token, special):
-    tokenizer = byte_tokenizer(entries=300)
-    tokenizer.add_tokens([token], special_tokens=special)
-    return tokenizer
-
-
-@pytest.mark.parametrize("special", [True, False])
-def test_an_added_token_beyond_the_vocabulary_that_no_text_yields_is_accepted(special):
-    tokenizer = grown("<image_soft_token>", special)
-    check_fits(tokenizer, len(tokenizer) - 1)
-
-
-def test_a_tokenizer_of_a_larger_vocabulary_is_refused():
-    tokenizer = byte_tokenizer(entries=300)
-    with pytest.raises(ValueError, match=f"has id {len(tokenizer) - 3}"):
-        check_fits(tokenizer, len(tokenizer) - 3)
-
-
-def test_an_end_token_beyond_the_vocabulary_is_refused():
-    tokenizer = grown("<end>", True)
-    tokenizer.eos_token = "<end>"
-    with pytest.raises(ValueError, match="eos_token"):
-        check_fits(tokenizer, len(tokenizer) - 1)
-
-
-def test_the_ids_of_two_tokenizers_are_compared(tmp_path):
-    one = byte_tokenizer(entries=300)
-    assert difference(one, byte_tokenizer(entries=300), 300) is None
-    assert difference(one, grown("<more>", True), len(one)) is None
-    assert difference(one, byte_tokenizer(entries=299), 300)
-    one.save_pretrained(tmp_path)
-    fields = json.loads((tmp_path / "tokenizer.json").read_text())
-    fields["model"]["merges"] = fields["model"]["merges"][::-1]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
-    assert difference(one, load_tokenizer(tmp_path), 300)
-
-
-# generation_config.json
-
-GENERATION = {"stop_strings": ["User:"], "return_dict_in_generate": True, "penalty_alpha": 0.6, "top_k": 4}
-WRONG = [{"num_beams": 4, "temperature": -1.0}, {"cache_implementation": "no such cache"}, {"max_new_tokens": "many"}]
-
-
-def test_the_export_does_not_depend_on_generation_config(folder):
-    edit(folder, "generation_config.json", **GENERATION)
-    copy = imported(folder, folder.with_name("copy")).folder
-    chosen = configured(f"model.path={folder}", "export.dtype=float32", "export.tolerance=1e-4")
-    export.run(chosen, {"initial_student": copy}, folder.with_name("out"), machine())
-    assert generation_of(folder.with_name("out")) == generation_of(folder)
-
-
-@pytest.mark.parametrize("fields", WRONG, ids=lambda fields: next(iter(fields)))
-def test_a_model_loads_whatever_its_generation_config_says(folder, fields):
-    edit(folder, "generation_config.json", **fields)
-    copy = imported(folder, folder.with_name("copy")).folder
-    assert load_model(copy, torch.float32, "eager").can_generate()
-
-
-def test_generation_config_names_the_export_and_not_the_teacher(folder):
-    chosen = configured(f"model.path={folder}")
-    before = teacher.settings(chosen), export.settings(chosen)
-    edit(folder, "generation_config.json", temperature=0.5)
-    assert teacher.settings(chosen) == before[0] and export.settings(chosen) != before[1]
-    edit(folder, rms_norm_eps=1e-3)
-    assert teacher.settings(chosen) != before[0]
-
-
-def test_a_damaged_generation_config_is_left_out_and_reported(folder):
-    (folder / "generation_config.json").write_text("{")
-    checkpoint = imported(folder, folder.with_name("copy"))
-    assert not (checkpoint.folder / "generation_config.json").exists()
-    assert any("generation_config.json" in note for note in checkpoint.notes)
-
-
-def test_pangu_pro_moe_is_refused_by_its_router_before_any_work(tmp_path):
-    world = make_world(tmp_path)
-    path = world / "model" / "config.json"
-    config = json.loads(path.read_text()) | {"model_type": "PanguProMoE", "architectures": ["PanguProMoEForCausalLM"]}
-    path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="PanguProMoE.* one expert of every group"):
-        runner.run(configured(*settings(world)), "a test")

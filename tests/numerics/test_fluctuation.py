@@ -20,7 +20,8 @@ from pipeline.prune.surgery.bias import biased_anatomy, biased_config, compensat
 from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.model_loader import load_model
-from tests.tiny import config_of, inputs_of, tensors_of, tiny_model, tokens
+from tests.tiny import config_of, tensors_of, tiny_model, tokens
+from tests.watching import inputs_of
 
 
 def parts(kind):

@@ -5,7 +5,8 @@ import torch
 
 from pipeline.model.anatomy import anatomy_of
 from pipeline.prune.second_order.hessian import CHUNK, add_products, gram
-from tests.tiny import CLASSES, config_of, inputs_of, tensors_of, tiny_model, tokens
+from tests.tiny import CLASSES, config_of, tensors_of, tiny_model, tokens
+from tests.watching import inputs_of
 
 
 def anatomy(model):

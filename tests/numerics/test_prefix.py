@@ -8,7 +8,8 @@ import torch
 from pipeline.evaluation.divergence import final_states
 from pipeline.prune.importance.measure import only_layers
 from pipeline.prune.passes.prefix import PrefixCache
-from tests.tiny import counted, tiny_model, tokens
+from tests.tiny import tiny_model, tokens
+from tests.watching import counted
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "olmo2", "phi3"])

@@ -10,7 +10,8 @@ from pipeline.prune.second_order.removal_order import obs_order
 from pipeline.prune.second_order.restore import restore
 from pipeline.prune.second_order.sequential import at_width, expected_weight, prune_in_sequence
 from tests.restoration import HERE, anatomy, batches, output_error, problem
-from tests.tiny import CLASSES, inputs_of, tiny_model, tokens
+from tests.tiny import CLASSES, tiny_model, tokens
+from tests.watching import inputs_of
 
 
 def half(name, weight, moments):

@@ -11,7 +11,8 @@ from pipeline import runner
 from pipeline.config import validate
 from pipeline.runner import STAGES
 from tests.composing import composed
-from tests.tiny import save_tiny, tiny_model, tokenizer_folder
+from tests.tiny import save_tiny, tiny_model
+from tests.tiny_tokenizers import tokenizer_folder
 from tests.world import ROOT, environment, make_world, settings
 
 BENCHMARKS = ROOT / "benchmarks"

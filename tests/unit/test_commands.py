@@ -19,7 +19,8 @@ from pipeline.cli.sweep import objective
 from pipeline.cli.words import parsed
 from pipeline.config import Config
 from tests.composing import ROOT
-from tests.tiny import save_tiny, tensors_of, tiny_model, tokenizer_folder
+from tests.tiny import save_tiny, tensors_of, tiny_model
+from tests.tiny_tokenizers import tokenizer_folder
 
 
 def commands(markdown: str) -> list[list[str]]:

@@ -12,8 +12,9 @@ from pipeline.evaluation.perplexity import finite, over, quality, tallies, tally
 from pipeline.evaluation.samples import cache_bytes_per_token, continuation, continue_greedily, opening
 from pipeline.evaluation.speed import speeds
 from pipeline.evaluation.words import Question, questions, right
-from tests.tiny import tiny_model, tokenizer_folder, tokens
+from tests.tiny import tiny_model, tokens
 from tests.tiny_text import configured
+from tests.tiny_tokenizers import tokenizer_folder
 
 TEXT = "The old house stood on a hill. Nobody had lived there for years, and the wind went through its rooms. " * 12
 

@@ -1,19 +1,14 @@
 """Laws of the tables: for every type with one, on a tiny random model of the real class, in float64."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import fused
-from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
-from pipeline.model.export_forms import padded
-from pipeline.model.families import AXES, FAMILIES, family_of
+from pipeline.model.families import AXES, FAMILIES
 from pipeline.model.families.table import SUBLAYERS
 from pipeline.model.hf_config import student_config
 from pipeline.model.logits import logits_of
@@ -23,54 +18,12 @@ from pipeline.prune.passes.layerwise import layers_of, recorded
 from pipeline.prune.surgery.cut import cut
 from pipeline.prune.surgery.reinit import stabilise_gains
 from pipeline.runtime.checkpoint import open_checkpoint
-from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.fused_layers import LAYER_OPERATORS, fused_layers
-from pipeline.runtime.model_class import class_shapes
-from pipeline.runtime.model_loader import load_model
+from tests.cut_models import anatomy, assert_close, built, logits, student_of
 from tests.laws import lacking_sublayers, masked, plan_of
-from tests.tiny import TINY, config_of, model_type, save_tiny, tensors_of, tiny_model, tokens
+from tests.tiny import TINY, config_of, model_type, tensors_of, tiny_model, tokens
 
 FLOAT64 = torch.float64
-
-
-def assert_close(one, other):
-    """Assert equality up to the float32 in which the classes' norms and softmax compute, also inside float64 models."""
-    assert (one - other).norm() / other.norm() < 1e-5, (one - other).abs().max()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(tokens()).logits
-
-
-def anatomy(model):
-    return anatomy_of(config_of(model), tensors_of(model))
-
-
-def export(model, blueprint, folder):
-    config = student_config(config_of(model), anatomy(model), blueprint)
-    write_checkpoint(folder, config, cut(anatomy(model), blueprint, tensors_of(model)), 20_000)
-    return folder
-
-
-def built(model, blueprint):
-    """Return the student as its class computes it, without a folder on disk."""
-    config = AutoConfig.for_model(**student_config(config_of(model), anatomy(model), blueprint))
-    student = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(model.dtype).eval()
-    tensors = dict(cut(anatomy(model), blueprint, tensors_of(model)))
-    if config.tie_word_embeddings:
-        family = family_of(model.config.model_type)
-        tensors[f"{family.head}.weight"] = tensors[f"{family.embedding}.weight"]
-    student.load_state_dict(tensors)
-    return student
-
-
-def student_of(model, blueprint, folder):
-    """Return the student as its class loads it, which refuses missing and unexpected tensors."""
-    student = load_model(export(model, blueprint, folder), model.dtype, "eager")
-    if family_of(model.config.model_type).experts:
-        student.set_experts_implementation("eager")  # the others refuse float64
-    return student
 
 
 def test_every_type_with_a_table_has_a_tiny_model():
@@ -304,126 +257,3 @@ def test_slnp_keeps_the_l2_norm_of_every_gain(kind):
         else:
             assert torch.equal(tensor, plain[name]), name
     assert of.family.gainless or gains & stable.keys()
-
-
-def test_gemma_narrowed_embedding_keeps_its_magnitude(tmp_path):
-    for kind in ("gemma2", "gemma3_text"):
-        model = tiny_model(kind, num_attention_heads=2, num_key_value_heads=1)
-        of = anatomy(model)
-        whole = everything(of.sizes)
-        blueprint = Blueprint(tuple(range(16)), whole.layers)
-        student = load_model(export(model, blueprint, tmp_path / kind), torch.float64, "eager")
-        x = tokens()
-        assert torch.allclose(student.model.embed_tokens(x), model.model.embed_tokens(x)[..., :16], rtol=1e-6)
-        with torch.no_grad():
-            stream = torch.randn(1, 3, 16, dtype=torch.float64)
-            got = student.lm_head(student.model.norm(stream))
-            gain = 1.0 + model.model.norm.weight[:16]
-            wanted = (stream / (stream.square().mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()) * gain
-            wanted = wanted @ model.lm_head.weight[:, :16].T
-        assert_close(got, wanted)
-
-
-def test_a_llama_whose_heads_do_not_divide_its_width_is_saved_as_mistral(tmp_path):
-    model = tiny_model("llama")
-    of = anatomy(model)
-    whole = everything(of.sizes)
-    blueprint = Blueprint(tuple(range(30)), plan_of(of, "neurons").layers[:3] + (whole.layers[3],))
-    uniform = Blueprint(tuple(range(30)), whole.layers)
-    student = load_model(export(model, uniform, tmp_path / "s"), torch.float64, "eager")
-    assert type(student).__name__ == "MistralForCausalLM" and student.config.sliding_window is None
-    mixed = load_model(export(model, blueprint, tmp_path / "m"), torch.float64, "eager")
-    assert torch.isfinite(logits(mixed)).all()
-    biased = tiny_model("llama-biases")
-    with pytest.raises(ValueError, match="shape.hidden is 30, not a multiple of shape.heads"):
-        export(biased, uniform, tmp_path / "b")
-
-
-def test_an_unknown_type_is_refused_with_what_a_table_needs_and_a_known_one_with_its_reason():
-    with pytest.raises(ValueError, match="model_type 'unheard_of' has no table.*axes"):
-        family_of("unheard_of")
-    with pytest.raises(ValueError, match="model_type 'mamba' has no table: .*state-space"):
-        family_of("mamba")
-
-
-def test_a_checkpoint_that_does_not_match_its_table_is_refused():
-    model = tiny_model("llama")
-    names = dict(tensors_of(model))
-    names["model.layers.0.self_attn.rogue.weight"] = names.pop("model.layers.1.mlp.up_proj.weight")
-    with pytest.raises(ValueError, match="missing .*layers.1.mlp.up_proj.*unknown .*rogue"):
-        anatomy_of(config_of(model), names)
-
-
-def test_sharded_and_truncated_checkpoints(tmp_path):
-    model = tiny_model("llama", dtype=torch.float32)
-    folder = save_tiny(model, tmp_path / "m")
-    assert all(torch.equal(tensors_of(model)[name], tensor) for name, tensor in open_checkpoint(folder).items())
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="corrupt or truncated"):
-        open_checkpoint(folder)
-
-
-def test_pickled_weights_are_refused_unless_asked_and_then_read_weights_only(tmp_path):
-    model = tiny_model("llama", dtype=torch.float32)
-    folder = save_tiny(model, tmp_path / "m")
-    (folder / "model.safetensors").unlink()
-    torch.save(tensors_of(model), folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="model.allow_pickle=true"):
-        open_checkpoint(folder)
-    read = open_checkpoint(folder, allow_pickle=True)
-    assert all(torch.equal(read[k], v) for k, v in tensors_of(model).items())
-    torch.save({"x": print}, folder / "pytorch_model.bin")
-    with pytest.raises(Exception, match="[Ww]eights"):
-        open_checkpoint(folder, allow_pickle=True)
-
-
-def test_a_student_of_a_hybrid_keeps_a_layer_with_attention():
-    of = anatomy(tiny_model("bamba"))
-    whole = everything(of.sizes)
-    Blueprint(whole.channels, whole.layers[:3]).check(of)
-    with pytest.raises(ValueError, match=r"shape\.layers: of the layers with attention \(2, 3\) none stays"):
-        Blueprint(whole.channels, whole.layers[:2]).check(of)
-
-
-def test_neurons_that_a_class_adjusts_are_read_from_the_weights_and_stated(tmp_path):
-    model = tiny_model("lfm2", block_auto_adjust_ff_dim=True, block_multiple_of=8)
-    folder = save_tiny(model, tmp_path / "m")
-    path = folder / "config.json"
-    stored = json.loads(path.read_text())
-    del stored["intermediate_size"], stored["layer_types"]
-    path.write_text(json.dumps(stored | {"block_ff_dim": 24, "full_attn_idxs": [2, 3]}))
-    source = open_checkpoint(folder)
-    source.check()
-    assert source.anatomy.sizes.layers[0].neurons == source.config["intermediate_size"] == 16
-    assert "block_ff_dim" not in source.config and source.config["layer_types"] == TINY["lfm2"]["layer_types"]
-
-
-def test_infinities_of_a_config_are_read_and_written_as_transformers_does(tmp_path):
-    folder = save_tiny(tiny_model("nemotron_h"), tmp_path / "m")
-    source = open_checkpoint(folder)
-    assert source.config["time_step_limit"] == [0.0, float("inf")] and source.config["num_hidden_layers"] == 4
-    write_checkpoint(tmp_path / "s", source.config, source.items(), 1e9)
-    stored = [json.loads((path / "config.json").read_text())["time_step_limit"] for path in (folder, tmp_path / "s")]
-    assert stored[0] == stored[1] == [0.0, {"__float__": "Infinity"}]
-    assert set(load_file(tmp_path / "s" / "model.safetensors")) == set(load_file(folder / "model.safetensors"))
-
-
-def test_a_student_whose_last_layer_alone_has_a_tensor_keeps_it_last():
-    of = anatomy(tiny_model("gpt_neox_japanese"))
-    whole = everything(of.sizes)
-    Blueprint(whole.channels, whole.layers[1:]).check(of)
-    with pytest.raises(ValueError, match="must be layer 3"):
-        Blueprint(whole.channels, whole.layers[:3]).check(of)
-
-
-@pytest.mark.parametrize("kind", ["granitemoehybrid", "recurrent_gemma"])
-def test_the_padded_form_states_the_widths_under_the_names_of_the_class(kind):
-    model = tiny_model(kind)
-    of = anatomy(model)
-    whole = everything(of.sizes)
-    plans = tuple(replace(plan, neurons=plan.neurons[: 8 + 4 * layer]) for layer, plan in enumerate(whole.layers))
-    blueprint = Blueprint(whole.channels, plans)
-    written, wide = padded(student_config(config_of(model), of, blueprint), blueprint.student(of))
-    assert {widths.neurons for widths in wide.layers} == {20}
-    assert class_shapes(written, Path()) == of.narrowed(wide, of.layer_types).shapes()

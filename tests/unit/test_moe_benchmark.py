@@ -11,7 +11,8 @@ from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.model_loader import load_model
 from tests.composing import composed
 from tests.mixtures import loaded
-from tests.tiny import save_tiny, tiny_model, tokenizer_folder, tokens
+from tests.tiny import save_tiny, tiny_model, tokens
+from tests.tiny_tokenizers import tokenizer_folder
 from tests.world import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "moe"))  # its scripts import each other as scripts do

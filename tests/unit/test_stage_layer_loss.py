@@ -23,9 +23,8 @@ from pipeline.runtime.model_loader import load_model
 from pipeline.runtime.tracker import Track
 from pipeline.stages.analyse import layer_loss
 from tests.processes import on_ranks
-from tests.tiny import counted
 from tests.tiny_text import configured
-from tests.watching import calls_of, watched
+from tests.watching import calls_of, counted, watched
 from tests.world import make_world, settings
 
 CHOSEN = ["plan.depth=evolved", "plan.depth_tokens=256", "layer_loss.generations=3", "layer_loss.offspring=3"]

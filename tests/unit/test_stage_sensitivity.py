@@ -27,9 +27,9 @@ from pipeline.runtime.checkpoint import open_checkpoint, open_tensors
 from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.model_loader import load_model
 from pipeline.stages.analyse import sensitivity
-from tests.tiny import config_of, counted, tensors_of, tiny_model, tokens
+from tests.tiny import config_of, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
-from tests.watching import calls_of, watched
+from tests.watching import calls_of, counted, watched
 from tests.world import make_world, pipeline, settings
 
 WIDE = {"num_key_value_heads": 4, "intermediate_size": 128}  # eight multiples of neurons, four groups

@@ -22,9 +22,9 @@ from pipeline.runtime.checkpoint import open_checkpoint, open_tensors
 from pipeline.runtime.ledger import Ledger
 from pipeline.runtime.model_loader import load_model
 from pipeline.stages.build import supernet
-from tests.tiny import inputs_of, save_tiny, tiny_model, tokens
+from tests.tiny import save_tiny, tiny_model, tokens
 from tests.tiny_text import configured
-from tests.watching import watched
+from tests.watching import inputs_of, watched
 from tests.world import make_world, pipeline, settings
 
 CUT = ["importance", "shape", "layer_loss", "sequential", "supernet", "plan", "cut"]

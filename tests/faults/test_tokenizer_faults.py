@@ -1,0 +1,98 @@
+"""Tokenizers and generation settings of a model folder: accepted, left out, or refused by name."""
+
+import json
+
+import pytest
+import torch
+
+from pipeline.runtime.model_loader import load_model, load_tokenizer
+from pipeline.runtime.model_source import generation_of
+from pipeline.runtime.tokenizer_check import check_fits, difference
+from pipeline.stages.deliver import export
+from pipeline.stages.prepare import teacher
+from tests.model_folders import edit
+from tests.students import imported, machine
+from tests.tiny import save_tiny, tiny_model
+from tests.tiny_text import byte_tokenizer, configured
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a sound tied Llama in a folder."""
+    return save_tiny(tiny_model("llama-tied", dtype=torch.float32), tmp_path / "model")
+
+
+# Tokenizers
+def grown(token, special):
+    tokenizer = byte_tokenizer(entries=300)
+    tokenizer.add_tokens([token], special_tokens=special)
+    return tokenizer
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_an_added_token_beyond_the_vocabulary_that_no_text_yields_is_accepted(special):
+    tokenizer = grown("<image_soft_token>", special)
+    check_fits(tokenizer, len(tokenizer) - 1)
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_refused():
+    tokenizer = byte_tokenizer(entries=300)
+    with pytest.raises(ValueError, match=f"has id {len(tokenizer) - 3}"):
+        check_fits(tokenizer, len(tokenizer) - 3)
+
+
+def test_an_end_token_beyond_the_vocabulary_is_refused():
+    tokenizer = grown("<end>", True)
+    tokenizer.eos_token = "<end>"
+    with pytest.raises(ValueError, match="eos_token"):
+        check_fits(tokenizer, len(tokenizer) - 1)
+
+
+def test_the_ids_of_two_tokenizers_are_compared(tmp_path):
+    one = byte_tokenizer(entries=300)
+    assert difference(one, byte_tokenizer(entries=300), 300) is None
+    assert difference(one, grown("<more>", True), len(one)) is None
+    assert difference(one, byte_tokenizer(entries=299), 300)
+    one.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "tokenizer.json").read_text())
+    fields["model"]["merges"] = fields["model"]["merges"][::-1]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    assert difference(one, load_tokenizer(tmp_path), 300)
+
+
+# generation_config.json
+GENERATION = {"stop_strings": ["User:"], "return_dict_in_generate": True, "penalty_alpha": 0.6, "top_k": 4}
+
+
+WRONG = [{"num_beams": 4, "temperature": -1.0}, {"cache_implementation": "no such cache"}, {"max_new_tokens": "many"}]
+
+
+def test_the_export_does_not_depend_on_generation_config(folder):
+    edit(folder, "generation_config.json", **GENERATION)
+    copy = imported(folder, folder.with_name("copy")).folder
+    chosen = configured(f"model.path={folder}", "export.dtype=float32", "export.tolerance=1e-4")
+    export.run(chosen, {"initial_student": copy}, folder.with_name("out"), machine())
+    assert generation_of(folder.with_name("out")) == generation_of(folder)
+
+
+@pytest.mark.parametrize("fields", WRONG, ids=lambda fields: next(iter(fields)))
+def test_a_model_loads_whatever_its_generation_config_says(folder, fields):
+    edit(folder, "generation_config.json", **fields)
+    copy = imported(folder, folder.with_name("copy")).folder
+    assert load_model(copy, torch.float32, "eager").can_generate()
+
+
+def test_generation_config_names_the_export_and_not_the_teacher(folder):
+    chosen = configured(f"model.path={folder}")
+    before = teacher.settings(chosen), export.settings(chosen)
+    edit(folder, "generation_config.json", temperature=0.5)
+    assert teacher.settings(chosen) == before[0] and export.settings(chosen) != before[1]
+    edit(folder, rms_norm_eps=1e-3)
+    assert teacher.settings(chosen) != before[0]
+
+
+def test_a_damaged_generation_config_is_left_out_and_reported(folder):
+    (folder / "generation_config.json").write_text("{")
+    checkpoint = imported(folder, folder.with_name("copy"))
+    assert not (checkpoint.folder / "generation_config.json").exists()
+    assert any("generation_config.json" in note for note in checkpoint.notes)
