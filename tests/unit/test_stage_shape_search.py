@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline import estimate, runner
-from pipeline.costmodel.pareto import Serving, describe, search_shapes, shape_within
+from pipeline.costmodel.pareto import Serving, describe, search, shape_within
 from pipeline.costmodel.shapes import ModelShape
 from pipeline.data.packing import Packed
 from pipeline.data.stream import left_over, stream
@@ -211,7 +211,7 @@ def test_a_search_among_some_axes_is_refused_and_one_among_all_is_not(world):
 def test_a_llama_that_is_to_get_biases_is_searched_as_one_that_has_them(world, biased, tmp_path):
     folder, made = world
     config = configure(folder, f"reinit.bias_compensation={biased}")
-    with pytest.raises(KeyboardInterrupt), calls_of(search_shapes, KeyboardInterrupt(), at=1) as searched:
+    with pytest.raises(KeyboardInterrupt), calls_of(search, KeyboardInterrupt(), at=1) as searched:
         made_by(shape_search, config, made, tmp_path)
     with calls_of(shape_within) as estimated:
         estimate.needs(config, made, 1)
