@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.config.training import Training
-from pipeline.costmodel.training_cost import state_bytes
+from pipeline.costmodel.training_memory import state_bytes
 from pipeline.data.packing import Packed
 from pipeline.data.stream import Rows, stream
 from pipeline.distill.holdout import hold_out, share_out

@@ -25,11 +25,11 @@ from pipeline.costmodel.shapes import ModelShape
 from pipeline.costmodel.training_cost import (
     LIVE_PARAMETERS,
     Recovery,
-    activation_bytes,
     memory_parts,
     step_parts,
     training_needs,
 )
+from pipeline.costmodel.training_memory import activation_bytes
 from pipeline.model.decoding import cache_of
 from tests.chips import chip
 
