@@ -8,7 +8,6 @@ from typing import Any
 
 from pipeline.runtime.log import say
 from pipeline.runtime.records import load_record, save_record
-from pipeline.runtime.track import open_track
 from pipeline.runtime.tracker import Track
 
 PACKAGES = {"tensorboard": ("tensorboard",), "mlflow": ("mlflow",)}  # tool -> what it imports
@@ -76,12 +75,14 @@ def open_tracker(track: Mapping[str, Any], name: str, folder: Path, config: dict
     `open_track`.
     """
     tool = track["tool"]
-    if tool == "wandb":
-        settings = {each: track[each] for each in ("mode", "project", "entity", "group", "tags")}
-        return open_track(**settings, name=name, folder=folder, config=config, rank=rank)
     check_tool(tool)
     if rank != 0 or track["mode"] == "disabled":
         return Track()
+    if tool == "wandb":
+        from pipeline.runtime.track import open_track
+
+        settings = {each: track[each] for each in ("mode", "project", "entity", "group", "tags")}
+        return open_track(**settings, name=name, folder=folder, config=config, rank=rank)
     folder = Path(folder).absolute()
     if tool == "tensorboard":
         say(f"TensorBoard: tensorboard --logdir {folder / 'tensorboard'}", 0)

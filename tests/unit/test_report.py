@@ -11,10 +11,11 @@ from pipeline.model.sizes import LayerSizes, Sizes
 from pipeline.report.anatomy_map import anatomy_map, fate
 from pipeline.report.axes import Scale, number, scale
 from pipeline.report.comparison import rows, summary
-from pipeline.report.drawing import Box, Dot, Drawing, save_png, svg
+from pipeline.report.drawing import Box, Dot, Drawing, svg
 from pipeline.report.facts import cut_facts, recovery_curves, recovery_facts
 from pipeline.report.figures import duration, thinned
 from pipeline.report.page import page
+from pipeline.report.picture import save_png
 from pipeline.report.removed import removed_section
 from tests.reports import (
     BLUEPRINTS,

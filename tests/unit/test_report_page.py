@@ -6,12 +6,13 @@ from xml.etree import ElementTree
 import pytest
 
 from pipeline.report.comparison import rows, summary
-from pipeline.report.drawing import Dot, save_png, svg
+from pipeline.report.drawing import Dot, svg
 from pipeline.report.exported import export_section
 from pipeline.report.facts import perplexity_of
 from pipeline.report.figures import perplexities
 from pipeline.report.local_distill import errors_by_layer
 from pipeline.report.page import page
+from pipeline.report.picture import save_png
 from tests.reports import (
     BLUEPRINTS,
     EXPORT,

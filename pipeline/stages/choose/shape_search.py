@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Config
-from pipeline.costmodel import pareto_plot
 from pipeline.costmodel.chip import Chip
 from pipeline.costmodel.pareto import Limits, Serving
 from pipeline.costmodel.pareto import search as search_shapes
@@ -120,6 +119,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         _resumed(measure, ledger),
         lambda shapes: machine.progress(shapes, len(shapes), "shape_search"),
     )
+    from pipeline.costmodel import pareto_plot  # imports matplotlib
+
     pareto_plot.draw(result, out / PLOT)
     machine.track.image(out / PLOT, "search/pareto")
     SearchResult.of(result).save(out)

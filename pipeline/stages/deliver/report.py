@@ -26,7 +26,7 @@ from pipeline.model.shape import Budgeted, StreamEnergy
 from pipeline.report.axes import number
 from pipeline.report.card import card
 from pipeline.report.comparison import summary
-from pipeline.report.drawing import Drawing, save_png
+from pipeline.report.drawing import Drawing
 from pipeline.report.facts import Curve, cut_facts, gather, perplexity_of, recovery_curves, recovery_facts, start_of
 from pipeline.report.figures import curve, cut_figures, perplexities, shapes_searched, stage_costs, thinned
 from pipeline.report.local_distill import errors_by_layer
@@ -128,6 +128,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     drawings |= _training_figures(curves or {}, RECOVERY, cuts(rounds, SEEN) if rounds else [])
     if stages:
         drawings["stages"] = stage_costs(stages)
+    from pipeline.report.picture import save_png  # imports matplotlib
+
     (out / "figures").mkdir(exist_ok=True)
     for name, drawing in drawings.items():
         save_png(drawing, out / "figures" / f"{name}.png")
