@@ -31,8 +31,9 @@ from pipeline.stages.analyse import sublayers
 from pipeline.stages.sublayer_target import target_of
 from tests.processes import on_ranks
 from tests.students import imported
-from tests.tiny import config_of, counted, save_tiny, tensors_of, tiny_model, tokens
+from tests.tiny import config_of, save_tiny, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
+from tests.watching import counted
 from tests.world import make_world, settings
 
 WHOLE = {"shape__layers": None, "shape__neurons": None}

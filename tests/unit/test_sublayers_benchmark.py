@@ -8,7 +8,8 @@ import torch
 from pipeline import runner
 from pipeline.config import validate
 from tests.composing import composed
-from tests.tiny import save_tiny, tiny_model, tokenizer_folder
+from tests.tiny import save_tiny, tiny_model
+from tests.tiny_tokenizers import tokenizer_folder
 from tests.world import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts import each other as scripts do
