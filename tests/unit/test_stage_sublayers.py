@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from tests.processes import on_ranks
 from tests.students import imported
 from tests.tiny import config_of, save_tiny, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
-from tests.watching import counted
+from tests.watching import calls_of, counted
 from tests.world import make_world, settings
 
 WHOLE = {"shape__layers": None, "shape__neurons": None}
@@ -202,37 +203,24 @@ def test_what_no_student_has_is_refused_before_any_work(kind, overrides, fault, 
 
 
 def attempt(ranks, place, stop, *inputs):
-    """Run the stage into a folder, to its end or until so many models were measured; return how many were."""
-    measured = []
-
-    def counted_divergence(*arguments):
-        if len(measured) == stop:
-            raise RuntimeError("interrupted")
-        measured.append(arguments)
-        return divergence(*arguments)
-
+    """Run the stage into a folder, to its end or to the beginning of a measurement; return how many were begun."""
     given = dict(zip(("subject", "teacher", "tokens", "scores", "shape"), map(Path, inputs), strict=True))
     Path(place).mkdir(exist_ok=True)
     machine = Machine(open_device("cpu", "auto", False, ranks.local_rank, 0), ranks, Track())
     config = configured(
         *CHOSEN, "shape.attention_layers=2", "shape.ffn_layers=3", f"calibration.batch_size={8 // ranks.world}"
     )
-    sublayers.divergence = counted_divergence
-    try:
+    with suppress(KeyboardInterrupt), calls_of(divergence, KeyboardInterrupt(), stop) as measured:
         sublayers.run(config, given, Path(place), machine)
-    except RuntimeError as fault:
-        assert str(fault) == "interrupted"
-    finally:
-        sublayers.divergence = divergence
     return len(measured)
 
 
 def attempts(ranks, place, *inputs):
-    straight = attempt(ranks, f"{place}/straight", None, *inputs)
+    straight = attempt(ranks, f"{place}/straight", 0, *inputs)
     return (
         straight,
-        attempt(ranks, f"{place}/killed", straight - 3, *inputs),
-        attempt(ranks, f"{place}/killed", None, *inputs),
+        attempt(ranks, f"{place}/killed", straight - 2, *inputs),
+        attempt(ranks, f"{place}/killed", 0, *inputs),
     )
 
 
@@ -242,7 +230,7 @@ def test_an_interrupted_choice_measures_nothing_twice_and_ends_the_same_on_sever
     inputs = [str(folders[name].absolute()) for name in ("teacher", "teacher", "tokens", "scores", "shape")]
     result = on_ranks(attempts, tmp_path, world_size, arguments=(str(tmp_path), *inputs))
     straight = result[0][0]
-    assert result == [[straight, straight - 3, 3]] * world_size
+    assert result == [[straight, straight - 2, 3]] * world_size
     whole, killed = (json.loads((tmp_path / name / Sublayers.FILE).read_text()) for name in ("straight", "killed"))
     assert whole == killed
     one = made(world, "shape.attention_layers=2", "shape.ffn_layers=3")["sublayers"]
