@@ -9,7 +9,8 @@ from pipeline.config import validate
 from pipeline.graph import check
 from tests.chat_templates import CHATML, assistant, user
 from tests.composing import composed
-from tests.tiny import save_tiny, tiny_model, tokenizer_folder
+from tests.tiny import save_tiny, tiny_model
+from tests.tiny_tokenizers import tokenizer_folder
 from tests.world import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # its scripts import each other as scripts do
