@@ -1,4 +1,4 @@
-"""Watch code that runs as it is: functions by the interpreter's profile hook, modules by PyTorch's global hooks.
+"""Watch unchanged code: functions by the profile hook of the interpreter, modules by the global hooks of PyTorch.
 
 Nothing is replaced. A hook that raises interrupts what is watched at that point.
 """

@@ -1,4 +1,4 @@
-"""The schedule, the held-out rows and the loop of a training, with an engine that records what it is asked."""
+"""The schedule, the held-out rows and the loop of a training, with an engine that records its calls."""
 
 from dataclasses import replace
 from types import SimpleNamespace
