@@ -131,7 +131,7 @@ def routers(folder: Path, options: Any) -> tuple[dict[str, Tensor], int]:
         for name, each in chosen.items():
             each.data.copy_(exact[name].data)
         done = step
-        print(f"step {step}: loss {float(loss):.4f}", flush=True)
+        print(f"step {step}: loss {float(loss.detach()):.4f}", flush=True)
         if step % options.save_steps == 0:
             state = options.out / f"routers-{step:06d}"
             state.mkdir(exist_ok=True)
