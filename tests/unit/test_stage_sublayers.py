@@ -29,9 +29,10 @@ from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_loader import load_model
 from pipeline.runtime.tracker import Track
 from pipeline.stages.analyse import sublayers
+from pipeline.stages.models import load
 from pipeline.stages.sublayer_target import target_of
 from tests.processes import on_ranks
-from tests.students import imported
+from tests.students import imported, machine
 from tests.tiny import config_of, save_tiny, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
 from tests.watching import calls_of, counted
@@ -101,6 +102,19 @@ def test_the_student_has_the_divergence_that_was_measured_and_the_numbers_reques
     for ids in beginning(Packed(folders["tokens"] / "calibration"), 256, 8, 0, 1, 0):
         sums += divergence(student, ids, final_states(teacher, ids), 64)
     assert float(sums[0] / sums[1]) == pytest.approx(found.removed[-1].divergence, rel=3e-2)
+
+
+@pytest.mark.parametrize("candidates", ["null", 1])
+def test_every_divergence_is_that_of_a_whole_pass(world, candidates):
+    folders = made(world, "budget.axes=sublayers", "budget.parameters=0.4", f"sublayers.candidates={candidates}")
+    found = Sublayers.load(folders["sublayers"]).removed
+    model, anatomy = load(folders["teacher"], machine()), open_checkpoint(folders["teacher"]).anatomy
+    batches = list(beginning(Packed(folders["tokens"] / "calibration"), 256, 8, 0, 1, 0))
+    wanted = [final_states(model, ids) for ids in batches]
+    for count, each in enumerate(found, 1):
+        with without_sublayers(model, anatomy, [(part.layer, part.sublayer) for part in found[:count]]):
+            sums = sum(divergence(model, ids, states, 64) for ids, states in zip(batches, wanted, strict=True))
+        assert float(sums[0] / sums[1]) == pytest.approx(each.divergence, rel=1e-6)
 
 
 def test_a_removed_attention_frees_its_cache_and_its_parameters(world):
@@ -206,12 +220,12 @@ def attempt(ranks, place, stop, *inputs):
     """Run the stage into a folder, to its end or to the beginning of a measurement; return how many were begun."""
     given = dict(zip(("subject", "teacher", "tokens", "scores", "shape"), map(Path, inputs), strict=True))
     Path(place).mkdir(exist_ok=True)
-    machine = Machine(open_device("cpu", "auto", False, ranks.local_rank, 0), ranks, Track())
+    here = Machine(open_device("cpu", "auto", False, ranks.local_rank, 0), ranks, Track())
     config = configured(
         *CHOSEN, "shape.attention_layers=2", "shape.ffn_layers=3", f"calibration.batch_size={8 // ranks.world}"
     )
     with suppress(KeyboardInterrupt), calls_of(divergence, KeyboardInterrupt(), stop) as measured:
-        sublayers.run(config, given, Path(place), machine)
+        sublayers.run(config, given, Path(place), here)
     return len(measured)
 
 
