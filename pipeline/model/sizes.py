@@ -24,7 +24,7 @@ class LayerSizes:
     @property
     def each(self) -> int:
         """The query heads of a KV group; 0 where the layer has no attention."""
-        return self.heads // self.groups if self.groups else 0
+        return self.heads // (self.groups + (self.groups == 0))  # also of arrays of widths, as budgets count them
 
     def within(self, own: "LayerSizes") -> "LayerSizes":
         """Return these widths, bounded by those of a layer: KV groups, query heads per group, neurons."""
