@@ -103,7 +103,7 @@ def test_a_gradient_without_memory_of_its_own_is_read_rightly():
 @pytest.mark.parametrize(
     "vocabulary,temperature,beta,dtype",
     [
-        (40, 1.0, 0.5, torch.float32), (LOGITS, 2.0, 0.1, torch.float32), (3 * LOGITS + 9, 0.7, 0.9, torch.float32),
+        (40, 0.7, 0.5, torch.float32), (LOGITS, 2.0, 0.1, torch.float32), (3 * LOGITS + 9, 1.5, 0.9, torch.float32),
         (VOCABULARY, 1.5, 0.5, torch.float16), (VOCABULARY, 1.0, 0.5, torch.bfloat16),
     ],
 )  # fmt: skip
