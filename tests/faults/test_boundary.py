@@ -128,7 +128,8 @@ def into_a_closed_pipe(*words: str, both: bool) -> tuple[int, str]:
     with open(writing, "w") as unread:
         errors = unread if both else subprocess.PIPE
         command = [sys.executable, "-m", "pipeline", *words]
-        done = subprocess.run(command, env=environment(), stdout=unread, stderr=errors, text=True, timeout=120)
+        buffered = environment() | {"PYTHONUNBUFFERED": ""}
+        done = subprocess.run(command, env=buffered, stdout=unread, stderr=errors, text=True, timeout=120)
     return done.returncode, done.stderr or ""
 
 
