@@ -165,7 +165,7 @@ SHARED = {
     "deepseek_v3": (6, None, {"moe_intermediate_size": 6, "n_shared_experts": 4}),
     "glm4_moe": (6, 12, {"moe_intermediate_size": 6, "n_shared_experts": 2}),
     "dots1": (None, 12, {"moe_intermediate_size": 12, "n_shared_experts": 1}),
-    "hunyuan_v1_moe": (10, 10, {"intermediate_size": 10}),
+    "hunyuan_v1_moe": (8, 8, {"intermediate_size": 8}),
     "minimax_m3_vl_text": (None, 8, {"intermediate_size": 24, "shared_intermediate_size": 8}),
     "hy_v3": (8, 16, {"moe_intermediate_size": 8, "num_shared_experts": 2}),
 }
