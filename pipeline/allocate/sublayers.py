@@ -23,8 +23,9 @@ def greedy_sublayers(
 
     The score is the rise of the divergence; with `size`, over what leaves the size of the model. Before each removal
     the `candidates` of least score when last measured are measured again, and any other whose last score is below the
-    least of these; None: all. The choice is then that of measuring all as long as scores only rise. Raise ValueError
-    where nothing more may be removed and it is not `enough`.
+    least of these; None: all. The choice is then that of measuring all as long as scores only rise. What a
+    later removal, which frees more, makes unnecessary stays, the latest first. Raise ValueError where nothing more may
+    be removed and it is not `enough`.
     """
     removed: Removed = ()
     now, found = divergence(removed, None), []
@@ -46,4 +47,10 @@ def greedy_sublayers(
             near = [part for part in left if part not in fresh and last[part] < last[best]]
         removed, now = (*removed, best), fresh[best]
         found.append(Removal(*best, now))
-    return found
+    needed = removed
+    for part in reversed(removed):
+        fewer = tuple(each for each in needed if each != part)
+        needed = fewer if enough(fewer) else needed
+    if needed == removed:
+        return found
+    return [Removal(*part, divergence(needed[:count], part)) for count, part in enumerate(needed)]

@@ -132,7 +132,8 @@ def test_a_budget_is_kept_and_one_removal_less_would_not(world, budget):
     found = Sublayers.load(folders["sublayers"])
     target = target_of(config, open_checkpoint(folders["teacher"]).anatomy, found.hosts)
     removed = tuple((each.layer, each.sublayer) for each in found.removed)
-    assert target.enough(removed) and not target.enough(removed[:-1])
+    assert target.enough(removed)
+    assert not any(target.enough(tuple(each for each in removed if each != part)) for part in removed)
     student = open_checkpoint(folders["initial_student"])
     parameters = student.anatomy.parameters()
     if "context" in budget:
@@ -185,6 +186,20 @@ def test_few_candidates_measure_less_and_choose_the_same_where_scores_only_rise(
     whole, calls = chosen_by(None, None)
     few, fewer = chosen_by(2, None)
     assert few == whole and fewer == 1 + 6 + 2 + 2 + 3 + 2 < calls
+
+
+def test_what_a_later_removal_makes_unnecessary_stays():
+    weights = {"a": 1.0, "b": 8.0}
+
+    def size(removed):
+        return 36.0 - sum(weights[axis] for _, axis in removed)
+
+    def measured(removed, part):
+        return sum(0.1 if axis == "a" else layer + 1.0 for layer, axis in ((*removed, part) if part else removed))
+
+    options = {"allowed": lambda removed, part: True, "candidates": None}
+    found = greedy_sublayers(list(COSTS), measured, enough=lambda removed: size(removed) <= 27.0, size=size, **options)
+    assert [(each.layer, each.sublayer, each.divergence) for each in found] == [(0, "a", 0.1), (0, "b", 1.1)]
 
 
 def test_more_than_may_be_removed_is_refused():
