@@ -166,7 +166,7 @@ def test_experts_are_narrowed_and_restored(record, tmp_path):
     world = make_world(tmp_path, "qwen2_moe", moe_intermediate_size=16)
     narrow = {"shape.experts": 3, "shape.expert_neurons": 8, "shape.shared_neurons": 8, "restore.outputs": "true"}
     stages = "importance,shape,hessian,plan,cut"
-    folder = run(world, "experts", f"recipe.stages=[{stages}]", *dotted(narrow), **WIDTHS)
+    folder = run(record, world, "experts", f"recipe.stages=[{stages}]", *dotted(narrow), **WIDTHS)
     assert (folder / "initial_student").is_dir()
 
 
