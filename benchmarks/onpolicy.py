@@ -2,38 +2,30 @@
 
     python benchmarks/onpolicy.py [--seeds 0,1] [--rows recovered,longer,on_policy] [settings of the pipeline ...]
 
-SmolLM2-135M-Instruct loses three of its 30 layers and is recovered on the assistant's turns of chats that it has
-written itself (the run onpolicy-chats). Rows: this recovery; a longer one; and this one, followed by on-policy
-distillation, which trains on no more tokens of answers than the longer one adds. Measured are the KL to the teacher and
-equal first choices on the answers of other chats, and greedy answers. Rows are runs of the pipeline,
-onpolicy-<row>-<seed>, which share what they have in common. The table goes to benchmarks/results/onpolicy.md, the
-figures beside it as JSON.
+SmolLM2-135M-Instruct loses three of its 30 layers and is recovered on the assistant's turns of chats: a user gives the
+beginning of a paragraph of the built-in topics, the assistant continues it. Rows: this recovery; a longer one; and this
+one, followed by on-policy distillation, which trains on no more tokens of answers than the longer one adds. Measured
+are the KL to the teacher and equal first choices on the answers of other chats, and greedy answers. Rows are runs of
+the pipeline, onpolicy-<row>-<seed>, which share what they have in common. The table goes to
+benchmarks/results/onpolicy.md, the figures beside it as JSON.
 """
 
 import json
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ablation import Report, parser, reports, run_rows, write_table
 from composing import with_settings
 
+from pipeline.data.builtin import BUILTINS
+
 PREFIX = "onpolicy"
-CHATS = (
-    "recipe=generate",
-    "self_generate.form=messages",
-    "self_generate.tokens=51200",
-    "self_generate.length=128",
-    "self_generate.batch_size=50",
-    "data.text_field=messages",
-    "track.mode=disabled",
-)
-SHORT = "distill.tokens=8192"
+PROMPT = "Continue this text: {}"
+SHORT = "distill.tokens=6144"
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "recovered": ("recovery", (SHORT,)),
-    "longer": ("longer recovery", ("distill.tokens=16384",)),
-    "on_policy": ("recovery, then on-policy", (SHORT, "onpolicy.tokens=3072")),
+    "longer": ("longer recovery", ("distill.tokens=12288",)),
+    "on_policy": ("recovery, then on-policy", (SHORT, "onpolicy.tokens=2304")),
 }
 COMMON = (
     "shape.layers=27",
@@ -45,8 +37,8 @@ COMMON = (
     "data.split={evaluation: 0.25, calibration: 0.05}",
     "score.tokens=2048",
     "distill.learning_rate=2e-4",
-    "distill.eval_tokens=2048",
-    "distill.eval_steps=8",
+    "distill.eval_tokens=1024",
+    "distill.eval_steps=100",
     "distill.save_steps=100",
     "onpolicy.prompt_tokens=96",
     "onpolicy.min_new_tokens=16",
@@ -54,8 +46,8 @@ COMMON = (
     "onpolicy.global_batch_size=8",
     "onpolicy.micro_batch_size=8",
     "onpolicy.learning_rate=1e-4",
-    "evaluate.tokens=6144",
-    "evaluate.answers=24",
+    "evaluate.tokens=4096",
+    "evaluate.answers=16",
     "evaluate.answer_tokens=24",
     "evaluate.words=0",
     "evaluate.speed=false",
@@ -67,12 +59,21 @@ Figures = dict[str, object]
 
 def main() -> None:
     options, settings = with_settings(parser(__doc__, ROWS))
-    name = f"{PREFIX}-chats"
-    subprocess.run(
-        [sys.executable, "-m", "pipeline", *CHATS, *settings, f"run={name}", f"runs={options.runs}"], check=True
-    )
-    chosen = {row: row_settings(row, options.runs / name / "generated.jsonl", settings) for row in ROWS}
+    chats = options.runs / f"{PREFIX}-chats.jsonl"
+    chats.parent.mkdir(parents=True, exist_ok=True)
+    chats.write_text("".join(json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in written()))
+    chosen = {row: row_settings(row, chats, settings) for row in ROWS}
     run_rows(PREFIX, chosen, options, lambda: write(options.runs, options.results))
+
+
+def written() -> Iterator[list[dict[str, str]]]:
+    """Yield a chat for each paragraph of the built-in topics that has two sentences: the first, and the others."""
+    for text in BUILTINS["topics"]():
+        for paragraph in text.split("\n\n"):
+            first, _, rest = " ".join(paragraph.split()).partition(". ")
+            if len(first) > 40 and len(rest) > 80:
+                opening = {"role": "user", "content": PROMPT.format(f"{first}.")}
+                yield [opening, {"role": "assistant", "content": rest[:500]}]
 
 
 def row_settings(row: str, chats: Path, settings: Sequence[str]) -> list[str]:

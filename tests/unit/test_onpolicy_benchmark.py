@@ -30,12 +30,17 @@ def test_rows_differ_only_in_their_training(tmp_path):
         config = validate(composed(*onpolicy.row_settings(row, chats, [f"model.path={model}"])))
         check(config)
         found.append(config.model_dump())
-    assert [values["onpolicy"]["tokens"] for values in found] == [0, 0, 3072]
-    assert [values["distill"]["tokens"] for values in found] == [8192, 16384, 8192]
+    assert [values["onpolicy"]["tokens"] for values in found] == [0, 0, 2304]
+    assert [values["distill"]["tokens"] for values in found] == [6144, 12288, 6144]
     for values in found:
         del values["distill"]["tokens"], values["onpolicy"]["tokens"], values["regularize"]["tokens"]
     assert found.count(found[0]) == len(found)
-    validate(composed(*onpolicy.CHATS, f"model.path={model}"))
+
+
+def test_chats_are_paragraphs_that_an_assistant_continues():
+    chats = list(onpolicy.written())
+    assert len(chats) > 200 and all([turn["role"] for turn in chat] == ["user", "assistant"] for chat in chats)
+    assert all(80 < len(chat[1]["content"]) <= 500 for chat in chats)
 
 
 def test_a_line_has_what_was_measured_on_answers(tmp_path):
