@@ -57,10 +57,9 @@ class Sizes:
             "f": widths.neurons,
             "n": widths.heads,
             "k": widths.groups,
+            "q+2": widths.each + 2,
             **self.carried,
         }
-        if "q+2" in axis:  # of layers with attention; widths may be arrays
-            lengths["q+2"] = widths.heads // widths.groups + 2
         return math.prod(int(letter) if letter.isdigit() else lengths[letter] for letter in axis.split())
 
 
