@@ -22,7 +22,7 @@ FILES = (ROOT / "README.md", *(file for file in sorted((ROOT / "docs").glob("*.m
 MARK = re.compile(r"<!-- figures: (\w+)(.*)-->")
 MEASURED = re.compile(r"\W{0,3}\d+\.\d+(?![.\d])")  # whole numbers are often settings, shapes or versions
 STATES = ("before", "after")
-TEXTS = ("readmes", "jargon", "topics", "docstrings")
+TEXTS = ("readmes", "jargon", "topics", "docstrings", "finance", "constellations")
 
 
 class Table:
@@ -140,7 +140,21 @@ def of_serving(row: str, now: dict[str, str], other: str | None) -> list[float]:
     return [1000.0 * figures["difference"]]
 
 
+def of_equal_terms(row: str, now: dict[str, str], other: str | None) -> list[float] | None:
+    """Return the ratio of each seed and the largest standard error; None where the row has no such state."""
+    runs = sorted((each for each in saved("equal_terms") if each["row"] == row), key=lambda each: each["seed"])
+    if other == "removed":
+        return [mean(100.0 * (1.0 - each["kept"]) for each in runs)]
+    if other == "KV bytes":
+        return [mean(each["kv_bytes_per_token"] for each in runs)]
+    states = [each["texts"][now["text"]].get(now["state"]) for each in runs]
+    if None in states:
+        return None
+    return [*(each["times"] for each in states), max(each["error"] for each in states)]
+
+
 READERS = {
+    "equal_terms": of_equal_terms,
     "serving": of_serving,
     "quality": of_quality,
     "reinit_ablation": of_reinit,
@@ -150,6 +164,7 @@ READERS = {
     "experts": of_experts,
 }
 FACTS = {
+    "equal_terms": ("removed", "KV bytes"),
     "serving": ("equal tokens", "difference, thousandths"),
     "quality": ("removed", "KV bytes", "recovery"),
     "experts": ("M parameters",),
