@@ -1,6 +1,7 @@
 """Every command line of the README and docs/ composes as a whole, validates and passes the check of its stages.
 
-A command's files are made up, the model is the demo's without its weights, the device that of this machine.
+A command's files are made up, the model is the demo's without its weights, the device that of this machine, and
+llama.cpp's converter is a stand-in.
 """
 
 import json
@@ -21,6 +22,8 @@ from pipeline.config import Config
 from tests.composing import ROOT
 from tests.tiny import save_tiny, tensors_of, tiny_model
 from tests.tiny_tokenizers import tokenizer_folder
+
+CONVERTER = ROOT / "tests" / "stand_in_converter.py"  # in place of llama.cpp's, which `make serving` fetches
 
 
 def commands(markdown: str) -> list[list[str]]:
@@ -105,7 +108,8 @@ def check(command: list[str], teacher: Path, folder: Path, monkeypatch) -> int:
             if config.evaluate.tasks:
                 pytest.importorskip("lm_eval", reason="the check looks up the names of tasks in lm-eval")
             make_texts(config, folder)
-            runner.check(config.model_copy(update={"device": device, "model": model}))
+            export = config.export.model_copy(update={"gguf_converter": str(CONVERTER)})
+            runner.check(config.model_copy(update={"device": device, "model": model, "export": export}))
     return len(found)
 
 

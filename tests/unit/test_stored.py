@@ -15,8 +15,18 @@ from pipeline.distill.layer_errors import LayerError, LayerErrors
 from pipeline.distill.selection import RecoveryFacts
 from pipeline.evaluation.results import Behaviour, Evaluation, ReferenceEvaluation
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, Step
-from pipeline.model.exported import Exported
-from pipeline.model.shape import Budgeted, Depth, Reachable, Shape, StreamEnergy, Trial, Widths
+from pipeline.model.exported import Converted, Exported
+from pipeline.model.shape import (
+    Budgeted,
+    Depth,
+    Reachable,
+    Removal,
+    Shape,
+    StreamEnergy,
+    Sublayers,
+    Trial,
+    Widths,
+)
 from pipeline.model.sizes import LayerSizes
 from pipeline.model.stored import Stored
 from pipeline.model.token_ids import Vocabulary
@@ -38,6 +48,8 @@ VALUES = [
     Sensitivities((Narrowing(None, None, 0, 0.0), Narrowing(1, "neurons", 8, 0.5))),
     LayerErrors((LayerError(0, 0.5, 0.25),)),
     Exported("LlamaForCausalLM", 4, 0.0, "stock", False, None, 1024),
+    Converted("model.gguf", "f16", "llama", {"F16": 3, "F32": 2}, 2048, 1.0, False),
+    Sublayers((0, 1, 3), (Removal(1, "attention_layers", 0.25), Removal(0, "ffn_layers", 0.5))),
     RecoveryFacts("held_out_kl", 1.0, 0.5, 8, 0.25, 4, False, True, True),
     Blueprint((0, 1), (LAYER,)),
     Step((0, 1), (LAYER,)),
