@@ -66,6 +66,7 @@ def test_batches_are_the_rows_of_a_text_in_order(world):
         next(api.token_batches(tokenizer, "short", length=4096))
 
 
+@pytest.mark.slow
 def test_one_call_runs_a_recipe_and_a_second_one_does_no_work(world, capsys):
     run = api.prune(world / "model", run="call", settings=chosen(world, evaluate__speed="false", report__samples=0))
     assert run.student.config.num_hidden_layers == len(run.blueprint.layers) == 3

@@ -52,6 +52,7 @@ def test_each_point_of_a_sweep_chooses_for_itself():
     assert [config.budget.axes for config, _ in points] == ["neurons", "all"]
 
 
+@pytest.mark.slow
 def test_the_choice_is_recorded_and_a_recorded_run_repeats_without_work(tmp_path):
     world = make_world(tmp_path)
     only = "stages=[importance,shape]"

@@ -129,6 +129,7 @@ def on_npu(ranks) -> dict[str, list]:
     return result | {"weights": [weights, layer]}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="building the simulated NPU needs g++")
 def test_on_an_npu_that_is_too_small_there_is_a_part_of_a_layer_at_a_time(tmp_path):
     (result,) = on_ranks(on_npu, tmp_path, 1, timeout=120.0, kind="npu")
@@ -225,6 +226,7 @@ def streaming_stages(artifacts: Path) -> Iterator[set[str]]:
         yield stages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LINES)
 def test_stages_leave_the_same_artifacts_streamed_or_not(name, tmp_path):
     kind, chosen, placing = LINES[name]

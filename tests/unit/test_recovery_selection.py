@@ -25,6 +25,7 @@ def recovered(world, run, **changed):
     return folders, json.loads((folders["distill"] / "recovery.json").read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_a_recovery_that_ruins_the_student_exports_what_it_began_with_and_warns(world):
     folders, facts, output = recovered(world, "best")
     cut, student = open_checkpoint(folders["cut"]), open_checkpoint(folders["distill"])
@@ -34,6 +35,7 @@ def test_a_recovery_that_ruins_the_student_exports_what_it_began_with_and_warns(
     assert "WARNING" in output and "distill.learning_rate" in output
 
 
+@pytest.mark.slow
 def test_the_last_state_is_exported_on_request_and_patience_ends_the_training(world):
     folders, facts, output = recovered(world, "last", distill__select="last", distill__patience=1)
     cut, student = open_checkpoint(folders["cut"]), open_checkpoint(folders["distill"])

@@ -222,6 +222,7 @@ def without_a_network(_, folder: str) -> str:
     return spoken(work)
 
 
+@pytest.mark.slow
 def test_credentials_without_a_network_end_offline_and_say_so(tmp_path):
     [text] = on_ranks(without_a_network, tmp_path, world=1, arguments=(str(tmp_path / "runs"),))
     assert "W&B cannot be used online: " in text and "W&B: offline; upload with `wandb sync" in text
