@@ -199,6 +199,7 @@ TINY: dict[str, dict] = {
     "cohere2_moe": FEW | {"logit_scale": 0.3, "sliding_window": 8, "layer_types": WINDOWS},
     "flex_olmo": FEW,
     "flint": FEW | {"shared_expert_intermediate_size": 20, "mlp_only_layers": [0, 1], "sliding_window": 8},
+    "kolibri1": FEW | {"shared_expert_intermediate_size": 20, "sliding_window": 8, "layer_types": WINDOWS},
     "granitemoeshared": {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,

@@ -153,7 +153,15 @@ def of_equal_terms(row: str, now: dict[str, str], other: str | None) -> list[flo
     return [*(each["times"] for each in states), max(each["error"] for each in states)]
 
 
+def of_onpolicy(row: str, now: dict[str, str], other: str | None) -> list[float]:
+    (figures,) = (each for each in saved("onpolicy") if each["row"] == row)
+    if other == "KL on answers":
+        return [figures["kl"], figures["kl_error"]]
+    return [100.0 * (figures["agreement"] if other == "equal first choices" else figures["greedy"]["shared"])]
+
+
 READERS = {
+    "onpolicy": of_onpolicy,
     "equal_terms": of_equal_terms,
     "serving": of_serving,
     "quality": of_quality,
@@ -164,6 +172,7 @@ READERS = {
     "experts": of_experts,
 }
 FACTS = {
+    "onpolicy": ("KL on answers", "equal first choices", "greedy answers agree for"),
     "equal_terms": ("removed", "KV bytes"),
     "serving": ("equal tokens", "difference, thousandths"),
     "quality": ("removed", "KV bytes", "recovery"),

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 REASONS: Mapping[str, str] = {
     "its layers are a mixture of experts that no table describes yet": (
-        "axk1 axk2 dbrx deepseek_v4 dots3_note_text hy_v4 jetmoe kolibri1 longcat_flash mimo_v2_flash sarvam_moe"
+        "axk1 axk2 dbrx deepseek_v4 dots3_note_text hy_v4 jetmoe longcat_flash mimo_v2_flash sarvam_moe"
     ),
     "its residual additions are scaled by the layer's number": "beam",
     "its layers pass on the positions that the layer before selected": "glm_moe_dsa",
