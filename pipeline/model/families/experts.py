@@ -259,4 +259,25 @@ EXPERTS = (
         depth_scaled=("scale_depth",),
         logit_divisor="logits_scaling",
     ),
+    Family(
+        "kolibri1",
+        "Kolibri1ForCausalLM",
+        ATTENTION
+        | QK_NORM
+        | experts(NAMED, "x", "mlp.gate.weight")
+        | shared("mlp.shared_experts", "y")
+        | {"mlp.gate.e_score_correction_bias": "e"}
+        | NORMS
+        | {"post_self_attn_layernorm.weight": "h", "post_mlp_layernorm.weight": "h"},
+        PRE | {"post_self_attn_layernorm": (), "post_mlp_layernorm": ()},
+        lengths=EXPERT_WIDTH | {"y": ("shared_expert_intermediate_size",)},
+        disk=(
+            ("moe.router.expert_bias", "mlp.gate.e_score_correction_bias"),
+            ("post_attn_norm", "post_self_attn_layernorm"),
+            ("post_ffn_norm", "post_mlp_layernorm"),
+        ),
+        experts=("num_local_experts", "num_experts"),
+        top_k="num_experts_per_tok",
+        fixed=WHOLE,
+    ),
 )

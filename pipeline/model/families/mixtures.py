@@ -193,26 +193,6 @@ MIXTURES = (
         rotary="class",
     ),
     Family(
-        "kolibri1",
-        "Kolibri1ForCausalLM",
-        ATTENTION
-        | QK_NORM
-        | ROUTED
-        | shared("mlp.shared_experts", "y")
-        | {"mlp.gate.e_score_correction_bias": "e"}
-        | NORMS
-        | {"post_self_attn_layernorm.weight": "h", "post_mlp_layernorm.weight": "h"},
-        PRE | {"post_self_attn_layernorm": (), "post_mlp_layernorm": ()},
-        lengths=ONE_SHARED,
-        disk=(
-            ("moe.router.expert_bias", "mlp.gate.e_score_correction_bias"),
-            ("post_attn_norm", "post_self_attn_layernorm"),
-            ("post_ffn_norm", "post_mlp_layernorm"),
-        ),
-        experts=("num_local_experts", "num_experts"),
-        **COMMON,
-    ),
-    Family(
         "granitemoeshared",
         "GraniteMoeSharedForCausalLM",
         GRANITE | {"shared_mlp.input_linear.weight": "f h + f h", "shared_mlp.output_linear.weight": "h f"} | NORMS,
