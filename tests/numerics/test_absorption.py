@@ -159,6 +159,7 @@ def fit_on_rank(ranks):
     return {name: scale.tolist() for name, scale in scales.items()}
 
 
+@pytest.mark.slow
 def test_two_ranks_fit_what_one_fits(tmp_path):
     first, second = on_ranks(fit_on_rank, tmp_path, timeout=120.0)
     assert isinstance(first, dict) and first == second

@@ -52,6 +52,7 @@ def test_every_package_of_the_tree_is_installed(installed):
     assert files == {path.relative_to(installed / "pipeline" / "conf") for path in installed.rglob("conf/**/*.yaml")}
 
 
+@pytest.mark.slow
 def test_help_comes_from_the_installed_package_without_torch(installed):
     done = command(installed, "--help", "distill")
     assert done.returncode == 0 and "distill.learning_rate=3.0e-4" in done.stdout and said(done) == []

@@ -40,6 +40,7 @@ def run(tmp_path_factory):
     return world
 
 
+@pytest.mark.slow
 def test_every_way_is_measured_on_every_text_and_changes_the_student(run, monkeypatch, capsys):
     texts = f"{run / 'evaluation.txt'},{run / 'recovery.txt'}"
     given = ["--run", str(run), "--texts", texts, "--tokens", "1024", "--device", "cpu"]

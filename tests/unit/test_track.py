@@ -149,6 +149,7 @@ def test_any_name_becomes_one_that_wandb_accepts_and_different_names_stay_differ
         wandb.Artifact(NAMES[1], "report")
 
 
+@pytest.mark.slow
 def test_running_again_continues_the_run_and_another_configuration_starts_one(tmp_path):
     same, other = {"seed": 1}, {"seed": 2}
     first = run_id(tmp_path, same)
@@ -246,6 +247,7 @@ def losing_the_process(_, folder: str) -> str:
     return spoken(work)
 
 
+@pytest.mark.slow
 def test_losing_the_process_of_wandb_does_not_end_the_training(tmp_path):
     [text] = on_ranks(losing_the_process, tmp_path, world=1, arguments=(str(tmp_path / "runs"),))
     assert text.count("W&B stopped") == 1, text
