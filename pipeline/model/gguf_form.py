@@ -21,7 +21,7 @@ SCALAR = "query_pre_attn_scalar"
 
 @dataclass(frozen=True)
 class Graph:
-    """What llama.cpp's graph of a model type takes from elsewhere than the file."""
+    """What llama.cpp's graph of a model type does not read from the file."""
 
     windows: bool = False  # the order of sliding-window layers, unless the file states it
     # The module that the scale of attention is folded into: the graph divides by the square root of the head size, and

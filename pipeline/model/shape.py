@@ -124,7 +124,7 @@ class Removal:
 
 @dataclass(frozen=True)
 class Sublayers(Stored):
-    """The sub-layers that are removed, in order, of the layers `hosts`, which stay before that."""
+    """The sub-layers that are removed, in order, and `hosts`, the layers that whole-layer removal keeps."""
 
     FILE: ClassVar[str] = "sublayers.json"
 

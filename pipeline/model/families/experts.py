@@ -66,9 +66,12 @@ def shared(name: str, axis: str) -> dict[str, str]:
 NAMED = tuple(f"mlp.experts.{{expert}}.{name}_proj" for name in ("gate", "up", "down"))
 MIXTRAL = tuple(f"block_sparse_moe.experts.{{expert}}.{name}" for name in ("w1", "w3", "w2"))
 EXPERT_WIDTH = {"x": ("moe_intermediate_size",)}
+ONE_SHARED = EXPERT_WIDTH | {"y": ("shared_expert_intermediate_size",)}
 FFN_WIDTH = {"x": ("intermediate_size",)}
 SPARSE = {"decoder_sparse_step": (1, None), "mlp_only_layers": ([], None)}
 PRE = {"input_layernorm": QKV, "post_attention_layernorm": ()}
+ROUTED = experts(NAMED, "x", "mlp.gate.weight")
+COMMON: dict[str, Any] = {"top_k": "num_experts_per_tok", "fixed": WHOLE}
 DENSE_FIRST: dict[str, Any] = {
     "optional": (
         "mlp.gate_proj.",
@@ -85,12 +88,7 @@ DENSE_FIRST: dict[str, Any] = {
     "chosen_groups": "topk_group",
     "fixed": WHOLE,
 }
-DEEPSEEK_FFN = (
-    experts(NAMED, "x", "mlp.gate.weight")
-    | shared("mlp.shared_experts", "y")
-    | {"mlp.gate.e_score_correction_bias": "e"}
-    | GATED
-)
+DEEPSEEK_FFN = ROUTED | shared("mlp.shared_experts", "y") | {"mlp.gate.e_score_correction_bias": "e"} | GATED
 DEEPSEEK_LENGTHS = EXPERT_WIDTH | {"y": ("moe_intermediate_size*n_shared_experts",)}
 DEEPSEEK = Family(
     "deepseek_v3",
@@ -115,7 +113,7 @@ EXPERTS = (
     Family(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
-        ATTENTION | ATTENTION_BIASES | QK_NORM | experts(NAMED, "x", "mlp.gate.weight") | NORMS,
+        ATTENTION | ATTENTION_BIASES | QK_NORM | ROUTED | NORMS,
         PRE,
         lengths=EXPERT_WIDTH,
         requires=SPARSE,
@@ -128,7 +126,7 @@ EXPERTS = (
         "Qwen2MoeForCausalLM",
         ATTENTION
         | ATTENTION_BIASES
-        | experts(NAMED, "x", "mlp.gate.weight")
+        | ROUTED
         | shared("mlp.shared_expert", "y")
         | {"mlp.shared_expert_gate.weight": "1 h"}
         | NORMS,
@@ -142,7 +140,7 @@ EXPERTS = (
     Family(
         "olmoe",
         "OlmoeForCausalLM",
-        ATTENTION | ATTENTION_BIASES | QK_NORM_ALL | experts(NAMED, "x", "mlp.gate.weight") | NORMS,
+        ATTENTION | ATTENTION_BIASES | QK_NORM_ALL | ROUTED | NORMS,
         PRE,
         lengths=FFN_WIDTH,
         fields={"head_size": None},
@@ -264,20 +262,19 @@ EXPERTS = (
         "Kolibri1ForCausalLM",
         ATTENTION
         | QK_NORM
-        | experts(NAMED, "x", "mlp.gate.weight")
+        | ROUTED
         | shared("mlp.shared_experts", "y")
         | {"mlp.gate.e_score_correction_bias": "e"}
         | NORMS
         | {"post_self_attn_layernorm.weight": "h", "post_mlp_layernorm.weight": "h"},
         PRE | {"post_self_attn_layernorm": (), "post_mlp_layernorm": ()},
-        lengths=EXPERT_WIDTH | {"y": ("shared_expert_intermediate_size",)},
+        lengths=ONE_SHARED,
         disk=(
             ("moe.router.expert_bias", "mlp.gate.e_score_correction_bias"),
             ("post_attn_norm", "post_self_attn_layernorm"),
             ("post_ffn_norm", "post_mlp_layernorm"),
         ),
         experts=("num_local_experts", "num_experts"),
-        top_k="num_experts_per_tok",
-        fixed=WHOLE,
+        **COMMON,
     ),
 )

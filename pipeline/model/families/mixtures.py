@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.model.families.experts import (
+    COMMON,
     DEEPSEEK,
     DEEPSEEK_FFN,
     DENSE_FIRST,
@@ -15,7 +16,9 @@ from pipeline.model.families.experts import (
     FFN_WIDTH,
     MLA_READERS,
     NAMED,
+    ONE_SHARED,
     PRE,
+    ROUTED,
     WHOLE,
     experts,
     shared,
@@ -34,10 +37,7 @@ from pipeline.model.families.table import (
 
 FULL = ATTENTION | ATTENTION_BIASES
 DENSE_OR_SPARSE = tuple(DENSE_FIRST["optional"])
-ROUTED = experts(NAMED, "x", "mlp.gate.weight")
-COMMON: dict[str, Any] = {"top_k": "num_experts_per_tok", "fixed": WHOLE}
 LISTED: dict[str, Any] = COMMON | {"optional": DENSE_OR_SPARSE, "lengths": EXPERT_WIDTH}
-ONE_SHARED = EXPERT_WIDTH | {"y": ("shared_expert_intermediate_size",)}
 SHARED_WIDTH = EXPERT_WIDTH | {"y": ("moe_intermediate_size*num_shared_experts",)}
 GRANITE = FULL | {
     "block_sparse_moe.router.layer.weight": "e h",

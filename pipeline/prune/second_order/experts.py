@@ -90,7 +90,7 @@ def restore_experts(
     """Yield a cut stream with W_down of narrowed experts restored from the source's whole ones.
 
     `grams` gives H by the names of `narrowed_parts` and may be lazy. An expert that no calibration token was sent to
-    stays as it was cut. Raise ValueError names a Gram matrix that is missing.
+    stays as it was cut. Raise ValueError where a Gram matrix is missing, with its name.
     """
     student, shared = blueprint.student(anatomy), f"{anatomy.shared_writer}.weight"
     places = {

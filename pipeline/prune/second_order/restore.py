@@ -68,7 +68,7 @@ def restore_outputs(
     `grams` gives H by source module name and may be lazy. Columns are solved over all rows, then rows are selected by
     the blueprint's channels, which commutes. Where heads were donated (CLAP), the host's own heads restore the host's
     attention and donated columns stay as they were cut: how donors answer to the host's stream was never measured.
-    Raise ValueError names a Gram matrix that is missing.
+    Raise ValueError where a Gram matrix is missing, with its name.
     """
     places = {
         module.format(layer=place) + ".weight": (axis, module, plan)
