@@ -7,7 +7,7 @@ Every row keeps 22/30 of SmolLM2-135M's parameters outside the embeddings (withi
 remove, allow that share exactly. Calibration and recovery read the built-in topics and docstrings. A row that trains
 on more than that is listed in APART. Rows are runs of the pipeline, so they share the teacher, the tokens and equal
 scores, resume where they were cut off, and are not run twice. The table goes to benchmarks/results/equal_terms.md, the
-figures beside it as JSON.
+figures beside it as JSON; rows in that file that the command does not run stay.
 """
 
 import json
@@ -94,14 +94,18 @@ def figures(row: str, seed: int, report: Mapping[str, Any]) -> Figures:
 
 
 def write(runs: Path, results: Path) -> None:
-    """Write the table, and its figures, of every row that has a report."""
-    found = [figures(row, seed, report) for (row, seed), report in reports(PREFIX, ROWS, runs).items()]
+    """Write the table, and its figures, of every row that has a report or stands in the file of an earlier command."""
+    place = results / "equal_terms.json"
+    earlier = json.loads(place.read_text(encoding="utf-8")) if place.exists() else []
+    by_run = {(each["row"], each["seed"]): each for each in earlier}
+    by_run |= {key: figures(*key, report) for key, report in reports(PREFIX, ROWS, runs).items()}
+    found = [by_run[key] for key in sorted(by_run, key=lambda key: (list(ROWS).index(key[0]), key[1]))]
     columns = ["row", "recipe", "removed", "KV bytes", *(f"{text}: {when}" for text in TEXTS for when in STATES)]
     lines = [line(row, [each for each in found if each["row"] == row]) for row in ROWS]
     lines = [each for each in lines if each]
     caption = "Perplexity over the teacher's by seed, ± the largest standard error over 64 sequences."
     write_table(results / "equal_terms.md", "Recipes on equal terms", caption, columns, lines)
-    (results / "equal_terms.json").write_text(json.dumps(found, indent=1) + "\n")
+    place.write_text(json.dumps(found, indent=1) + "\n")
 
 
 STATES = ("before", "after")

@@ -1,5 +1,7 @@
 """Rows of the comparison on equal terms: each is a valid configuration, and the table shows what reports hold."""
 
+import json
+import shutil
 import sys
 
 import pytest
@@ -44,3 +46,17 @@ def test_the_table_has_the_ratios_of_every_seed():
     assert cells[2:6] == ["26.7 %", "20", "4.00 / 5.00 ± 0.10", "1.50 / 1.60 ± 0.10"]
     assert equal_terms.line("tyr", []) == []
     assert set(frozen.TEXTS) == set(equal_terms.TEXTS)
+
+
+def test_rows_of_an_earlier_command_stay_in_the_table(tmp_path):
+    runs = tmp_path / "runs"
+    for row in ("tyr", "flap"):
+        folder = runs / f"equal-{row}-0"
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(json.dumps(report((4.0, 1.5))))
+    equal_terms.write(runs, tmp_path)
+    shutil.rmtree(runs / "equal-tyr-0")
+    (runs / "equal-flap-0").rename(runs / "equal-flap-1")
+    equal_terms.write(runs, tmp_path)
+    found = json.loads((tmp_path / "equal_terms.json").read_text())
+    assert [(each["row"], each["seed"]) for each in found] == [("tyr", 0), ("flap", 0), ("flap", 1)]
