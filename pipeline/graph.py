@@ -52,7 +52,7 @@ MODULES = (
     report,
 )
 STAGES: dict[str, Stage] = {module.STAGE.name: module.STAGE for module in MODULES}
-FIRST = ("teacher", "tokens")  # every run begins with them; recipes do not list them
+FIRST = ("teacher", "tokens")  # come before the stages of a recipe that read them; recipes do not list them
 ROLES = ("teacher", "subject", "tokens", "reference_tokens")  # bound by the runner, see Stage
 
 
@@ -82,8 +82,9 @@ def check(config: Config) -> list[str]:
 
 
 def stages_of(config: Config) -> list[str]:
-    """Return the stages of a recipe in order, with those that every run or a listed stage implies."""
-    names = [*FIRST]
+    """Return the stages of a recipe in order, with those that a listed stage implies."""
+    read = {need for name in config.recipe.stages for need in needs_of(config, STAGES[name])}
+    names = [name for name in FIRST if not read.isdisjoint((STAGES[name].makes, *STAGES[name].becomes))]
     for name in config.recipe.stages:
         implied = [each for each in STAGES if STAGES[each].implied and STAGES[each].makes in STAGES[name].needs]
         names += [each for each in implied if each not in names and each not in config.recipe.stages]

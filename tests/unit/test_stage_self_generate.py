@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 
 from pipeline.data import sources
 from pipeline.data.written_chats import ChatMarks, before_user, chat_marks
-from pipeline.evaluation.writing import sample, word_starts, written
+from pipeline.evaluation.writing import TurnIds, sample, sample_chats, word_starts, written
 from pipeline.runtime.model_loader import load_tokenizer
 from tests.chat_templates import SPECIAL, TEMPLATES
 from tests.tiny import tiny_model
@@ -50,6 +50,55 @@ def test_every_token_is_drawn_from_what_stands_before_it():
         whole = torch.cat([whole, token.view(1, 1)], 1)
 
 
+TURNS = TurnIds(between=(3, 7, 5), after=(4, 9), special=frozenset((2, 3, 4, 7)))
+
+
+def turns_of(row):
+    """Return the user's words and the reply of a row that has both ends; None of another."""
+    if 3 not in row:
+        return None
+    words, rest = row[: row.index(3)], row[row.index(3) :]
+    return (words, rest[3:-2]) if rest[:3] == [3, 7, 5] and rest[-2:] == [4, 9] else None
+
+
+def test_a_row_of_a_chat_has_its_turns_as_the_template_writes_them_and_ends_with_them():
+    model = tiny_model("llama", vocab_size=16)
+    starts = torch.full((400, 1), 6)
+    rows = sample_chats(model, starts, TURNS, 24, 1.0, torch.Generator().manual_seed(0))
+    chats = [found for found in map(turns_of, rows) if found]
+    assert len(chats) > 10
+    assert not any(id_ in TURNS.special for chat in chats for turn in chat for id_ in turn)
+    for row in rows:
+        drawn = [*row]
+        if 3 in row:
+            del drawn[row.index(3) + 1 : row.index(3) + 3]
+        ends = [place for place, id_ in enumerate(drawn) if id_ in TURNS.special][: 2 if 3 in row else 1]
+        ended = len(ends) == (2 if drawn[ends[0]] == 3 else 1) if ends else False
+        assert turns_of(row) or (ends[-1] == len(drawn) - 1 if ended else len(row) == 24)
+
+
+def test_a_row_is_drawn_from_its_own_history_though_others_have_left():
+    """Without heat each row is the greedy continuation of its own start, with the template's tokens in their place."""
+    model = tiny_model("llama", vocab_size=16)
+    starts = torch.arange(16)[:, None]
+    rows = sample_chats(model, starts, TURNS, 12, 1e-6, torch.Generator().manual_seed(0))
+    assert len({len(row) for row in rows}) > 1, "no row left the batch"
+    for start, row in zip(starts.tolist(), rows, strict=True):
+        copied = [row.index(3) + 1, row.index(3) + 2] if 3 in row else []
+        if row[-2:] == [4, 9]:
+            copied.append(len(row) - 1)
+        for place, id_ in enumerate(row):
+            with torch.no_grad():
+                likeliest = model(input_ids=torch.tensor([[*start, *row[:place]]])).logits[0, -1].argmax()
+            assert place in copied or id_ == int(likeliest)
+
+
+def test_turns_without_special_tokens_at_their_ends_are_not_seen_at_the_token():
+    assert TURNS.marked
+    assert not TurnIds((5, 3), (4,), TURNS.special).marked
+    assert not TurnIds((3,), (5,), TURNS.special).marked
+
+
 def test_texts_begin_with_words_or_with_the_users_turn_and_hold_no_special_token():
     tokenizer = byte_tokenizer()
     assert before_user(tokenizer, "here") == []
@@ -67,7 +116,7 @@ def test_the_line_writes_text_that_can_be_calibrated_on_whatever_the_ranks(world
     said = pipeline(*SMALL, "run=text", "data.text_field=words", *settings(world), cwd=world).stdout
     path = world / "runs" / "text" / "generated.jsonl"
     records = [json.loads(line)["words"] for line in path.read_text().splitlines()]
-    assert "12 texts of 8 tokens, 0 of 3 batches as chats" in said and len(records) == 12 == len(set(records))
+    assert "12 texts of up to 8 tokens, 0 of 3 batches as chats" in said and len(records) == 12 == len(set(records))
     tokenizer = load_tokenizer(world / "model")
     starts = {tokenizer.decode([id_]).strip() for id_ in word_starts(tokenizer)}
     assert all(any(text.startswith(word) for word in starts) for text in records)
@@ -108,17 +157,18 @@ def with_template(world, folder, template):
     return str(folder)
 
 
-def test_chats_are_written_as_turns_that_recovery_can_read(world, tmp_path):
-    """Bytes that a random model draws end a turn by chance; whatever has both ends is a chat, and nothing else is."""
-    ends = "U{% for m in messages %}{{ m.content }}{{ 'e' if m.role == 'user' else 't' }}{% endfor %}"
-    chosen = ("self_generate.form=messages", "self_generate.length=60", "self_generate.tokens=1920")
+@pytest.mark.parametrize("ends, tokens", [("'e' if m.role == 'user' else 't'", 1920), ("eos_token", 19200)])
+def test_chats_are_written_as_turns_that_recovery_can_read(world, tmp_path, ends, tokens):
+    """What a random model draws ends a turn by chance; whatever has both ends is a chat, and nothing else is."""
+    ends = "U{% for m in messages %}{{ m.content }}{{ " + ends + " }}{% endfor %}"
+    chosen = ("self_generate.form=messages", "self_generate.length=60", f"self_generate.tokens={tokens}")
     given = settings(world, model__path=with_template(world, tmp_path / "model", ends))
     said = pipeline(*SMALL, "run=chats", *chosen, *given, cwd=world).stdout
     records = [json.loads(line)["text"] for line in (world / "runs/chats/generated.jsonl").read_text().splitlines()]
     assert records and f"{len(records)} of them chats" in said
     for turns in records:
         assert [turn["role"] for turn in turns] == ["user", "assistant"]
-        assert "e" not in turns[0]["content"] and "t" not in turns[1]["content"]
+        assert tokens > 1920 or not ("e" in turns[0]["content"] or "t" in turns[1]["content"])
 
 
 @pytest.mark.parametrize(

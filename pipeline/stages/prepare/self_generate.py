@@ -8,8 +8,8 @@ import torch
 
 from pipeline.config import Config
 from pipeline.data.encoding import frame
-from pipeline.data.written_chats import before_user, chat_marks
-from pipeline.evaluation.writing import sample, word_starts, written
+from pipeline.data.written_chats import ChatMarks, before_user, chat_marks
+from pipeline.evaluation.writing import TurnIds, sample, sample_chats, special_ids, word_starts, written
 from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine
@@ -41,6 +41,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     turn = before_user(tokenizer, PLACE) if marks or options.chat else []
     if marks and not turn:
         raise ValueError(f"{PLACE}: the teacher's chat template writes nothing before a user's words")
+    separate = _turn_ids(tokenizer, marks) if marks else None
     chats = round((1.0 if marks else options.chat) * total) if turn else 0
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention)
     own = [number for number in range(ranks.rank, total, ranks.world) if not files[number].exists()]
@@ -49,10 +50,14 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
             draw = torch.Generator(device.torch).manual_seed(config.seed * total + number)
             chat = (number + 1) * chats // total > number * chats // total  # spread evenly
             starts = _starts(tokenizer, options.batch_size, turn if chat else [], draw).to(device.torch)
-            ids = sample(model, starts, options.length, options.temperature, draw)
-            if not chat:
-                ids = torch.cat([starts[:, -1:], ids], 1)  # the drawn word is part of the text
-            texts = [marks.turns(tokenizer.decode(row)) if marks else written(row, tokenizer) for row in ids.tolist()]
+            how = (options.length, options.temperature, draw)
+            if separate:
+                rows = sample_chats(model, starts, separate, *how)
+            else:
+                rows = sample(model, starts, *how).tolist()
+            if not chat:  # the drawn word is part of the text
+                rows = [[*start[-1:], *row] for start, row in zip(starts.tolist(), rows, strict=True)]
+            texts = [marks.turns(tokenizer.decode(row)) if marks else written(row, tokenizer) for row in rows]
             records = [json.dumps({config.data.text_field: text}, ensure_ascii=False) + "\n" for text in texts if text]
             write_atomically(files[number], "".join(records))
     ranks.wait("self_generate")
@@ -63,7 +68,16 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
                 f"self_generate.length: none of {drawn} texts ends within {options.length} tokens; set it higher"
             )
         kinds = f"{found} of them chats that end" if marks else f"{chats} of {total} batches as chats"
-        machine.say(f"self_generate: {drawn} texts of {options.length} tokens, {kinds}")
+        machine.say(f"self_generate: {drawn} texts of up to {options.length} tokens, {kinds}")
+
+
+def _turn_ids(tokenizer: Any, marks: ChatMarks) -> TurnIds | None:
+    """Return the ids that separate the turns; None where turns do not end in special tokens."""
+    between, after = (
+        tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (marks.between, marks.after)
+    )
+    turns = TurnIds(between, after, special_ids(tokenizer))
+    return turns if turns.marked else None
 
 
 def _starts(tokenizer: Any, batch: int, turn: list[int], draw: torch.Generator) -> torch.Tensor:
@@ -95,6 +109,7 @@ STAGE = Stage(
     settings=settings,
     needs=("teacher",),
     check=check,
+    revision=2,  # 2: the template's part between the turns of a chat is copied, and a chat ends with its answer
     resumable=True,  # every batch is written down as soon as it is there
     shows={"generated.jsonl": "generated.jsonl"},
     delivers=True,
