@@ -61,14 +61,14 @@ def main() -> None:
     options, settings = with_settings(parser(__doc__, ROWS))
     chats = options.runs / f"{PREFIX}-chats.jsonl"
     chats.parent.mkdir(parents=True, exist_ok=True)
-    chats.write_text("".join(json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in written()))
+    chats.write_text("".join(json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in written("topics")))
     chosen = {row: row_settings(row, chats, settings) for row in ROWS}
     run_rows(PREFIX, chosen, options, lambda: write(options.runs, options.results))
 
 
-def written() -> Iterator[list[dict[str, str]]]:
-    """Yield a chat for each paragraph of the built-in topics that has two sentences: the first, and the others."""
-    for text in BUILTINS["topics"]():
+def written(*names: str) -> Iterator[list[dict[str, str]]]:
+    """Yield a chat for each paragraph of built-in texts that has two sentences: the first, and the others."""
+    for text in (text for name in names for text in BUILTINS[name]()):
         for paragraph in text.split("\n\n"):
             first, _, rest = " ".join(paragraph.split()).partition(". ")
             if len(first) > 40 and len(rest) > 80:

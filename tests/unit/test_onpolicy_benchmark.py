@@ -38,7 +38,7 @@ def test_rows_differ_only_in_their_training(tmp_path):
 
 
 def test_chats_are_paragraphs_that_an_assistant_continues():
-    chats = list(onpolicy.written())
+    chats = list(onpolicy.written("topics"))
     assert len(chats) > 200 and all([turn["role"] for turn in chat] == ["user", "assistant"] for chat in chats)
     assert all(80 < len(chat[1]["content"]) <= 500 for chat in chats)
 
