@@ -94,7 +94,7 @@ def figures(row: str, seed: int, report: Mapping[str, Any]) -> Figures:
 
 
 def write(runs: Path, results: Path) -> None:
-    """Write the table, and its figures, of every row that has a report, or that an earlier command wrote to the file."""
+    """Write the table, and its figures, of every row with a report, or that an earlier command wrote to the file."""
     place = results / "equal_terms.json"
     earlier = json.loads(place.read_text(encoding="utf-8")) if place.exists() else []
     by_run = {(each["row"], each["seed"]): each for each in earlier}

@@ -1,5 +1,6 @@
 """Measuring a model on held-out text and sampling its continuations, for evaluate_reference and evaluate."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -39,8 +40,17 @@ def settings(config: Config) -> dict[str, Any]:
     names = config.evaluate.task_names
     files = {task: fingerprint(Path(task)) for task in names if tasks.is_file(task)}
     evaluate = config.evaluate.model_dump(include={"tokens", "words", "words_context"})
-    evaluate |= {"tasks": names, "templated": config.evaluate.templated}
+    evaluate |= {"tasks": names, "templated": config.evaluate.templated, "task_backend": config.evaluate.task_backend}
+    evaluate |= {"vllm_args": config.evaluate.vllm_args}
     return {"evaluate": evaluate, "task_files": files, "samples": samples, "device": device}
+
+
+def tasks_of(config: Config) -> tasks.Tasks:
+    """Return the tasks that a configuration asks for."""
+    section = config.evaluate
+    python = section.vllm_python or sys.executable
+    own = (section.templated, section.batch_size, section.task_backend, python, section.vllm_args or {})
+    return tasks.Tasks(section.task_names, *own)
 
 
 class Bench:
@@ -99,16 +109,19 @@ class Bench:
             self.machine.track.log({f"{who}/{name}/{key}": value for key, value in numbers.items()}, None, "evaluate")
         return figures
 
-    def behaviour(self, model: nn.Module) -> Behaviour:
-        """Return bytes of cache per token, metrics of tasks and continuations of `prompts`; one rank measures them."""
-        section, report = self.config.evaluate, self.config.report
+    def behaviour(self, model: nn.Module, folder: Path) -> Behaviour:
+        """Return bytes of cache per token, metrics of tasks and continuations of `prompts`; one rank measures them.
+
+        `folder` is the model's.
+        """
+        report = self.config.report
         stop = frozenset({self.tokenizer.eos_token_id})
         continued = []
         for sample in self.prompts():
             ids = self.tokenizer(sample["prompt"], return_tensors="pt")["input_ids"]
             continued.append(self.tokenizer.decode(continue_greedily(model, ids, report.sample_tokens, stop)))
         with bars_on_terminals_only():
-            metrics = tasks.measure(model, self.tokenizer, section.task_names, section.batch_size, section.templated)
+            metrics = tasks.measure(tasks_of(self.config), model, self.tokenizer, folder)
         return Behaviour(cache_bytes_per_token(model, self.prompt(8)), metrics, tuple(continued))
 
     def answers(self, reference: nn.Module, student: nn.Module) -> dict[str, dict[str, Any]]:

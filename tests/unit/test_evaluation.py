@@ -2,6 +2,7 @@ import json
 import math
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -11,8 +12,10 @@ from pipeline.evaluation import tasks
 from pipeline.evaluation.perplexity import finite, over, quality, tallies, tally
 from pipeline.evaluation.samples import cache_bytes_per_token, continuation, continue_greedily, opening
 from pipeline.evaluation.speed import speeds
+from pipeline.evaluation.tasks import Tasks
 from pipeline.evaluation.words import Question, questions, right
-from tests.tiny import tiny_model, tokens
+from tests.questions import own_task, stand_in
+from tests.tiny import save_tiny, tiny_model, tokens
 from tests.tiny_text import configured
 from tests.tiny_tokenizers import tokenizer_folder
 
@@ -168,8 +171,8 @@ def test_tasks_without_the_harness_are_refused_with_the_remedy():
     if tasks.installed():
         pytest.skip("lm_eval is installed here")
     with pytest.raises(ValueError, match=r"evaluate.tasks.*pip install '.\[eval\]'"):
-        tasks.check(["arc_easy"])
-    tasks.check([])
+        tasks.check(Tasks(["arc_easy"]))
+    tasks.check(Tasks([]))
 
 
 def test_a_task_that_the_harness_does_not_know_is_refused_before_any_work_with_those_like_it():
@@ -198,37 +201,59 @@ def test_a_local_task_file_is_measured_by_the_harness(tmp_path):
 
     tokenizer = load_tokenizer(tokenizer_folder(tmp_path / "model", TEXT))
     model = tiny_model("llama", dtype=torch.float32, max_position_embeddings=256)
-    requested = []
-    for prompt in ("The old", "Nobody had", "the wind went", "a hill stood"):  # the right choice is the model's own
-        scores = []
-        for choice in ("house", "years"):
-            head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            ids = tokenizer(f"{prompt} {choice}", add_special_tokens=False)["input_ids"]
-            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            scores.append(sum(logits[i - 1, ids[i]].item() for i in range(len(head), len(ids))))
-        requested.append({"question": prompt, "choices": ["house", "years"], "answer": scores.index(max(scores))})
-    requested[-1]["answer"] = 1 - requested[-1]["answer"]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in requested))
-    task = tmp_path / "own.yaml"
-    task.write_text(
-        f"""task: own
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path}/questions.jsonl}}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{question}}}}"
-doc_to_target: answer
-doc_to_choice: choices
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-"""
-    )
-    tasks.check([str(task)])
-    found = tasks.measure(model, tokenizer, [str(task)], batch=2, templated=False)
+    task = own_task(tmp_path, model, tokenizer)
+    wanted = Tasks([str(task)], batch_size=2)
+    tasks.check(wanted)
+    found = tasks.measure(wanted, model, tokenizer, tmp_path)
     assert found["own"]["acc"] == 0.75
     assert found["own"]["questions"] == 4
 
 
 def test_a_task_file_that_does_not_exist_is_refused(tmp_path):
-    pytest.importorskip("lm_eval")
-    with pytest.raises(ValueError, match="absent.yaml, which does not exist"):
-        tasks.check([str(tmp_path / "absent.yaml")])
+    with pytest.raises(ValueError, match="absent.yaml does not exist; correct the path"):
+        tasks.check(Tasks([str(tmp_path / "absent.yaml")]))
+
+
+def in_vllm(python, names=("arc_easy",), **changes):
+    return Tasks(list(names), templated=True, backend="vllm", python=python, **changes)
+
+
+def test_vllm_measures_the_folder_of_a_model_by_a_python_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    model = tiny_model("llama", dtype=torch.float32)
+    folder = save_tiny(model, tmp_path / "model")
+    wanted = in_vllm(stand_in(tmp_path), arguments={"max_model_len": 64})
+    tasks.check(wanted)
+    tasks.check_form(wanted, folder)
+    assert tasks.measure(wanted, model, None, folder) == {"arc_easy": {"acc": 0.5}}
+    request, isolated, sees_rank = json.loads((tmp_path / "request.json").read_text())
+    assert (isolated, sees_rank) == ("-I", False)
+    assert request == {
+        "model": str(folder), "dtype": "float32", "tasks": ["arc_easy"], "templated": True,
+        "arguments": {"trust_remote_code": False, "max_model_len": 64},
+    }  # fmt: skip
+
+
+def test_tasks_that_vllm_cannot_measure_are_refused_with_the_remedy(tmp_path):
+    with pytest.raises(ValueError, match=r"evaluate.vllm_python: .*absent cannot be run"):
+        tasks.check(in_vllm(str(tmp_path / "absent")))
+    with pytest.raises(ValueError, match=r"evaluate.vllm_python: .*has no lm_eval and no vllm; install"):
+        tasks.check(in_vllm(stand_in(tmp_path, missing=["lm_eval", "vllm"])))
+    (tmp_path / "other").mkdir()
+    python = stand_in(tmp_path / "other", fails=True)
+    with pytest.raises(ValueError, match=r"\['arc_esy'\]; did you mean arc_easy"):
+        tasks.check(in_vllm(python, ["arc_esy"]))
+    folder = save_tiny(tiny_model("llama", dtype=torch.float32), tmp_path / "model")
+    with pytest.raises(ValueError, match=r"evaluate.task_backend: .*no memory left; its output is in (\S+)") as failed:
+        tasks.measure(in_vllm(python), tiny_model("llama"), None, folder)
+    log = Path(str(failed.value).rpartition(" ")[2])
+    assert log.read_text().startswith("first line")
+    log.unlink()
+
+
+def test_a_student_in_its_own_form_is_refused_for_vllm_before_it_is_measured(tmp_path):
+    (tmp_path / "config.json").write_text('{"pruned": {}, "auto_map": {}}')
+    with pytest.raises(ValueError, match="export.form=decilm or padded"):
+        tasks.check_form(in_vllm("python"), tmp_path)
+    tasks.check_form(Tasks(["arc_easy"]), tmp_path)
+    tasks.check_form(in_vllm("python", ()), tmp_path)

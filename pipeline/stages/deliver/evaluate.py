@@ -28,7 +28,7 @@ ANSWERS = {"answers", "answer_tokens"}
 
 def check(config: Config) -> None:
     """Refuse tasks that cannot be run here, and texts beyond the model's positions, before any work."""
-    tasks.check(config.evaluate.task_names)
+    tasks.check(evaluator.tasks_of(config))
     if config.evaluate.speed:
         count = config.evaluate.speed_prefill + config.evaluate.speed_decode
         check_positions_of_source(config, "evaluate.speed_prefill + evaluate.speed_decode", count)
@@ -51,6 +51,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     perplexity comes with its ratio to the reference's and the standard error of the ratio over sequences. Raise
     ValueError before any pass where a model that is to be timed is too large for the device.
     """
+    tasks.check_form(evaluator.tasks_of(config), inputs["student"])
     if config.evaluate.speed:
         _need_memory(config, inputs, machine)
     reference = ReferenceEvaluation.load(inputs["reference_evaluation"])
@@ -66,7 +67,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         figures["student"] = bench.measure(model, "student", reference.facts)
         if machine.ranks.rank:
             return
-        behaviours = {"teacher": reference.behaviour, "student": bench.behaviour(model)}
+        behaviours = {"teacher": reference.behaviour, "student": bench.behaviour(model, inputs["student"])}
     for who, texts in figures.items():
         if who != "teacher":
             _compare(texts, reference.figures, paired=bench.original is None)

@@ -14,7 +14,7 @@ from pipeline.stages.stage import Inputs, Stage
 
 def check(config: Config) -> None:
     """Refuse tasks that cannot be run here, before any work."""
-    tasks.check(config.evaluate.task_names)
+    tasks.check(evaluator.tasks_of(config))
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     with bench.placed(inputs["reference"]) as model:
         figures = bench.measure(model, "teacher", facts)
         if machine.ranks.rank == 0:
-            ReferenceEvaluation(facts, figures, bench.behaviour(model)).save(out)
+            ReferenceEvaluation(facts, figures, bench.behaviour(model, inputs["reference"])).save(out)
 
 
 STAGE = Stage(
