@@ -2,7 +2,7 @@
 # make check      linters, import contracts, types, language, the page of settings
 # make test-fast  unit, numerics and document tests
 # make test       the whole suite
-# make serving  the environments of vLLM and llama.cpp, in .serving (ENGINES='vllm llama_cpp converter')
+# make serving  the environments of vLLM, llama.cpp and ONNX Runtime, in .serving (ENGINES='vllm llama_cpp onnx converter')
 # make test-serving  students in these engines, compared with transformers; skipped where they are not installed
 # make coverage   test-fast with line coverage
 # make bench      rows of the side-by-side table (an hour each on two cores), and the table
@@ -16,7 +16,7 @@ STAMP  := $(VENV)/.installed
 ROWS   ?= best,pangu_light,minitron
 SHARE  ?= 25
 
-ENGINES ?= vllm llama_cpp converter
+ENGINES ?= vllm llama_cpp onnx converter
 
 WORKERS ?= 2
 DEMO    ?= budget.parameters=0.75 distill.tokens=16384 local_distill.tokens=16384 evaluate.tokens=8192

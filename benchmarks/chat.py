@@ -79,6 +79,11 @@ def row_settings(row: str, settings: Sequence[str]) -> list[str]:
     return chosen
 
 
+def tokens_of(report: Report, training: str) -> int:
+    """Return the tokens of a training; 0 where the run had none."""
+    return int((report.get(training) or {"tokens": 0})["tokens"])
+
+
 def figures(row: str, seed: int, report: Report) -> dict[str, object]:
     """Return the sizes of a row's student, the tokens of its training, and what was measured on answers."""
     (text,) = report["perplexity"].values()
@@ -87,8 +92,8 @@ def figures(row: str, seed: int, report: Report) -> dict[str, object]:
         "row": row,
         "seed": seed,
         "kept": sizes["student"] / sizes["teacher"],
-        "read": int(report.get("recovery", {"tokens": 0})["tokens"]),
-        "written": int(report.get("onpolicy", {"tokens": 0})["tokens"]),
+        "read": tokens_of(report, "recovery"),
+        "written": tokens_of(report, "onpolicy"),
         **{key: answers[key] for key in ("kl", "kl_error", "agreement", "greedy")},
         "perplexity": {who: answers[who]["perplexity"] for who in ("teacher", "student")},
     }

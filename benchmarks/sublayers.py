@@ -34,7 +34,7 @@ ROWS = {
     ),
 }
 COMMON = [
-    "budget.parameters=0.8",
+    "budget.parameters=0.801",  # 24 of 30 layers and the final norm
     "sublayers.candidates=10",
     "plan.depth_tokens=512",
     "score.tokens=8192",

