@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from tests.serving.reference import Agreement
 
 def pytest_addoption(parser):
     parser.addoption("--student", type=Path, help="folder of an exported student, which the engines load as well")
+    parser.addoption("--student-name", default="given", help="name of --student in the rows of --record")
     parser.addoption("--record", type=Path, help="JSON file of figures; those of the tests that run are replaced")
     parser.addoption("--machine", default="", help="the machine's description, for --record")
 
@@ -33,7 +35,7 @@ def given_student(request) -> Path:
 @pytest.fixture(scope="session")
 def record(request) -> Callable[..., None]:
     """Return a function that adds a row of figures to the file of --record."""
-    path = request.config.getoption("--record")
+    path, given = request.config.getoption("--record"), request.config.getoption("--student-name")
 
     def add(engine: str, student: str, found: Agreement, **facts: object) -> None:
         if path is None:
@@ -45,7 +47,7 @@ def record(request) -> Callable[..., None]:
         figures["reference"] = {"transformers": transformers.__version__, "torch": torch.__version__}
         figures["converter"] = engines.CONVERTER_PACKAGE.read_text().splitlines()[-1]
         figures["engines"][engine] = {"package": engines.PACKAGES[engine], "version": engines.version(engine)}
-        student = student.replace("-", "_")
+        student = re.sub("^given", given, student).replace("-", "_")
         row = {"engine": engine, "student": student, **facts, **asdict(found)}
         rows = [each for each in figures["rows"] if (each["engine"], each["student"]) != (engine, student)]
         figures["rows"] = sorted([*rows, row], key=lambda each: (each["engine"], each["student"]))
