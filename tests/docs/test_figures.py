@@ -160,7 +160,30 @@ def of_onpolicy(row: str, now: dict[str, str], other: str | None) -> list[float]
     return [100.0 * (figures["agreement"] if other == "equal first choices" else figures["greedy"]["shared"])]
 
 
+def of_chat(row: str, now: dict[str, str], other: str | None) -> list[float]:
+    (figures,) = (each for each in saved("chat") if each["row"] == row)
+    if other == "KL on answers":
+        return [figures["kl"], figures["kl_error"]]
+    if other == "perplexity, times":
+        return [figures["perplexity"]["student"] / figures["perplexity"]["teacher"]]
+    shares = {"equal first choices": figures["agreement"], "greedy answers agree for": figures["greedy"]["shared"]}
+    return [100.0 * (shares | {"parameters kept": figures["kept"]})[str(other)]]
+
+
+def of_sublayers(row: str, now: dict[str, str], other: str | None) -> list[float]:
+    """Return the perplexity over the teacher's, or a size."""
+    (figures,) = (each for each in saved("sublayers") if each["row"] == row)
+    if other == "parameters kept":
+        return [100.0 * figures["kept"]]
+    if other == "KV bytes":
+        return [figures["kv_bytes_per_token"]["student"]]
+    text = figures["texts"][now["text"]]
+    return [text[{"before": "start", "after": "student"}[now["state"]]] / text["teacher"]]
+
+
 READERS = {
+    "chat": of_chat,
+    "sublayers": of_sublayers,
     "onpolicy": of_onpolicy,
     "equal_terms": of_equal_terms,
     "serving": of_serving,
@@ -172,6 +195,8 @@ READERS = {
     "experts": of_experts,
 }
 FACTS = {
+    "chat": ("parameters kept", "KL on answers", "equal first choices", "greedy answers agree for", "perplexity, times"),
+    "sublayers": ("parameters kept", "KV bytes"),
     "onpolicy": ("KL on answers", "equal first choices", "greedy answers agree for"),
     "equal_terms": ("removed", "KV bytes"),
     "serving": ("equal tokens", "difference, thousandths"),
