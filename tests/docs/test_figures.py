@@ -164,7 +164,7 @@ def of_chat(row: str, now: dict[str, str], other: str | None) -> list[float]:
     (figures,) = (each for each in saved("chat") if each["row"] == row)
     if other == "KL on answers":
         return [figures["kl"], figures["kl_error"]]
-    if other == "perplexity, times":
+    if other == "perplexity ratio":
         return [figures["perplexity"]["student"] / figures["perplexity"]["teacher"]]
     shares = {"equal first choices": figures["agreement"], "greedy answers agree for": figures["greedy"]["shared"]}
     return [100.0 * (shares | {"parameters kept": figures["kept"]})[str(other)]]
@@ -195,7 +195,7 @@ READERS = {
     "experts": of_experts,
 }
 FACTS = {
-    "chat": ("parameters kept", "KL on answers", "equal first choices", "greedy answers agree for", "perplexity, times"),
+    "chat": ("parameters kept", "KL on answers", "equal first choices", "greedy answers agree for", "perplexity ratio"),
     "sublayers": ("parameters kept", "KV bytes"),
     "onpolicy": ("KL on answers", "equal first choices", "greedy answers agree for"),
     "equal_terms": ("removed", "KV bytes"),

@@ -44,7 +44,9 @@ def test_a_line_has_what_was_measured_on_answers(tmp_path):
     answers = {"kl": 0.25, "kl_error": 0.01, "agreement": 0.7, "greedy": {"identical": 0.5, "shared": 0.75}}
     answers |= {who: {"perplexity": value} for who, value in (("teacher", 2.0), ("student", 3.0))}
     report = {"perplexity": {"chats": {"assistant": answers}}, "parameters": {"teacher": 1000, "student": 704}}
-    for row, trained in (("cut", {"recovery": None}), ("on_policy", {"recovery": {"tokens": 8192.0}, "onpolicy": {"tokens": 3000.0}})):
+    trainings = {"cut": {"recovery": None}}
+    trainings["on_policy"] = {"recovery": {"tokens": 8192.0}, "onpolicy": {"tokens": 3000.0}}
+    for row, trained in trainings.items():
         (tmp_path / f"chat-{row}-0").mkdir()
         (tmp_path / f"chat-{row}-0" / "report.json").write_text(json.dumps(report | trained))
     chat.write(tmp_path, tmp_path)
