@@ -138,6 +138,12 @@ def _count(config: Config, names: list[str]) -> int:
     return len(enabled) + (config.recipe.rounds - 1) * sum(name in config.recipe.repeat for name in enabled)
 
 
+def _check_model(config: Config, folder: Path) -> None:
+    """Refuse what a model does not allow that was no folder before it was imported, such as a GGUF."""
+    if model_folder(config.model.path, config.model.allow_pickle) is None:
+        check(config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})}))
+
+
 def _check_text(config: Config, tokens: Path) -> None:
     """Refuse a text that a stage of this run cannot use."""
     for name in stages_of(config):
@@ -217,6 +223,9 @@ def _run_stages(session: Session, names: list[str], known: Mapping[str, Path]) -
         made |= dict.fromkeys((stage.makes, *stage.becomes), folder)
         record["stages"][name + suffix] = {"artifact": folder.name, "made_now": fresh}
         session.folders[name] = folder
+        if name == "teacher":
+            with machine.ranks.guard():
+                _check_model(config, folder)
         if "tokens" in (stage.makes, *stage.becomes):
             with machine.ranks.guard():
                 _check_text(config, folder)

@@ -10,6 +10,7 @@ from pipeline.runtime.model_source import inspect, locate
 from tests.gguf_files import write_gguf
 from tests.students import imported
 from tests.tiny import tensors_of, tiny_model
+from tests.world import make_world, pipeline, settings
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +152,13 @@ def test_an_array_of_strings_that_exceed_any_memory_is_refused(tmp_path, length)
     field = struct.pack("<Q1sIIQQ", 1, b"a", 9, 8, 2, length)
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field + bytes(32))
     refused(tmp_path / "a.gguf", "array of strings")
+
+
+@pytest.mark.parametrize("wrong", ["shape.layers=99", "shape.attention_layers=99"])
+def test_a_shape_that_the_model_does_not_allow_is_refused_right_after_its_import(sound, tmp_path, wrong):
+    world = make_world(tmp_path)
+    (world / "tiny.gguf").write_bytes(sound)
+    given = settings(world, model__path=world / "tiny.gguf")
+    done = pipeline("run=wrong", *given, wrong, cwd=world, check=False)
+    assert done.returncode == 2 and f"error: {wrong.partition('=')[0]}" in done.stdout
+    assert "stage 1 of" in done.stdout and "stage 2 of" not in done.stdout
