@@ -120,8 +120,11 @@ class Bench:
         for sample in self.prompts():
             ids = self.tokenizer(sample["prompt"], return_tensors="pt")["input_ids"]
             continued.append(self.tokenizer.decode(continue_greedily(model, ids, report.sample_tokens, stop)))
+        wanted = tasks_of(self.config)
+        if wanted.names:
+            self.machine.say(f"tasks with {wanted.backend}: {', '.join(wanted.names)}")
         with bars_on_terminals_only():
-            metrics = tasks.measure(tasks_of(self.config), model, self.tokenizer, folder)
+            metrics = tasks.measure(wanted, model, self.tokenizer, folder)
         return Behaviour(cache_bytes_per_token(model, self.prompt(8)), metrics, tuple(continued))
 
     def answers(self, reference: nn.Module, student: nn.Module) -> dict[str, dict[str, Any]]:
