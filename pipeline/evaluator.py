@@ -29,7 +29,7 @@ from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_loader import load_model
 from pipeline.runtime.ranks import place
 
-REVISION = 4  # 2: losses by sequence; 3: questions spread evenly over each text; 4: bytes per token
+REVISION = 5  # 3: questions spread evenly over each text; 4: bytes per token; 5: answers before recovery
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -127,8 +127,11 @@ class Bench:
             metrics = tasks.measure(wanted, model, self.tokenizer, folder)
         return Behaviour(cache_bytes_per_token(model, self.prompt(8)), metrics, tuple(continued))
 
-    def answers(self, reference: nn.Module, student: nn.Module) -> dict[str, dict[str, Any]]:
-        """Return the comparison of two models on the assistant's turns, by text whose turns are marked."""
+    def answers(self, reference: nn.Module, student: nn.Module, label: str) -> dict[str, dict[str, Any]]:
+        """Return the comparison of two models on the assistant's turns, by text whose turns are marked.
+
+        `label` is what is printed before the name of a text.
+        """
         ranks, section, found = self.machine.ranks, self.config.evaluate, {}
         special = frozenset(self.tokenizer.added_tokens_decoder)
         for name, packed in self.texts.items():
@@ -138,7 +141,7 @@ class Bench:
             sums = torch.zeros(self.rows[name], len(answers.SUMS), dtype=torch.float64)
             size = section.batch_size
             batches = _batches(Marked(packed), rows, size)
-            shown = self.machine.progress(batches, -(-len(rows) // size), f"answers in {name}")
+            shown = self.machine.progress(batches, -(-len(rows) // size), f"{label} in {name}")
             for number, part in enumerate(answers.compared(reference, student, shown, self.config.logits.chunk)):
                 own = rows[number * size : (number + 1) * size]
                 sums[own.start : own.stop : own.step] = part
@@ -149,7 +152,7 @@ class Bench:
             numbers = answers.figures(sums)
             if numbers is not None:
                 found[name] = numbers | {"greedy": answers.greedy_figures(equal, section.answer_tokens)}
-                self.machine.say(f"answers in {name}: KL {numbers['kl']:.4f} on {numbers['tokens']} tokens")
+                self.machine.say(f"{label} in {name}: KL {numbers['kl']:.4f} on {numbers['tokens']} tokens")
         return found
 
     def drafts(self, reference: nn.Module, student: nn.Module) -> dict[str, dict[str, Any]]:

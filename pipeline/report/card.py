@@ -6,11 +6,16 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pipeline.report.answers import MEANING, answer_lines
 from pipeline.report.comparison import Row, count, rows, size, unsteady, whole
 from pipeline.report.exported import adapted, llama, loading
 from pipeline.report.facts import Report, infinite, start_of, times
 
 FOLDER = "path/to/this/folder"
+CHAT = """
+chat = [{"role": "user", "content": "Why is the sky blue?"}]
+ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=128)[0], skip_special_tokens=True))"""
 LONGEST = 120  # characters of a text from the source
 HIDDEN = "..."  # in place of a path in the command
 METADATA = ("base_model", "license", "license_name", "license_link")
@@ -89,15 +94,24 @@ def _origin(report: Report, source: Mapping[str, Any], model: str) -> str:
     name = name if base or re.fullmatch(r"[\w. -]+", report["model"], re.ASCII) else model
     kept = report["parameters"]["student"] / report["parameters"]["teacher"]
     inner = report["non_embedding_parameters"]["student"] / report["non_embedding_parameters"]["teacher"]
+    recipe = report["recipe"]
+    paper = recipe == "pangu_light"
+    method = "as in Pangu Light (arXiv 2505.20155)" if paper else f"by the recipe `{recipe}` of pangu-light"
     return (
-        f"This model is {name} after structured pruning with Pangu Light (arXiv 2505.20155). It has {kept:.1%} of its "
+        f"This model is {name} after structured pruning {method}. It has {kept:.1%} of its "
         f"parameters ({inner:.1%} outside the embeddings)."
     )
 
 
 def _shape_rows(report: Report) -> list[Row]:
     measured = ("perplexity,", "bits per byte,", "prefill,", "decode,")
-    return [row for row in rows(report) if not row.label.startswith(measured)]
+    answers = {row.label for row in _answer_rows(report)}
+    return [row for row in rows(report) if not row.label.startswith(measured) and row.label not in answers]
+
+
+def _answer_rows(report: Report) -> list[Row]:
+    texts = ((name, text["assistant"]) for name, text in report["perplexity"].items() if "assistant" in text)
+    return [Row(*line) for name, answers in texts for line in answer_lines(name, answers)]
 
 
 def _removed(report: Report) -> Iterator[str]:
@@ -132,6 +146,9 @@ def _quality(report: Report) -> Iterator[str]:
         "Perplexity, measured on packed sequences of held-out text. It compares this model with its teacher; it does "
         "not measure instruction following, safety or knowledge, which pruning can change."
     )
+    if answers := _answer_rows(report):
+        yield _table(("", "teacher", "student", "change"), answers)
+        yield MEANING
     if not report["recovery"]:
         yield "The model was not trained after pruning."
     elif (report["recovery"].get("selection") or {}).get("rose"):
@@ -180,7 +197,8 @@ def _loading(report: Report) -> Iterator[str]:
     if export is None:
         return
     language = "bash" if export["form"] == "decilm" else "python"
-    yield f"```{language}\n{loading(export['form'], FOLDER)}\n```"
+    code = loading(export["form"], FOLDER) + (CHAT if language == "python" and _answer_rows(report) else "")
+    yield f"```{language}\n{code}\n```"
     if export["form"] in ("own", "decilm"):
         yield "The folder contains code of Pangu Light, which `trust_remote_code` permits to run; read it first."
     yield f"Weights: {size(export['bytes'])}."

@@ -62,7 +62,11 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         carried = narrowed(wrapper_parts.wrapper, wrapper_parts.tensors, blueprint)
         write_wrapper_parts(out, wrapper_parts, carried, config.checkpoint.shard_bytes)
     total, inner = student.parameters()
-    machine.say(f"cut: {total / 1e6:.1f}M parameters, {inner / 1e6:.1f}M without embeddings")
+    before = source.anatomy.parameters()
+    shares = (f"({part / whole:.1%} of the subject's)" for part, whole in zip((total, inner), before, strict=True))
+    machine.say(
+        f"cut: {total / 1e6:.1f}M parameters {next(shares)}, {inner / 1e6:.1f}M without embeddings {next(shares)}"
+    )
 
 
 STAGE = Stage(

@@ -47,7 +47,8 @@ def settings(config: Config) -> dict[str, Any]:
 def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """Write evaluation.json: sizes, quality by text, next-word accuracy, tasks, continuations and speed.
 
-    Where the assistant's turns are marked (`data.loss_on`), also perplexity, KL and greedy answers on these alone. Each
+    Where the assistant's turns are marked (`data.loss_on`), also perplexity, KL and greedy answers on these alone, for
+    the student and, as `start`, before recovery. Each
     perplexity comes with its ratio to the reference's and the standard error of the ratio over sequences. Raise
     ValueError before any pass where a model that is to be timed is too large for the device.
     """
@@ -113,8 +114,14 @@ def _answers(bench: evaluator.Bench, inputs: Inputs, machine: Machine) -> dict[s
     if bench.original is not None:
         machine.say("answers: not compared, as the student has another vocabulary than its teacher")
         return {}
-    with bench.placed(inputs["reference"]) as reference, bench.placed(inputs["student"]) as student:
-        return bench.answers(reference, student)
+    with bench.placed(inputs["reference"]) as reference:
+        with bench.placed(inputs["student"]) as student:
+            found = bench.answers(reference, student, "answers")
+        if "recovered" in inputs:
+            with bench.placed(inputs["initial_student"]) as start:
+                before = bench.answers(reference, start, "answers before recovery")
+            found = {name: numbers | {"start": before[name]} for name, numbers in found.items()}
+    return found
 
 
 def _drafts(config: Config, bench: evaluator.Bench, inputs: Inputs, machine: Machine) -> dict[str, dict[str, Any]]:

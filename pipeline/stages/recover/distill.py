@@ -44,6 +44,9 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     match = _match(inputs)
     objective = Objective(**config.distill.loss.model_dump(), chunk=config.logits.chunk)
     text = Packed(inputs["tokens"] / "recovery")
+    read = sequences_of("distill", config) + _skipped(config)
+    if number == 1 and read > len(text):
+        machine.say(f"distill: the recovery text has {len(text)} sequences and is read {read / len(text):.1f} times")
     train_model(
         "distill",
         config,
