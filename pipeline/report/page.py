@@ -7,6 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from pipeline.report.answers import MEANING
 from pipeline.report.budget import budget_of
 from pipeline.report.comparison import MINUS, count, percent, rate, size, unsteady
 from pipeline.report.drawing import COLOURS, Drawing
@@ -91,6 +92,7 @@ def _headline(report: Report) -> str:
         ("Parameters", signed("parameters"), _sizes(report)),
         (f"Perplexity, {name}", times(values["student"], ".1f"), f"teacher {times(values['teacher'], '.1f')}{before}"),
     ]
+    entries += _answers(report)
     if report["speed"]:
         decode = {who: report["speed"][who]["decode"] for who in ("teacher", "student")}
         entries.append(("Decoding", f"×{_ratio(report, 'decode'):.2f}", f"{pair(decode, rate)} tokens/s"))
@@ -98,6 +100,17 @@ def _headline(report: Report) -> str:
     entries.append(("KV cache", signed("kv_bytes_per_token"), f"{pair(cache, size)} per token"))
     cells = (f"<div><dt>{escape(a)}</dt><dd>{escape(b)}</dd><dd>{escape(c)}</dd></div>" for a, b, c in entries)
     return f'<dl class="headline">{"".join(cells)}</dl>'
+
+
+def _answers(report: Report) -> list[tuple[str, str, str]]:
+    """Return the headline of the assistant's answers in the first text that has any."""
+    found = [(name, text["assistant"]) for name, text in report["perplexity"].items() if "assistant" in text]
+    entries = []
+    for name, answers in found[:1]:
+        before = f", KL {answers['start']['kl']:.2f} before recovery" if "start" in answers else ""
+        shown = f"{answers['agreement']:.0%} equal first choices{before}"
+        entries.append((f"KL of answers, {name}", f"{answers['kl']:.2f}", shown))
+    return entries
 
 
 def _sizes(report: Report) -> str:
@@ -118,6 +131,7 @@ def _comparison(report: Report, drawings: Mapping[str, Drawing]) -> str:
         )
         rough = unsteady(report)
         notes += [f"{rough[0].upper()}{rough[1:]}."] if rough else []
+    notes += [MEANING] if _answers(report) else []
     return section("Student and teacher", comparison_table(report, " ".join(notes)))
 
 
