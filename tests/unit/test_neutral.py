@@ -31,6 +31,7 @@ OTHER = {
     "distill.loss.kernel": "reference",
     "deepspeed.stage": 3,
     "export.gguf_converter": "elsewhere.py",
+    "evaluate.vllm_python": "elsewhere/python",
 }  # where neither negating a switch nor adding to a number gives another value
 RECIPES = {
     "pangu_light": (),
