@@ -103,8 +103,8 @@ def write(runs: Path, results: Path) -> None:
     columns = ["row", "recipe", "removed", "KV bytes", *(f"{text}: {when}" for text in TEXTS for when in STATES)]
     lines = [line(row, [each for each in found if each["row"] == row]) for row in ROWS]
     lines = [each for each in lines if each]
-    caption = "Perplexity over the teacher's by seed, ± the largest standard error over 64 sequences; the command of the "
-    caption += "last row."
+    caption = "Perplexity over the teacher's by seed, ± the largest standard error over 64 sequences; the command of "
+    caption += "the last row."
     write_table(results / "equal_terms.md", "Recipes on equal terms", caption, columns, lines)
     place.write_text(json.dumps(found, indent=1) + "\n")
 
