@@ -1,8 +1,8 @@
 """The LM Evaluation Harness: the tasks it knows, and the metrics of a model on tasks.
 
 Also a program for a Python that has vLLM and the harness but not this package: `python -I harness.py REQUEST ANSWER`.
-REQUEST is a JSON file; with `model`, a folder that vLLM loads, ANSWER gets its metrics, else the packages that are
-missing and the tasks that are known.
+REQUEST is a JSON file. With `model` (a folder that vLLM loads), `dtype`, `arguments`, `tasks` and `templated`, ANSWER
+gets the metrics of the model; with none of them, the packages that are missing and the tasks that are known.
 """
 
 import json
@@ -62,13 +62,13 @@ def main() -> None:
     """Answer a request, as the module describes."""
     request, answer = map(Path, sys.argv[1:])
     wanted = json.loads(request.read_text(encoding="utf-8"))
-    missing = [name for name in NEEDED if find_spec(name) is None]
     if "model" in wanted:
         from lm_eval.models.vllm_causallms import VLLM
 
         subject = VLLM(pretrained=wanted["model"], dtype=wanted["dtype"], **wanted["arguments"])
         found: dict[str, Any] = evaluated(subject, wanted["tasks"], wanted["templated"])
     else:
+        missing = [name for name in NEEDED if find_spec(name) is None]
         found = {"missing": missing, "known": [] if "lm_eval" in missing else known_tasks()}
     answer.write_text(json.dumps(found), encoding="utf-8")
 

@@ -104,13 +104,13 @@ def _headline(report: Report) -> str:
 
 def _answers(report: Report) -> list[tuple[str, str, str]]:
     """Return the headline of the assistant's answers in the first text that has any."""
-    found = [(name, text["assistant"]) for name, text in report["perplexity"].items() if "assistant" in text]
-    entries = []
-    for name, answers in found[:1]:
-        before = f", KL {answers['start']['kl']:.2f} before recovery" if "start" in answers else ""
-        shown = f"{answers['agreement']:.0%} equal first choices{before}"
-        entries.append((f"KL of answers, {name}", f"{answers['kl']:.2f}", shown))
-    return entries
+    found = ((name, text["assistant"]) for name, text in report["perplexity"].items() if "assistant" in text)
+    name, answers = next(found, ("", None))
+    if answers is None:
+        return []
+    before = f", KL {answers['start']['kl']:.2f} before recovery" if "start" in answers else ""
+    shown = f"{answers['agreement']:.0%} equal first choices{before}"
+    return [(f"KL of answers, {name}", f"{answers['kl']:.2f}", shown)]
 
 
 def _sizes(report: Report) -> str:

@@ -38,6 +38,8 @@ def test_one_command_gives_a_smaller_model_and_a_report(world, first):
     report = json.loads((run / "report.json").read_text())
     teacher, student = open_checkpoint(world / "model"), open_checkpoint(run / "student")
     assert report["parameters"]["student"] == student.anatomy.parameters()[0] < teacher.anatomy.parameters()[0]
+    kept = student.anatomy.parameters()[0] / teacher.anatomy.parameters()[0]
+    assert f"({kept:.1%} of those before)" in first and "is read" not in first
     assert student.config["num_hidden_layers"] == 3 and student.config["intermediate_size"] == 16
     for place in report["perplexity"].values():
         assert place["teacher"]["perplexity"] > 1 and place["student"]["perplexity"] > 1
@@ -61,6 +63,15 @@ def test_a_second_run_does_no_work_and_says_so(world, first):
     assert "nothing to do" in said
     after = {path: path.stat().st_mtime_ns for path in (world / "artifacts").rglob("*") if path.is_file()}
     assert after == before
+
+
+def test_a_recovery_text_that_is_read_several_times_is_reported(world, first, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text((world / "recovery.txt").read_text()[:2500])
+    given = settings(world, data__recovery__path=short, distill__eval_tokens=64)
+    said = pipeline("run=short", *given, "stages=[importance,shape,plan,cut,distill]", cwd=world).stdout
+    found = re.search(r"distill: the recovery text has (\d+) sequences and is read (\d+\.\d) times", said)
+    assert found and float(found[2]) == round(64 / int(found[1]), 1) > 1
 
 
 def test_a_changed_setting_redoes_only_what_depends_on_it(world, first):

@@ -116,6 +116,7 @@ def test_the_line_writes_text_that_can_be_calibrated_on_whatever_the_ranks(world
     said = pipeline(*SMALL, "run=text", "data.text_field=words", *settings(world), cwd=world).stdout
     path = world / "runs" / "text" / "generated.jsonl"
     records = [json.loads(line)["words"] for line in path.read_text().splitlines()]
+    assert "stage 2 of 2, self_generate" in said, "no text is read"
     assert "12 texts of up to 8 tokens, 0 of 3 batches as chats" in said and len(records) == 12 == len(set(records))
     tokenizer = load_tokenizer(world / "model")
     starts = {tokenizer.decode([id_]).strip() for id_ in word_starts(tokenizer)}
@@ -157,8 +158,10 @@ def with_template(world, folder, template):
     return str(folder)
 
 
-@pytest.mark.parametrize("ends, tokens", [("'e' if m.role == 'user' else 't'", 1920), ("eos_token", 19200)])
-def test_chats_are_written_as_turns_that_recovery_can_read(world, tmp_path, ends, tokens):
+@pytest.mark.parametrize(
+    "ends, tokens, marks", [("'e' if m.role == 'user' else 't'", 1920, ("e", "t")), ("eos_token", 19200, None)]
+)
+def test_chats_are_written_as_turns_that_recovery_can_read(world, tmp_path, ends, tokens, marks):
     """What a random model draws ends a turn by chance; whatever has both ends is a chat, and nothing else is."""
     ends = "U{% for m in messages %}{{ m.content }}{{ " + ends + " }}{% endfor %}"
     chosen = ("self_generate.form=messages", "self_generate.length=60", f"self_generate.tokens={tokens}")
@@ -166,9 +169,10 @@ def test_chats_are_written_as_turns_that_recovery_can_read(world, tmp_path, ends
     said = pipeline(*SMALL, "run=chats", *chosen, *given, cwd=world).stdout
     records = [json.loads(line)["text"] for line in (world / "runs/chats/generated.jsonl").read_text().splitlines()]
     assert records and f"{len(records)} of them chats" in said
+    user, assistant = marks or [load_tokenizer(world / "model").eos_token] * 2
     for turns in records:
         assert [turn["role"] for turn in turns] == ["user", "assistant"]
-        assert tokens > 1920 or not ("e" in turns[0]["content"] or "t" in turns[1]["content"])
+        assert user not in turns[0]["content"] and assistant not in turns[1]["content"]
 
 
 @pytest.mark.parametrize(

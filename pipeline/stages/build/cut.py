@@ -62,10 +62,10 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         carried = narrowed(wrapper_parts.wrapper, wrapper_parts.tensors, blueprint)
         write_wrapper_parts(out, wrapper_parts, carried, config.checkpoint.shard_bytes)
     total, inner = student.parameters()
-    before = source.anatomy.parameters()
-    shares = (f"({part / whole:.1%} of the subject's)" for part, whole in zip((total, inner), before, strict=True))
+    total_before, inner_before = source.anatomy.parameters()
     machine.say(
-        f"cut: {total / 1e6:.1f}M parameters {next(shares)}, {inner / 1e6:.1f}M without embeddings {next(shares)}"
+        f"cut: {total / 1e6:.1f}M parameters ({total / total_before:.1%} of those before), {inner / 1e6:.1f}M without "
+        f"embeddings ({inner / inner_before:.1%})"
     )
 
 

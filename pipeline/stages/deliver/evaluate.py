@@ -48,9 +48,9 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """Write evaluation.json: sizes, quality by text, next-word accuracy, tasks, continuations and speed.
 
     Where the assistant's turns are marked (`data.loss_on`), also perplexity, KL and greedy answers on these alone, for
-    the student and, as `start`, before recovery. Each
-    perplexity comes with its ratio to the reference's and the standard error of the ratio over sequences. Raise
-    ValueError before any pass where a model that is to be timed is too large for the device.
+    the student and, as `start`, for the student before recovery. Each perplexity comes with its ratio to the
+    reference's and the standard error of the ratio over sequences. Raise ValueError before any pass for a model that is
+    to be timed and too large for the device, and for a student that cannot be measured on the requested tasks.
     """
     tasks.check_form(evaluator.tasks_of(config), inputs["student"])
     if config.evaluate.speed:
