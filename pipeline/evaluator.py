@@ -18,7 +18,7 @@ from pipeline.data.stream import Rows
 from pipeline.evaluation import answers, drafting, tasks
 from pipeline.evaluation.perplexity import quality, tallies
 from pipeline.evaluation.results import Behaviour
-from pipeline.evaluation.samples import cache_bytes_per_token, continue_greedily, opening
+from pipeline.evaluation.samples import Prompt, cache_bytes_per_token, continue_greedily, opening
 from pipeline.evaluation.words import Question, questions, right
 from pipeline.model.marks import Marked
 from pipeline.runtime.device import chip_name, choose
@@ -29,7 +29,8 @@ from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_loader import load_model
 from pipeline.runtime.ranks import place
 
-REVISION = 5  # 3: questions spread evenly over each text; 4: bytes per token; 5: answers before recovery
+REVISION = 6  # 4: bytes per token; 5: answers before recovery; 6: samples of chats are answers
+SAMPLED_ROWS = 8  # rows of a chat text, of which a sample takes one
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -66,6 +67,7 @@ class Bench:
         self.texts = {folder.name[3:]: Packed(folder) for folder in sorted((tokens / "evaluation").iterdir())}
         self.rows = {name: self._count(name) for name in self.texts}
         self.questions = {name: self._questions(name) for name in self.texts}
+        self._reference_answers: dict[str, list[list[int]]] = {}  # by text; of this rank's turns
 
     def load(self, folder: Path) -> nn.Module:
         """Return the model of a folder, on the host."""
@@ -114,12 +116,12 @@ class Bench:
 
         `folder` is the model's.
         """
-        report = self.config.report
-        stop = frozenset({self.tokenizer.eos_token_id})
         continued = []
-        for sample in self.prompts():
-            ids = self.tokenizer(sample["prompt"], return_tensors="pt")["input_ids"]
-            continued.append(self.tokenizer.decode(continue_greedily(model, ids, report.sample_tokens, stop)))
+        for each in self.prompts():
+            ids = self.tokenizer(each.content, add_special_tokens=not each.templated, return_tensors="pt")["input_ids"]
+            stop = {self.tokenizer.eos_token_id, *self.tokenizer.convert_tokens_to_ids(sorted(each.stops))}
+            found = continue_greedily(model, ids, self.config.report.sample_tokens, frozenset(stop))
+            continued.append(self.tokenizer.decode(found))
         wanted = tasks_of(self.config)
         if wanted.names:
             self.machine.say(f"tasks with {wanted.backend}: {', '.join(wanted.names)}")
@@ -130,7 +132,8 @@ class Bench:
     def answers(self, reference: nn.Module, student: nn.Module, label: str) -> dict[str, dict[str, Any]]:
         """Return the comparison of two models on the assistant's turns, by text whose turns are marked.
 
-        `label` is what is printed before the name of a text.
+        The reference must be the same in every call: its greedy answers are kept. `label` is what is printed before
+        the name of a text.
         """
         ranks, section, found = self.machine.ranks, self.config.evaluate, {}
         special = frozenset(self.tokenizer.added_tokens_decoder)
@@ -147,7 +150,10 @@ class Bench:
                 sums[own.start : own.stop : own.step] = part
             every = (_row(Marked(packed), row) for row in range(self.rows[name]))
             turns = answers.turns_of(every, special, self.tokenizer.eos_token_id, section.answers)
-            equal = answers.greedy(reference, student, turns[ranks.rank :: ranks.world], section.answer_tokens)
+            own_turns, most = turns[ranks.rank :: ranks.world], section.answer_tokens
+            if name not in self._reference_answers:
+                self._reference_answers[name] = answers.greedy(reference, own_turns, most)
+            equal = answers.equal(self._reference_answers[name], answers.greedy(student, own_turns, most))
             ranks.sum_([sums, equal])
             numbers = answers.figures(sums)
             if numbers is not None:
@@ -177,19 +183,42 @@ class Bench:
         ids = torch.cat([_row(packed, row % len(packed)) for row in range(rows)])
         return ids[None, :tokens]
 
-    def prompts(self) -> list[dict[str, str]]:
-        """Return prompts from the texts in turn, each with the text that follows it."""
+    def prompts(self) -> list[Prompt]:
+        """Return prompts from the texts in turn, of a text with marked turns the chat before one of them."""
         if self.original:
             return self.original.prompts()
-        prompts: list[dict[str, str]] = []
-        report = self.config.report
-        for turn in range(report.samples):
+        prompts: list[Prompt] = []
+        count = self.config.report.samples
+        for turn in range(count):
             name, packed = list(self.texts.items())[turn % len(self.texts)]
-            row = (turn // len(self.texts) + 1) * len(packed) // (report.samples + 1)
-            document = max(self._documents(packed, row), key=len)
-            prompt, follows = opening(document, report.sample_prompt)
-            prompts.append({"text": name, "prompt": prompt, "reference": follows})
+            row = (turn // len(self.texts) + 1) * len(packed) // (count + 1)
+            prompts.append(self._turn(name, row) or self._opening(name, row))
         return prompts
+
+    def _opening(self, name: str, row: int) -> Prompt:
+        """Return the opening of the longest document of a row of a text."""
+        document = max(self._documents(self.texts[name], row), key=len)
+        prompt, follows = opening(document, self.config.report.sample_prompt)
+        return Prompt(name, prompt, False, prompt, follows, frozenset())
+
+    def _turn(self, name: str, row: int) -> Prompt | None:
+        """Return the turn of the assistant with the longest prompt of a few rows, since the first of a row is cut off.
+
+        Shown is what follows the answer before it. None where these rows have no turn.
+        """
+        packed, decode = self.texts[name], self.tokenizer.decode
+        if not packed.marked:
+            return None
+        special = frozenset(self.tokenizer.added_tokens_decoder)
+        rows = (_row(Marked(packed), each) for each in range(row, min(row + SAMPLED_ROWS, len(packed))))
+        ends = [turns[-2:] for each in rows if (turns := list(answers.turns_in(each, special, None)))]
+        if not ends:
+            return None
+        *before, turn = max(ends, key=lambda turns: turns[-1].prompt.shape[1])
+        answered = sum(each.prompt.shape[1] + len(each.answer) for each in before)
+        shown = decode(turn.prompt[0, answered:])[-self.config.report.sample_prompt :]
+        stops = frozenset(self.tokenizer.convert_ids_to_tokens(sorted(turn.stop)))
+        return Prompt(name, decode(turn.prompt[0]), True, shown, decode(turn.answer), stops)
 
     def _tally(self, model: nn.Module, name: str, label: str) -> tuple[Tensor, Tensor]:
         """Return the tallies [sequences, 3] and the counts of correct and all words [2], over all ranks."""

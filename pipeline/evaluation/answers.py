@@ -6,6 +6,7 @@ Both models predict the same tokens; what is compared is what they predict, and 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ SUMS = ("kl", "agreement", "teacher_nats", "student_nats", "teacher_hits", "stud
 
 @dataclass(frozen=True)
 class Turn:
-    """A prompt [1, t] that an assistant answers, and the ids that end an answer."""
+    """A prompt [1, t] that an assistant answers, the ids [n] of its answer, and the ids that end an answer."""
 
     prompt: Tensor
+    answer: Tensor
     stop: frozenset[int]
 
 
@@ -91,34 +93,38 @@ def figures(sums: Tensor) -> dict[str, Any] | None:
 
 
 def turns_of(rows: Iterable[Tensor], special: frozenset[int], end: int | None, count: int) -> list[Turn]:
-    """Return the first assistant turn of each marked row [t], of the first `count` rows that have one.
+    """Return the first assistant turn of each marked row [t], of the first `count` rows that have one."""
+    firsts = (next(turns_in(row, special, end), None) for row in rows)
+    return list(islice((turn for turn in firsts if turn is not None), count))
+
+
+def turns_in(row: Tensor, special: frozenset[int], end: int | None) -> Iterator[Turn]:
+    """Yield the assistant turns of a marked row [t].
 
     A turn begins behind a token that is not counted. Its answer ends at the token that ends it in the row, where that
     is one of the `special` ids, and at `end`.
     """
-    turns: list[Turn] = []
-    for row in rows:
-        if len(turns) == count:
-            break
-        starts = ((row[1:] >= 0) & (row[:-1] < 0)).nonzero()[:, 0] + 1
-        if len(starts):
-            start = int(starts[0])
-            behind = (row[start:] < 0).nonzero()[:, 0]
-            last = int(row[start + int(behind[0]) - 1]) if len(behind) else None
-            stop = {each for each in (end, last if last in special else None) if each is not None}
-            turns.append(Turn(ids_of(row[:start])[None], frozenset(stop)))
-    return turns
+    for start in (((row[1:] >= 0) & (row[:-1] < 0)).nonzero()[:, 0] + 1).tolist():
+        behind = (row[start:] < 0).nonzero()[:, 0]
+        answer = row[start : start + int(behind[0])] if len(behind) else row[start:]
+        last = int(answer[-1]) if len(behind) else None
+        stop = {each for each in (end, last if last in special else None) if each is not None}
+        yield Turn(ids_of(row[:start])[None], answer, frozenset(stop))
 
 
-def greedy(reference: CausalModel, student: CausalModel, turns: Sequence[Turn], tokens: int) -> Tensor:
+def greedy(model: CausalModel, turns: Iterable[Turn], tokens: int) -> list[list[int]]:
+    """Return the greedy answer of a model to each turn, of at most `tokens` tokens."""
+    return [continue_greedily(model, turn.prompt, tokens, turn.stop) for turn in turns]
+
+
+def equal(theirs: Sequence[Sequence[int]], ours: Sequence[Sequence[int]]) -> Tensor:
     """Return [3] float64: equal answers, the sum of the shares of answers before their first difference, and answers.
 
-    Answers have at most `tokens` tokens.
+    Each answer is compared with that to the same turn.
     """
     sums = torch.zeros(3, dtype=torch.float64)
-    for turn in turns:
-        theirs, ours = (continue_greedily(model, turn.prompt, tokens, turn.stop) for model in (reference, student))
-        sums += torch.tensor([float(theirs == ours), shared(theirs, ours), 1.0], dtype=torch.float64)
+    for first, second in zip(theirs, ours, strict=True):
+        sums += torch.tensor([float(first == second), shared(first, second), 1.0], dtype=torch.float64)
     return sums
 
 
@@ -131,7 +137,7 @@ def shared(first: Sequence[int], second: Sequence[int]) -> float:
 
 
 def greedy_figures(sums: Tensor, tokens: int) -> dict[str, Any] | None:
-    """Return the figures of `greedy`; None without an answer."""
+    """Return the figures of `equal` answers; None without an answer."""
     identical, before, answers = sums.tolist()
     if not answers:
         return None

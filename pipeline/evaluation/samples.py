@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -10,6 +11,23 @@ from torch import Tensor
 
 from pipeline.model.causal import CausalModel
 from pipeline.model.decoding import cache_name, cache_of
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What models continue for the report.
+
+    `text` is the evaluation text it is from; `content` is what a model reads, which has its special tokens where
+    `templated`; `prompt` and `reference`, what follows it in the text, are shown; `stops` are the tokens that end a
+    continuation.
+    """
+
+    text: str
+    content: str
+    templated: bool
+    prompt: str
+    reference: str
+    stops: frozenset[str]
 
 
 @torch.inference_mode()

@@ -187,7 +187,7 @@ def _samples(report: Report, drawings: Mapping[str, Drawing]) -> str:
         prompt = escape(sample["prompt"].strip())
         quote = f"<blockquote>{prompt} …</blockquote>"
         articles.append(f'<article class="sample">{quote}<div>{columns_html}</div></article>')
-    intro = paragraph("Greedy continuations of held-out text; samples are not selected.")
+    intro = paragraph("Greedy continuations of held-out text, of chats the answer to a turn; samples are not selected.")
     return section("Samples", intro, f'<div class="samples wide">{"".join(articles)}</div>')
 
 

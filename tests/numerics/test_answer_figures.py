@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pipeline.evaluation.answers import compared, figures, greedy, greedy_figures, shared, turns_of
+from pipeline.evaluation.answers import compared, equal, figures, greedy, greedy_figures, shared, turns_of
 from pipeline.evaluation.samples import continue_greedily
 from pipeline.model.marks import ids_of, positions
 from pipeline.report.answers import answer_lines
@@ -43,7 +43,8 @@ def test_a_model_agrees_with_itself():
     found = figures(torch.cat(list(compared(model, model, [rows], 5))))
     assert (found["kl"], found["agreement"]) == (0.0, 1.0)
     turns = turns_of(rows, frozenset(), None, 9)
-    same = greedy_figures(greedy(model, model, turns, 4), 4)
+    written = greedy(model, turns, 4)
+    same = greedy_figures(equal(written, written), 4)
     assert same == {"answers": len(turns), "tokens": 4, "identical": 1.0, "shared": 1.0}
     lines = answer_lines("chats", found | {"greedy": same})
     assert [line[2] for line in lines[-2:]] == ["100.0%", "100.0%"] and len(lines) == 5
@@ -56,6 +57,7 @@ def test_a_turn_begins_behind_the_prompt_and_ends_where_the_row_says():
     (first, last) = turns_of([document, row, cut, row], frozenset({9}), 2, 2)
     assert first.prompt.tolist() == [[1, 7, 8]] and first.stop == {9, 2}
     assert last.prompt.tolist() == [[1, 8]] and last.stop == {2}
+    assert first.answer.tolist() == [20, 21, 9] and last.answer.tolist() == [20]
     assert turns_of([row], frozenset(), None, 1)[0].stop == frozenset()
 
 
@@ -63,6 +65,6 @@ def test_greedy_answers_are_those_of_each_model():
     reference, student = tiny_model("llama").eval(), tiny_model("llama", seed=1).eval()
     turns = turns_of(marks(), frozenset(), 2, 9)
     answers = [[continue_greedily(each, turn.prompt, 6, turn.stop) for each in (reference, student)] for turn in turns]
-    found = greedy(reference, student, turns, 6)
+    found = equal(*(greedy(each, turns, 6) for each in (reference, student)))
     assert found.tolist() == [sum(a == b for a, b in answers), sum(shared(a, b) for a, b in answers), len(turns)]
     assert (shared([1, 2, 3], [1, 2]), shared([], []), shared([1], [2]), shared([], [1])) == (2 / 3, 1.0, 0.0, 0.0)

@@ -88,5 +88,8 @@ def test_answers_are_measured_alone_and_reported(world):
     start = found["start"]
     assert start["tokens"] == found["tokens"] and 0 < start["kl"] != found["kl"] and start["greedy"]["answers"] == 2
     report = json.loads((made["report"] / "report.json").read_text())
+    (sample,) = report["samples"]
+    assert sample["prompt"].endswith("assistant\n") and 30 < len(sample["prompt"]) <= 200
+    assert sample["reference"]
     assert report["perplexity"]["evaluation"]["assistant"] == found
     assert "perplexity of answers, evaluation" in (made["report"] / "report.html").read_text()

@@ -93,7 +93,10 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         },
         tasks={who: each.tasks for who, each in behaviours.items()},
         speed=speed,
-        samples=tuple(prompt | {"teacher": first, "student": second} for prompt, first, second in samples),
+        samples=tuple(
+            {"text": each.text, "prompt": each.prompt, "reference": each.reference, "teacher": first, "student": second}
+            for each, first, second in samples
+        ),
     ).save(out)
 
 
