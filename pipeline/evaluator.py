@@ -29,7 +29,7 @@ from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_loader import load_model
 from pipeline.runtime.ranks import place
 
-REVISION = 6  # 4: bytes per token; 5: answers before recovery; 6: samples of chats are answers
+REVISION = 6  # 4: bytes per token; 5: answers before recovery; 6: samples of chats are answers; cache in export.dtype
 SAMPLED_ROWS = 8  # rows of a chat text, of which a sample takes one
 
 
@@ -43,6 +43,7 @@ def settings(config: Config) -> dict[str, Any]:
     evaluate = config.evaluate.model_dump(include={"tokens", "words", "words_context"})
     evaluate |= {"tasks": names, "templated": config.evaluate.templated, "task_backend": config.evaluate.task_backend}
     evaluate |= {"vllm_args": config.evaluate.vllm_args}
+    evaluate |= {"cache": config.export.dtype}
     return {"evaluate": evaluate, "task_files": files, "samples": samples, "device": device}
 
 
@@ -114,7 +115,7 @@ class Bench:
     def behaviour(self, model: nn.Module, folder: Path) -> Behaviour:
         """Return bytes of cache per token, metrics of tasks and continuations of `prompts`; one rank measures them.
 
-        `folder` is the model's.
+        The cache is counted in the type of the export. `folder` is the model's.
         """
         continued = []
         for each in self.prompts():
@@ -127,7 +128,8 @@ class Bench:
             self.machine.say(f"tasks with {wanted.backend}: {', '.join(wanted.names)}")
         with bars_on_terminals_only():
             metrics = tasks.measure(wanted, model, self.tokenizer, folder)
-        return Behaviour(cache_bytes_per_token(model, self.prompt(8)), metrics, tuple(continued))
+        dtype = getattr(torch, self.config.export.dtype)
+        return Behaviour(cache_bytes_per_token(model, self.prompt(8), dtype), metrics, tuple(continued))
 
     def answers(self, reference: nn.Module, student: nn.Module, label: str) -> dict[str, dict[str, Any]]:
         """Return the comparison of two models on the assistant's turns, by text whose turns are marked.

@@ -60,14 +60,16 @@ def continue_greedily(model: CausalModel, prompt: Tensor, tokens: int, stop: fro
 
 
 @torch.inference_mode()
-def cache_bytes_per_token(model: CausalModel, prompt: Tensor) -> int:
+def cache_bytes_per_token(model: CausalModel, prompt: Tensor, dtype: torch.dtype) -> int:
     """Return the bytes of keys and values that the model caches for one token, measured after `prompt` [1, t].
+
+    They are counted as of type `dtype`, whatever this device computes in.
 
     Layers without attention have a state of fixed size, which is not counted.
     """
     step = model(input_ids=prompt.to(next(model.parameters()).device), use_cache=True, logits_to_keep=1)
     layers = [layer for layer in cache_of(step).layers if getattr(layer, "keys", None) is not None]
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) // prompt.shape[1]
+    return sum(layer.keys.numel() + layer.values.numel() for layer in layers) // prompt.shape[1] * dtype.itemsize
 
 
 def opening(text: str, characters: int) -> tuple[str, str]:

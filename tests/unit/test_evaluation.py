@@ -96,14 +96,18 @@ def test_a_continuation_ends_before_a_stop_token():
     assert stopped == free[: free.index(free[3])]
 
 
+PER_LAYER = 2 * 2 * 8 * 2  # K and V, groups, head size, bytes of bfloat16
+
+
 def test_a_token_costs_keys_and_values_of_every_group_of_every_layer():
     model = tiny_model("llama", dtype=torch.float32)
-    assert cache_bytes_per_token(model, tokens(1, 7)) == 4 * 2 * 2 * 8 * 4  # layers, K and V, groups, head size, bytes
+    assert cache_bytes_per_token(model, tokens(1, 7), torch.bfloat16) == 4 * PER_LAYER
+    assert cache_bytes_per_token(model, tokens(1, 7), torch.float32) == 2 * 4 * PER_LAYER
 
 
 def test_layers_without_attention_cache_no_keys_and_values():
     model = tiny_model("nemotron_h", dtype=torch.float32)
-    assert cache_bytes_per_token(model, tokens(1, 7)) == 1 * 2 * 2 * 8 * 4
+    assert cache_bytes_per_token(model, tokens(1, 7), torch.bfloat16) == 1 * PER_LAYER
 
 
 def test_an_opening_starts_a_sentence_and_ends_between_words():

@@ -126,7 +126,7 @@ def test_sizes_are_those_of_the_folders(world, found):
         assert facts["parameters"] == sum(p.numel() for p in model.parameters())
         assert facts["non_embedding_parameters"] == facts["parameters"] - outer
         assert facts["checkpoint_bytes"] == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        assert facts["kv_bytes_per_token"] == layers * 2 * 2 * 8 * 4  # K and V, groups, head size, bytes
+        assert facts["kv_bytes_per_token"] == layers * 2 * 2 * 8 * 2  # K and V, groups, head size, bytes of bfloat16
         assert facts["shape"]["layers"] == layers and facts["shape"]["heads"] == 4
 
 
