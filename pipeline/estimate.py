@@ -3,7 +3,7 @@
 import datetime
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from pipeline.costmodel.shapes import ModelShape
 from pipeline.costmodel.training_cost import Recovery, training_needs
 from pipeline.distill import next_token
 from pipeline.distill.loss import WorkSpace, work_space
+from pipeline.graph import STAGES
 from pipeline.model.logits import logit_form
 from pipeline.model.shape import Shape
 from pipeline.runtime.checkpoint import open_checkpoint
@@ -25,6 +26,9 @@ from pipeline.runtime.device import choose, kind_of_chip, open_device
 from pipeline.runtime.log import progress
 from pipeline.stages.recover import onpolicy
 from pipeline.training_settings import steps_of
+
+# Stages in the times of `needs`, and one that most models skip.
+COUNTED = {"teacher_correction", "importance", "regularize", "distill", "onpolicy", "absorb_norms"}
 
 
 def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
@@ -58,6 +62,13 @@ def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
         run = _on_policy(config, _distillation_space(config, checkpoint.config, config.onpolicy.divergence, 0.0))
         sentences.append(training_needs(_chip(config), teacher, student, run, devices).sentence())
     return "; ".join(sentences)
+
+
+def omitted(config: Config, stages: Iterable[str]) -> str:
+    """Return a clause that names those of the stages of a run that read text and are in no time of `needs`."""
+    read = [each for each in stages if STAGES[each].enabled(config) and "tokens" in STAGES[each].needs]
+    named = [each for each in read if each not in COUNTED]
+    return f"; not in these times: {', '.join(named)}" if named else ""
 
 
 def _student(config: Config, made: Mapping[str, Path], teacher: ModelShape) -> tuple[ModelShape, list[str]]:

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -69,7 +69,7 @@ def run(config: Config, command: str, stages: Mapping[str, Stage] = STAGES) -> d
         say(f"recipe: {config.recipe.name}, as {config.recipe.reason} (docs/results.md)", ranks.rank)
     if config.dry_run:
         with ranks.guard():
-            _dry_run(config, Machine(device, ranks, Track()))
+            _dry_run(config, names, Machine(device, ranks, Track()))
         return {}
     folder = Path(config.runs) / config.run
     dumped = config.model_dump(mode="json")
@@ -94,7 +94,7 @@ def run(config: Config, command: str, stages: Mapping[str, Stage] = STAGES) -> d
     return made
 
 
-def _dry_run(config: Config, machine: Machine) -> None:
+def _dry_run(config: Config, names: Sequence[str], machine: Machine) -> None:
     """Print from rank 0 what the trainings of a run need, and leave no file.
 
     Model folders are read where they are; a GGUF is unpacked into a temporary folder on the disk of the artifacts.
@@ -108,7 +108,7 @@ def _dry_run(config: Config, machine: Machine) -> None:
                     _fill(config, STAGES[name], made, Path(scratch), machine, folder)
             if STAGES["shape"].enabled(config):
                 _fill(config, STAGES["shape"], made, Path(scratch), machine)
-            machine.say(estimate.needs(config, made, machine.ranks.world))
+            machine.say(estimate.needs(config, made, machine.ranks.world) + estimate.omitted(config, names))
     machine.ranks.wait("dry run")
 
 

@@ -42,7 +42,7 @@ def test_a_dry_run_estimates_for_the_given_student(world, tmp_path, capsys):
     chosen = ("recipe=recover", "dry_run=true", "device/chip=910B1", "device.kind=cpu", "track.mode=offline")
     places = (f"artifacts={tmp_path / 'artifacts'}", f"runs={tmp_path / 'runs'}")
     assert made(world, *chosen, *places, f"model.start={tmp_path / 'given'}") == {}
-    assert re.fullmatch(r"recovery needs 1 x .*\n", capsys.readouterr().out)
+    assert re.fullmatch(r"recovery needs 1 x .*; not in these times: evaluate\n", capsys.readouterr().out)
     assert [path.name for path in tmp_path.iterdir()] == ["given"]
 
 
