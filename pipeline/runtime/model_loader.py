@@ -17,7 +17,7 @@ from pipeline.runtime.class_parameters import ClassParameters
 from pipeline.runtime.described import check_file, read_config
 from pipeline.runtime.model_class import reason, stock_config
 from pipeline.runtime.modelling import pruned_class
-from pipeline.runtime.tokenizer_check import PROBE
+from pipeline.runtime.tokenizer_check import PROBE, check_vocabulary
 
 logging.disable_progress_bar()  # the pipeline shows its own
 
@@ -79,7 +79,7 @@ def model_of(
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False):
-    """Load the tokenizer of a model folder; ValueError for none, a damaged one, or untrusted code of its own.
+    """Load the tokenizer of a model folder; ValueError for none, a damaged or empty one, or untrusted code.
 
     The configuration code of a folder of a known family is not run, even if its code is trusted.
     """
@@ -105,4 +105,5 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False):
             f"the tokenizer in {folder} is missing or damaged ({reason(fault)}); put its files (tokenizer.json or "
             "tokenizer.model, tokenizer_config.json) there again"
         ) from fault
+    check_vocabulary(tokenizer, folder)
     return tokenizer

@@ -1,5 +1,6 @@
-"""Whether a tokenizer belongs to a model, and whether two tokenizers give the same ids."""
+"""Whether a tokenizer has a vocabulary and belongs to a model, and whether two tokenizers give the same ids."""
 
+from pathlib import Path
 from typing import Any
 
 PROBE = (
@@ -8,6 +9,23 @@ PROBE = (
     + "".join(chr(code) for code in range(32, 0x250))
 )
 TOKENS = 20_000  # of a vocabulary whose text is encoded again
+LETTERS = 4  # the fewest ids that the letters of PROBE have in a tokenizer with a vocabulary
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files, one of which most tokenizers are read from
+
+
+def check_vocabulary(tokenizer: Any, folder: Path) -> None:
+    """Raise ValueError, naming the files that are absent, for a tokenizer without a vocabulary.
+
+    transformers makes such a tokenizer, of special tokens alone, from a tokenizer_config.json that names a class.
+    """
+    ids = tokenizer("".join(filter(str.isalpha, PROBE)), add_special_tokens=False)["input_ids"]
+    found = len(set(ids) - {*tokenizer.all_special_ids, tokenizer.unk_token_id})
+    if found < LETTERS:
+        absent = [name for name in VOCABULARIES if not (folder / name).exists()]
+        raise ValueError(
+            f"the tokenizer in {folder} has no vocabulary: the letters of a text have {found} ids beside special ones; "
+            f"put its files there again (absent: {', '.join(absent) or 'none'})"
+        )
 
 
 def check_fits(tokenizer: Any, vocabulary: int) -> None:

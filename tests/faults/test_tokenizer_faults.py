@@ -60,6 +60,16 @@ def test_the_ids_of_two_tokenizers_are_compared(tmp_path):
     assert difference(one, load_tokenizer(tmp_path), 300)
 
 
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Qwen2", "Gemma", "Cohere", "T5", "Bert"])
+def test_a_tokenizer_without_its_vocabulary_is_refused(kind, folder):
+    """transformers makes an empty tokenizer of the class."""
+    byte_tokenizer().save_pretrained(folder)
+    (folder / "tokenizer.json").unlink()
+    edit(folder, "tokenizer_config.json", tokenizer_class=f"{kind}Tokenizer")
+    with pytest.raises(ValueError, match=f"tokenizer in {folder} has no vocabulary.*tokenizer.json, tokenizer.model"):
+        load_tokenizer(folder)
+
+
 # generation_config.json
 GENERATION = {"stop_strings": ["User:"], "return_dict_in_generate": True, "penalty_alpha": 0.6, "top_k": 4}
 
