@@ -1,7 +1,7 @@
 """The JSON files of a model folder, read within bounds and checked before anything acts on them.
 
-Their contents are not trusted: a class is looked up in the table of families, never by a name in a file; a shard is a
-file of the folder itself; every count has an upper limit.
+Their contents are not trusted: a class is looked up in the table of families, never by a name in a file; every count
+has an upper limit.
 """
 
 import json
@@ -204,21 +204,6 @@ def _check_names(config: Mapping[str, Any], path: Path) -> None:
             f"{path}: pruned.base is {json.dumps(pruned['base']):.60}, and the class of {kind} is "
             f"{family.architecture}; export the student again, or fetch it again"
         )
-
-
-def check_indices(folder: Path) -> None:
-    """Raise ValueError where an index, ours or one that transformers would read, names a shard outside the folder.
-
-    A shard is named by a plain file name. The file may be a link, as in the snapshots of a hub cache.
-    """
-    for path in sorted(folder.glob("*.index.json")):
-        listed = read_mapping(path).get("weight_map", {})
-        for file in listed.values() if isinstance(listed, dict) else ():
-            if not isinstance(file, str) or file in ("", ".", "..") or set(file) & set("/\\\0"):
-                raise ValueError(
-                    f"{path}: weight_map names {json.dumps(file):.60}, not a file of the folder itself; put the shards "
-                    "beside the index, or fetch it again"
-                )
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

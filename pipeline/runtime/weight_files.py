@@ -1,5 +1,6 @@
 """The weight files of a folder: which ones count, opened lazily, and what each holds by its header."""
 
+import json
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.runtime.described import check_file, check_indices, read_mapping
+from pipeline.runtime.described import check_file, read_mapping
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -31,10 +32,11 @@ class Tensors(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, allow_pickle: bool):
         self.files = weight_files(folder, allow_pickle)
+        self._allow_pickle = allow_pickle
         self._file_of: dict[str, Path] = {}
         self._open: dict[Path, Any] = {}
         for path in self.files:
-            names = list(_open(path).keys())
+            names = list(_open(path, allow_pickle).keys())
             if len(names) + len(self._file_of) > TENSORS:
                 raise ValueError(f"{path} brings the model to more than {TENSORS} tensors; fetch it again")
             for name in names:
@@ -74,22 +76,27 @@ class Tensors(Mapping[str, Tensor]):
     def _file(self, name: str) -> Any:
         path = self._file_of[name]
         if path not in self._open:
-            self._open[path] = _open(path)
+            self._open[path] = _open(path, self._allow_pickle)
         return self._open[path]
 
 
 def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
     """Return the files that hold the weights of a folder.
 
-    Raise ValueError, naming the file, where there are none, two sets, an incomplete one, an adapter beside them, a
-    broken link or a git-lfs pointer; and for pickled weights unless `allow_pickle`.
+    Raise ValueError, naming the file, where there are none, two sets, an incomplete one, one with files outside the
+    folder, an adapter beside them, a broken link or a git-lfs pointer; and for pickled weights unless `allow_pickle`.
     """
     folder = Path(folder)
     adapters = [name for name in ADAPTERS if (folder / name).exists()]
     if adapters:
         raise ValueError(f"{folder} has an adapter beside its weights ({adapters[0]}); merge or remove it")
-    check_indices(folder)
     files = _set_of(folder, SINGLE, INDEX, "*.safetensors")
+    for path in files:
+        if path.suffix != ".safetensors":
+            raise ValueError(
+                f"{folder / INDEX}: weight_map names {path.name}, not a *.safetensors file; fetch the weights as "
+                "safetensors, or remove the index"
+            )
     if not files:
         files = _set_of(folder, PICKLED, PICKLED_INDEX, "*.bin")
         if not files:
@@ -110,10 +117,7 @@ def _set_of(folder: Path, single: str, index: str, pattern: str) -> list[Path]:
         check_file(path)
     if not (folder / index).is_file():
         return [folder / single] if (folder / single).is_file() else sorted(folder.glob(pattern))
-    listed = read_mapping(folder / index).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise ValueError(f"{folder / index} has no weight_map; fetch it again")
-    files = sorted({folder / file for file in listed.values()})
+    files = _listed(folder / index)
     if (folder / single).is_file() and files != [folder / single]:
         raise ValueError(
             f"{folder} holds two sets of weights, {single} and the {len(files)} files of {index}; remove the one that "
@@ -125,10 +129,29 @@ def _set_of(folder: Path, single: str, index: str, pattern: str) -> list[Path]:
     return files
 
 
-def _open(path: Path) -> Any:
-    """Return a weight file opened lazily, a pickle as a dictionary; ValueError, naming it, where it is damaged."""
+def _listed(index: Path) -> list[Path]:
+    """Return the files that an index names, each a file of its folder, which may be a link as in a hub cache."""
+    listed = read_mapping(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{index} has no weight_map; fetch it again")
+    for file in listed.values():
+        if not isinstance(file, str) or file in ("", ".", "..") or set(file) & set("/\\") or not file.isprintable():
+            raise ValueError(
+                f"{index}: weight_map names {json.dumps(file):.60}, not a file of the folder itself; put the shards "
+                "beside the index, or fetch it again"
+            )
+    return sorted({index.parent / file for file in listed.values()})
+
+
+def _open(path: Path, allow_pickle: bool) -> Any:
+    """Return a weight file opened lazily, a pickle as a dictionary.
+
+    Raise ValueError, naming the file, where it is damaged, and for a pickle unless `allow_pickle`.
+    """
     try:
         if path.suffix != ".safetensors":
+            if not allow_pickle:
+                raise ValueError(f"{path} is a pickle; set model.allow_pickle=true to read it weights-only")
             return _unpickled(path)
         _check_header(path)
         return safe_open(path, "pt")

@@ -145,7 +145,7 @@ def sharded(folder, file="shard.safetensors", index="model.safetensors.index.jso
     (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, file)}))
 
 
-SHARDS = ["../shard.safetensors", "{there}", "./shard.safetensors", "a/b", "..", ".", "", "a\\b", "a\0b", 7, None, []]
+SHARDS = ["../shard.safetensors", "{there}", "./shard.safetensors", "a/b", "..", ".", "", "a\\b", "a\0b", "a\nb", 7, None, []]
 
 
 @pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
@@ -153,6 +153,8 @@ SHARDS = ["../shard.safetensors", "{there}", "./shard.safetensors", "a/b", "..",
 def test_a_shard_is_a_file_of_the_folder_itself(world, hurt, file, index):
     sharded(hurt, str(hurt / "shard.safetensors") if file == "{there}" else file, index)
     shutil.copy(hurt / "shard.safetensors", hurt.parent)
+    if index.startswith("pytorch"):
+        (hurt / "shard.safetensors").rename(hurt / "shard.bin")
     assert all(f"{index}: weight_map names " in message for message in refusals(world, hurt))
 
 
@@ -164,3 +166,12 @@ def test_a_shard_that_is_a_link_into_the_blobs_of_a_hub_cache_is_read(hurt, tmp_
     assert load_model(hurt, torch.float32, "eager").config.hidden_size == 32
     imported(hurt, tmp_path / "teacher")
     assert open_checkpoint(tmp_path / "teacher").anatomy.sizes.hidden == 32
+
+
+@pytest.mark.parametrize("file", ["weights.bin", "weights.SAFETENSORS", "safetensors"])
+def test_an_index_of_safetensors_never_leads_to_a_pickle(world, hurt, file):
+    torch.save({"a": torch.ones(1)}, hurt / file)
+    sharded(hurt, file)
+    assert all(f"model.safetensors.index.json: weight_map names {file}" in message for message in refusals(world, hurt))
+    with pytest.raises(ValueError, match=file):
+        open_checkpoint(hurt, allow_pickle=True)

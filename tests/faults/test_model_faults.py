@@ -48,6 +48,12 @@ def test_an_index_without_metadata_is_read(folder, single):
     assert imported(folder, folder.with_name("copy")).keys() == open_checkpoint(folder).keys()
 
 
+@pytest.mark.parametrize("index", ["other.index.json", "pytorch_model.bin.index.json"])
+def test_an_index_of_another_set_is_not_read(folder, index):
+    (folder / index).write_text('{"weight_map": {"a": "../')
+    assert imported(folder, folder.with_name("copy")).keys() == open_checkpoint(folder).keys()
+
+
 def test_a_tensor_in_two_files_is_refused(folder):
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
