@@ -47,7 +47,7 @@ class Checkpoint(Mapping[str, Tensor]):
             family = family_of(self.config["model_type"])
             self._complete(family)
             self.wrapper_parts, text = self._wrapper_parts(family)
-            names, left_out = canonical_names(text, self.config)
+            names, left_out = canonical_names(text, self.config, self.folder)
             self._stored = {name: text[own] for name, own in names.items()}
             if left_out:
                 count = f"{len(left_out)} tensors of multi-token prediction"

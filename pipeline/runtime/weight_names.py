@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pipeline.model.families import family_for
@@ -12,14 +13,21 @@ NUMBERED = re.compile(r"(?:model\.)?layers\.(\d{1,6})\.(.+)")
 MARKS = ("eh_proj", "enorm", "hnorm")  # modules that only a layer of multi-token prediction has
 
 
-def canonical_names(stored: Iterable[str], config: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+def canonical_names(stored: Iterable[str], config: Mapping[str, Any], folder: Path) -> tuple[dict[str, str], list[str]]:
     """Return the stored name by the table's name of each tensor, and the names of those that are left out.
 
     Left out are buffers that the class computes and layers of multi-token prediction, which transformers' classes do
-    not have. A base model saved alone lacks the prefix of its module (`model.`), which is added.
+    not have. A base model saved alone lacks the prefix of its module (`model.`), which is added. Raise ValueError where
+    two stored names are those of one tensor.
     """
     family = family_for(config)
-    own = {family.named(name): name for name in stored}
+    own: dict[str, str] = {}
+    for name in stored:
+        first = own.setdefault(family.named(name), name)
+        if first != name:
+            raise ValueError(
+                f"{folder}: {first} and {name} are two names of one tensor; remove the one that is not used"
+            )
     stored = list(own)
     beyond = _prediction_layers(stored, family.width(config, "layers"))
     ignored = re.compile("|".join((BUFFERS, *family.left_out)))

@@ -145,7 +145,7 @@ def sharded(folder, file="shard.safetensors", index="model.safetensors.index.jso
     (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, file)}))
 
 
-SHARDS = ["../shard.safetensors", "{there}", "./shard.safetensors", "a/b", "..", ".", "", "a\\b", "a\0b", "a\nb", 7, None, []]
+SHARDS = ["../shard.safetensors", "{there}", "./shard", "a/b", "..", ".", "", "a\\b", "a\0b", "a\nb", 7, None, []]
 
 
 @pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])

@@ -194,6 +194,12 @@ def test_buffers_that_old_versions_stored_are_left_out(folder):
     assert imported(folder, folder.with_name("copy")).notes == []
 
 
+def test_two_stored_names_of_one_tensor_are_refused(tmp_path):
+    folder = save_tiny(tiny_model("gpt_neox", dtype=torch.float32), tmp_path / "model")
+    change(folder, **{HEAD: load_file(folder / "model.safetensors")["embed_out.weight"] + 1})
+    refused(folder, "embed_out.weight", HEAD)
+
+
 # The output matrix
 
 
