@@ -20,7 +20,7 @@ from pipeline.runtime.log import say
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_source import model_folder
 from pipeline.runtime.ranks import join, place
-from pipeline.runtime.run_folder import Shown, artifacts_of, check_output, show, write_record
+from pipeline.runtime.run_folder import Shown, artifacts_of, check_places, show, write_record
 from pipeline.runtime.tracker import Track
 from pipeline.runtime.trackers import open_tracker
 from pipeline.stages.stage import Stage
@@ -64,7 +64,7 @@ def run(config: Config, command: str, stages: Mapping[str, Stage] = STAGES) -> d
     ranks = join(device, config.device.timeout)
     with ranks.guard():
         if ranks.rank == 0:  # only this rank writes
-            _probe_folders(config)
+            check_places(Path(config.runs), config.run, Path(config.artifacts), config.output)
     if config.recipe.reason is not None:
         say(f"recipe: {config.recipe.name}, as {config.recipe.reason} (docs/results.md)", ranks.rank)
     if config.dry_run:
@@ -149,23 +149,6 @@ def _check_text(config: Config, tokens: Path) -> None:
     for name in stages_of(config):
         if STAGES[name].enabled(config) and is_wanted(config, name):
             STAGES[name].check_text(config, tokens)
-
-
-def _probe_folders(config: Config) -> None:
-    """Raise ValueError for folders that cannot be written to, before any work is done for them."""
-    for name in ("artifacts", "runs"):
-        folder = Path(getattr(config, name))
-        try:
-            disk.probe(folder)
-        except OSError as error:
-            raise ValueError(f"{name}: {folder}: {error.strerror}; choose a folder where files can be locked") from None
-    if config.output is not None:
-        output = Path(config.output)
-        check_output(Path(config.runs), config.run, output)
-        try:
-            disk.probe(output.absolute().parent)  # the folder itself is put in place as a whole
-        except OSError as error:
-            raise ValueError(f"output: {output}: {error.strerror}; choose a folder that can be written") from None
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipeline.runtime.class_parameters import ClassParameters, stored_tensors
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.fused_layers import fused_layers, operators
+from pipeline.runtime.hashing import text_digest
 from pipeline.runtime.layer_streaming import need_memory
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_class import class_of
@@ -36,6 +38,7 @@ from pipeline.runtime.model_loader import load_model
 from pipeline.training_settings import accumulation, held_out_rows, steps_of
 
 METRICS = "metrics.jsonl"
+SUMS = "metrics.sums"  # beside checkpoints: a digest of each line of METRICS, by which the exported state is chosen
 CHECKPOINTS = "checkpoints"
 STATE_BYTES = 12  # of a parameter in a resumable checkpoint: a float32 weight and two moments
 WEIGHT_BYTES = 4
@@ -130,7 +133,7 @@ def train_model(
 
         def record(metrics: dict[str, float]) -> None:
             whole = {"step": first + metrics["step"], "tokens": before + metrics["tokens"]}
-            _record(out / METRICS, section, steps, machine, metrics | whole)
+            _record(out, section, steps, machine, metrics | whole)
 
         selection = train(
             engine,
@@ -198,7 +201,7 @@ def _resumed(
     """
     ranks, metrics, checkpoints = machine.ranks, out / METRICS, out / CHECKPOINTS
     earlier = (before / METRICS).read_text(encoding="utf-8") if before else ""
-    rows = _rows(metrics, len(earlier.splitlines())) if ranks.rank == 0 else []
+    rows = _rows(out, len(earlier.splitlines())) if ranks.rank == 0 else []
 
     def selected(step: int) -> Selection:
         own = selection
@@ -218,25 +221,27 @@ def _resumed(
         engine.load(checkpoints, done)
     if ranks.rank == 0:
         kept = "".join(json.dumps(row) + "\n" for row in (rows[: done + 1] if done else []))
+        checkpoints.mkdir(exist_ok=True)
         write_atomically(metrics, earlier + kept)
+        write_atomically(checkpoints / SUMS, "".join(map(_sum, (earlier + kept).splitlines(keepends=True))))
     ranks.wait(f"{section} begins")
     return done, Selection(**ranks.share(asdict(selected(done) if done else selection)))
 
 
-def _rows(path: Path, skipped: int) -> list[dict[str, Any]]:
-    """Return the rows of a metrics file behind the first ones, up to a damaged line; none without a file."""
-    if not path.is_file():
+def _rows(out: Path, skipped: int) -> list[dict[str, Any]]:
+    """Return the rows of a training's metrics behind the first ones, up to a damaged line; none without a file."""
+    path, sums = out / METRICS, out / CHECKPOINTS / SUMS
+    if not (path.is_file() and sums.is_file()):
         return []
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True)[skipped:]:
-        try:
-            row = json.loads(line) if line.endswith("\n") else None
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            return rows
-        rows.append(row)
-    return rows
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    written = sums.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    pairs = takewhile(lambda pair: _sum(pair[0]) == pair[1], zip(lines[skipped:], written[skipped:]))
+    return [json.loads(line) for line, _ in pairs]
+
+
+def _sum(line: str) -> str:
+    """Return the line of SUMS for a line of METRICS."""
+    return text_digest(line) + "\n"
 
 
 def _engine(
@@ -271,11 +276,13 @@ def _engine(
     return engine
 
 
-def _record(path: Path, section: str, steps: int, machine: Machine, metrics: dict[str, float]) -> None:
+def _record(out: Path, section: str, steps: int, machine: Machine, metrics: dict[str, float]) -> None:
     """Append a step's numbers to the metrics and the tracker; print those of the held-out text."""
     if machine.ranks.rank == 0:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        line = json.dumps(metrics) + "\n"
+        for path, text in ((out / METRICS, line), (out / CHECKPOINTS / SUMS, _sum(line))):
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
     numbers = {name: value for name, value in metrics.items() if name != "step"}
     machine.track.log(numbers, int(metrics["step"]), section)
     held = [(name.removeprefix(HELD_OUT), value) for name, value in metrics.items() if name.startswith(HELD_OUT)]

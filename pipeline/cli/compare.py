@@ -4,15 +4,98 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from pipeline.report.compare import as_csv, as_text, as_values, points_of
 from pipeline.report.compare_page import compare_page
 from pipeline.runtime.records import write_atomically
+from pipeline.runtime.run_folder import is_as_delivered
 
 USAGE = "python -m pipeline compare RUN [RUN ...] [--output FOLDER]"
 REPORT, PAGE = "report.json", "report.html"
-NEEDED = ("model", "settings", "parameters", "kv_bytes_per_token", "perplexity", "speed", "recovery", "device")
+Number = Annotated[float, Field(ge=0.0)]
+Size = Annotated[float, Field(gt=0.0)]
+
+
+class Sizes(TypedDict):
+    """A size of both models."""
+
+    teacher: Size
+    student: Size
+
+
+class Cache(TypedDict):
+    """Bytes of keys and values per token, of both models."""
+
+    teacher: Size
+    student: Number
+
+
+class Quality(TypedDict):
+    """A perplexity, null where it is infinite."""
+
+    perplexity: Size | None
+
+
+class Text(TypedDict):
+    """The quality of both models on a text."""
+
+    teacher: Quality
+    student: Quality
+
+
+class Rates(TypedDict):
+    """Tokens per second."""
+
+    prefill: Size
+    decode: Size
+
+
+class Speed(TypedDict):
+    """The speeds of both models."""
+
+    teacher: Rates
+    student: Rates
+
+
+class Curve(TypedDict):
+    """A figure at the first and the last step, and at some between."""
+
+    first: float | None
+    last: float | None
+    points: NotRequired[list[tuple[float, float]]]
+
+
+class Recovery(TypedDict):
+    """What a recovery read, and its curves by name."""
+
+    tokens: float
+    curves: dict[str, Curve]
+
+
+class Named(TypedDict):
+    """A device."""
+
+    name: str
+
+
+class Compared(TypedDict):
+    """What a comparison reads of a report.json."""
+
+    model: str
+    settings: dict[str, Any]
+    parameters: Sizes
+    kv_bytes_per_token: Cache
+    perplexity: Annotated[dict[str, Text], Field(min_length=1)]
+    speed: Speed | None
+    recovery: Recovery | None
+    device: Named
+
+
+COMPARED = TypeAdapter(Compared)
 
 
 def compare(words: Sequence[str]) -> int:
@@ -78,15 +161,24 @@ def runs_below(folder: Path) -> list[Path]:
 
 
 def read_report(run: Path) -> dict[str, Any]:
-    """Return the report.json of a run. Raise ValueError where it cannot be read or lacks what is compared."""
-    path = run / REPORT
+    """Return the report.json of a run.
+
+    Raise ValueError where it cannot be read, lacks what is compared, or is not the one that the run.json beside it
+    names.
+    """
+    path, again = run / REPORT, "run the command of this run again"
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"compare: {path} is damaged ({error}); run the command of this run again") from None
-    missing = [key for key in NEEDED if key not in report] if isinstance(report, dict) else list(NEEDED)
-    if missing:
-        raise ValueError(f"compare: {path} has no {', '.join(missing)}; run the command of this run again")
+        COMPARED.validate_python(report)
+        intact = is_as_delivered(run, REPORT)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "it"
+        raise ValueError(f"compare: {path}: {field}: {first['msg']}; {again}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"compare: {path} is damaged ({error}); {again}") from None
+    if not intact:
+        raise ValueError(f"compare: {path} was changed after its run; {again}")
     return report
 
 

@@ -1,6 +1,5 @@
 """Compose conf/ and the settings of a command with Hydra, after each key and choice has been looked up."""
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -18,6 +17,7 @@ from pipeline.cli.words import Setting, quoted
 from pipeline.config import SETTINGS, unknown_key
 from pipeline.config.names import CHOICES, STAGES, suggested_word
 from pipeline.config.schema import expected
+from pipeline.runtime.records import read_record
 
 HERE = Path(__file__).resolve().parents[1]
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
@@ -213,13 +213,24 @@ def _repeated(source: Path, settings: Sequence[Setting], own: list[str]) -> Dict
 
 
 def recorded(source: Path) -> dict[str, Any]:
-    """Return the configuration in a run.json. Raise ValueError where the file holds none."""
+    """Return the configuration in a run.json, in which OmegaConf finds no interpolation.
+
+    Raise ValueError where the file holds none, or was changed.
+    """
     file = source / "run.json" if source.is_dir() else source
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--from: {file} cannot be read ({error}); give runs/NAME/run.json") from None
-    config = record.get("config") if isinstance(record, dict) else None
+        config = read_record(file).get("config")
+    except ValueError as error:
+        raise ValueError(f"--from: {file}: {error}; give an unchanged runs/NAME/run.json, settings follow it") from None
     if not isinstance(config, dict):
         raise ValueError(f"--from: {file} records no configuration; give runs/NAME/run.json")
-    return config
+    return _literal(config)
+
+
+def _literal(value: Any) -> Any:
+    """Return a value whose texts stand for themselves in OmegaConf."""
+    if isinstance(value, dict):
+        return {key: _literal(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_literal(each) for each in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value

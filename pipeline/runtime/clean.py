@@ -76,8 +76,9 @@ def clean(arguments: list[str]) -> int:
 def unused(runs: list[Path], root: Path) -> list[Unused]:
     """Return the folders under an artifacts folder that no run folder refers to, the largest first.
 
-    An artifact is referred to by name in run.json, as an input of such an artifact, or through a link inside one. Raise
-    ValueError for a missing folder or a damaged run.json, where that is not known.
+    An artifact is referred to by name in run.json, as an input of such an artifact, or through a link inside one. A
+    folder with a run.json is a run. Raise ValueError for a missing folder or a damaged run.json, where that is not
+    known.
     """
     for name, folder in [*(("runs", folder) for folder in runs), ("artifacts", root)]:
         if not folder.is_dir():
@@ -86,7 +87,8 @@ def unused(runs: list[Path], root: Path) -> list[Unused]:
     used = _with_inputs({name for path in records for name in artifacts_of(path.parent)}, root)
     folders = [path for path in root.iterdir() if path.is_dir() and NAMED.fullmatch(path.name)]
     folders += [path for path in _inside(root / PARTIAL) if path.is_dir()]
-    folders = [path for path in folders if path.name not in used] + list(_inside(root / DAMAGED))
+    folders = [path for path in folders if path.name not in used and not (path / RECORD).exists()]
+    folders += _inside(root / DAMAGED)
     return sorted(map(_measured, folders), key=lambda each: (-each.bytes, each.folder))
 
 

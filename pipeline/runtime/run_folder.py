@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.runtime import disk
 from pipeline.runtime.deliver import contents_of, deliver, mark, mark_at
 from pipeline.runtime.lock import Lock
 from pipeline.runtime.log import say
@@ -70,6 +71,35 @@ def artifacts_of(view: Path) -> set[str]:
     return {each["artifact"] for each in parts}.union(record.get("unfinished", ()), record.get("earlier", ()))
 
 
+def check_places(runs: Path, name: str, artifacts: Path, output: str | None) -> None:
+    """Raise ValueError for folders that cannot be written to or that hold each other, before any work."""
+    view = runs / name
+    for part in (view, *view.parents[: len(Path(name).parts) - 1]):
+        if part.is_symlink() or (part != view and (part / RECORD).exists()):
+            what = "a link" if part.is_symlink() else "a run"
+            raise ValueError(f"run: {name} lies in {part}, which is {what}; choose another name")
+    places = {"artifacts": artifacts, "runs": runs}
+    for setting, folder in places.items():
+        try:
+            disk.probe(folder)
+        except OSError as error:
+            reason = f"{error.strerror}; choose a folder where files can be locked"
+            raise ValueError(f"{setting}: {folder}: {reason}") from None
+    if output is None:
+        return
+    place = Path(output)
+    for what, folder in (*places.items(), ("the run folder", view)):
+        if folder.resolve().is_relative_to(place.resolve()):
+            raise ValueError(f"output: {place} holds {what} ({folder}); name a folder of its own")
+    if place.resolve().is_relative_to(artifacts.resolve()) or place.resolve() == (view / "student").resolve():
+        raise ValueError(f"output: {place} is where the pipeline keeps its own files; name another folder, or none")
+    check_output(runs, name, place)
+    try:
+        disk.probe(place.absolute().parent)  # the folder itself is put in place as a whole
+    except OSError as error:
+        raise ValueError(f"output: {place}: {error.strerror}; choose a folder that can be written") from None
+
+
 def check_output(runs: Path, name: str, output: Path) -> None:
     """Raise ValueError where the student cannot be put into `output` without losing files of another origin."""
     if os.path.ismount(output):
@@ -79,6 +109,17 @@ def check_output(runs: Path, name: str, output: Path) -> None:
     known = _record_of(Path(runs) / name).get("student", {}).get("marks", [])
     if mark_at(output) not in known:
         raise ValueError(f"output: {output} holds files that run {name} did not put there; name a new or empty folder")
+
+
+def is_as_delivered(view: Path, label: str) -> bool:
+    """Return whether a file or folder is what run.json says was delivered; True where that says nothing of it.
+
+    Raise ValueError where run.json is damaged.
+    """
+    if not (view / RECORD).is_file():
+        return True
+    delivered = read_record(view / RECORD).get("delivered", {})
+    return label not in delivered or mark_at(view / label) in delivered[label]["marks"]
 
 
 @contextmanager

@@ -55,6 +55,12 @@ def test_what_no_run_folder_refers_to_is_shown_and_deleted_on_request(used, caps
     assert clean([*arguments, "--yes"]) == 0 and "nothing to delete" in capsys.readouterr().out
 
 
+def test_a_run_named_like_an_artifact_is_not_deleted(tmp_path, store):
+    view = store.root / f"exp-{'a' * 12}"
+    write_record(view, of(make(store)))
+    assert unused([store.root], store.root) == []
+
+
 def test_what_a_process_works_on_is_not_deleted(used, capsys):
     store, runs, _, free = used
     lock = Lock(free[1].with_name(free[1].name + ".lock"))

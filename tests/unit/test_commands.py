@@ -19,6 +19,7 @@ from pipeline.cli.compose import checked, groups
 from pipeline.cli.sweep import objective
 from pipeline.cli.words import parsed
 from pipeline.config import Config
+from pipeline.runtime.records import record_text
 from tests.composing import ROOT
 from tests.questions import stand_in
 from tests.tiny import save_tiny, tensors_of, tiny_model
@@ -185,8 +186,9 @@ def test_options_and_settings_come_in_any_order():
 def test_a_run_can_be_repeated_from_its_record(tmp_path):
     words = ["run=a", "recipe=tyr", "device/chip=910B3", "distill.tokens=8192", "model.path=it's, 模型"]
     config = configurations(parsed(words))[0][0]
+    config = config.model_copy(update={"run": "${oc.env:HOME}"})  # as a run that is typed in quotes is named
     record = tmp_path / "run.json"
-    record.write_text(json.dumps({"config": config.model_dump(mode="json")}), encoding="utf-8")
+    record.write_text(record_text({"config": config.model_dump(mode="json")}), encoding="utf-8")
     again = ["--from", str(record)]
     assert configurations(parsed(again))[0][0] == config
     assert configurations(parsed(["--from", str(tmp_path)]))[0][0] == config
@@ -200,7 +202,8 @@ def test_a_run_can_be_repeated_from_its_record(tmp_path):
     for refused, match in (("recipe=best", "--from: recipe=best"), ("distill.lr=1", "distill.learning_rate")):
         with pytest.raises(ValueError, match=match):
             configurations(parsed([*again, refused]))
-    for text in ("{", "[]", '{"config": 3}'):
+    changed_by_hand = record.read_text(encoding="utf-8").replace('"seed": 0', '"seed": 4')
+    for text in ("{", "[]", '{"config": 3}', record_text({"config": 3}), "[" * 100_000, changed_by_hand):
         record.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match="--from: "):
             configurations(parsed(again))

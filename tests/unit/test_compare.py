@@ -10,7 +10,11 @@ from pipeline.cli.compare import compare, write_comparison
 from pipeline.report.compare import ABSENT, as_csv, as_text, as_values, columns, front, points_of
 from pipeline.report.compare_page import compare_page, recoveries, trade_off
 from pipeline.report.drawing import Dot, Line
+from pipeline.runtime.artifacts import Store
+from pipeline.runtime.ranks import Ranks
+from pipeline.runtime.run_folder import Shown, show
 from tests.reports import MADE, Balanced, example_report
+from tests.stores import make, of
 
 
 def report(parameters=1_500_000, perplexity=25.0, decode=60.0, recovered=True, **settings):
@@ -133,9 +137,14 @@ def test_runs_are_named_by_their_paths_and_the_output_can_be_elsewhere(tmp_path)
     [
         (lambda folder: None, "absent"),
         (lambda folder: (folder / "absent").mkdir(), "report.json"),
-        (lambda folder: save(folder, {"absent": {"model": "m"}}), "parameters"),
+        (lambda folder: save(folder, {"absent": {"model": "m"}}), "settings"),
         (lambda folder: (save(folder, {"absent": {}}) / "absent/report.json").write_text("{"), "damaged"),
-        (lambda folder: save(folder, {"absent": []}), "settings"),
+        (lambda folder: save(folder, {"absent": []}), "dictionary"),
+        (lambda folder: save(folder, {"absent": report() | {"parameters": {"teacher": 0}}}), "parameters"),
+        (lambda folder: save(folder, {"absent": report() | {"perplexity": {}}}), "perplexity"),
+        (lambda folder: save(folder, {"absent": report() | {"speed": "x"}}), "speed"),
+        (lambda folder: save(folder, {"absent": report() | {"recovery": 5}}), "recovery"),
+        (lambda folder: (save(folder, {"absent": {}}) / "absent/report.json").write_text("[" * 100_000), "damaged"),
     ],
 )
 def test_a_run_without_a_report_is_refused_in_one_line(make, named, tmp_path):
@@ -144,6 +153,18 @@ def test_a_run_without_a_report_is_refused_in_one_line(make, named, tmp_path):
         compare([str(tmp_path / "absent")])
     assert str(tmp_path / "absent") in str(refused.value) and "\n" not in str(refused.value)
     assert not list(tmp_path.rglob("compare.*"))
+
+
+def test_a_report_that_was_changed_after_its_run_is_refused(tmp_path):
+    store = Store(tmp_path / "artifacts", Ranks(0, 1, 0), "r1")
+    made = make(store, "report", text=json.dumps(report()))
+    shown = {"report.json": Shown(made, "scores.txt", delivered=True)}
+    view = show(tmp_path / "runs", "one", of(made), shown)
+    assert "one" in write_comparison([view])
+    path = view / "report.json"
+    path.write_text(path.read_text().replace("25.0", "24.0"))
+    with pytest.raises(ValueError, match=r"report.json was changed after its run"):
+        write_comparison([view])
 
 
 @pytest.mark.parametrize("words", [[], ["--output"], ["--other", "x"]])

@@ -14,7 +14,7 @@ from pipeline.runtime.artifacts import Store
 from pipeline.runtime.clean import unused
 from pipeline.runtime.ranks import Ranks
 from pipeline.runtime.records import read_record
-from pipeline.runtime.run_folder import Shown, artifacts_of, check_output, show
+from pipeline.runtime.run_folder import Shown, artifacts_of, check_output, check_places, show
 from tests.stores import exported, linked, make, of, student
 from tests.watching import calls_of
 
@@ -235,3 +235,19 @@ def test_a_file_of_another_artifact_is_added_to_the_delivered_student(tmp_path, 
     view = show(tmp_path / "runs", "two", of(made, newer), shown, output)
     assert (output / "README.md").read_text() == "newer"
     assert artifacts_of(view) == {made.name, newer.name}
+
+
+def test_folders_that_hold_each_other_are_refused_before_any_work(tmp_path, store):
+    made, runs, artifacts = exported(store), tmp_path / "runs", tmp_path / "artifacts"
+    show(runs, "sweep/one", of(made), student(made) | {"scores": linked(made)})
+    check_places(runs, "sweep/two", artifacts, str(tmp_path / "models"))
+    check_places(runs, "sweep/one", artifacts, None)
+    for name, reason in (("sweep/one/rounds", "a run"), ("sweep/one/scores", "a link"), ("sweep/link", "a link")):
+        (runs / "sweep" / "link").unlink(missing_ok=True)
+        (runs / "sweep" / "link").symlink_to(made)
+        with pytest.raises(ValueError, match=f"^run: {name} lies in .*{reason}"):
+            check_places(runs, name, artifacts, None)
+    inside = (tmp_path, runs, artifacts, runs / "sweep" / "one", artifacts / "new", runs / "sweep" / "one" / "student")
+    for output in inside:
+        with pytest.raises(ValueError, match=r"^output: "):
+            check_places(runs, "sweep/one", artifacts, str(output))

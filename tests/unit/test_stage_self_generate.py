@@ -11,7 +11,11 @@ from pipeline.data import sources
 from pipeline.data.written_chats import ChatMarks, before_user, chat_marks
 from pipeline.evaluation.writing import TurnIds, sample, sample_chats, word_starts, written
 from pipeline.runtime.model_loader import load_tokenizer
+from pipeline.runtime.records import record_text
+from pipeline.stages.prepare import self_generate
 from tests.chat_templates import SPECIAL, TEMPLATES
+from tests.composing import validated
+from tests.students import machine
 from tests.tiny import tiny_model
 from tests.tiny_text import byte_tokenizer
 from tests.world import make_world, pipeline, settings
@@ -124,6 +128,24 @@ def test_the_line_writes_text_that_can_be_calibrated_on_whatever_the_ranks(world
     assert len(list(sources.read(sources.locate(str(path)), "words"))) == 12
     pipeline(*SMALL, "run=two", "data.text_field=words", *settings(world, artifacts=world / "two"), cwd=world, ranks=2)
     assert (world / "runs" / "two" / "generated.jsonl").read_text() == path.read_text()
+
+
+def test_a_batch_that_was_changed_on_disk_is_written_anew(world, tmp_path):
+    words = [word for word in settings(world) if not word.startswith("device.")]
+    config = validated(*SMALL, *words, "self_generate.tokens=64", "device.kind=cpu")
+
+    def generated(place, text=None):
+        place.mkdir()
+        if text is not None:
+            (place / "batch-00000.json").write_text(text)
+        self_generate.run(config, {"teacher": world / "model"}, place, machine())
+        return (place / self_generate.FILE).read_text(), sorted(path.name for path in place.iterdir())
+
+    text, files = generated(tmp_path / "whole")
+    sound = record_text({"value": {"texts": ["false"]}})
+    assert files == [self_generate.FILE]
+    assert generated(tmp_path / "changed", sound.replace("false", "wrong")) == (text, files)
+    assert "false" in generated(tmp_path / "sound", sound)[0]
 
 
 @pytest.mark.parametrize("family", TEMPLATES)

@@ -10,10 +10,10 @@ from pipeline.config import Config
 from pipeline.data.encoding import frame
 from pipeline.data.written_chats import ChatMarks, before_user, chat_marks
 from pipeline.evaluation.writing import TurnIds, sample, sample_chats, special_ids, word_starts, written
-from pipeline.runtime.artifacts import write_atomically
 from pipeline.runtime.layer_streaming import placed
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_loader import load_model, load_tokenizer
+from pipeline.runtime.records import load_record, read_record, save_record
 from pipeline.stages.stage import Inputs, Stage
 from pipeline.stages.texts import check_positions_of_source
 
@@ -36,7 +36,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     options, ranks, device = config.self_generate, machine.ranks, machine.device
     tokenizer = load_tokenizer(inputs["teacher"], config.model.trust_remote_code)
     total = -(-options.tokens // (options.batch_size * options.length))
-    files = [out / f"batch-{number:05d}.jsonl" for number in range(total)]
+    files = [out / f"batch-{number:05d}.json" for number in range(total)]
     marks = chat_marks(tokenizer, PLACE) if options.form == "messages" else None
     turn = before_user(tokenizer, PLACE) if marks or options.chat else []
     if marks and not turn:
@@ -44,7 +44,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     separate = _turn_ids(tokenizer, marks) if marks else None
     chats = round((1.0 if marks else options.chat) * total) if turn else 0
     model = load_model(inputs["teacher"], device.compute_dtype, device.attention)
-    own = [number for number in range(ranks.rank, total, ranks.world) if not files[number].exists()]
+    own = [number for number in range(ranks.rank, total, ranks.world) if not load_record(files[number], {})]
     with placed(model, device, config.device.layer_streaming):
         for number in machine.progress(own, len(own), "self_generate"):
             draw = torch.Generator(device.torch).manual_seed(config.seed * total + number)
@@ -58,11 +58,10 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
             if not chat:  # the drawn word is part of the text
                 rows = [[*start[-1:], *row] for start, row in zip(starts.tolist(), rows, strict=True)]
             texts = [marks.turns(tokenizer.decode(row)) if marks else written(row, tokenizer) for row in rows]
-            records = [json.dumps({config.data.text_field: text}, ensure_ascii=False) + "\n" for text in texts if text]
-            write_atomically(files[number], "".join(records))
+            save_record(files[number], {"texts": [text for text in texts if text]})
     ranks.wait("self_generate")
     if ranks.rank == 0:
-        drawn, found = total * options.batch_size, _joined(files, out / FILE)
+        drawn, found = total * options.batch_size, _joined(files, config.data.text_field, out / FILE)
         if not found:
             raise ValueError(
                 f"self_generate.length: none of {drawn} texts ends within {options.length} tokens; set it higher"
@@ -90,14 +89,14 @@ def _starts(tokenizer: Any, batch: int, turn: list[int], draw: torch.Generator) 
     return torch.cat([torch.full_like(picks, first), picks], 1)
 
 
-def _joined(files: list[Path], place: Path) -> int:
-    """Write the batches to one file, remove them, and return the number of records."""
+def _joined(files: list[Path], field: str, place: Path) -> int:
+    """Write the texts of all batches to one file, remove the batches, and return the number of texts."""
     found = 0
     with open(place, "w", encoding="utf-8") as whole:
         for file in files:
-            text = file.read_text(encoding="utf-8")
-            found += text.count("\n")
-            whole.write(text)
+            texts = read_record(file)["value"]["texts"]
+            found += len(texts)
+            whole.writelines(json.dumps({field: text}, ensure_ascii=False) + "\n" for text in texts)
             file.unlink()
     return found
 
