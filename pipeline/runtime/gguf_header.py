@@ -19,8 +19,11 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 BOOL, STRING, ARRAY = 7, 8, 9
 LONGEST_KEY = 1 << 16
 LONGEST_NAME = 64  # of a tensor, by the format
-HEADER = 128 << 20  # the most bytes before the data
+LONGEST_TEXT = 1 << 20  # bytes of a string in a field; readers of the format hold each byte as an object
+HEADER = 64 << 20  # the most bytes before the data
 FIELDS, TENSORS, ENTRIES = 1 << 14, 1 << 18, 1 << 21  # the most fields, tensors, and entries of all arrays
+TOKENIZER = "tokenizer."  # arrays under such keys have entries for each token
+OTHERS = 1 << 17  # the most entries of all other arrays
 ALIGNMENT = 32  # of the data where no field says another
 BLOCK = 1 << 24  # bytes copied at a time
 
@@ -57,12 +60,28 @@ class Header:
         """Return the number of files that the model was split into."""
         return self.fields.get("split.count", 1) or 1
 
+    def numbers(self, key: str) -> tuple[Any, ...] | None:
+        """Return the number that a field holds, or those of an array; None for a text and an array of texts."""
+        kind = self._kind(key)
+        if kind != ARRAY:
+            return None if kind == STRING else (self.fields[key],)
+        data, place = self.stored[key], 12 + len(key.encode())
+        inner, length = struct.unpack_from("<IQ", data, place)
+        return struct.unpack_from(f"<{length}{SCALARS[inner]}", data, place + 12) if inner in SCALARS else None
+
+    def entries(self, begin: str) -> int:
+        """Return the number of entries of all arrays whose keys begin so."""
+        return sum(self.fields[key] for key in self.stored if key.startswith(begin) and self._kind(key) == ARRAY)
+
+    def _kind(self, key: str) -> int:
+        return struct.unpack_from("<I", self.stored[key], 8 + len(key.encode()))[0]
+
 
 class _Reader:
     """Reads values from the beginning of a file, counts array entries, and raises ValueError beyond its end."""
 
     def __init__(self, data: bytes):
-        self.data, self.place, self.entries = data, 0, 0
+        self.data, self.place, self.entries, self.others = data, 0, 0, 0
 
     def take(self, count: int) -> bytes:
         """Return the next `count` bytes."""
@@ -75,19 +94,19 @@ class _Reader:
         """Return the next number, of a format of `struct`."""
         return struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}")))[0]
 
-    def text(self, longest: int) -> str:
+    def text(self, longest: int, errors: str = "strict") -> str:
         """Return the next string, of at most `longest` bytes."""
         length = self.number("Q")
         if length > longest:
-            raise ValueError(f"a name has {length} bytes, more than {longest}")
-        return self.take(length).decode()
+            raise ValueError(f"a string has {length} bytes, more than {longest}")
+        return self.take(length).decode(errors=errors)
 
-    def value(self, kind: int) -> Any:
-        """Return a value; a string as text, an array as its length."""
+    def value(self, key: str, kind: int) -> Any:
+        """Return the value of a field; a string as text, an array as its length."""
         if kind in SCALARS:
             return self.number(SCALARS[kind])
         if kind == STRING:
-            return self.take(self.number("Q")).decode(errors="replace")
+            return self.text(LONGEST_TEXT, "replace")
         if kind != ARRAY:
             raise ValueError(f"a field is of the unknown type {kind}")
         inner, length = self.number("I"), self.number("Q")
@@ -97,6 +116,9 @@ class _Reader:
         self.entries += length
         if length * least > len(self.data) - self.place or self.entries > ENTRIES:
             raise ValueError(f"an array claims {length} entries, more than the file or a tokenizer has")
+        self.others += 0 if key.startswith(TOKENIZER) else length
+        if self.others > OTHERS:
+            raise ValueError(f"{key:.80} has {length} entries; arrays outside of {TOKENIZER}* have {OTHERS} at most")
         if inner == STRING:
             self._skip_strings(length)
         else:
@@ -107,8 +129,11 @@ class _Reader:
         data, place, length_at = self.data, self.place, struct.Struct("<Q").unpack_from
         try:
             for _ in range(count):
-                place += 8 + length_at(data, place)[0]
-        except (struct.error, OverflowError):  # beyond the data, or beyond any memory
+                length = length_at(data, place)[0]
+                if length > LONGEST_TEXT:
+                    raise ValueError(f"an array of strings has one of {length} bytes, more than {LONGEST_TEXT}")
+                place += 8 + length
+        except struct.error:  # beyond the data
             raise ValueError("it ends inside an array of strings") from None
         self.place = place
         self.take(0)
@@ -138,7 +163,7 @@ def _header(path: Path, reader: _Reader, size: int) -> Header:
         key = reader.text(LONGEST_KEY)
         if key in values:
             raise ValueError(f"the field {key:.80} is there twice")
-        values[key] = reader.value(reader.number("I"))
+        values[key] = reader.value(key, reader.number("I"))
         stored[key] = reader.data[start : reader.place]
     alignment = values.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):

@@ -7,16 +7,44 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.integrations import GGUF_CONFIG_MAPPING
 
-from pipeline.model.families import family_of
+from pipeline.model.families import FAMILIES, family_of
 from pipeline.runtime.checkpoint_writer import write_checkpoint
-from pipeline.runtime.described import checked_config
-from pipeline.runtime.gguf_header import Header, concatenate, join, read_header
+from pipeline.runtime.described import LIMITS, OPTIONAL, checked_config
+from pipeline.runtime.gguf_header import OTHERS, TOKENIZER, Header, concatenate, join, read_header
 from pipeline.runtime.log import bars_on_terminals_only
 from pipeline.runtime.model_class import class_shapes
 from pipeline.runtime.model_loader import load_whole
 
 WHOLE = "whole.gguf"
+MODEL_TYPES = {  # by general.architecture, where it is not the model_type of transformers
+    "gemma3": "gemma3_text",
+    "gpt-oss": "gpt_oss",
+    "minimax-m2": "minimax_m2",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+}
+ARCHITECTURES = sorted(
+    name for name in {*GGUF_CONFIG_MAPPING, *MODEL_TYPES} if MODEL_TYPES.get(name, name) in FAMILIES
+)  # that transformers converts to a model of the table of families
+COUNTS = {  # the largest value of fields ARCHITECTURE.NAME, which transformers believes before it reads a tensor
+    "block_count": LIMITS["layers"],
+    "embedding_length": LIMITS["hidden"],
+    "feed_forward_length": LIMITS["neurons"],
+    "expert_feed_forward_length": LIMITS["neurons"],
+    "expert_count": 1 << 14,
+    "expert_used_count": 1 << 14,
+    "attention.head_count": LIMITS["heads"],
+    "attention.head_count_kv": OPTIONAL["groups"],
+    "attention.key_length": OPTIONAL["head_size"],
+    "attention.value_length": OPTIONAL["head_size"],
+    "rope.dimension_count": OPTIONAL["head_size"],
+    "vocab_size": LIMITS["vocabulary"],
+    "context_length": 1 << 30,
+    "shortconv.l_cache": 1 << 14,
+}
+PER_TOKEN = 8  # the most entries of all arrays of the tokenizer, for each row of the embedding
 
 
 def check_parts(parts: Sequence[Path]) -> None:
@@ -31,6 +59,7 @@ def check_parts(parts: Sequence[Path]) -> None:
                 f"{parts[0]} is one of {headers[0].parts} parts; put all of them, named NAME-00001-of-0000N.gguf, into "
                 "one folder"
             )
+        _check_fields(headers)
 
 
 def unpack(parts: Sequence[Path], folder: Path, shard_bytes: float) -> None:
@@ -54,10 +83,41 @@ def unpack(parts: Sequence[Path], folder: Path, shard_bytes: float) -> None:
         (folder / WHOLE).unlink(missing_ok=True)
 
 
+def _check_fields(headers: Sequence[Header]) -> None:
+    """Raise ValueError where what transformers would read of a file, given its parts, is no model or out of bounds."""
+    first, tensors = headers[0], [tensor for header in headers for tensor in header.tensors]
+    path, kind = first.path, first.fields.get("general.architecture")
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors, a vocabulary alone; give the model's GGUF")
+    if kind not in ARCHITECTURES:
+        raise ValueError(
+            f"{path}: general.architecture is {kind!r:.60}, not one that is converted ({', '.join(ARCHITECTURES)}); "
+            "give the model as a Hugging Face folder"
+        )
+    for key in first.fields:  # under any architecture: transformers reads them all
+        limit = COUNTS.get(key.partition(".")[2])
+        if limit is not None:
+            _check_counts(first, key, limit)
+    rows = sum(tensor.dimensions[-1] for tensor in tensors if tensor.name == "token_embd.weight")
+    entries = first.entries(TOKENIZER)
+    if entries > PER_TOKEN * rows + OTHERS:
+        raise ValueError(
+            f"{path}: the arrays {TOKENIZER}* have {entries} entries, too many for the {rows} rows of "
+            "token_embd.weight; fetch it again"
+        )
+
+
+def _check_counts(header: Header, key: str, limit: int) -> None:
+    """Raise ValueError where a field holds, also in an array, anything but integers from 0 to a limit."""
+    numbers = header.numbers(key)
+    for number in ("a text",) if numbers is None else numbers:
+        if type(number) is not int or not 0 <= number <= limit:
+            raise ValueError(f"{header.path}: {key:.80} is {number}, not an integer from 0 to {limit}; fetch it again")
+
+
 def _convert(header: Header, folder: Path, shard_bytes: float) -> None:
     path = header.path
-    if not header.tensors:
-        raise ValueError(f"{path} holds no tensors, a vocabulary alone; give the model's GGUF")
+    _check_fields([header])
     options = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
     try:
         whole = AutoConfig.from_pretrained(path.parent, **options)
@@ -88,8 +148,8 @@ def _check_elements(header: Header, config: dict) -> None:
     transformers draws absent weights at random and leaves out tensors it does not know; both change the network.
     """
     layers = {tensor.name.split(".")[1] for tensor in header.tensors if tensor.name.startswith("blk.")}
-    if len(layers) < config["num_hidden_layers"]:  # before a class of that many layers is built
-        count = config["num_hidden_layers"]
+    count = family_of(config["model_type"]).width(config, "layers")
+    if len(layers) < count:  # before a class of that many layers is built
         raise ValueError(f"{header.path} lacks tensors: {len(layers)} of {count} layers are there; fetch it again")
     needed = sum(torch.Size(shape).numel() for shape in class_shapes(config, header.path.parent).values())
     held = sum(tensor.elements for tensor in header.tensors)

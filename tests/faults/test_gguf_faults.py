@@ -125,10 +125,18 @@ HOSTILE = {
     "layers": lambda c: patched(c, b"llama.block_count", 4, "I", 300_000_000),
     "more layers than tensors": lambda c: patched(c, b"llama.block_count", 4, "I", 4000),
     "width": lambda c: patched(c, b"llama.embedding_length", 4, "I", 1 << 31),
+    "layers of another architecture": lambda c: patched(
+        c.replace(b"llama", b"qwen2"), b"qwen2.block_count", 4, "I", (1 << 31) - 1
+    ),
+    "layers under another architecture's key": lambda c: patched(
+        c.replace(b"llama.block_count", b"qwen2.block_count"), b"qwen2.block_count", 4, "I", (1 << 31) - 1
+    ),
     "wide neurons": lambda c: patched(c, b"llama.feed_forward_length", 4, "I", 1 << 21),
     "no heads": lambda c: patched(c, b"llama.attention.head_count", 4, "I", 0),
     "truncated header": lambda c: c[:100],
     "nothing": lambda c: b"",
+    "architecture": lambda c: c.replace(b"llama", b"t5\0\0\0"),
+    "architecture without a class": lambda c: c.replace(b"llama", b"mamba"),
 }
 
 
@@ -138,6 +146,29 @@ def test_hostile_files_are_refused_in_one_line(sound, tmp_path, case):
     path = tmp_path / "tiny.gguf"
     path.write_bytes(HOSTILE[case](sound))
     refused(path, "tiny.gguf")
+
+
+def array(key, length, text=None):
+    """Return what adds an array to a GGUF file."""
+    return lambda writer: writer.add_array(key, [1 if text is None else text] * length)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("extra", "names"),
+    [
+        (array("x.big", 200_000), ["x.big", "200000"]),
+        (array("x.big", 200_000, "a"), ["x.big", "200000"]),
+        (array("tokenizer.ggml.scores", 200_000), ["tokenizer", "200193", "96 rows"]),
+        (array("qwen2.vocab_size", 2, "96"), ["qwen2.vocab_size is a text"]),
+        (lambda w: w.add_array("qwen2.block_count", [(1 << 31) - 1]), ["qwen2.block_count is 2147483647"]),
+        (lambda w: w.add_float32("qwen2.block_count", 4.0), ["qwen2.block_count is 4.0"]),
+        (lambda w: w.add_string("general.description", "a" * (2 << 20)), ["2097152 bytes"]),
+        (array("x.long", 2, "a" * (2 << 20)), ["2097152 bytes"]),
+    ],
+)
+def test_fields_that_no_model_has_are_refused_before_transformers_reads_them(model, tmp_path, extra, names):
+    refused(write_gguf(tmp_path / "tiny.gguf", model, extra=extra), "tiny.gguf", *names)
 
 
 def test_many_empty_strings_are_not_walked_through(sound, tmp_path):
