@@ -50,8 +50,13 @@ def continued(model: CausalModel, ids: Tensor, step: Any) -> Any:
 
 
 def continue_greedily(model: CausalModel, prompt: Tensor, tokens: int, stop: frozenset[int]) -> list[int]:
-    """Return up to `tokens` greedy ids after `prompt` [1, t], ending before the first id in `stop`."""
+    """Return up to `tokens` greedy ids after `prompt` [1, t], ending before the first id in `stop`.
+
+    A prompt that leaves too few of the model's positions loses its beginning.
+    """
     ids = []
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    prompt = prompt if longest is None else prompt[:, -max(1, longest - tokens) :]
     for token in islice(continuation(model, prompt.to(next(model.parameters()).device)), tokens):
         ids.append(int(token))
         if ids[-1] in stop:

@@ -1,6 +1,8 @@
 """The class of transformers that a config.json describes, and the shapes of its weights."""
 
 from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,27 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.model.families import family_of
 from pipeline.runtime.modelling import pruned_class
+
+POSITIONS = "max_position_embeddings"
+
+
+@cache
+def config_fields(kind: str) -> dict[str, str]:
+    """Return the fields that the config class of a model type has, by each of their names in a config.json."""
+    chosen = CONFIG_MAPPING[kind]
+    return {field.name: field.name for field in fields(chosen)} | chosen.attribute_map
+
+
+@cache
+def reserved_names(kind: str | None = None) -> frozenset[str]:
+    """Return the names of the methods and class attributes of a config class, which an entry of a file would hide."""
+    chosen = PreTrainedConfig if kind is None else CONFIG_MAPPING[kind]
+    own = {name for name in dir(chosen) if not isinstance(getattr(chosen, name), property)}
+    return frozenset(own - {field.name for field in fields(chosen)} - {"model_type"})
 
 
 def stock_config(config: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
@@ -22,6 +42,12 @@ def stock_config(config: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
             f"{folder / 'config.json'} is refused by transformers ({reason(fault)}); correct that field, or fetch it "
             "again"
         ) from fault
+
+
+def longest_text(config: Mapping[str, Any], folder: Path) -> int | None:
+    """Return the number of positions of a model, under whichever name its class has it; None where it has no limit."""
+    known = config.get("model_type") in CONFIG_MAPPING
+    return getattr(stock_config(config, folder), POSITIONS, None) if known else config.get(POSITIONS)
 
 
 def class_shapes(config: Mapping[str, Any], folder: Path) -> dict[str, tuple[int, ...]]:

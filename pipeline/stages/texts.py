@@ -15,6 +15,7 @@ from pipeline.data.packing import Domain, Packed, TooShort, build
 from pipeline.runtime.checkpoint import read_config
 from pipeline.runtime.hashing import fingerprint
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_class import longest_text
 from pipeline.runtime.model_loader import load_tokenizer
 from pipeline.runtime.model_source import model_folder
 
@@ -50,9 +51,9 @@ def _check_length(part: split.Part, field: str, sequence: int, tokenizer: Any) -
             raise ValueError(f"{fault}; give a longer text, a larger share, or a smaller data.sequence_length")
 
 
-def check_positions(field: str, count: int, model: dict[str, Any]) -> None:
-    """Refuse a number of positions beyond those of a model's configuration."""
-    longest = model.get("max_position_embeddings")
+def check_positions(field: str, count: int, folder: Path) -> None:
+    """Refuse a number of positions beyond those of the model of a folder."""
+    longest = longest_text(read_config(folder), folder)
     if longest is not None and count > longest:
         raise ValueError(f"{field} is {count}, more than the model's {longest} positions; lower it")
 
@@ -61,7 +62,7 @@ def check_positions_of_source(config: Config, field: str, count: int) -> None:
     """Refuse a number of positions beyond those of the model that is to be made smaller, where that is a folder."""
     folder = model_folder(config.model.path, config.model.allow_pickle)
     if folder is not None:
-        check_positions(field, count, read_config(folder))
+        check_positions(field, count, folder)
 
 
 def settings(config: Config) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def write_texts(config: Config, folder: Path, out: Path, machine: Machine) -> No
     texts are alike by their nature, and only copies are left out.
     """
     data, model = config.data, read_config(folder)
-    check_positions("data.sequence_length", data.sequence_length, model)
+    check_positions("data.sequence_length", data.sequence_length, folder)
     tokenizer = load_tokenizer(folder, config.model.trust_remote_code)
     check_texts(config, lambda: tokenizer)
     around, parts = frame(tokenizer), _parts(config)

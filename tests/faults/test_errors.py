@@ -212,6 +212,21 @@ def test_a_shape_that_the_teacher_does_not_have_is_refused_before_any_work(world
         runner.check(configured(*[f"{key}={value}" for key, value in chosen.items()]))
 
 
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("evaluate.speed_prefill=64", r"evaluate\.speed_prefill.*68.*64"),
+        ("report.sample_tokens=65", r"report\.sample_tokens.*65.*64"),
+        ("data.sequence_length=65", r"data\.sequence_length.*65.*64"),
+    ],
+)
+def test_positions_are_known_under_another_name_of_the_field(setting, named, tmp_path):
+    world = make_world(tmp_path, "gpt2")
+    assert "n_positions" in json.loads((world / "model" / "config.json").read_text())
+    with pytest.raises(ValueError, match=named):
+        runner.check(configured(*settings(world, run="x", shape__groups=None, shape__heads=None), setting))
+
+
 def test_a_hidden_size_that_the_class_of_the_student_refuses_is_refused_before_any_work(world, tmp_path):
     biased = make_world(tmp_path, "llama-biases")
     given = {"shape__hidden": 30, "shape__layers": None, "shape__neurons": None}

@@ -96,6 +96,13 @@ def test_a_continuation_ends_before_a_stop_token():
     assert stopped == free[: free.index(free[3])]
 
 
+def test_a_prompt_that_leaves_too_few_positions_loses_its_beginning():
+    model, ids = tiny_model("gpt2"), tokens(1, 64)
+    assert model.config.n_positions == 64
+    assert continue_greedily(model, ids, 20, frozenset()) == continue_greedily(model, ids[:, -44:], 20, frozenset())
+    assert len(continue_greedily(model, ids, 64, frozenset())) == 64
+
+
 PER_LAYER = 2 * 2 * 8 * 2  # K and V, groups, head size, bytes of bfloat16
 
 

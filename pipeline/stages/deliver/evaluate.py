@@ -34,6 +34,8 @@ def check(config: Config) -> None:
         check_positions_of_source(config, "evaluate.speed_prefill + evaluate.speed_decode", count)
     if config.report.samples:
         check_positions_of_source(config, "report.sample_tokens", config.report.sample_tokens)
+    if config.data.answers and config.evaluate.answers:
+        check_positions_of_source(config, "evaluate.answer_tokens", config.evaluate.answer_tokens)
 
 
 def settings(config: Config) -> dict[str, Any]:

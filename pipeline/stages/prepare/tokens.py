@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.runtime.checkpoint import read_config
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_loader import load_tokenizer
 from pipeline.runtime.model_source import model_folder
@@ -18,7 +17,7 @@ def check(config: Config) -> None:
     """
     folder, trusted = model_folder(config.model.path, config.model.allow_pickle), config.model.trust_remote_code
     if folder:
-        check_positions("data.sequence_length", config.data.sequence_length, read_config(folder))
+        check_positions("data.sequence_length", config.data.sequence_length, folder)
     known = folder if folder and (folder / "tokenizer_config.json").is_file() else None
     check_texts(config, lambda: None if known is None else load_tokenizer(known, trusted))
 
