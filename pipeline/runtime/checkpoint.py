@@ -14,6 +14,7 @@ from pipeline.model.families import FAMILIES, WRAPPERS, Family, family_of
 from pipeline.model.families.wrappers import text_names
 from pipeline.model.hf_config import frozen_modules, per_layer
 from pipeline.runtime import wrapper
+from pipeline.runtime.config_bounds import check_experts
 from pipeline.runtime.described import read_config, read_mapping, wrapper_config
 from pipeline.runtime.model_class import class_shapes, reason, stock_config
 from pipeline.runtime.modelling import HEADS
@@ -67,6 +68,7 @@ class Checkpoint(Mapping[str, Tensor]):
             for field in ("tie_word_embeddings", *lists, *filter(None, fields))
             if self.config.get(field) is None and (value := getattr(whole, field, None)) is not None
         }
+        check_experts(self.config, family, self.folder / "config.json")
         for field in family.superseded:
             self.config.pop(field, None)
         if family.adjusted and getattr(whole, family.adjusted[0], False):

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.model.anatomy import PER_LAYER_LISTS
-from pipeline.model.families import FAMILIES, WRAPPERS
+from pipeline.model.families import FAMILIES, WRAPPERS, Family
 from pipeline.model.families.table import FIELDS
+from pipeline.runtime.config_bounds import check_numbers, check_repeats
+from pipeline.runtime.model_class import config_fields, reserved_names
 from pipeline.runtime.wrapper import text_config, whole_config
 
 PANGU = "PanguEmbedded"  # openPangu-Embedded 1B and 7B: a Llama with biases under a name of its own
@@ -21,6 +23,7 @@ MIB = 1 << 20
 SIZES = {"config.json": 4 * MIB, "tokenizer.json": 256 * MIB}  # largest files that are read; of other JSON:
 SIZE = 32 * MIB
 PARTS = 1 << 19  # the most objects, arrays and entries in a JSON file that is read
+DEPTH = 100  # the most objects and arrays inside each other
 LIMITS = {  # the largest value of each count that is believed before the weights confirm it
     "vocabulary": 1 << 24,
     "hidden": 1 << 18,
@@ -32,6 +35,9 @@ OPTIONAL = {"groups": 1 << 14, "head_size": 1 << 14}
 WIDTHS = {"heads": 1 << 14, "groups": 1 << 14, "neurons": 1 << 22}  # of a layer of its own widths
 # Fields that would choose code, files or kernels when transformers reads them. `dtype` replaces `torch_dtype`.
 DROPPED = ("auto_map", "attn_implementation", "experts_implementation", "transformers_weights", "torch_dtype")
+# Fields of other tasks than the next token, and of the form of a model's output.
+UNUSED = ("id2label", "label2id", "num_labels", "problem_type", "output_attentions", "output_hidden_states",
+          "return_dict", "use_return_dict")  # fmt: skip
 SPECIAL = "__float__"  # the key under which transformers writes an infinity
 POINTER = b"version https://git-lfs.github.com/spec"
 
@@ -58,9 +64,7 @@ def checked_config(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
     _check_names(stored, path)
     if stored.get("model_type") in WRAPPERS:
         return checked_config(text_config(wrapper_config(stored, path)), path)
-    config = {name: value for name, value in stored.items() if name not in DROPPED and not name.startswith("_")}
-    if stored.get("dtype") is None and isinstance(stored.get("torch_dtype"), str):
-        config["dtype"] = stored["torch_dtype"]
+    config = _believed(stored)
     kind = config.get("model_type")
     if kind == PANGU:
         biased = bool(config.pop("bias", config.get("attention_bias", False)))
@@ -69,8 +73,10 @@ def checked_config(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
         config["model_type"] = kind.removeprefix(OWN_TYPE)
     if config.get("model_type") not in FAMILIES:  # refused where its anatomy is built
         return config
-    config.setdefault("architectures", [FAMILIES[config["model_type"]].architecture])
     family = FAMILIES[config["model_type"]]
+    config = _bounded(config, config["model_type"], path, family)
+    if config.get("architectures") is None:
+        config["architectures"] = [family.architecture]
     if config.get(str(family.field("layers"))) is None and family.layer_list is not None:
         config[str(family.field("layers"))] = family.width(config, "layers")
     for width, limit in (LIMITS | OPTIONAL).items():
@@ -94,8 +100,9 @@ def wrapper_config(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
     for width, limit in (LIMITS | OPTIONAL).items():
         if fields.get(str(FIELDS[width])) is not None:
             _check_count(str(FIELDS[width]), fields[str(FIELDS[width])], limit, path)
+    believed = _bounded(_believed(stored), stored["model_type"], path)
     try:
-        return whole_config(_believed(stored))
+        return whole_config(believed)
     except Exception as fault:  # transformers' validation raises whatever a field's value leads to
         raise ValueError(
             f"{path} is refused by transformers ({type(fault).__name__}: {' '.join(str(fault).split()):.160}); correct "
@@ -104,12 +111,29 @@ def wrapper_config(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _believed(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a config.json and its sections without those that would choose code or files."""
-    return {
+    """Return the fields of a config.json and its sections without those that choose code or files, or are not used."""
+    left_out = {*DROPPED, *UNUSED, *reserved_names()}
+    kept = {
         name: _believed(value) if isinstance(value, dict) else value
         for name, value in stored.items()
-        if name not in DROPPED and not name.startswith("_")
-    } | ({"dtype": stored["torch_dtype"]} if isinstance(stored.get("torch_dtype"), str) else {})
+        if name not in left_out and not name.startswith("_")
+    }
+    if stored.get("dtype") is None and isinstance(stored.get("torch_dtype"), str):
+        kept["dtype"] = stored["torch_dtype"]
+    return kept
+
+
+def _bounded(config: dict[str, Any], kind: str, path: Path, family: Family | None = None) -> dict[str, Any]:
+    """Return the fields of a config without those that hide a method of its class; ValueError for numbers out of
+    bounds."""
+    names = config_fields(kind)
+    lengths = {} if family is None else family.lengths
+    stored = {name for terms in lengths.values() for name in terms}
+    known = {name: value for name, value in config.items() if name in names}
+    check_numbers(known, path, names, "rope_parameters" in names, stored)
+    if family is not None:
+        check_repeats(known, family, path)
+    return {name: value for name, value in config.items() if name not in reserved_names(kind)}
 
 
 def stored_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,10 +210,10 @@ def _check_layers(config: Mapping[str, Any], path: Path) -> None:
 
 def _check_names(config: Mapping[str, Any], path: Path) -> None:
     """Raise ValueError where `model_type`, `architectures` or `pruned.base` cannot name a class or a type."""
-    kind, named = config.get("model_type", ""), config.get("architectures", ["None"])
+    kind, named = config.get("model_type", ""), config.get("architectures")
     if not isinstance(kind, str):
         raise ValueError(f"{path}: model_type is {json.dumps(kind):.60}, not a string; fetch it again")
-    classes = named if isinstance(named, list) else []
+    classes = ["None"] if named is None else named if isinstance(named, list) else []
     if not classes or not all(isinstance(name, str) and name.isascii() and name.isidentifier() for name in classes):
         raise ValueError(
             f"{path}: architectures is {json.dumps(named):.60}, not a list of class names; name the model's class "
@@ -212,15 +236,27 @@ def read_mapping(path: Path) -> dict[str, Any]:
     data = path.read_bytes()
     if max(sum(data.count(sign) for sign in (b"[", b"{")), data.count(b",")) > PARTS:
         raise ValueError(f"{path} has more than {PARTS} entries, too many for a file of a model folder; fetch it again")
+    deep = f"{path} is nested too deeply for a file of a model folder; fetch it again"
     try:
         content = json.loads(data)
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply for a file of a model folder; fetch it again") from None
+        raise ValueError(deep) from None
     except ValueError as fault:
         raise ValueError(f"{path} is no JSON ({fault}); fetch it again") from None
+    if _deeper(content, DEPTH):
+        raise ValueError(deep)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {json.dumps(content):.40}, not a JSON object of fields; fetch it again")
     return content
+
+
+def _deeper(content: Any, depth: int) -> bool:
+    """Whether a value has more than `depth` objects and arrays inside each other."""
+    level = [content] if isinstance(content, dict | list) else []
+    for _ in range(depth):
+        entries = (entry for each in level for entry in (each.values() if isinstance(each, dict) else each))
+        level = [entry for entry in entries if isinstance(entry, dict | list)]
+    return bool(level)
 
 
 def check_file(path: Path) -> None:

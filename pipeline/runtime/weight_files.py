@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pipeline.runtime.config_bounds import TENSORS
 from pipeline.runtime.described import check_file, read_mapping
 
 INDEX = "model.safetensors.index.json"
@@ -18,7 +19,6 @@ PICKLED_INDEX = "pytorch_model.bin.index.json"
 PICKLED = "pytorch_model.bin"
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 HEADER = 32 << 20  # the longest header of a safetensors file that is read, in bytes
-TENSORS = 1 << 18  # the most tensors of a model
 FLOATING = {
     "F64": "float64",
     "F32": "float32",

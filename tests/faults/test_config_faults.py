@@ -46,8 +46,9 @@ def test_the_old_name_of_the_type_is_replaced(folder):
     assert stored["dtype"] == "float32" and "torch_dtype" not in stored
 
 
-def test_a_config_without_architectures_is_of_its_types_class(folder):
-    edit(folder, without=("architectures",))
+@pytest.mark.parametrize("fields", [{"without": ("architectures",)}, {"architectures": None}])
+def test_a_config_without_architectures_is_of_its_types_class(folder, fields):
+    edit(folder, **fields)
     assert imported(folder, folder.with_name("copy")).config["architectures"] == ["LlamaForCausalLM"]
 
 
@@ -114,6 +115,14 @@ NO_OBJECTS = ["[" * 10_000_000, '{"a":' * 1_000_000, "{", "", "\x00", "[1]", '{"
 def test_json_that_is_too_deep_too_large_or_none_is_refused(folder, file, text):
     (folder / file).write_text(text)
     refused(folder, file)
+
+
+@pytest.mark.parametrize("depth", [150, 900, 3000])
+@pytest.mark.parametrize(("opened", "closed"), [("[", "]"), ('{"a":[', "]}")])
+def test_json_of_a_depth_that_exceeds_the_stack_of_python_is_refused(folder, depth, opened, closed):
+    nested = f'{{"model_type": "llama", "rope_parameters": {opened * depth}{closed * depth}}}'
+    (folder / "config.json").write_text(nested)
+    refused(folder, "config.json is nested too deeply")
 
 
 @pytest.mark.parametrize("length", [1 << 62, 1 << 30, 7])

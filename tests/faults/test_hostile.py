@@ -59,7 +59,6 @@ NAMES = {
     "nothing": [],
     "an empty word": [""],
     "a word": "LlamaForCausalLM",
-    "null": None,
     "an object": {"0": "LlamaForCausalLM"},
 }
 
