@@ -6,16 +6,20 @@ from typing import Any, NoReturn
 
 from pipeline.data.chats import FORMS
 from pipeline.data.columns import TOOLS, Value, columns, value_of
-from pipeline.data.lines import check_column
+from pipeline.data.lines import RECORD, check_column
 from pipeline.model.hub import hub_reason
 
 ROWS = 256  # read at once
+HELD = 1 << 24  # bytes of rows that are Python's at once, beside a single row
+OBJECT = 64  # bytes that a value takes in Python, beside its text
+EXPANDS = 1000  # times its size that a compressed column of text may have
 
 
 def check_parquet(path: Path, field: str) -> int:
     """Return the number of rows of a file. Raise ValueError for a damaged one, or a column without text or turns."""
     with _opened(path) as table:
         _check_type(str(path), field, table.schema_arrow)
+        _check_expansion(path, table, _read(field, table.schema_arrow.names))
         return table.metadata.num_rows
 
 
@@ -23,20 +27,92 @@ def parquet_records(path: Path, field: str) -> Iterator[tuple[str, Value]]:
     """Yield each row's place, as errors name it, and what its column holds."""
     number = 0
     with _opened(path) as table:
+        names = _read(field, table.schema_arrow.names)
+        texts = _texts(table, names)
+    with _opened(path, texts) as table:
         try:
-            for batch in table.iter_batches(ROWS, columns=_read(field, table.schema_arrow.names)):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}: column {field!r}", value_of(record, field, f"{path} row {number}")
+            for batch in table.iter_batches(ROWS, columns=names):
+                for rows in _parts(batch, str(path), number):
+                    for record in _records(rows):
+                        number += 1
+                        yield f"{path} row {number}: column {field!r}", value_of(record, field, f"{path} row {number}")
         except _damage() as fault:
             _refuse_parquet(path, fault, f" after row {number}")
 
 
-def _opened(path: Path) -> Any:
+def _texts(table: Any, names: list[str]) -> list[str]:
+    """Return the columns of strings in a file, within columns of the given names.
+
+    Read as dictionaries, a value that rows repeat is held once, as in the file.
+    """
+    leaves = [table.schema.column(number) for number in range(len(table.schema))]
+    strings = (leaf.path for leaf in leaves if (leaf.physical_type, leaf.logical_type.type) == ("BYTE_ARRAY", "STRING"))
+    return [path for path in strings if _is_of(path, names)]
+
+
+def _is_of(path: str, names: list[str]) -> bool:
+    return any(path == name or path.startswith(f"{name}.") for name in names)
+
+
+def _check_expansion(path: Path, table: Any, names: list[str]) -> None:
+    """Raise ValueError for columns that claim to be larger in memory than text can be, by the file's metadata."""
+    for group in range(table.metadata.num_row_groups):
+        for number in range(table.metadata.num_columns):
+            part = table.metadata.row_group(group).column(number)
+            grown = part.total_uncompressed_size > max(RECORD, EXPANDS * part.total_compressed_size)
+            if _is_of(part.path_in_schema, names) and (grown or part.num_values > RECORD):
+                size = f"{part.num_values:,} values in {part.total_uncompressed_size:,} bytes"
+                fault = f"{path}: column {part.path_in_schema!r} holds {size} of {part.total_compressed_size:,}"
+                raise ValueError(f"{fault} on disk, which is no text; write it again, in smaller row groups")
+
+
+def _parts(rows: Any, given: str, before: int) -> Iterator[Any]:
+    """Yield rows of Arrow in parts that Python holds in HELD bytes, or that are single rows.
+
+    `before`: the rows of the text before these. Raise ValueError where one row needs more than RECORD.
+    """
+    size = sum(_bytes(part) for part in rows.columns)
+    if size > RECORD and len(rows) == 1:
+        raise ValueError(f"{given} row {before + 1} needs more than {RECORD >> 20} MiB; leave it out, or divide it")
+    if size <= HELD or len(rows) == 1:
+        yield rows
+        return
+    half = len(rows) // 2
+    yield from _parts(rows.slice(0, half), given, before)
+    yield from _parts(rows.slice(half), given, before + half)
+
+
+def _bytes(column: Any) -> int:
+    """Return the bytes that a column of Arrow takes in Python, each repetition of a value counted."""
+    import pyarrow as arrow
+    from pyarrow import compute, types
+
+    if isinstance(column, arrow.ChunkedArray):
+        return sum(_bytes(part) for part in column.chunks)
+    kind, own = column.type, OBJECT * len(column)
+    if types.is_struct(kind):
+        return own + sum(_bytes(part) for part in column.flatten())
+    if types.is_nested(kind) and hasattr(column, "flatten"):
+        return own + _bytes(column.flatten())
+    if types.is_dictionary(kind):
+        lengths = compute.binary_length(column.dictionary)
+        return own + (compute.sum(compute.take(lengths, column.indices)).as_py() or 0)
+    return own + column.nbytes
+
+
+def _records(rows: Any) -> Iterator[dict[str, Any]]:
+    from pyarrow import types
+
+    plain = (part.dictionary_decode() if types.is_dictionary(part.type) else part for part in rows.columns)
+    for values in zip(*(part.to_pylist() for part in plain), strict=True):
+        yield dict(zip(rows.schema.names, values, strict=True))
+
+
+def _opened(path: Path, texts: list[str] | None = None) -> Any:
     import pyarrow.parquet as parquet
 
     try:
-        return parquet.ParquetFile(path)
+        return parquet.ParquetFile(path, read_dictionary=texts)
     except _damage() as fault:
         _refuse_parquet(path, fault, "")
 
@@ -78,12 +154,15 @@ def hub(name: str, configuration: str | None, split: str | None, given: str, fie
 def table_records(table: Any, given: str, field: str) -> Iterator[tuple[str, Value]]:
     """Yield each row's place, as errors name it, and what its column holds."""
     number = 0
+    arrow, plain = table.with_format("arrow"), table.with_format(None)
     try:
-        for batch in table.iter(batch_size=ROWS):
-            for values in zip(*batch.values()):
-                number += 1
-                record = dict(zip(batch, values))
-                yield f"{given} row {number}: column {field!r}", value_of(record, field, f"{given} row {number}")
+        for start in range(0, len(table), ROWS):
+            for rows in _parts(arrow[start : start + ROWS], given, number):
+                batch = plain[number : number + len(rows)]
+                for values in zip(*batch.values(), strict=True):
+                    number += 1
+                    record = dict(zip(batch, values, strict=True))
+                    yield f"{given} row {number}: column {field!r}", value_of(record, field, f"{given} row {number}")
     except _damage() as fault:
         raise ValueError(f"{given} is damaged after row {number} ({_one_line(fault)}); save it again") from None
 

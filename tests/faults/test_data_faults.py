@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from pipeline.data import tables
 from pipeline.data.encoding import frame
 from pipeline.data.packing import Domain, Packed, build
 from pipeline.data.sources import Piece, check, locate, read
@@ -71,6 +72,36 @@ def test_files_that_hold_no_text(tmp_path, name, content, match):
 )
 def test_parquet_files_that_hold_no_text(tmp_path, columns, match):
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    refused(tmp_path / "a.parquet", match)
+
+
+def repeated(size, rows, turns=1):
+    """A text that rows repeat, or turns of one row, as a dictionary of Arrow."""
+    said = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows * turns, pyarrow.int32()), ["a " * (size // 2)])
+    if turns == 1:
+        return pyarrow.table({"text": said})
+    each = pyarrow.StructArray.from_arrays([pyarrow.array(["user"] * rows * turns), said], ["role", "content"])
+    edges = pyarrow.array(range(0, rows * turns + 1, turns), pyarrow.int32())
+    return pyarrow.table({"text": pyarrow.ListArray.from_arrays(edges, each)})
+
+
+def test_rows_that_repeat_a_long_text_are_held_one_by_one(tmp_path):
+    pyarrow.parquet.write_table(repeated(1 << 22, 600), tmp_path / "a.parquet", compression="zstd")
+    before = pyarrow.total_allocated_bytes()
+    rows = tables.parquet_records(tmp_path / "a.parquet", "text")
+    assert {len(value) for _, (_, value) in zip(range(100), rows)} == {1 << 22}
+    assert pyarrow.total_allocated_bytes() - before < 1 << 26
+
+
+@pytest.mark.parametrize(
+    "size, rows, turns, match",
+    [
+        (1 << 20, 2, 300, "a.parquet row 1 needs more than 256 MiB"),
+        ((1 << 28) + 2, 1, 1, "column 'text' holds 1 values in [0-9,]+ bytes of [0-9,]+ on disk, which is no text"),
+    ],
+)
+def test_rows_that_outgrow_their_file_are_refused(tmp_path, size, rows, turns, match):
+    pyarrow.parquet.write_table(repeated(size, rows, turns), tmp_path / "a.parquet", compression="zstd")
     refused(tmp_path / "a.parquet", match)
 
 
