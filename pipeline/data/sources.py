@@ -86,7 +86,7 @@ def _folder(given: str, root: Path) -> Corpus:
         example = f"; give one, as {given.rstrip('/')}/{splits[0]}" if splits else "; save it again"
         raise ValueError(f"{given} holds the splits {', '.join(splits) or 'none'}{example}")
     if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
-        return Corpus(given, "saved", str(root), tuple(sorted(root.glob("*.arrow"))))
+        return Corpus(given, "saved", str(root), tables.saved_files(root, given))
     files = sorted(_files(root))
     kinds = sorted({kind_of(path) for path in files})
     if not kinds:

@@ -1,5 +1,6 @@
 """Tables of Arrow: parquet files, saved data sets and data sets of the hub, of which columns are text or turns."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,6 +13,7 @@ from pipeline.model.hub import hub_reason
 ROWS = 256  # read at once
 HELD = 1 << 24  # bytes of rows that are Python's at once, beside a single row
 OBJECT = 64  # bytes that a value takes in Python, beside its text
+DATA_FILES = ("_data_files", "_indices_data_files")  # in the state of a saved data set
 EXPANDS = 1000  # times its size that a compressed column of text may have
 
 
@@ -127,6 +129,23 @@ def _damage() -> tuple[type[Exception], ...]:
 def _refuse_parquet(path: Path, fault: Exception, where: str) -> NoReturn:
     reason = " ".join(str(fault).split())
     raise ValueError(f"{path} is not a whole parquet file{where}; fetch it again ({reason:.120})") from None
+
+
+def saved_files(folder: Path, given: str) -> tuple[Path, ...]:
+    """Return the files that a data set of `save_to_disk` is read from, which all lie in its folder.
+
+    Raise ValueError where its state names none, or one elsewhere.
+    """
+    state = folder / "state.json"
+    try:
+        parts = json.loads(state.read_text(encoding="utf-8"))
+        names = [part["filename"] for key in DATA_FILES for part in parts.get(key) or ()]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as fault:
+        raise ValueError(f"{given} is not a whole saved data set; save it again ({_one_line(fault)})") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{state} names {name!r:.160}, which is no file in its folder; save the data set again")
+    return tuple((folder / name).resolve() for name in (state.name, "dataset_info.json", *dict.fromkeys(names)))
 
 
 def saved(folder: str, given: str, field: str) -> Any:

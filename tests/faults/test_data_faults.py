@@ -115,6 +115,29 @@ def test_saved_data_sets_that_hold_no_text(tmp_path):
     refused(tmp_path / "broken", "broken is not a whole saved data set")
 
 
+@pytest.mark.parametrize("key", ["_data_files", "_indices_data_files"])
+@pytest.mark.parametrize("name", ["../other/data-00000-of-00001.arrow", "/etc/hosts", "..", "a\0b", "", 3])
+def test_a_saved_data_set_is_read_from_its_folder_alone(tmp_path, key, name):
+    for folder in ("other", "saved"):
+        datasets.Dataset.from_dict({"text": ["x"]}).save_to_disk(tmp_path / folder)
+    state = tmp_path / "saved" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {key: [{"filename": name}]}))
+    refused(tmp_path / "saved", "saved/state.json names .*, which is no file in its folder; save the data set again")
+
+
+def test_the_files_of_a_saved_data_set_are_those_that_its_state_names(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved", num_shards=2)
+    (tmp_path / "saved" / "beside.arrow").touch()
+    state = tmp_path / "saved" / "state.json"
+    shards = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    folder = locate(str(tmp_path / "saved"))
+    assert [path.name for path in folder.files] == ["state.json", "dataset_info.json", *shards]
+    record = json.loads(state.read_text())
+    state.write_text(json.dumps(record | {"_data_files": record["_data_files"][:1]}))
+    folder = locate(str(tmp_path / "saved"))
+    assert [path.name for path in folder.files] == ["state.json", "dataset_info.json", shards[0]]
+
+
 def test_folders_that_are_no_corpus(tmp_path):
     refused(tmp_path, "holds no files; put text in it")
     (tmp_path / "a.txt").write_text("text")
