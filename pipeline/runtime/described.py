@@ -260,10 +260,13 @@ def _deeper(content: Any, depth: int) -> bool:
 
 
 def check_file(path: Path) -> None:
-    """Raise ValueError where a file is a broken link, a git-lfs pointer instead of its content, or JSON too large."""
+    """Raise ValueError where a file is a broken link, a pipe, device or socket, a git-lfs pointer instead of its
+    content, or JSON too large."""
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{path} is a link to {path.readlink()}, which does not exist; fetch the file again")
     if not path.is_file():
+        if path.exists() and not path.is_dir():  # opening it may wait without an end
+            raise ValueError(f"{path} is a pipe, device or socket, not a regular file; fetch it again")
         return
     limit = SIZES.get(path.name, SIZE)
     if path.suffix == ".json" and path.stat().st_size > limit:

@@ -1,7 +1,7 @@
 """The weight files of a folder: which ones count, opened lazily, and what each holds by its header."""
 
 import json
-import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,8 @@ def weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
             )
     for path in files:
         check_file(path)
+        if not path.is_file():
+            raise ValueError(f"{path} is a folder, not a file of weights; remove or rename it, or fetch the file again")
     return files
 
 
@@ -148,16 +150,15 @@ def _open(path: Path, allow_pickle: bool) -> Any:
 
     Raise ValueError, naming the file, where it is damaged, and for a pickle unless `allow_pickle`.
     """
+    if path.suffix != ".safetensors":
+        if not allow_pickle:
+            raise ValueError(f"{path} is a pickle; set model.allow_pickle=true to read it weights-only")
+        return _unpickled(path)
+    _check_header(path)
     try:
-        if path.suffix != ".safetensors":
-            if not allow_pickle:
-                raise ValueError(f"{path} is a pickle; set model.allow_pickle=true to read it weights-only")
-            return _unpickled(path)
-        _check_header(path)
         return safe_open(path, "pt")
-    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as fault:
-        reason = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
-        raise ValueError(f"{path} is corrupt or truncated ({reason:.160}); fetch it again") from fault
+    except (SafetensorError, RuntimeError, EOFError) as fault:
+        raise _corrupt(path, fault) from fault
 
 
 def _check_header(path: Path) -> None:
@@ -170,9 +171,22 @@ def _check_header(path: Path) -> None:
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    """Return the tensors of a pickle, read weights-only; one of the format before torch 1.6 is read as a whole."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as fault:  # a damaged pickle raises whatever its operations lead to
+        raise _corrupt(path, fault) from fault
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     ):
         raise ValueError(f"{path} holds something else than tensors by name; fetch it again")
-    return content
+    for name, tensor in content.items():
+        if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
+            kind = "without values (meta)" if tensor.is_meta else f"sparse or nested ({tensor.layout})"
+            raise ValueError(f"{path}: {name:.80} is {kind}, not a dense tensor; store the weights as dense tensors")
+    return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def _corrupt(path: Path, fault: Exception) -> ValueError:
+    reason = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
+    return ValueError(f"{path} is corrupt or truncated ({reason:.160}); fetch it again")

@@ -1,5 +1,6 @@
 """Model folders as they are found: what is read is what transformers reads, or refused by name before any work."""
 
+import os
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from pipeline.prune.surgery.reinit import absorb_post_norms, post_norm_modules
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.model_loader import load_model, load_tokenizer
+from pipeline.runtime.model_source import inspect, locate
 from pipeline.stages.deliver import export
 from tests.model_folders import assert_read_as_by_transformers, change, edit, logits, refused
 from tests.students import imported, machine
@@ -101,6 +103,54 @@ def test_pickled_weights_are_copied_as_safetensors(folder):
     refused(folder, "model.allow_pickle=true")
     copy = imported(folder, folder.with_name("copy"), allow_pickle=True)
     assert not list(copy.folder.glob("*.bin")) and all(torch.equal(copy[name], weights[name]) for name in weights)
+
+
+def test_pickles_of_the_format_before_archives_are_read(folder):
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    (folder / "model.safetensors").unlink()
+    copy = imported(folder, folder.with_name("copy"), allow_pickle=True)
+    assert all(torch.equal(copy[name], weights[name]) for name in weights)
+
+
+TENSORS = {
+    "coo": lambda t: t.to_sparse(),
+    "meta": lambda t: t.to("meta"),
+}
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("kind", TENSORS)
+def test_pickled_tensors_that_are_not_dense_are_refused(folder, kind, old):
+    weights = load_file(folder / "model.safetensors")
+    weights[DOWN] = TENSORS[kind](weights[DOWN])
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=f"^model.path: .*pytorch_model.bin: {DOWN} is "):
+        inspect(locate(str(folder), allow_pickle=True), "model.path")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02}q\x00.", b"cos\nsystem\n", b"\x80\x02\x8a\x0al"])
+def test_damaged_pickles_are_refused(folder, content):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^model.path: .*pytorch_model.bin [^\n]*$"):
+        inspect(locate(str(folder), allow_pickle=True), "model.path")
+
+
+@pytest.mark.parametrize(
+    ("make", "file"),
+    [
+        *((os.mkfifo, file) for file in ("part.safetensors", "model.safetensors", INDEX, "config.json")),
+        *((os.mkdir, file) for file in ("part.safetensors", "model.safetensors", "config.json")),
+    ],
+)
+def test_a_path_that_is_no_regular_file_is_refused_before_it_is_opened(folder, make, file):
+    if file.endswith("safetensors"):
+        (folder / "model.safetensors").unlink()
+    (folder / file).unlink(missing_ok=True)
+    make(folder / file)
+    refused(folder, file)
 
 
 # Weights
