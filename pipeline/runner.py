@@ -1,5 +1,6 @@
 """Run a recipe: find or make the artifact of each stage in order, bind the model roles, go through rounds."""
 
+import errno
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -157,7 +158,10 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
+        if error.errno is None:  # of NumPy, which says how much of an array it wrote
+            reason = f"a file was not written whole ({error}); is the disk full?"
+            raise OSError(errno.EIO, reason, str(folder)) from error
+        if error.filename is None:
             error.filename = str(folder)
         raise
 

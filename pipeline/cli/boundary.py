@@ -89,7 +89,8 @@ def known(error: BaseException) -> str | None:
     """
     if isinstance(error, OSError):
         if error.filename is not None:
-            return f"{error.filename}: {error.strerror}"
+            files = [error.filename] if error.filename2 is None else [error.filename, error.filename2]
+            return f"{' -> '.join(map(str, files))}: {error.strerror}"
         return _flat(error)
     if isinstance(error, MemoryError):
         return "out of memory on the host; lower calibration.batch_size or distill.micro_batch_size"

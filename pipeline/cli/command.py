@@ -24,6 +24,9 @@ def main() -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("stdout", "stderr"):  # None where the descriptor is closed
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     for stream in (sys.stdout, sys.stderr):  # text outside the terminal's encoding is escaped, not refused
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

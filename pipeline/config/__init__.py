@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, PrivateAttr, ValidationError
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
 from pipeline.config import names
-from pipeline.config.fields import Count, Section, Seed
+from pipeline.config.fields import Count, Folder, Section, Seed
 from pipeline.config.inputs import Calibration, Data, Logits, Model, SelfGenerate
 from pipeline.config.methods import (
     LayerGates,
@@ -56,7 +56,7 @@ class Device(Section):
     kernels: Literal["auto", "reference"]
     deterministic: bool
     layer_streaming: Literal["auto"] | bool
-    timeout: Count
+    timeout: Annotated[int, Field(ge=1, le=10**7)]  # seconds
 
     @property
     def chip_facts(self) -> dict[str, Any]:
@@ -80,10 +80,10 @@ def _run_name(run: str) -> str:
 
 class Config(Section):
     run: Annotated[str, AfterValidator(_run_name)]
-    runs: str
-    artifacts: str
+    runs: Folder
+    artifacts: Folder
     verify: Literal["full", "size"]
-    output: str | None
+    output: Folder | None
     stages: list[str] | None
     seed: Seed
     dry_run: bool

@@ -1,9 +1,10 @@
 """The base of every section, which refuses unknown fields, and the ranges that settings share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -14,6 +15,16 @@ Weight = Annotated[float, Field(ge=0.0)]
 Portion = Annotated[float, Field(ge=0.0, le=1.0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy's range; derived seeds fit in torch's 64 bits
 Positive = Annotated[float, Field(gt=0.0)]
+
+
+def _expanded(folder: str) -> str:
+    try:
+        return str(Path(folder).expanduser()) if folder.startswith("~") else folder
+    except RuntimeError:
+        raise ValueError(f"{folder} begins with ~ and names no user of this machine; write the whole path") from None
+
+
+Folder = Annotated[str, AfterValidator(_expanded)]  # ~ stands for a home folder
 
 
 class Section(BaseModel):

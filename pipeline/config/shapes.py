@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from pipeline.config.fields import Count, Fraction, Portion, Positive, Section, Weight
+from pipeline.config.fields import Count, Folder, Fraction, Portion, Positive, Section, Weight
 
 
 class Shape(Section):
@@ -132,5 +132,5 @@ class Chip(Section):
 
 class Calibrate(Section):
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
-    folder: str
+    folder: Folder
     rounds: Count

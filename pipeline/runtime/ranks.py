@@ -25,6 +25,7 @@ from pipeline.runtime.faults import REPORTER, PeerFailed
 from pipeline.runtime.heartbeat import FAILED, Pulse, alive
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 LOOK = 0.5  # most seconds between two looks of a waiting rank at the others
 COLLECTIVES = ("gloo/transport", "Connection closed by peer", "NCCL", "HCCL", "ProcessGroup")  # in their errors
 CHUNK = 1 << 24  # elements of a host tensor that travel through an accelerator at once
@@ -176,10 +177,14 @@ def place() -> tuple[int, int, int]:
     absent = [name for name in TORCHRUN if name not in present]
     if absent:
         raise ValueError(f"{', '.join(present)} set without {', '.join(absent)}: start with torchrun, or unset them")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        if not os.environ[name].isdigit():
+    for name in NUMBERS:
+        if not re.fullmatch("[0-9]{1,9}", os.environ[name]):
             raise ValueError(f"{name} is {os.environ[name]!r}, not a number; unset what the scheduler set")
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    rank, world, local, port = (int(os.environ[name]) for name in NUMBERS)
+    if not (local <= rank < world and 0 < port < 1 << 16):
+        values = ", ".join(f"{name}={os.environ[name]}" for name in NUMBERS)
+        raise ValueError(f"{values} name no place among the ranks of a run; start with torchrun, or unset them")
+    return rank, world, local
 
 
 def join(device, timeout: float) -> Ranks:

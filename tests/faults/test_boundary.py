@@ -140,6 +140,16 @@ def test_a_command_whose_output_is_read_no_more_ends_silently(words, both):
     assert into_a_closed_pipe(*words, both=both) == (141, "")
 
 
+def test_a_command_without_standard_streams_ends_as_ever():
+    command = f"exec {sys.executable} -m pipeline --help seed >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], env=environment(), timeout=120).returncode == 0
+
+
+def test_a_fault_of_two_files_names_both(folder, capsys):
+    fault = OSError(28, "No space left on device", "from", None, "to")
+    assert left(folder, fault, capsys)[:2] == (2, "error: from -> to: No space left on device\n")
+
+
 def test_a_fault_is_reported_though_the_output_is_read_no_more():
     status, text = into_a_closed_pipe("run=x", "distill.epochs=3", both=False)
     assert status == 2 and text.startswith("error: ") and text.count("\n") == 1

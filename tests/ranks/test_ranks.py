@@ -119,6 +119,14 @@ def test_the_place_of_a_process_is_torchruns(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "[0, 1]")
     with pytest.raises(ValueError, match="LOCAL_RANK is '\\[0, 1\\]', not a number"):
         place()
+    sound = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_PORT": "1"}
+    wrong = {"WORLD_SIZE": "0", "RANK": "4", "LOCAL_RANK": "9", "MASTER_PORT": "99999999"}
+    for name, value in [*wrong.items(), ("MASTER_PORT", "x"), ("WORLD_SIZE", "1" * 5000)]:
+        for each in sound.items():
+            monkeypatch.setenv(*each)
+        monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=f"{name}.*unset"):
+            place()
 
 
 def interrupted(ranks: Ranks) -> None:

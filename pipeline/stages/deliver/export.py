@@ -5,10 +5,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.model import decilm, export_forms
@@ -104,8 +106,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         _check_stock(form)
         written = wrapped_config(source.wrapper_parts.config, written, student.sizes.hidden)
         tensors = source.wrapper_parts.stored(tensors)
-    cast = ((name, tensor.to(dtype)) for name, tensor in tensors)
-    write_checkpoint(out, written, cast, config.checkpoint.shard_bytes, folder)
+    write_checkpoint(out, written, _cast(tensors, dtype), config.checkpoint.shard_bytes, folder)
     _write_generation(_generation(config), inputs, out)
     for path in license_files(_source(config)):
         shutil.copyfile(path, out / path.name)
@@ -155,6 +156,19 @@ def _write_generation(fields: dict[str, Any] | None, inputs: Inputs, out: Path) 
         fields = Vocabulary.load(inputs["vocabulary"]).renumbering.fields(fields)
     if fields is not None:
         (out / GENERATION).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _cast(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights in the type of the export. Raise ValueError for one that it cannot hold."""
+    for name, tensor in tensors:
+        cast = tensor.to(dtype)
+        if not cast.isfinite().all() and tensor.isfinite().all():
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(
+                f"export.dtype: {name} has values up to {float(tensor.abs().max()):.3g}, which {kind} cannot hold; set "
+                "export.dtype=bfloat16"
+            )
+        yield name, cast
 
 
 def _folded(source: Checkpoint) -> tuple[Stream, list[str], dict[str, Any], bool]:
