@@ -228,7 +228,7 @@ def recorded(source: Path) -> dict[str, Any]:
 
 
 def _literal(value: Any) -> Any:
-    """Return a value whose texts stand for themselves in OmegaConf."""
+    """Return a value whose texts OmegaConf takes as they are."""
     if isinstance(value, dict):
         return {key: _literal(each) for key, each in value.items()}
     if isinstance(value, list):

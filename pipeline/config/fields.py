@@ -24,7 +24,7 @@ def _expanded(folder: str) -> str:
         raise ValueError(f"{folder} begins with ~ and names no user of this machine; write the whole path") from None
 
 
-Folder = Annotated[str, AfterValidator(_expanded)]  # ~ stands for a home folder
+Folder = Annotated[str, AfterValidator(_expanded)]  # may begin with ~, a home folder
 
 
 class Section(BaseModel):
