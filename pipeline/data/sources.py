@@ -61,14 +61,16 @@ def locate(given: str) -> Corpus:
         if name not in BUILTINS:
             raise ValueError(f"{given} is unknown; there are {', '.join('builtin:' + known for known in BUILTINS)}")
         return Corpus(given, "builtin", name, ())
-    path = Path(given).expanduser()
     try:
+        path = Path(given).expanduser()
         if path.is_dir():
             return _folder(given, path.resolve())
         if path.exists() or path.is_symlink():
             return Corpus(given, kind_of(path), str(path.resolve()), (path.resolve(),))
     except (OSError, ValueError) as fault:
         raise ValueError(_reason(fault, given)) from None
+    except RuntimeError as fault:  # of `expanduser`
+        raise ValueError(f"{given} does not exist ({fault}); give the path without ~") from None
     if HUB.fullmatch(given) and path.suffix.lower() not in LOCAL:
         return Corpus(given, "hub", given, ())
     raise ValueError(f"{given} does not exist; give a file, a folder, builtin:NAME, or a hub id owner/name")

@@ -201,6 +201,9 @@ def _read(field: str, known: list[str]) -> list[str]:
 def _check_type(place: str, field: str, schema: Any) -> None:
     """Raise ValueError where a column of an Arrow schema can hold neither text nor turns."""
     check_column(place, field, schema.names)
+    for name in _read(field, schema.names):
+        if schema.names.count(name) > 1:
+            raise ValueError(f"{place} has {schema.names.count(name)} columns {name!r}; write it with one")
     for name in columns(field, schema.names):
         _check_column_type(place, name, schema)
 

@@ -35,6 +35,7 @@ def refused(given, match, field="text"):
         ("no/such.jsonl", "no/such.jsonl does not exist; give a file, a folder"),
         ("nowhere", "nowhere does not exist"),
         ("/absolute/folder", "/absolute/folder does not exist"),
+        ("~nosuch/x.txt", "~nosuch/x.txt does not exist .*; give the path without ~"),
     ],
 )
 def test_places_that_do_not_exist(given, match):
@@ -73,6 +74,12 @@ def test_files_that_hold_no_text(tmp_path, name, content, match):
 def test_parquet_files_that_hold_no_text(tmp_path, columns, match):
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     refused(tmp_path / "a.parquet", match)
+
+
+def test_parquet_files_with_two_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["x"]), pyarrow.array(["y"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    refused(tmp_path / "a.parquet", "a.parquet has 2 columns 'text'; write it with one")
 
 
 def repeated(size, rows, turns=1):

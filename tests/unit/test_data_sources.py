@@ -46,8 +46,10 @@ def test_the_text_field_names_the_column(tmp_path):
     assert texts(write_parquet(tmp_path / "a.parquet", RECORDS, "content"), "content") == RECORDS
 
 
-def test_a_saved_data_set_gives_its_records(tmp_path):
-    datasets.Dataset.from_dict({"text": RECORDS, "id": [1, 2, 3]}).save_to_disk(tmp_path / "saved")
+@pytest.mark.parametrize("form", [None, "pandas", "numpy", "arrow"])
+def test_a_saved_data_set_gives_its_records_whatever_its_format(tmp_path, form):
+    table = datasets.Dataset.from_dict({"text": RECORDS, "id": [1, 2, 3]})
+    table.with_format(form).save_to_disk(tmp_path / "saved")
     assert texts(tmp_path / "saved") == RECORDS
 
 
