@@ -56,7 +56,7 @@ class Device(Section):
     kernels: Literal["auto", "reference"]
     deterministic: bool
     layer_streaming: Literal["auto"] | bool
-    timeout: Annotated[int, Field(ge=1, le=10**7)]  # seconds
+    timeout: Annotated[int, Field(ge=1, le=999_999)]  # seconds
 
     @property
     def chip_facts(self) -> dict[str, Any]:
