@@ -12,13 +12,14 @@ from transformers.utils import logging
 
 from pipeline.model.families import FAMILIES, family_of
 from pipeline.runtime.checkpoint import open_checkpoint
-from pipeline.runtime.checkpoint_writer import TOKENIZER
 from pipeline.runtime.class_parameters import ClassParameters
-from pipeline.runtime.described import check_file, read_config
+from pipeline.runtime.described import read_config
 from pipeline.runtime.model_class import reason, stock_config
 from pipeline.runtime.modelling import pruned_class
 from pipeline.runtime.tokenizer_check import PROBE, check_vocabulary
+from pipeline.runtime.tokenizer_files import check_files
 
+PANIC = "pyo3_runtime"  # module of the exceptions for faults inside the Rust library, which are no Exception
 logging.disable_progress_bar()  # the pipeline shows its own
 
 
@@ -87,14 +88,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False):
     config = read_config(folder) if (folder / "config.json").exists() else {}
     known = config.get("model_type") in FAMILIES
     options = {"config": stock_config(config, folder)} if known else {}
-    for pattern in (*TOKENIZER, "special_tokens_map.json", "added_tokens.json"):
-        for path in folder.glob(pattern):
-            check_file(path)
+    check_files(folder, config.get("vocab_size"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code, **options
-        )
-        tokenizer(PROBE)  # a field that only encoding reads may be damaged too
+        tokenizer = _probed(folder, trust_remote_code=trust_remote_code, **options)
     except Exception as fault:  # a damaged file raises whatever its reader, in Python or Rust, meets first
         if "trust_remote_code" in str(fault):
             raise ValueError(
@@ -106,4 +102,16 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False):
             "tokenizer.model, tokenizer_config.json) there again"
         ) from fault
     check_vocabulary(tokenizer, folder)
+    return tokenizer
+
+
+def _probed(folder: Path, **options: Any) -> Any:
+    """Return the tokenizer of a folder once it has encoded a text, which reads fields that loading does not."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+        tokenizer(PROBE)
+    except BaseException as fault:
+        if type(fault).__module__ != PANIC:
+            raise
+        raise RuntimeError(f"{type(fault).__name__}: {fault}") from fault
     return tokenizer

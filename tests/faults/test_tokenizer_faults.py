@@ -1,5 +1,6 @@
 """Tokenizers and generation settings of a model folder: accepted, left out, or refused by name."""
 
+import base64
 import json
 
 import pytest
@@ -68,6 +69,87 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(kind, folder):
     edit(folder, "tokenizer_config.json", tokenizer_class=f"{kind}Tokenizer")
     with pytest.raises(ValueError, match=f"tokenizer in {folder} has no vocabulary.*tokenizer.json, tokenizer.model"):
         load_tokenizer(folder)
+
+
+def replacing(pattern, content, count):
+    return {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": pattern, "content": content}] * count}
+
+
+def template(pieces, ids=1):
+    named = {"<s>": {"id": "<s>", "ids": [0] * ids, "tokens": ["<s>"] * ids}}
+    parts = {"single": pieces, "pair": pieces, "special_tokens": named}
+    return {"type": "TemplateProcessing", **parts}
+
+
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+CHARSMAP = base64.b64encode(bytes(4) + b"a" * 2000 + b"\0").decode()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("file", "fields", "named"),
+    [
+        ("tokenizer.json", {"normalizer": replacing({"String": "a"}, "a" * 32, 7)}, "normalizer"),
+        ("tokenizer.json", {"normalizer": replacing({"Regex": "(?=.)"}, "a", 11)}, "normalizer"),
+        ("tokenizer.json", {"normalizer": {"type": "Prepend", "prepend": "a" * 2000}}, "normalizer"),
+        ("tokenizer.json", {"normalizer": {"type": "Precompiled", "precompiled_charsmap": CHARSMAP}}, "normalizer"),
+        ("tokenizer.json", {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 11}}, "pre_tokenizer"),
+        ("tokenizer.json", {"decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}] * 3000}}, "decoder"),
+        ("tokenizer.json", {"post_processor": template([TEXT] * 2000)}, "post_processor"),
+        ("tokenizer.json", {"post_processor": template([TEXT], ids=2000)}, "post_processor"),
+        (
+            "tokenizer.json",
+            {"post_processor": {"type": "Sequence", "processors": [template([TEXT] * 4)] * 6}},
+            "post_processor",
+        ),
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": dict.fromkeys(map(str, range(10_193)))}}, "10193"),
+        ("tokenizer.json", {"model": {"type": "Unigram", "vocab": [["a" * 9_000_000, 0.0]]}}, "9000000"),
+        ("tokenizer.json", {"added_tokens": [ADDED | {"id": 0, "content": "a"}] * 40_000}, "added_tokens has 40000"),
+        ("tokenizer.json", {"other": [0] * 3_000_000}, "entries"),
+        ("tokenizer.json", {"other": [[[]]] * 600_000}, "arrays"),
+        ("tokenizer_config.json", {"added_tokens_decoder": dict.fromkeys(range(40_000), ADDED)}, "decoder has 40000"),
+        ("tokenizer_config.json", {"extra_ids": 1 << 40}, "extra_ids has"),
+        ("special_tokens_map.json", {"additional_special_tokens": ["a"] * 40_000}, "40000"),
+        ("added_tokens.json", {str(place): place for place in range(40_000)}, "40000"),
+        ("vocab.json", {str(place): place for place in range(20_000)}, "20000"),
+    ],
+)
+def test_a_tokenizer_that_would_take_all_memory_or_time_is_refused(file, fields, named, folder):
+    byte_tokenizer().save_pretrained(folder)
+    edit(folder, file, **fields)
+    with pytest.raises(ValueError, match=f"^{folder / file}.*{named}.*fetch") as fault:
+        load_tokenizer(folder)
+    assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize("name", ["merges.txt", "tokenizer.model"])
+def test_a_large_file_of_a_tokenizer_that_is_no_json_is_refused(name, folder):
+    byte_tokenizer().save_pretrained(folder)
+    with (folder / name).open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(ValueError, match=f"^{folder / name} has {1 << 30} bytes"):
+        load_tokenizer(folder)
+
+
+def test_a_tokenizer_whose_library_fails_inside_is_refused(folder):
+    byte_tokenizer().save_pretrained(folder)
+    edit(folder, "tokenizer.json", normalizer=replacing({"Regex": "(?=.)"}, "a", 10))
+    with pytest.raises(ValueError, match="damaged.*PanicException"):
+        load_tokenizer(folder)
+
+
+def test_steps_that_published_tokenizers_have_are_accepted(folder):
+    """As Llama 2, XLM-R and Llama 3 have them."""
+    byte_tokenizer(bos=True).save_pretrained(folder)
+    normalizer = replacing({"String": " "}, "▁", 1)
+    normalizer["normalizers"] += [
+        {"type": "Prepend", "prepend": "▁"},
+        *replacing({"Regex": " {2,}"}, "▁", 2)["normalizers"],
+    ]
+    edit(folder, "tokenizer.json", normalizer=normalizer)
+    assert load_tokenizer(folder)("a")["input_ids"]
 
 
 # generation_config.json
