@@ -89,7 +89,8 @@ def _folder(given: str, root: Path) -> Corpus:
         raise ValueError(f"{given} holds the splits {', '.join(splits) or 'none'}{example}")
     if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
         return Corpus(given, "saved", str(root), tables.saved_files(root, given))
-    files = sorted(_files(root))
+    every = sorted(_files(root))
+    files = [path for path in every if not path.is_file() or path.stat().st_size] or every  # programs leave empty parts
     kinds = sorted({kind_of(path) for path in files})
     if not kinds:
         raise ValueError(f"{given} holds no files; put text in it")
@@ -125,7 +126,7 @@ def check(corpus: Corpus, field: str) -> bool:
             raise ValueError(f"{corpus.given} is empty; give a text that is not")
         if corpus.kind in ("jsonl", "parquet"):
             return _check_files(corpus, field)
-        return corpus.kind == "saved" and _begins_with_turns(_records(corpus, field))
+        return corpus.kind == "saved" and bool(_begins_with_turns(_records(corpus, field)))
     except OSError as fault:
         raise ValueError(_reason(fault, corpus.given)) from None
 
@@ -134,18 +135,21 @@ def _check_files(corpus: Corpus, field: str) -> bool:
     if corpus.kind == "parquet" and not sum(tables.check_parquet(path, field) for path in corpus.files):
         raise ValueError(f"{corpus.given} has no rows; give a text that has some")
     kinds = {_begins_with_turns(_file_records(corpus.kind, path, field)) for path in corpus.files}
-    if len(kinds) > 1:
+    if kinds >= {True, False}:
         raise ValueError(f"{corpus.given} mixes files of text and of turns; give them as two paths")
-    return kinds == {True}
+    return True in kinds
 
 
-def _begins_with_turns(rows: Iterator[tuple[str, Value]]) -> bool:
-    """Return whether the first record that holds anything holds turns. Raise ValueError if they have no known form."""
+def _begins_with_turns(rows: Iterator[tuple[str, Value]]) -> bool | None:
+    """Return whether the first record that holds anything holds turns; None where the first hold nothing.
+
+    Raise ValueError if they have no known form.
+    """
     for _, (place, value) in zip(range(FIRST), rows, strict=False):
         value = _value(place, value)
         if value:
             return isinstance(value, Chat) and bool(turns(value, place))
-    return False
+    return None
 
 
 def read(corpus: Corpus, field: str, tokenizer: Any = None, answers: bool = False) -> Iterator[Piece]:

@@ -21,7 +21,10 @@ def check_parquet(path: Path, field: str) -> int:
     """Return the number of rows of a file. Raise ValueError for a damaged one, or a column without text or turns."""
     with _opened(path) as table:
         _check_type(str(path), field, table.schema_arrow)
-        _check_expansion(path, table, _read(field, table.schema_arrow.names))
+        try:
+            _check_expansion(path, table, _read(field, table.schema_arrow.names))
+        except _damage() as fault:
+            _refuse_parquet(path, fault, "")
         return table.metadata.num_rows
 
 
@@ -214,9 +217,10 @@ def _check_column_type(place: str, field: str, schema: Any) -> None:
     kind = schema.field(field).type
     if types.is_dictionary(kind):
         kind = kind.value_type
-    if types.is_string(kind) or types.is_large_string(kind):
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return
-    listed = (types.is_list(kind) or types.is_large_list(kind)) and types.is_struct(kind.value_type)
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+    listed = any(is_kind(kind) for is_kind in lists) and types.is_struct(kind.value_type)
     if listed and any(set(form) <= {part.name for part in kind.value_type} for form in FORMS):
         return
     raise ValueError(f"{place}: column {field!r} holds no text and no turns, but {kind!s:.80}; set data.text_field")

@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from pipeline.data.sources import PIECE, check, locate, read
+from pipeline.data.tables import parquet_records
 
 RECORDS = ["First record.\n\nIts second paragraph.", "Second record: é, 漢字.", "Third."]
 
@@ -73,6 +74,34 @@ def test_a_folder_of_shards_gives_the_records_of_all(tmp_path):
     write_parquet(tmp_path / "1.parquet", RECORDS[2:])
     write_parquet(tmp_path / "0.parquet", RECORDS[:2])
     assert texts(tmp_path) == RECORDS
+
+
+@pytest.mark.parametrize("suffix", ["", ".jsonl"])
+@pytest.mark.parametrize("rest", ["", '{"text": []}\n'])
+def test_files_of_a_folder_that_hold_nothing_are_of_any_kind(tmp_path, suffix, rest):
+    chat = [{"role": "user", "content": "Hi."}]
+    (tmp_path / f"part-0{suffix}").write_text(json.dumps({"text": chat}) + "\n")
+    (tmp_path / f"part-1{suffix}").write_text(rest)
+    assert check(locate(str(tmp_path)), "text")
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string_view(), pyarrow.large_string()])
+def test_the_strings_of_a_parquet_file_may_have_any_type(tmp_path, kind):
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(RECORDS, kind)}), tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet") == RECORDS
+
+
+@pytest.mark.parametrize(
+    "listed", [pyarrow.list_, pyarrow.large_list, pyarrow.list_view, lambda kind: pyarrow.list_(kind, 1)]
+)
+def test_the_turns_of_a_parquet_file_may_have_any_type_of_list(tmp_path, listed):
+    chat = [{"role": "user", "content": "Hi."}]
+    turn = pyarrow.struct({"role": pyarrow.string(), "content": pyarrow.string()})
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": pyarrow.array([chat, chat], listed(turn))}), tmp_path / "a.parquet"
+    )
+    assert check(locate(str(tmp_path / "a.parquet")), "text")
+    assert [list(value) for _, value in parquet_records(tmp_path / "a.parquet", "text")] == [chat, chat]
 
 
 @pytest.mark.parametrize(
