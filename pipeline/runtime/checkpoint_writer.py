@@ -20,7 +20,8 @@ from pipeline.runtime.wrapper import WrapperParts
 TOKENIZER = ("tokeniz*", "vocab*", "merges.txt", "*.model")
 GENERATION = "generation_config.json"
 PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-CARRIED = (*TOKENIZER, "special_tokens_map.json", "added_tokens.json", "chat_template*", *PROCESSOR, GENERATION)
+TEMPLATES = ("chat_template*", "additional_chat_templates/*.jinja")
+CARRIED = (*TOKENIZER, "special_tokens_map.json", "added_tokens.json", *TEMPLATES, *PROCESSOR, GENERATION)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -65,7 +66,7 @@ def write_checkpoint(
         index = {"metadata": {"total_size": total, "total_parameters": parameters}, "weight_map": file_of}
         (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     if copy_from is not None:
-        carry_tokenizer(copy_from, folder)
+        carry_tokenizer(Path(copy_from), folder)
         wrapper_parts = Path(copy_from) / wrapper.FOLDER
         if wrapper_parts.is_dir() and config.get("model_type") not in WRAPPERS:
             shutil.copytree(wrapper_parts, folder / wrapper.FOLDER, dirs_exist_ok=True)
@@ -95,10 +96,16 @@ def finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
 
 def carry_tokenizer(source: Path, folder: Path, generation: bool = True) -> None:
     """Copy the tokenizer files of a model folder, and its generation_config.json if `generation`."""
-    for pattern in CARRIED if generation else CARRIED[:-1]:
-        for path in Path(source).glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+    for name in carried(source):
+        if generation or name != GENERATION:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+
+
+def carried(folder: Path) -> set[str]:
+    """Return the files of a model folder that are copied with its weights, relative to it."""
+    found = (path for pattern in CARRIED for path in folder.glob(pattern) if path.is_file())
+    return {path.relative_to(folder).as_posix() for path in found}
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]], limit: float) -> Iterator[dict[str, Tensor]]:

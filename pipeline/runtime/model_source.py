@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from pipeline.model.hub import hub_reason
 from pipeline.runtime.checkpoint import Checkpoint, open_checkpoint
-from pipeline.runtime.checkpoint_writer import CARRIED, GENERATION, write_checkpoint, write_wrapper_parts
+from pipeline.runtime.checkpoint_writer import GENERATION, carried, write_checkpoint, write_wrapper_parts
 from pipeline.runtime.described import read_mapping
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.gguf_model import check_parts, unpack
@@ -38,7 +38,7 @@ class ModelSource:
         """Return the digest of the files that determine the model; generation_config.json is not one of them."""
         if self.folder is None:
             return "-".join(fingerprint(part) for part in self.parts)
-        names = {path.name for pattern in (*CARRIED, CODE) for path in self.folder.glob(pattern) if path.is_file()}
+        names = carried(self.folder) | {path.name for path in self.folder.glob(CODE) if path.is_file()}
         names |= {path.name for path in weight_files(self.folder, self.allow_pickle)} | {"config.json"}
         names |= {f"{FOLDER}/{path.name}" for path in (self.folder / FOLDER).glob("*")}
         return digest({name: fingerprint(self.folder / name) for name in sorted(names - {GENERATION})})

@@ -24,6 +24,7 @@ from tests.gguf_files import write_gguf
 from tests.students import imported
 from tests.tiny import save_tiny, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
+from tests.tiny_tokenizers import tokenizer_folder
 
 
 def logits(model):
@@ -129,6 +130,21 @@ def test_a_folder_is_copied_and_never_changed(tmp_path):
     assert not any(path.is_symlink() for path in (tmp_path / "teacher").iterdir())
     assert (tmp_path / "teacher" / "model.safetensors").read_bytes() == before["model.safetensors"]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_additional_chat_templates_are_carried_and_part_of_the_digest(tmp_path):
+    folder = save_tiny(tiny_model("llama", dtype=torch.float32), tmp_path / "m")
+    tokenizer_folder(folder, "text of a tokenizer")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    named = folder / "additional_chat_templates" / "tools.jinja"
+    named.write_text("{{ tools }}")
+    before = locate(str(folder)).digest()
+    imported(folder, tmp_path / "teacher")
+    found = load_tokenizer(tmp_path / "teacher").chat_template
+    assert found == load_tokenizer(folder).chat_template == {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    named.write_text("{{ tool }}")
+    assert locate(str(folder)).digest() != before
 
 
 @pytest.fixture(scope="module")
