@@ -23,6 +23,7 @@ from pipeline.runtime.wrapper import FOLDER
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CODE = "*.py"
+WAYS = "give a model folder, a .gguf file or a hub id"
 PART = re.compile(r"(.+-)(\d{5})-of-(\d{5})\.gguf")  # as a GGUF is split by llama.cpp's tools
 
 
@@ -59,18 +60,23 @@ def locate(path: str, field: str = "model.path", allow_pickle: bool = False) -> 
     """
     if path.startswith("package:"):
         return ModelSource(None, _packaged(path.removeprefix("package:"), field))
-    place = Path(path).expanduser()
-    if place.is_dir():
+    try:
+        place = Path(path).expanduser()
+        folder, file = place.is_dir(), place.is_file()
+    except (RuntimeError, OSError) as fault:  # the home of an unknown user; a name that no file can have
+        reason = fault.strerror if isinstance(fault, OSError) else fault
+        raise ValueError(f"{field}: {path:.80} cannot be read ({reason}); {WAYS}, or package:NAME") from None
+    if folder:
         if not (place / "config.json").exists() and not (place / "config.json").is_symlink():
-            raise ValueError(f"{field}: {place} has no config.json; give a model folder, a .gguf file or a hub id")
+            raise ValueError(f"{field}: {place} has no config.json; {WAYS}")
         return ModelSource(place, (), allow_pickle)
-    if place.is_file():
+    if file:
         if ".gguf" not in place.name:
             raise ValueError(f"{field}: {place} is a file but not a .gguf; give a model folder or a .gguf file")
         return ModelSource(None, _parts(place, field))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith("."):
         return ModelSource(_fetched(path, field, allow_pickle), (), allow_pickle)
-    raise ValueError(f"{field}: {path} does not exist; give a model folder, a .gguf file, a hub id or package:NAME")
+    raise ValueError(f"{field}: {path} does not exist; {WAYS}, or package:NAME")
 
 
 def model_folder(path: str, allow_pickle: bool) -> Path | None:
@@ -171,7 +177,12 @@ def generation_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _packaged(name: str, field: str) -> tuple[Path, ...]:
-    spec = importlib.util.find_spec(name)
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"{field}: {name!r:.80} is no name of a package; {WAYS}")
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # a package around it is absent, or it is the program itself
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"{field}: package {name} is not installed; `make setup` installs the demo's model")
     home = Path(spec.submodule_search_locations[0])

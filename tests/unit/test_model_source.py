@@ -210,7 +210,13 @@ def test_an_error_in_damaged_parts_names_the_parts(tmp_path):
     ("path", "fault"),
     [
         ("package:not_a_package", "package not_a_package is not installed"),
+        ("package:nosuch.b.c", "package nosuch.b.c is not installed"),
+        ("package:__main__", "package __main__ is not installed"),
+        ("package:..", r"'\.\.' is no name of a package"),
+        ("package:", "'' is no name of a package"),
         ("nowhere/at/all/deep", "does not exist"),
+        ("~nosuch/x", "~nosuch/x cannot be read"),
+        ("x" * 305, "too long"),
         ("{tmp}/empty", "has no config.json"),
         ("{tmp}/notes.txt", "is a file but not a .gguf"),
         ("{tmp}/broken.gguf", None),
@@ -225,8 +231,8 @@ def test_paths_without_a_model_are_refused_in_one_line(path, fault, tmp_path):
         with pytest.raises(ValueError, match="cannot be read as GGUF"):
             imported(path, tmp_path / "t")
     else:
-        with pytest.raises(ValueError, match=fault):
-            locate(path)
+        with pytest.raises(ValueError, match=f"^model.start: [^\n]*{fault}[^\n]*; [^\n]+$"):
+            locate(path, "model.start")
 
 
 @pytest.mark.parametrize(
