@@ -1,5 +1,6 @@
 """Endless batches: shuffled by a seed, strided over ranks, resumable from a position."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -101,7 +102,9 @@ def _draws(sizes: Sequence[int], weights: Sequence[float | None]) -> list[int]:
     known = [weight for weight in weights if weight is not None]
     if len(known) < len(weights):
         return list(sizes)
-    return [max(1, round(sum(sizes) * weight / sum(known))) for weight in known]
+    exponent = math.frexp(max(known))[1]
+    shares = [math.ldexp(weight, -exponent) for weight in known]  # below 1: their sum is finite
+    return [max(1, round(sum(sizes) * share / sum(shares))) for share in shares]
 
 
 def _order(sizes: Sequence[int], draws: Sequence[int], seed: int, epoch: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,13 @@ def check_texts(config: Config, load: Callable[[], Any]) -> None:
     field, tokenizer = config.data.text_field, None
     for purpose, parts in _parts(config).items():
         for part in parts:
-            try:
+            with _named(purpose):
                 if sources.check(part.corpus, field):
                     tokenizer = load() if tokenizer is None else tokenizer
                     if tokenizer is None:
                         continue
                     next(sources.read(part.corpus, field, tokenizer, config.data.answers), None)
                 _check_length(part, field, config.data.sequence_length, tokenizer)
-            except ValueError as fault:
-                raise ValueError(f"data.{purpose}.path: {fault}") from None
 
 
 def _check_length(part: split.Part, field: str, sequence: int, tokenizer: Any) -> None:
@@ -102,17 +101,17 @@ def write_texts(config: Config, folder: Path, out: Path, machine: Machine) -> No
         domains = [Domain(*each) for each in zip(map(str, several), pieces, weights)]
         overlap |= {"marks": marks}
         shutil.rmtree(out / name, ignore_errors=True)  # of an interrupted attempt
-        try:
-            index = build(out / name, domains, tokenizer, around, row, vocabulary, SHARD_BYTES, progress, **overlap)
-        except TooShort as fault:
-            if fault.left_out and not overlap.get("copies", True):
-                return {}
-            raise ValueError(f"data.{purpose}.path: {fault}") from None
-        except ValueError as fault:
-            raise ValueError(f"data.{purpose}.path: {fault}") from fault
+        with _named(purpose):
+            try:
+                index = build(out / name, domains, tokenizer, around, row, vocabulary, SHARD_BYTES, progress, **overlap)
+            except TooShort as fault:
+                if fault.left_out and not overlap.get("copies", True):
+                    return {}
+                raise
         return {key: index[key] for key in ("sequences", "tokens", "domains")}
 
-    runs = EvaluationRuns(_run_length(tokenizer, passages(parts["evaluation"][0])))
+    with _named("evaluation"):
+        runs = EvaluationRuns(_run_length(tokenizer, passages(parts["evaluation"][0])))
     record: dict[str, Any] = {
         "sequence": data.sequence_length,
         "after": around.after,
@@ -125,7 +124,8 @@ def write_texts(config: Config, folder: Path, out: Path, machine: Machine) -> No
         runs.forget()
         for part in parts[purpose]:
             encoder = Encoder(tokenizer, around, vocabulary, avoids=runs)
-            encoder.count(progress(batches(blocks(passages(part))), None, f"overlap {part}"))
+            with _named(purpose):
+                encoder.count(progress(batches(blocks(passages(part))), None, f"overlap {part}"))
         weights = getattr(data, purpose).weights or [None] * len(parts[purpose])
         packed = pack(purpose, purpose, parts[purpose], weights, avoids=runs, copies=False)
         copies = _share_left_out(packed) > MOST
@@ -143,6 +143,15 @@ def write_texts(config: Config, folder: Path, out: Path, machine: Machine) -> No
         purpose: [_record(part) | {"path": part.corpus.given} for part in several] for purpose, several in parts.items()
     }
     (out / "tokens.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+@contextmanager
+def _named(purpose: str) -> Iterator[None]:
+    """Raise ValueError of the texts of a purpose with the name of its setting."""
+    try:
+        yield
+    except ValueError as fault:
+        raise ValueError(f"data.{purpose}.path: {fault}") from fault
 
 
 def _answers(record: dict, machine: Machine) -> dict[str, int]:
@@ -197,10 +206,8 @@ def _left_out(record: dict, runs: EvaluationRuns, out: Path, machine: Machine) -
 def _parts(config: Config) -> dict[str, tuple[split.Part, ...]]:
     corpora: dict[str, Sequence[sources.Corpus]] = {}
     for purpose in PURPOSES:
-        try:
+        with _named(purpose):
             corpora[purpose] = [sources.locate(path) for path in getattr(config.data, purpose).paths]
-        except ValueError as fault:
-            raise ValueError(f"data.{purpose}.path: {fault}") from None
     return split.assign(corpora, config.data.split.evaluation, config.data.split.calibration)
 
 

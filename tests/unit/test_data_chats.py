@@ -140,6 +140,14 @@ def test_a_teacher_without_a_template_is_refused_in_the_check_and_where_its_fold
         tokens.check(asking(path, "data.text_field=messages", f"model.path={tmp_path}/teacher"))
 
 
+def test_a_record_that_the_template_refuses_late_is_named_with_its_setting(tmp_path):
+    odd = [{"role": "critic", "content": "No."}]  # of a file too long to be read through before
+    path = written(tmp_path / "a.jsonl", [[{"role": "user", "content": "Say this. " * 9000}]] * 12 + [odd])
+    given = [f"data.recovery.path={path}", "data.text_field=messages"]
+    with pytest.raises(ValueError, match=r"^data.recovery.path: .*a.jsonl:13: column 'messages' holds turns of crit"):
+        run_tokens(configured(*given), tmp_path, talking())
+
+
 def test_columns_and_files_that_do_not_go_together_are_refused(tmp_path):
     path = written(tmp_path / "a.jsonl", CHATS)
     with pytest.raises(ValueError, match="has no column 'text' but messages; set data.text_field to the one that"):

@@ -94,6 +94,13 @@ def test_weights_are_the_shares_of_the_rows_drawn(tmp_path):
     assert set(counts[:40]) <= {2, 3} and set(counts[50:]) == {2}, "a large one shows each row before any again"
 
 
+@pytest.mark.parametrize("factor", [5e-324, 1e-300, 8e307])
+def test_weights_of_any_size_are_shares(tmp_path, factor):
+    source = packed(tmp_path / "packed", 4, 8, weights=(factor, 2 * factor))
+    drawn = np.array(positions(source, 24))
+    assert ((drawn < 4).sum(), (drawn >= 4).sum()) == (8, 16)
+
+
 def test_a_domain_of_hardly_any_weight_is_still_drawn(tmp_path):
     assert 9 in positions(packed(tmp_path / "packed", 9, 1, weights=(1.0, 1e-6)), 11)
 
