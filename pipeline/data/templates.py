@@ -4,12 +4,14 @@ A template is a program that comes with a model. Jinja's sandbox keeps it from t
 end, nor from texts and numbers that outgrow the memory.
 """
 
+import ctypes
 import json
 import multiprocessing
 import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
@@ -20,6 +22,10 @@ from pipeline.data.answers import Render, Span, Turns, answer_spans, bracketed_s
 from pipeline.data.lines import printable
 
 SECONDS = 5.0  # a template has for one record
+MEAN_SECONDS = 0.5  # of the processor that a template has for a record of a text on average, and again for TURNS turns
+TURNS = 20
+FIRST = 20  # records whose seconds a text has from its beginning
+DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 MEMORY = 1 << 30  # bytes that the child may take beyond what it starts with
 OUTPUT = 1 << 20  # characters that a template may add to a record, beside GROWTH times the record
 GROWTH = 16
@@ -53,12 +59,16 @@ def _literals(template: str) -> Iterator[str]:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer; a context manager that ends its process."""
+    """The chat template of a tokenizer; a context manager that ends its process.
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+    It renders the records of one text, for which a template has `mean_seconds` a record.
+    """
+
+    def __init__(self, tokenizer: Any, mean_seconds: float = MEAN_SECONDS):
+        self._tokenizer, self._mean_seconds = tokenizer, mean_seconds
         self._process: Any = None
         self._pipe: Any = None
+        self._records, self._seconds, self._allowed = 0, 0.0, FIRST * mean_seconds
 
     def __enter__(self) -> "ChatTemplate":
         return self
@@ -94,9 +104,13 @@ class ChatTemplate:
             self._start()
         try:
             self._pipe.send((turns, tools, wanted))
-            kind, text, spans = self._pipe.recv() if self._pipe.poll(SECONDS) else ("time", "", [])
+            (kind, text, spans), taken = self._pipe.recv() if self._pipe.poll(SECONDS) else (("time", "", []), SECONDS)
         except (EOFError, ConnectionError):
-            kind, text, spans = "memory", "", []
+            (kind, text, spans), taken = ("memory", "", []), 0.0
+        self._records, self._seconds = self._records + 1, self._seconds + taken
+        self._allowed += self._mean_seconds * (len(turns) / TURNS + (self._records > FIRST))
+        if kind == "text" and self._seconds > self._allowed:
+            kind, text = "mean", f"{self._seconds:.3g} s for {self._records} records"
         if kind == "text":
             return text, spans
         self._stop()
@@ -111,6 +125,7 @@ class ChatTemplate:
             raise ValueError(f"{fault}; correct the record, or leave it out")
         limits = {
             "time": f"does not end within {SECONDS:g} s",
+            "mean": f"takes {text}, more than {self._mean_seconds:g} s a record",
             "memory": f"needs more than {MEMORY >> 30} GiB of memory",
             "output": f"makes {text} characters of this record",
         }
@@ -121,7 +136,7 @@ class ChatTemplate:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # as by default; set, a fork prints no warning
         context = multiprocessing.get_context("fork")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(self._tokenizer, theirs, self._pipe), daemon=True)
+        self._process = context.Process(target=_serve, args=(self._tokenizer, theirs, os.getpid()), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -133,18 +148,36 @@ class ChatTemplate:
             self._process = self._pipe = None
 
 
-def _serve(tokenizer: Any, pipe: Connection, parents: Connection) -> None:
-    """Answer every list of turns with ("text", text) or the kind of fault, until the pipe closes."""
-    parents.close()
+def _serve(tokenizer: Any, pipe: Connection, parent: int) -> None:
+    """Answer every list of turns with what `_render` returns and its seconds of the processor, until the pipe closes.
+
+    The process ends with its parent, by its own timer where a record takes too long, and holds no file of the parent.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends this process
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends this process
     if sys.platform == "linux":  # others do not enforce the limit
+        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
         _limit_memory()
+    if os.getppid() != parent:
+        os._exit(0)
+    _close_all_but(pipe.fileno())
     while True:
         try:
             turns, tools, wanted = pipe.recv()
         except EOFError:
             os._exit(0)  # the parent's exit handlers are not the child's to run
-        pipe.send(_render(tokenizer, turns, tools, wanted))
+        signal.setitimer(signal.ITIMER_REAL, 2 * SECONDS)
+        started = time.process_time()
+        answer = _render(tokenizer, turns, tools, wanted)
+        pipe.send((answer, time.process_time() - started))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _close_all_but(kept: int) -> None:
+    """Close the inherited descriptors, such as of locks and of the pipe's other end, beside the standard ones."""
+    last = max(map(int, os.listdir("/dev/fd")))
+    os.closerange(3, kept)
+    os.closerange(kept + 1, last + 1)
 
 
 def _render(

@@ -1,6 +1,12 @@
 """A chat template that does not end, or outgrows its bounds, ends in one line; a sound one is rendered as ever."""
 
+import fcntl
+import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +75,44 @@ def test_no_process_is_left_and_none_is_started_for_text():
         process = chat._process
         assert process.is_alive()
     assert not process.is_alive()
+
+
+def test_a_template_that_is_slow_on_every_record_is_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for a in range(99999) %}{% endfor %}x"
+    with ChatTemplate(tokenizer, mean_seconds=0.0005) as chat:
+        with pytest.raises(ValueError, match=r"^here \d+: .* takes .* more than 0.0005 s a record; ") as fault:
+            for number in range(100):
+                chat.render(TURNS, f"here {number}")
+        assert "\n" not in str(fault.value)
+
+
+PARENT = """
+import fcntl, sys
+from pipeline.data.templates import ChatTemplate
+from tests.tiny_text import byte_tokenizer
+lock = open(sys.argv[1], "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+tokenizer = byte_tokenizer()
+tokenizer.chat_template = sys.argv[2]
+chat = ChatTemplate(tokenizer)
+chat._start()
+print(chat._process.pid, flush=True)
+chat.render([{"role": "user", "content": "a"}], "here")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not end a child with its parent")
+def test_the_process_of_a_template_ends_with_a_killed_parent_and_holds_no_lock_of_it(tmp_path):
+    command = [sys.executable, "-c", PARENT, str(tmp_path / "lock"), HOSTILE["loops"]]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        held = f"/proc/{child}/fd"
+        deadline = time.monotonic() + SECONDS
+        while any("/lock" in os.readlink(f"{held}/{number}") for number in os.listdir(held)):
+            assert time.monotonic() < deadline, "the child holds the lock"
+        parent.send_signal(signal.SIGKILL)
+    with open(tmp_path / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    while Path(f"/proc/{child}").exists() and "State:\tZ" not in Path(f"/proc/{child}/status").read_text():
+        assert time.monotonic() < deadline, "the child goes on"
