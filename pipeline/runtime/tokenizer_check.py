@@ -10,6 +10,7 @@ PROBE = (
 )
 TOKENS = 20_000  # of a vocabulary whose text is encoded again
 LETTERS = 4  # the fewest ids that the letters of PROBE have in a tokenizer with a vocabulary
+WORDS = 64  # the fewest entries of a vocabulary of whole words, which has no letters
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # files, one of which most tokenizers are read from
 
 
@@ -20,7 +21,8 @@ def check_vocabulary(tokenizer: Any, folder: Path) -> None:
     """
     ids = tokenizer("".join(filter(str.isalpha, PROBE)), add_special_tokens=False)["input_ids"]
     found = len(set(ids) - {*tokenizer.all_special_ids, tokenizer.unk_token_id})
-    if found < LETTERS:
+    words = len(set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys())
+    if found < LETTERS and words < WORDS:
         absent = [name for name in VOCABULARIES if not (folder / name).exists()]
         raise ValueError(
             f"the tokenizer in {folder} has no vocabulary: the letters of a text have {found} ids beside special ones; "

@@ -4,7 +4,9 @@ import base64
 import json
 
 import pytest
+import tokenizers
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.runtime.model_loader import load_model, load_tokenizer
 from pipeline.runtime.model_source import generation_of
@@ -69,6 +71,14 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(kind, folder):
     edit(folder, "tokenizer_config.json", tokenizer_class=f"{kind}Tokenizer")
     with pytest.raises(ValueError, match=f"tokenizer in {folder} has no vocabulary.*tokenizer.json, tokenizer.model"):
         load_tokenizer(folder)
+
+
+def test_a_vocabulary_of_whole_words_is_one(folder):
+    words = {"<unk>": 0} | {f"word{number}": number + 1 for number in range(90)}
+    whole = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=whole, unk_token="<unk>", eos_token="<unk>").save_pretrained(folder)
+    assert load_tokenizer(folder)("word3 word7")["input_ids"] == [4, 8]
 
 
 def replacing(pattern, content, count):
