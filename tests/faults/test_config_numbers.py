@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from pipeline.model.families import FAMILIES
+from pipeline.runtime.config_bounds import check_experts
 from pipeline.runtime.described import read_config, wrapper_config
 from tests.model_folders import edit, refused
 from tests.students import imported
@@ -115,3 +117,10 @@ def test_numbers_of_sections_are_refused_by_field(section, fields):
     stored = {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {}}
     with pytest.raises(ValueError, match=next(iter(fields))):
         wrapper_config(stored | {section: stored[section] | fields}, Path("config.json"))
+
+
+def test_experts_of_all_layers_are_no_more_than_the_tensors_of_a_model():
+    config = {"num_experts": 1 << 13, "num_experts_per_tok": 1, "num_hidden_layers": 64}
+    with pytest.raises(ValueError, match="num_experts is 8192"):
+        check_experts(config, FAMILIES["qwen3_moe"], Path("config.json"))
+    check_experts(config | {"num_experts": 1 << 12}, FAMILIES["qwen3_moe"], Path("config.json"))
