@@ -19,6 +19,7 @@ GENERATION = re.compile(r"\{%(-?)\s*(generation|endgeneration)\s*(-?)%\}")
 BRACKETS = {"generation": "\ue000", "endgeneration": "\ue001"}  # of the private use area: no text has them
 PROBES = ("A1probe1A", "B2probe2B")  # answers that differ in their first and in their last character
 USER = {"role": "user", "content": "probe"}  # a turn that follows
+ROLES = {"assistant", "system", "developer", "user", "tool", "function", "ipython", "observation", "environment"}
 OTHER_TEXT = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # of a turn, beside its content
 
 
@@ -54,6 +55,8 @@ def answer_spans(render: Render, turns: Turns, text: str, special: Sequence[str]
     """
     spans: list[Span] = []
     for number, turn in enumerate(turns):
+        if turn["role"] not in ROLES:
+            raise ValueError(f"turn {number + 1} has the role {turn['role']!r:.40}; assistant is that of answers")
         if turn["role"] == "assistant":
             span = _span(render, turns, number, text, special)
             if spans and span[0] < spans[-1][1]:

@@ -4,6 +4,7 @@ import codecs
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 HEAD = 1 << 16  # bytes by which a file is recognised
 TABLES = {".json", ".csv", ".tsv", ".xml", ".xlsx"}  # data, not prose
@@ -19,6 +20,7 @@ _POINTERS = {
     b"../.git/annex/objects/": "a git-annex pointer, not the file; run `git annex get`",
 }
 _OBJECT = re.compile(r'\{\s*"(?:[^"\\]|\\.)*"\s*:')
+_CUT = re.compile(r'\{\s*"(?:[^"\\]|\\.)*("\s*:|\\?\Z)')  # an object whose line is cut, even within its first key
 _ARRAY = re.compile(r'\[\s*(\{\s*"(?:[^"\\]|\\.)*"\s*:|\[\s*"|")')
 
 
@@ -35,6 +37,10 @@ def kind_of(path: Path) -> str:
         raise ValueError(f"{path} is a compressed {ending} file; decompress it")
     with open(path, "rb") as file:
         head = file.read(HEAD)
+        begins, more = head.removeprefix(codecs.BOM_UTF8), len(head) == HEAD
+        while more and not begins.strip():
+            begins = file.read(HEAD)
+            more = len(begins) == HEAD
     for mark, what in _POINTERS.items():
         if head.startswith(mark):
             raise ValueError(f"{path} is {what}")
@@ -42,8 +48,9 @@ def kind_of(path: Path) -> str:
         return "parquet"
     if ending in LINES:
         return "jsonl"
-    check_text(path, head)
-    return _json_kind(path, codecs.getincrementaldecoder("utf-8-sig")().decode(head), len(head) == HEAD)
+    for part in (head, begins):
+        check_text(path, part)
+    return _json_kind(path, codecs.getincrementaldecoder("utf-8")().decode(begins), more)
 
 
 def check_text(path: Path, head: bytes) -> None:
@@ -60,18 +67,36 @@ def _json_kind(path: Path, head: str, more: bool) -> str:
     """Return `jsonl` for text whose first line is a JSON object, `text` for prose; refuse any other JSON."""
     start = head.lstrip()
     first, _, rest = start.partition("\n")
-    if not first.startswith(("{", "[")):
-        return "text"
-    try:
-        value = json.loads(first)
-    except (ValueError, RecursionError):
-        if not rest and more and _OBJECT.match(first):
-            return "jsonl"  # its first record is longer than the head
-        if not _OBJECT.match(start) and not _ARRAY.match(start):
-            return "text"
-        value = None
+    if more and not rest and _CUT.match(first):
+        return "jsonl"  # its first record is longer than the head
+    value = _parsed(first)
     if isinstance(value, dict):
         return "jsonl"
-    if value is None or _ARRAY.match(start):
+    if _ARRAY.match(start) or (value is None and _OBJECT.match(start)):
         raise ValueError(f"{path} holds JSON, but not one object a line; write it as .jsonl")
-    return "text"  # a line such as [1]
+    _check_lines(path, [line.strip() for line in start.split("\n") if line.strip()], more)
+    return "text"
+
+
+def _check_lines(path: Path, lines: list[str], more: bool) -> None:
+    """Raise ValueError where most lines of a file are JSON objects, or all are JSON strings with escapes.
+
+    `more`: the last line is cut.
+    """
+    cut = lines.pop() if more and lines else ""
+    objects = sum(bool(_parsed(line)) and line.startswith("{") for line in lines) + bool(_CUT.match(cut))
+    if 2 * objects > len(lines) + bool(cut):
+        number = next(number for number, line in enumerate([*lines, cut], start=1) if not _OBJECT.match(line))
+        line = [*lines, cut][number - 1]
+        fault = f"{path} holds JSON lines, of which line {number} that is not blank is none: {line!r:.80}"
+        raise ValueError(f"{fault}; correct or remove it")
+    if any("\\" in line for line in lines) and all(isinstance(_parsed(line), str) for line in lines):
+        raise ValueError(f"{path} holds a JSON string a line; write an object a line, as .jsonl")
+
+
+def _parsed(line: str) -> Any:
+    """Return the JSON value of a line; None for any other line."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None

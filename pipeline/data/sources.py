@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pipeline.data import tables
 from pipeline.data.answers import Span
 from pipeline.data.builtin import BUILTINS
-from pipeline.data.chats import as_turns, turns
+from pipeline.data.chats import as_turns, check_written, turns
 from pipeline.data.columns import Chat, Value
 from pipeline.data.formats import LOCAL, MARKERS, kind_of
 from pipeline.data.lines import records
@@ -181,12 +181,14 @@ def _pieces(corpus: Corpus, field: str, template: ChatTemplate, answers: bool) -
             raise ValueError(f"{fault}; give them as two paths")
         if isinstance(value, str):
             yield Piece(_characters(value, place), True)
-        elif answers:
-            text, spans = template.answers(turns(value, place), place, value.tools)
-            yield Piece(_characters(text, place), True, True, tuple(spans))
+            continue
+        said, spans = turns(value, place), None
+        if answers:
+            text, spans = template.answers(said, place, value.tools)
         else:
-            text = template.render(turns(value, place), place, value.tools)
-            yield Piece(_characters(text, place), True, True)
+            text = template.render(said, place, value.tools)
+        check_written(said, text, place)
+        yield Piece(_characters(text, place), True, True, None if spans is None else tuple(spans))
 
 
 def _value(place: str, value: Value) -> Value:

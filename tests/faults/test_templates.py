@@ -115,4 +115,4 @@ def test_the_process_of_a_template_ends_with_a_killed_parent_and_holds_no_lock_o
     with open(tmp_path / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     while Path(f"/proc/{child}").exists() and "State:\tZ" not in Path(f"/proc/{child}/status").read_text():
-        assert time.monotonic() < deadline, "the child goes on"
+        assert time.monotonic() < deadline, "the child continues"

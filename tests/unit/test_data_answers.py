@@ -91,3 +91,11 @@ def test_what_the_renderings_do_not_settle_is_refused(form):
         assert "here: data.loss_on=assistant" in str(fault) and "\n" not in str(fault)
     else:
         assert [text.strip().lower() for text in found] == ["bc", "ef"], "separated exactly"
+
+
+@pytest.mark.parametrize("role", ["model", "Assistant", "bot"])
+def test_a_role_that_is_no_answer_and_no_known_other_is_refused(role):
+    tokenizer = talking("{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}")
+    with pytest.raises(ValueError, match=f"here: data.loss_on=assistant .*turn 2 has the role '{role}'") as fault:
+        answers(tokenizer, [user("a"), {"role": role, "content": "b"}, user("c"), assistant("d")])
+    assert "\n" not in str(fault.value)

@@ -94,3 +94,26 @@ def test_malformed_records_are_refused_by_place(record, field, match, tmp_path):
     with pytest.raises(ValueError, match=match) as fault:
         list(read(corpus, field, talking()))
     assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize("answered", [False, True])
+@pytest.mark.parametrize(
+    "template, role",
+    [
+        ("{% for m in messages %} \n{% endfor %}", "user"),
+        ("{% for m in messages %}{{ m.text }}{{ m.role }}\n{% endfor %}", "user"),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "assistant"),
+    ],
+)
+def test_a_template_that_does_not_write_what_is_said_is_refused(template, role, answered, tmp_path):
+    corpus = written(tmp_path / "a.jsonl", [{"messages": [user("What?"), assistant("This.")]}])
+    with pytest.raises(ValueError, match="a.jsonl:1: .*chat template") as fault:
+        list(read(corpus, "messages", talking(template), answers=answered))
+    assert answered or f"no content of the role {role!r}" in str(fault.value)
+
+
+@pytest.mark.parametrize("content", ["m.content | upper", "m.content.split() | join('\n')", "m.content | trim"])
+def test_a_template_may_change_blanks_and_case(content, tmp_path):
+    corpus = written(tmp_path / "a.jsonl", [{"messages": [user(" What is\nthis? "), assistant("<think>a</think>b")]}])
+    template = "{% for m in messages %}<{{ m.role }}>{{ " + content + " }}{% endfor %}"
+    assert list(read(corpus, "messages", talking(template)))

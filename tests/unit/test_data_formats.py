@@ -86,6 +86,53 @@ def test_other_json_is_refused(tmp_path, content):
     refused(tmp_path / "part-00000", "part-00000", "JSON", ".jsonl")
 
 
+@pytest.mark.parametrize("head", ["# exported", "[1]", "null", "text"])
+@pytest.mark.parametrize("name", ["a.txt", "part-00000"])
+def test_json_lines_behind_another_line_are_refused(tmp_path, name, head):
+    (tmp_path / name).write_text(f"{head}\n{LINES}")
+    refused(tmp_path / name, name, "JSON lines", "line 1 ", head)
+    (tmp_path / name).write_text(head + "\n" + json.dumps({"text": "word " * 30_000}) + "\n" + LINES)
+    assert locate(str(tmp_path / name)).kind == "text", "one of two lines is no evidence"
+
+
+@pytest.mark.parametrize("start", ["\n" * 70_000, "\ufeff" + " \n" * 70_000])
+def test_json_lines_behind_many_blanks_are_json_lines(tmp_path, start):
+    (tmp_path / "a.txt").write_text(start + LINES, encoding="utf-8")
+    assert locate(str(tmp_path / "a.txt")).kind == "jsonl" and texts(tmp_path / "a.txt") == RECORDS
+
+
+def test_json_lines_whose_first_key_is_longer_than_what_is_looked_at_are_json_lines(tmp_path):
+    (tmp_path / "a.txt").write_text(json.dumps({"k" * 70_000: 1, "text": "First."}) + "\n" + LINES)
+    assert texts(tmp_path / "a.txt") == ["First.", *RECORDS]
+
+
+def test_json_strings_as_lines_are_refused_and_quoted_prose_is_not(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(json.dumps(text) + "\n" for text in RECORDS))
+    refused(tmp_path / "a.txt", "a.txt", "JSON string a line", ".jsonl")
+    (tmp_path / "a.txt").write_text('"To be."\n"Or not."\n')
+    assert locate(str(tmp_path / "a.txt")).kind == "text"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '# A page\n\n```\n{"a": 1}\n{"a": 2}\n```\n\nThese are\ntwo lines.\n',
+        'x = [\n    {"a": 1},\n    {"a": 2},\n    {"a": 3},\n]\n',
+        "if (a)\n{\n}\n{}\n{}\n{}\n",
+        '{"quoted: no object, and no further mark\n' + "prose\n" * 20_000,
+    ],
+)
+def test_prose_and_programs_with_json_in_them_are_text(tmp_path, content):
+    (tmp_path / "a.txt").write_text(content)
+    assert locate(str(tmp_path / "a.txt")).kind == "text"
+
+
+@pytest.mark.parametrize("line", ['{"text": "a", "text": "b"}', '{"text": "a", "more": {"b": 1, "b": 2}}'])
+def test_a_key_that_stands_twice_in_an_object_is_refused(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text(line + "\n")
+    refused(tmp_path / "a.jsonl", "a.jsonl:1", "twice")
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123\n"
 
 
@@ -154,6 +201,12 @@ def test_turns_in_a_string_are_turns(tmp_path, kind):
         (json.dumps({"messages": TURNS}), "'messages'"),
         (str(TURNS), "Python"),
         (json.dumps([TURNS[0], {"speaker": "bot"}]), "turn 2"),
+        (json.dumps({"messages": TURNS, "timestamp": 5}), "'messages'"),
+        (json.dumps(json.dumps(TURNS)), "twice"),
+        (json.dumps(json.dumps({"messages": TURNS})), "twice"),
+        (str([{"name": "a"} | turn for turn in TURNS]), "Python"),
+        (json.dumps([{"role": "user", "text": "Hi."}]), "without content"),
+        (json.dumps({"chat": [{"from": "human", "text": "Hi."}], "n": 1}), "'chat'"),
     ],
 )
 def test_chats_in_a_string_that_have_no_single_reading_are_refused(tmp_path, value, word):
@@ -161,7 +214,14 @@ def test_chats_in_a_string_that_have_no_single_reading_are_refused(tmp_path, val
     refused(tmp_path / "a.jsonl", "a.jsonl:1", word)
 
 
-@pytest.mark.parametrize("text", ['{"a": 1}', '[{"a": 1}]', "[]", "{}", '{"messages": "none"}', '[{"role": broken'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"a": 1}', '[{"a": 1}]', "[]", "{}", '{"messages": "none"}', '[{"role": broken'),
+        *('"a quote"', '"[1]"', '"{braces}"', '[{"role": "Hamlet", "text": "To be."}]', "[{'a': 1}]"),
+        *('[{"from": "a@b.org", "text": "Hi."}]', '{"role": "user", "name": "Ann"}', '{"messages": ["a"], "code": 5}'),
+    ],
+)
 def test_other_json_in_a_string_is_text(tmp_path, text):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
     assert texts(tmp_path / "a.jsonl") == [text]
