@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.model.shape import Shape
-from pipeline.model.token_ids import Vocabulary
+from pipeline.model.token_ids import Renumbering, Vocabulary
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.model_loader import load_model, load_tokenizer
 from pipeline.stages.choose import shape
@@ -65,6 +65,17 @@ def test_ids_in_the_configs_follow_their_tokens(world, run, made):
     written = json.loads((run / "student" / "generation_config.json").read_text())
     ids = {"eos_token_id": [places[2]], "bos_token_id": places[1]}
     assert written == GENERATION | ids | {"suppress_tokens": [places[n] for n in (2, 80, 95) if n in places]}
+
+
+def test_files_without_ids_are_carried_under_their_paths(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    files = ("chat_template.jinja", "additional_chat_templates/tool_use.jinja", "special_tokens_map.json")
+    for name in files:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("{}")
+    out.mkdir()
+    vocabulary._write_tokenizer(source, {}, Renumbering({}, 0, 0), out)
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*.*")} == {*files, "tokenizer.json"}
 
 
 def test_the_teacher_is_the_reference_restricted_to_the_kept_tokens(world, made):

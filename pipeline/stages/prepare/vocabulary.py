@@ -26,7 +26,7 @@ from pipeline.prune.vocabulary.choice import kept_tokens
 from pipeline.prune.vocabulary.pieces import pieces_of
 from pipeline.prune.vocabulary.tokenizer_file import renumbered_settings, renumbered_tokenizer
 from pipeline.runtime.checkpoint import Checkpoint
-from pipeline.runtime.checkpoint_writer import GENERATION, PROCESSOR, write_checkpoint, write_wrapper_parts
+from pipeline.runtime.checkpoint_writer import GENERATION, PROCESSOR, TEMPLATES, write_checkpoint, write_wrapper_parts
 from pipeline.runtime.described import read_mapping
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.machine import Machine
@@ -39,7 +39,7 @@ from pipeline.stages.stage import Inputs, Stage
 
 FIELD = "budget.vocabulary"
 COUNTED = ("calibration", "recovery")  # texts whose tokens are counted
-AS_THEY_ARE = ("special_tokens_map.json", "chat_template*", *PROCESSOR, CODE)  # files without ids
+AS_THEY_ARE = ("special_tokens_map.json", *TEMPLATES, *PROCESSOR, CODE)  # files without ids
 
 
 def enabled(config: Config) -> bool:
@@ -122,7 +122,9 @@ def _write_tokenizer(source: Path, document: dict[str, Any], new: Renumbering, o
     if (source / TOKENIZER_CONFIG).is_file():
         _write_json(out / TOKENIZER_CONFIG, renumbered_settings(read_mapping(source / TOKENIZER_CONFIG), new))
     for path in _files(source):
-        shutil.copyfile(path, out / path.name)
+        copy = out / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
     generation = generation_of(source)
     if generation is not None:
         _write_json(out / GENERATION, new.fields(generation))
