@@ -101,7 +101,7 @@ def _given(turn: dict[str, Any]) -> dict[str, Any]:
 def check_written(record: list[dict[str, Any]], text: str, place: str) -> None:
     """Raise ValueError where a template writes nothing that the user, or the assistant, says in a record.
 
-    Templates change blanks and case, and leave out reasoning, some turns, and what stands beside tool calls.
+    Templates change blanks and case, and leave out reasoning, some turns, and the content of turns that call tools.
     """
     written = _without_blanks(text)
     for role in ("user", "assistant"):

@@ -1,12 +1,11 @@
 """A chat template that does not end, or outgrows its bounds, ends in one line; a sound one is rendered as ever."""
 
-import fcntl
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -96,7 +95,7 @@ fcntl.flock(lock, fcntl.LOCK_EX)
 tokenizer = byte_tokenizer()
 tokenizer.chat_template = sys.argv[2]
 chat = ChatTemplate(tokenizer)
-chat._start()
+chat.render([{"role": "user", "content": "once"}], "here")
 print(chat._process.pid, flush=True)
 chat.render([{"role": "user", "content": "a"}], "here")
 """
@@ -104,15 +103,13 @@ chat.render([{"role": "user", "content": "a"}], "here")
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not end a child with its parent")
 def test_the_process_of_a_template_ends_with_a_killed_parent_and_holds_no_lock_of_it(tmp_path):
-    command = [sys.executable, "-c", PARENT, str(tmp_path / "lock"), HOSTILE["loops"]]
+    template = "{% if messages[0].content != 'once' %}" + HOSTILE["loops"] + "{% endif %}"
+    command = [sys.executable, "-c", PARENT, str(tmp_path / "lock"), template]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         child = int(parent.stdout.readline())
-        held = f"/proc/{child}/fd"
-        deadline = time.monotonic() + SECONDS
-        while any("/lock" in os.readlink(f"{held}/{number}") for number in os.listdir(held)):
-            assert time.monotonic() < deadline, "the child holds the lock"
+        ended = os.pidfd_open(child)
+        held = [os.readlink(f"/proc/{child}/fd/{number}") for number in os.listdir(f"/proc/{child}/fd")]
         parent.send_signal(signal.SIGKILL)
-    with open(tmp_path / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    while Path(f"/proc/{child}").exists() and "State:\tZ" not in Path(f"/proc/{child}/status").read_text():
-        assert time.monotonic() < deadline, "the child continues"
+    assert select.select([ended], [], [], SECONDS)[0] == [ended]
+    os.close(ended)
+    assert held and not any(name.endswith("/lock") for name in held)
