@@ -32,6 +32,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     boundary = Boundary()
     with boundary():
+        _check_folder()
         name, words = next(iter(sys.argv[1:]), ""), sys.argv[2:]
         if name in COMMANDS:
             status = COMMANDS[name](words)
@@ -39,6 +40,14 @@ def main() -> None:
                 sys.exit(status)
         else:
             _run(sys.argv[1:], boundary)
+
+
+def _check_folder() -> None:
+    """Raise ValueError where the folder that relative paths begin from was removed."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ValueError("the working folder does not exist any more; change to one that does") from None
 
 
 def _doctor(words: Sequence[str]) -> int:

@@ -1,8 +1,8 @@
 """Sections of results: checkpoints, export, evaluation, report, tracking."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from pipeline.config.fields import Count, Positive, Section, Size
 
@@ -55,7 +55,7 @@ class Evaluate(Section):
 
 
 class Report(Section):
-    samples: Size
+    samples: Annotated[int, Field(ge=0, le=1000)]
     sample_prompt: Count
     sample_tokens: Count
 

@@ -145,6 +145,16 @@ def test_a_command_without_standard_streams_ends_as_ever():
     assert subprocess.run(["sh", "-c", command], env=environment(), timeout=120).returncode == 0
 
 
+def test_a_working_folder_that_was_removed_is_named(tmp_path):
+    command = f"mkdir gone && cd gone && rmdir ../gone && exec {sys.executable} -m pipeline run=x"
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (
+        2, "error: the working folder does not exist any more; change to one that does\n"
+    )  # fmt: skip
+
+
 def test_a_fault_of_two_files_names_both(folder, capsys):
     fault = OSError(28, "No space left on device", "from", None, "to")
     assert left(folder, fault, capsys)[:2] == (2, "error: from -> to: No space left on device\n")

@@ -42,6 +42,7 @@ CASES = {
     "unknown key": (["distill.epochs=3"], "epochs"),
     "wrong type": (["distill.tokens=many"], "distill.tokens"),
     "a time without end": (["device.timeout=1000000000000000000"], "device.timeout"),
+    "too many samples": (["report.samples=1000000"], "report.samples"),
     "no such user": (["runs=~nosuch/x"], "runs: "),
     "unknown stage": (["stages=[importance,prune]"], "prune"),
     "wider than the teacher": (["shape.neurons=4096"], "shape.neurons"),
