@@ -27,7 +27,9 @@ LAYERS = ("recipe=pangu_light", "plan.clap=false", "reinit.slnp=false", "shape.l
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "best_plain": ("best, without local distillation", ("recipe=best", "shape.neurons=992", "local_distill.epochs=0")),
     "pangu_light": ("Pangu Light", ("recipe=pangu_light", *NARROW)),
-    "minitron": ("Minitron", ("recipe=minitron", *NARROW)),
+    "no_slnp": ("Pangu Light without SLNP", ("recipe=pangu_light", "reinit.slnp=false", *NARROW)),
+    "no_clap": ("Pangu Light without CLAP", ("recipe=pangu_light", "plan.clap=false", *NARROW)),
+    "minitron": ("Minitron: its own score, neither", ("recipe=minitron", *NARROW)),
     "tyr": ("Týr-the-Pruner, recovered", ("recipe=tyr", f"budget.parameters={KEPT:.5f}", "supernet.rounds=1")),
     "trsp": ("TRSP, trains before removal only", ("recipe=trsp", "shape.layers=22", "layer_gates.tokens=8192",
              "layer_gates.batch_size=1", "layer_gates.learning_rate=3e-2")),

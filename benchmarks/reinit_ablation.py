@@ -1,6 +1,6 @@
-"""Re-initialisation, ablated: none, CLAP, SLNP, both; before and after recovery, on unseen text of several domains.
+"""Re-initialisation, ablated: Minitron, none, CLAP, SLNP, both; before and after recovery, on several domains.
 
-    python benchmarks/reinit_ablation.py [--seeds 0,1] [--rows none,clap,slnp,both] [settings of the pipeline ...]
+    python benchmarks/reinit_ablation.py [--seeds 0,1] [--rows minitron,none,clap,slnp,both] [settings ...]
 
 Every row is one run of the pipeline, so rows share the teacher, the tokens and the scores, resume where they were cut
 off, and are not run twice. The table goes to benchmarks/results/reinit_ablation.md, the figures beside it as JSON.
@@ -17,7 +17,8 @@ from pipeline.report.facts import perplexity_of
 
 PREFIX = "reinit"
 ROWS = {
-    "none": ("Minitron (no re-initialisation)", ["plan.clap=false", "reinit.slnp=false"]),
+    "minitron": ("Minitron (its own score)", ["recipe=minitron"]),
+    "none": ("none (Pangu Light's score)", ["plan.clap=false", "reinit.slnp=false"]),
     "clap": ("+ CLAP", ["plan.clap=true", "reinit.slnp=false"]),
     "slnp": ("+ SLNP", ["plan.clap=false", "reinit.slnp=true"]),
     "both": ("+ CLAP + SLNP (Pangu Light)", ["plan.clap=true", "reinit.slnp=true"]),

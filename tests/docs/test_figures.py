@@ -100,12 +100,6 @@ def of_quality(row: str, now: dict[str, str], other: str | None) -> list[float] 
     return [mean(each[now["state"]]["perplexity"] / each["dense"]["perplexity"] for each in states)]
 
 
-def of_reinit(row: str, now: dict[str, str], other: str | None) -> list[float]:
-    who = {"before": "start", "after": "student"}[now["state"]]
-    runs = [each for each in saved("reinit_ablation") if each["row"] == row and each["domain"] == now["text"]]
-    return [each[who] for each in sorted(runs, key=lambda each: each["seed"])]
-
-
 def of_absorption(row: str, now: dict[str, str], other: str | None) -> list[float]:
     who = {"before": "start", "after": "student"}[now["state"]]
     return [each["texts"][now["text"]][who]["perplexity"] for each in saved("absorption") if each["row"] == row]
@@ -188,7 +182,6 @@ READERS = {
     "equal_terms": of_equal_terms,
     "serving": of_serving,
     "quality": of_quality,
-    "reinit_ablation": of_reinit,
     "absorption": of_absorption,
     "hidden_widths": of_hidden,
     "vocabulary": of_vocabulary,
