@@ -14,7 +14,7 @@ ROWS = 256  # read at once
 HELD = 1 << 24  # bytes of rows that are Python's at once, beside a single row
 OBJECT = 64  # bytes that a value takes in Python, beside its text
 DATA_FILES = ("_data_files", "_indices_data_files")  # in the state of a saved data set
-EXPANDS = 1000  # times its size that a compressed column of text may have
+EXPANDS = 1000  # times the size of its file that a row group may have in memory
 
 
 def check_parquet(path: Path, field: str) -> int:
@@ -22,7 +22,7 @@ def check_parquet(path: Path, field: str) -> int:
     with _opened(path) as table:
         _check_type(str(path), field, table.schema_arrow)
         try:
-            _check_expansion(path, table, _read(field, table.schema_arrow.names))
+            _check_expansion(path, table)
         except _damage() as fault:
             _refuse_parquet(path, fault, "")
         return table.metadata.num_rows
@@ -59,16 +59,18 @@ def _is_of(path: str, names: list[str]) -> bool:
     return any(path == name or path.startswith(f"{name}.") for name in names)
 
 
-def _check_expansion(path: Path, table: Any, names: list[str]) -> None:
-    """Raise ValueError for columns that claim to be larger in memory than text can be, by the file's metadata."""
-    for group in range(table.metadata.num_row_groups):
-        for number in range(table.metadata.num_columns):
-            part = table.metadata.row_group(group).column(number)
-            grown = part.total_uncompressed_size > max(RECORD, EXPANDS * part.total_compressed_size)
-            if _is_of(part.path_in_schema, names) and (grown or part.num_values > RECORD):
-                size = f"{part.num_values:,} values in {part.total_uncompressed_size:,} bytes"
-                fault = f"{path}: column {part.path_in_schema!r} holds {size} of {part.total_compressed_size:,}"
-                raise ValueError(f"{fault} on disk, which is no text; write it again, in smaller row groups")
+def _check_expansion(path: Path, table: Any) -> None:
+    """Raise ValueError for rows that claim to be larger in memory than text can be, by the file's metadata.
+
+    The metadata of single columns is not read: where it is damaged, Arrow ends the process.
+    """
+    on_disk = path.stat().st_size
+    for number in range(table.metadata.num_row_groups):
+        group = table.metadata.row_group(number)
+        if group.total_byte_size > max(RECORD, EXPANDS * on_disk) or group.num_rows > RECORD:
+            size = f"{group.num_rows:,} rows in {group.total_byte_size:,} bytes"
+            fault = f"{path}: row group {number + 1} holds {size} of {on_disk:,} on disk, which is no text"
+            raise ValueError(f"{fault}; write it again, in smaller row groups")
 
 
 def _parts(rows: Any, given: str, before: int) -> Iterator[Any]:

@@ -17,6 +17,7 @@ from pipeline.data.sources import Piece, check, locate, read
 from pipeline.stages.prepare import tokens
 from pipeline.stages.texts import PURPOSES
 from tests.tiny_text import byte_tokenizer, configured, run_tokens
+from tests.world import environment
 
 PROSE = "Words enough for a sequence or two, again and again. " * 20
 
@@ -104,12 +105,41 @@ def test_rows_that_repeat_a_long_text_are_held_one_by_one(tmp_path):
     "size, rows, turns, match",
     [
         (1 << 20, 2, 300, "a.parquet row 1 needs more than 256 MiB"),
-        ((1 << 28) + 2, 1, 1, "column 'text' holds 1 values in [0-9,]+ bytes of [0-9,]+ on disk, which is no text"),
+        ((1 << 28) + 2, 1, 1, "row group 1 holds 1 rows in [0-9,]+ bytes of [0-9,]+ on disk, which is no text"),
     ],
 )
 def test_rows_that_outgrow_their_file_are_refused(tmp_path, size, rows, turns, match):
     pyarrow.parquet.write_table(repeated(size, rows, turns), tmp_path / "a.parquet", compression="zstd")
     refused(tmp_path / "a.parquet", match)
+
+
+FLIPS = """
+import sys
+from pathlib import Path
+from pipeline.data import tables
+path = Path(sys.argv[1])
+whole = path.read_bytes()
+footer = int.from_bytes(whole[-8:-4], "little")
+for place in range(len(whole) - 8 - footer, len(whole) - 8):
+    for bit in range(3):
+        data = bytearray(whole)
+        data[place] ^= 1 << bit
+        path.write_bytes(data)
+        try:
+            tables.check_parquet(path, "text")
+            list(tables.parquet_records(path, "text"))
+        except ValueError:
+            pass
+"""
+
+
+def test_no_flipped_bit_of_a_footer_ends_the_process(tmp_path):
+    """As reading the metadata of a column does in Arrow."""
+    table = pyarrow.table({"text": ["a b c", "d"] * 20, "turns": [[{"role": "user", "content": "x"}]] * 40})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    command = [sys.executable, "-c", FLIPS, str(tmp_path / "a.parquet")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-1000:]
 
 
 def test_saved_data_sets_that_hold_no_text(tmp_path):
