@@ -108,4 +108,10 @@ def check_experts(config: Mapping[str, Any], family: Family, path: Path) -> None
 
 
 def _refusal(path: Path, place: str, value: Any, wanted: str) -> ValueError:
-    return ValueError(f"{path}: {place} is {json.dumps(value):.60}, not {wanted}; correct it, or fetch the file again")
+    found = f"{one_line(place):.160} is {json.dumps(value):.60}"
+    return ValueError(f"{path}: {found}, not {wanted}; correct it, or fetch it again")
+
+
+def one_line(name: str) -> str:
+    """Return a name that comes from a file as ASCII text without line breaks."""
+    return json.dumps(name)[1:-1]

@@ -11,6 +11,7 @@ from transformers.integrations import GGUF_CONFIG_MAPPING
 
 from pipeline.model.families import FAMILIES, family_of
 from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.config_bounds import one_line
 from pipeline.runtime.described import LIMITS, OPTIONAL, checked_config
 from pipeline.runtime.gguf_header import OTHERS, TOKENIZER, Header, concatenate, join, read_header
 from pipeline.runtime.log import bars_on_terminals_only
@@ -112,7 +113,8 @@ def _check_counts(header: Header, key: str, limit: int) -> None:
     numbers = header.numbers(key)
     for number in ("a text",) if numbers is None else numbers:
         if type(number) is not int or not 0 <= number <= limit:
-            raise ValueError(f"{header.path}: {key:.80} is {number}, not an integer from 0 to {limit}; fetch it again")
+            fault = f"{header.path}: {one_line(key):.80} is {number}, not an integer from 0 to {limit}"
+            raise ValueError(f"{fault}; fetch it again")
 
 
 def _convert(header: Header, folder: Path, shard_bytes: float) -> None:

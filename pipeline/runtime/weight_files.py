@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pipeline.runtime.config_bounds import TENSORS
+from pipeline.runtime.config_bounds import TENSORS, one_line
 from pipeline.runtime.described import check_file, read_mapping
 
 INDEX = "model.safetensors.index.json"
@@ -183,7 +183,8 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     for name, tensor in content.items():
         if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
             kind = "without values (meta)" if tensor.is_meta else f"sparse or nested ({tensor.layout})"
-            raise ValueError(f"{path}: {name:.80} is {kind}, not a dense tensor; store the weights as dense tensors")
+            fault = f"{path}: {one_line(name):.80} is {kind}, not a dense tensor"
+            raise ValueError(f"{fault}; store the weights as dense tensors")
     return {name: tensor.detach() for name, tensor in content.items()}
 
 

@@ -26,7 +26,7 @@ def canonical_names(stored: Iterable[str], config: Mapping[str, Any], folder: Pa
         first = own.setdefault(family.named(name), name)
         if first != name:
             raise ValueError(
-                f"{folder}: {first} and {name} are two names of one tensor; remove the one that is not used"
+                f"{folder}: {first!r} and {name!r} are two names of one tensor; remove the one that is not used"
             )
     stored = list(own)
     beyond = _prediction_layers(stored, family.width(config, "layers"))

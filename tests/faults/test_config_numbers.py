@@ -111,6 +111,14 @@ def test_fields_of_sections_that_are_not_used_are_left_out():
     assert wrapper_config({"model_type": "llava", **hostile, **LEFT_OUT}, Path("config.json")) == plain
 
 
+def test_a_field_with_a_name_of_two_lines_is_refused_in_one(tmp_path):
+    folder = save_tiny(tiny_model("llama", dtype=torch.float32), tmp_path / "model")
+    edit(folder, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "a\nb\ud800": 1 << 31})
+    with pytest.raises(ValueError, match=r"rope_parameters\.a.nb.* is 2147483648") as fault:
+        read_config(folder)
+    assert "\n" not in str(fault.value) and str(fault.value).isascii()
+
+
 @pytest.mark.parametrize("section", ["text_config", "vision_config"])
 @pytest.mark.parametrize("fields", [{"num_hidden_layers": 10**8}, {"attention_dropout": 2}, {"image_size": 10**9}])
 def test_numbers_of_sections_are_refused_by_field(section, fields):
