@@ -183,8 +183,8 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     for name, tensor in content.items():
         if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
             kind = "without values (meta)" if tensor.is_meta else f"sparse or nested ({tensor.layout})"
-            fault = f"{path}: {one_line(name):.80} is {kind}, not a dense tensor"
-            raise ValueError(f"{fault}; store the weights as dense tensors")
+            found = f"{path}: {one_line(name):.80} is {kind}, not a dense tensor"
+            raise ValueError(f"{found}; store the weights as dense tensors")
     return {name: tensor.detach() for name, tensor in content.items()}
 
 
