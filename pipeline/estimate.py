@@ -27,8 +27,7 @@ from pipeline.runtime.log import progress
 from pipeline.stages.recover import onpolicy
 from pipeline.training_settings import steps_of
 
-# Stages in the times of `needs`, and one that most models skip.
-COUNTED = {"teacher_correction", "importance", "regularize", "distill", "onpolicy", "absorb_norms"}
+COUNTED = {"teacher_correction", "importance", "regularize", "distill", "onpolicy"}  # stages in the times of `needs`
 
 
 def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
@@ -64,10 +63,14 @@ def needs(config: Config, made: Mapping[str, Path], ranks: int) -> str:
     return "; ".join(sentences)
 
 
-def omitted(config: Config, stages: Iterable[str]) -> str:
-    """Return a clause that names those of the stages of a run that read text and are in no time of `needs`."""
-    read = [each for each in stages if STAGES[each].enabled(config) and "tokens" in STAGES[each].needs]
-    named = [each for each in read if each not in COUNTED]
+def omitted(config: Config, made: Mapping[str, Path], stages: Iterable[str]) -> str:
+    """Return a clause that names those of the stages of a run that read text and are in no time of `needs`.
+
+    Whether a stage applies to the student is decided by the teacher, which has the same norms.
+    """
+    inputs = {"initial_student": made["teacher"], **made}
+    own = [STAGES[name] for name in stages if name not in COUNTED and "tokens" in STAGES[name].needs]
+    named = [stage.name for stage in own if stage.enabled(config) and stage.applies(config, inputs)]
     return f"; not in these times: {', '.join(named)}" if named else ""
 
 

@@ -109,7 +109,8 @@ def _dry_run(config: Config, names: Sequence[str], machine: Machine) -> None:
                     _fill(config, STAGES[name], made, Path(scratch), machine, folder)
             if STAGES["shape"].enabled(config):
                 _fill(config, STAGES["shape"], made, Path(scratch), machine)
-            machine.say(estimate.needs(config, made, machine.ranks.world) + estimate.omitted(config, names))
+            answer = estimate.needs(config, made, machine.ranks.world)
+            machine.say(answer + estimate.omitted(config, made, names))
     machine.ranks.wait("dry run")
 
 

@@ -66,7 +66,7 @@ class Curve(TypedDict):
 
     first: float | None
     last: float | None
-    points: NotRequired[list[tuple[float, float]]]
+    points: NotRequired[list[tuple[float, float | None]]]
 
 
 class Recovery(TypedDict):

@@ -1,5 +1,6 @@
 """Compose conf/ and the settings of a command with Hydra, after each key and choice has been looked up."""
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -24,6 +25,7 @@ CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
 OPEN = ("deepspeed.extra.",)  # below these keys any name is a setting
 SECTIONS = {key.rpartition(".")[0] for key in SETTINGS} | {key.partition(".")[0] for key in SETTINGS if "." in key}
 HYDRA = ("hydra.", "hydra/")  # settings of Hydra itself: its sweepers and launchers
+INTERPOLATION = re.compile(r"(\\*)\$\{")
 QUOTES = str.maketrans("", "", "'\"")
 WHOLE = ("recipe", "experiment")  # groups that set values of any section
 
@@ -233,4 +235,4 @@ def _literal(value: Any) -> Any:
         return {key: _literal(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_literal(each) for each in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
+    return INTERPOLATION.sub(r"\1\1\\${", value) if isinstance(value, str) else value

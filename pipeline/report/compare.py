@@ -84,7 +84,7 @@ def _held_out(recovery: Mapping[str, Any] | None) -> Curve:
         return []
     curve = recovery["curves"]["held_out_kl"]
     points = curve.get("points") or [(0.0, curve["first"]), (recovery["tokens"], curve["last"])]
-    return [(tokens, value) for tokens, value in points if math.isfinite(value)]
+    return [(tokens, value) for tokens, value in points if value is not None and math.isfinite(value)]
 
 
 def front(points: Sequence[Point], cost: str) -> set[str]:

@@ -230,12 +230,15 @@ def _check_names(config: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds; ValueError, naming it, for anything else and for a file too large."""
+def read_mapping(path: Path, objects: int = PARTS, entries: int = PARTS) -> dict[str, Any]:
+    """Return the object that a JSON file holds; ValueError, naming it, for anything else and for a file too large.
+
+    `objects`: the most objects and arrays in it; `entries`: the most entries of them, counted by their commas.
+    """
     check_file(path)
     data = path.read_bytes()
-    if max(sum(data.count(sign) for sign in (b"[", b"{")), data.count(b",")) > PARTS:
-        raise ValueError(f"{path} has more than {PARTS} entries, too many for a file of a model folder; fetch it again")
+    if sum(data.count(sign) for sign in (b"[", b"{")) > objects or data.count(b",") > entries:
+        raise ValueError(f"{path} has more than {objects} objects and arrays, or {entries} entries; fetch it again")
     deep = f"{path} is nested too deeply for a file of a model folder; fetch it again"
     try:
         content = json.loads(data)

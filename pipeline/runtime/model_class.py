@@ -44,8 +44,8 @@ def stock_config(config: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
         ) from fault
 
 
-def longest_text(config: Mapping[str, Any], folder: Path) -> int | None:
-    """Return the number of positions of a model, under whichever name its class has it; None where it has no limit."""
+def most_positions(config: Mapping[str, Any], folder: Path) -> int | None:
+    """Return the most tokens of a sequence, by whichever name the class of a model has for it; None without a limit."""
     known = config.get("model_type") in CONFIG_MAPPING
     return getattr(stock_config(config, folder), POSITIONS, None) if known else config.get(POSITIONS)
 

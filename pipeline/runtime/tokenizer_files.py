@@ -5,14 +5,13 @@ Readers take time and memory for each entry, and a normalizer or a template may 
 
 import base64
 import binascii
-import json
 from collections.abc import Iterator, Sized
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from pipeline.runtime.checkpoint_writer import TOKENIZER
-from pipeline.runtime.described import SIZE, check_file
+from pipeline.runtime.described import SIZE, check_file, read_mapping
 
 FETCH = "fetch the tokenizer's files again"
 FILES = (*TOKENIZER, "special_tokens_map.json", "added_tokens.json")
@@ -36,24 +35,9 @@ def check_files(folder: Path, vocabulary: Any) -> None:
     for path in sorted({path for pattern in FILES for path in folder.glob(pattern)}):
         check_file(path)
         if path.is_file() and path.suffix == ".json":
-            _check(path, _read(path), limit)
+            _check(path, read_mapping(path, OBJECTS, ENTRIES), limit)
         elif path.is_file() and path.stat().st_size > SIZE:
             raise ValueError(f"{path} has {path.stat().st_size} bytes, more than the {SIZE} that are read; {FETCH}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
-    if data.count(b",") > ENTRIES or data.count(b"[") + data.count(b"{") > OBJECTS:
-        raise ValueError(f"{path} has more than {ENTRIES} entries, or {OBJECTS} arrays and objects; {FETCH}")
-    try:
-        content = json.loads(data)
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply for a tokenizer; {FETCH}") from None
-    except ValueError as fault:
-        raise ValueError(f"{path} is no JSON ({fault}); {FETCH}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {json.dumps(content):.40}, not a JSON object of fields; {FETCH}")
-    return content
 
 
 def _check(path: Path, content: dict[str, Any], limit: int) -> None:

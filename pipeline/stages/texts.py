@@ -16,7 +16,7 @@ from pipeline.data.packing import Domain, Packed, TooShort, build
 from pipeline.runtime.checkpoint import read_config
 from pipeline.runtime.hashing import fingerprint
 from pipeline.runtime.machine import Machine
-from pipeline.runtime.model_class import longest_text
+from pipeline.runtime.model_class import most_positions
 from pipeline.runtime.model_loader import load_tokenizer
 from pipeline.runtime.model_source import model_folder
 
@@ -52,7 +52,7 @@ def _check_length(part: split.Part, field: str, sequence: int, tokenizer: Any) -
 
 def check_positions(field: str, count: int, folder: Path) -> None:
     """Refuse a number of positions beyond those of the model of a folder."""
-    longest = longest_text(read_config(folder), folder)
+    longest = most_positions(read_config(folder), folder)
     if longest is not None and count > longest:
         raise ValueError(f"{field} is {count}, more than the model's {longest} positions; lower it")
 

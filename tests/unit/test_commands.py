@@ -186,7 +186,7 @@ def test_options_and_settings_come_in_any_order():
 def test_a_run_can_be_repeated_from_its_record(tmp_path):
     words = ["run=a", "recipe=tyr", "device/chip=910B3", "distill.tokens=8192", "model.path=it's, 模型"]
     config = configurations(parsed(words))[0][0]
-    config = config.model_copy(update={"run": "${oc.env:HOME}"})  # as a run that is typed in quotes is named
+    config = config.model_copy(update={"run": r"a\${b}${oc.env:HOME}"})  # as a run that is typed in quotes is named
     record = tmp_path / "run.json"
     record.write_text(record_text({"config": config.model_dump(mode="json")}), encoding="utf-8")
     again = ["--from", str(record)]

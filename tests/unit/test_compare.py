@@ -155,6 +155,14 @@ def test_a_run_without_a_report_is_refused_in_one_line(make, named, tmp_path):
     assert not list(tmp_path.rglob("compare.*"))
 
 
+def test_a_figure_that_was_not_finite_is_left_out_of_its_curve(tmp_path):
+    values = report()
+    values["recovery"]["curves"]["held_out_kl"]["points"] = [[0.0, None], [8.0, 0.5]]
+    write_comparison([save(tmp_path, {"one": values})])
+    (point,) = points_of({"one": values})
+    assert point.recovery == [(8.0, 0.5)]
+
+
 def test_a_report_that_was_changed_after_its_run_is_refused(tmp_path):
     store = Store(tmp_path / "artifacts", Ranks(0, 1, 0), "r1")
     made = make(store, "report", text=json.dumps(report()))
