@@ -56,7 +56,7 @@ def answer_spans(render: Render, turns: Turns, text: str, special: Sequence[str]
     spans: list[Span] = []
     for number, turn in enumerate(turns):
         if turn["role"] not in ROLES:
-            raise ValueError(f"turn {number + 1} has the role {turn['role']!r:.40}; assistant is that of answers")
+            raise ValueError(f"turn {number + 1} has the role {turn['role']!r:.40}; answers have the role assistant")
         if turn["role"] == "assistant":
             span = _span(render, turns, number, text, special)
             if spans and span[0] < spans[-1][1]:
