@@ -88,7 +88,7 @@ def _check_lines(path: Path, lines: list[str], more: bool) -> None:
     if 2 * objects > len(lines) + bool(cut):
         number = next(number for number, line in enumerate([*lines, cut], start=1) if not _OBJECT.match(line))
         line = [*lines, cut][number - 1]
-        fault = f"{path} holds JSON lines, but line {number} of those that are not blank is no JSON object: {line!r:.80}"
+        fault = f"{path} holds JSON lines, but line {number} (blank ones not counted) is no object: {line!r:.80}"
         raise ValueError(f"{fault}; correct or remove it")
     if any("\\" in line for line in lines) and all(isinstance(_parsed(line), str) for line in lines):
         raise ValueError(f"{path} holds a JSON string a line; write an object a line, as .jsonl")
