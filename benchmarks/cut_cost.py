@@ -18,6 +18,7 @@ import torch
 from arguments import at_least, described
 from composing import with_settings
 
+from pipeline.model.causal import decoder_of
 from pipeline.runtime.model_loader import load_model
 
 STAGES = ("importance", "shape", "layer_loss", "rotate", "hessian", "obs_order", "plan", "cut")
@@ -37,7 +38,7 @@ def main() -> None:
         ]
         command = [sys.executable, "-m", "pipeline", *folders, *tokens, *(settings or ["recipe=best"])]
         _run([*command, "stages=[]"])
-        model = load_model(Path(place) / "runs" / "cost" / "teacher", torch.bfloat16, "sdpa").get_decoder()
+        model = decoder_of(load_model(Path(place) / "runs" / "cost" / "teacher", torch.bfloat16, "sdpa"))
         bare = [_bare(model, options.tokens)]
         _run([*command, f"stages=[{','.join(STAGES)}]"])
         bare.append(_bare(model, options.tokens))

@@ -12,6 +12,7 @@ import time
 import torch
 from arguments import at_least, described, folder_with
 
+from pipeline.model.causal import decoder_of
 from pipeline.prune.importance.measure import measure
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.model_loader import load_model
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("tokens", nargs="?", type=at_least(SEQUENCE), default=8192)
     options = parser.parse_args()
     anatomy = open_checkpoint(options.folder).anatomy
-    body = load_model(options.folder, torch.bfloat16, "sdpa").get_decoder()
+    body = decoder_of(load_model(options.folder, torch.bfloat16, "sdpa"))
     ids = torch.randint(0, anatomy.sizes.vocabulary, (options.tokens // SEQUENCE, SEQUENCE))
     batches = ids.split(BATCH)
 

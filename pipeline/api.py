@@ -24,6 +24,7 @@ from pipeline.cli.compose import composed
 from pipeline.config import validate
 from pipeline.model.anatomy import Anatomy, anatomy_of
 from pipeline.model.blueprint import Blueprint
+from pipeline.model.causal import decoder_of
 from pipeline.model.hf_config import student_config
 from pipeline.model.scores import Scores
 from pipeline.model.sizes import LayerSizes
@@ -131,7 +132,7 @@ def measure(
     `batches` hold token ids [batch, sequence]; one forward pass, no gradients. `aggregation` is `sum` or `minitron`,
     `norms` is `all` or `pre`, as `score.aggregation` and `score.norms`.
     """
-    return sums_of(model.get_decoder(), anatomy(model), batches, aggregation, norms).scores()
+    return sums_of(decoder_of(model), anatomy(model), batches, aggregation, norms).scores()
 
 
 def plan(

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from pipeline.model.blueprint import Blueprint
+from pipeline.model.causal import decoder_of
 from pipeline.model.families import FAMILIES
 from pipeline.runtime.model_loader import load_model
 from tests.tiny import TINY, model_type, save_tiny, tiny_model
@@ -28,6 +29,23 @@ def loaded(folder: Path):
     return model
 
 
+def sent_to(expert: int, total: int, states, *routing):
+    """Return the states [t, h] that an expert reads, and their weights [t], of what a module of experts is given."""
+    if not routing:  # the states of all experts, which the router's weights scale already
+        own = states.unflatten(0, (total, -1))[expert]
+        own = own[own.any(1)]
+        return own, torch.ones(len(own), dtype=own.dtype)
+    chosen, weights = routing
+    return states[(chosen == expert).any(1)], weights[chosen == expert]
+
+
+def given_to(expert: int, total: int, state, scaled: bool):
+    """Return what a module of experts is given to compute one expert for one state [h], with weight 1."""
+    if scaled:
+        return (torch.stack([state * (each == expert) for each in range(total)]),)
+    return state[None], torch.tensor([[expert]]), torch.ones(1, 1, dtype=state.dtype)
+
+
 @contextmanager
 def never_routed(model, blueprint: Blueprint, total: int):
     """Within the block, no router chooses an expert that the blueprint removes: its logit is minus infinity, and so is
@@ -40,7 +58,7 @@ def never_routed(model, blueprint: Blueprint, total: int):
     current, linear = [0], torch.nn.functional.linear
     hooks = [
         layer.register_forward_pre_hook(lambda *_, index=index: current.__setitem__(0, index))
-        for index, layer in enumerate(model.get_decoder().layers)
+        for index, layer in enumerate(decoder_of(model).layers)
     ]
     kept = {name: tensor.clone() for name, tensor in model.named_buffers() if "correction_bias" in name}
     for name, tensor in model.named_buffers():

@@ -212,6 +212,15 @@ TINY: dict[str, dict] = {
     "mellum": FEW | {"num_local_experts": 4, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "laguna": FEW | {"num_experts": 6, "shared_expert_intermediate_size": 20},
     "hy_v3": FEW | {"num_shared_experts": 2},
+    "llama4_text": {
+        "intermediate_size_mlp": 20,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layers": [1, 0, 1, 0],
+        "attention_chunk_size": 8,
+        "floor_scale": 4,
+    },
     "minimax_m3_vl_text": {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,

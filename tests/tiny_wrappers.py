@@ -3,10 +3,14 @@
 import torch
 import transformers
 from transformers import AutoConfig
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from pipeline.model.families import FAMILIES, WRAPPERS
 from pipeline.runtime.wrapper import text_config
-from tests.tiny import BASE, FEW, GEMMA, LINEAR, config_of
+from tests.tiny import BASE, FEW, GEMMA, LINEAR, TINY, config_of
+
+# Llama4ForConditionalGeneration of transformers 5.24 reads a field that the output of its text half does not have.
+MoeCausalLMOutputWithPast.image_outputs = None
 
 IMAGE = 90  # the token id of an image patch
 SIGLIP = {
@@ -57,6 +61,22 @@ TINY_WRAPPERS: dict[str, tuple] = {
         (1, 3, 3, 8, 8),
         14,
         {"image_sizes": [[8, 16]]},
+    ),
+    "llama4": (
+        {"model_type": "llama4_text", **TINY["llama4_text"]},
+        SIGLIP
+        | {
+            "intermediate_size": 64,
+            "image_size": 16,
+            "pixel_shuffle_ratio": 0.5,
+            "projector_input_dim": 12,
+            "projector_output_dim": 12,
+            "vision_output_dim": 12,
+        },
+        {"image_token_index": IMAGE},
+        (1, 3, 16, 16),
+        4,
+        {},
     ),
     "internvl": (
         {"model_type": "qwen2"},
@@ -130,8 +150,10 @@ def tiny_wrapper(kind: str, dtype: torch.dtype = torch.float64, **text):
     fields, vision, others, *_ = TINY_WRAPPERS[kind]
     config = AutoConfig.for_model(kind, text_config={**BASE, **fields, **text}, vision_config=vision, **others)
     config._attn_implementation = "eager"
-    model = getattr(transformers, WRAPPERS[kind].architecture)(config).to(dtype).eval()
-    eager(model)
+    model = eager(getattr(transformers, WRAPPERS[kind].architecture)(config)).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():  # a complex buffer would lose its imaginary part
+            tensor.data = tensor.data.to(dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -151,7 +173,8 @@ def text_half(model):
     fields = text_config(config_of(model))
     config = AutoConfig.for_model(**fields)
     text = getattr(transformers, FAMILIES[fields["model_type"]].architecture)(config)
-    text.model, text.lm_head = model.model.get_decoder(), model.lm_head
+    body = model.get_decoder()
+    text.model, text.lm_head = getattr(body, "model", body), model.get_output_embeddings()
     return text.to(model.dtype).eval()
 
 

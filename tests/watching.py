@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from pipeline.model.causal import decoder_of
+
 Arguments = dict[str, Any]
 
 
@@ -77,7 +79,7 @@ def texts_read_in_training() -> Iterator[list[torch.Tensor]]:
 
 def counted(model: torch.nn.Module, runs: Counter) -> torch.nn.Module:
     """Count by layer how often its FFN runs."""
-    for index, layer in enumerate(model.get_decoder().layers):
+    for index, layer in enumerate(decoder_of(model).layers):
         layer.mlp.register_forward_hook(lambda *_, index=index: runs.update([index]))
     return model
 

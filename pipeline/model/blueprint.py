@@ -114,6 +114,9 @@ def to_cut(folder: Path) -> Blueprint:
 
 def _check_experts(blueprint: Blueprint, anatomy: Anatomy) -> None:
     """Raise ValueError where experts are repeated or out of range, or not equally many in every layer."""
+    for place, plan in enumerate(blueprint.layers):
+        if not anatomy.sparse(plan.host) and (plan.experts or plan.expert_neurons or plan.merged or plan.shared):
+            raise ValueError(f"blueprint layer {place}: it keeps experts, and layer {plan.host} has none")
     counts = {len(plan.experts) for plan in blueprint.layers if anatomy.sparse(plan.host)}
     if len(counts) > 1:
         raise ValueError(f"blueprint: layers keep {sorted(counts)} experts; a model has one number for all layers")
@@ -128,7 +131,7 @@ def _check_experts(blueprint: Blueprint, anatomy: Anatomy) -> None:
         check_expert_neurons(anatomy, max(widths, default=None), max(shared) or None)
     for place, plan in enumerate(blueprint.layers):
         if plan.experts:
-            _distinct(f"blueprint layer {place} experts", plan.experts, anatomy.sizes.carried.get("e", 0))
+            _distinct(f"blueprint layer {place} experts", plan.experts, anatomy.sizes.carried["e"])
         if plan.expert_neurons and len(plan.expert_neurons) != (len(plan.experts) or anatomy.sizes.carried["e"]):
             raise ValueError(f"blueprint layer {place}: not every expert that stays has neurons")
         if plan.merged and (plan.expert_neurons or len(plan.merged) != len(plan.experts)):

@@ -66,7 +66,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.config |= {
             field: value
             for field in ("tie_word_embeddings", *lists, *filter(None, fields))
-            if self.config.get(field) is None and (value := getattr(whole, field, None)) is not None
+            if self.config.get(field) in (None, []) and (value := getattr(whole, field, None)) is not None
         }
         check_experts(self.config, family, self.folder / "config.json")
         for field in family.superseded:

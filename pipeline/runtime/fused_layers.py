@@ -55,7 +55,7 @@ def forwards_of(model: CausalModel, chosen: Operators) -> dict[nn.Module, Callab
     if family is None or not chosen:
         return {}
     forwards: dict[nn.Module, Callable[..., Any]] = {}
-    body = model.get_decoder()
+    body = _submodule(model, family.decoder) or model
     *_, stack = family.prefix.removesuffix(".{layer}.").rpartition(".")
     layers = getattr(body, stack)
     final = _submodule(body, family.final_norm.removeprefix(f"{family.decoder}."))

@@ -18,7 +18,7 @@ from pipeline.allocate.sites import Site
 from pipeline.config import Config
 from pipeline.data.stream import Beginning, left_over
 from pipeline.evaluation.divergence import divergence, final_states
-from pipeline.model.causal import CausalModel
+from pipeline.model.causal import CausalModel, decoder_of
 from pipeline.prune.head_norms import spans
 from pipeline.prune.importance.measure import only_layers
 from pipeline.prune.second_order.hessian import with_float64
@@ -213,7 +213,7 @@ def _pass(bench: Bench, solve: Solve, label: str) -> None:
         ranks.sum_([solved])
         return solved
 
-    decoder, anatomy, device = model.get_decoder(), bench.source.anatomy, bench.machine.device.torch
+    decoder, anatomy, device = decoder_of(model), bench.source.anatomy, bench.machine.device.torch
     passes = prune_in_sequence(decoder, anatomy, list(bench.calibration), prune, device, bench.kept)
     for _ in bench.machine.progress(passes, len(bench.sites), label):
         pass

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pipeline.model.blueprint import Blueprint, whole_layer
+from pipeline.model.causal import decoder_of
 from pipeline.model.hf_config import student_config
 from pipeline.prune.surgery.bypass import Replaced, Sums, check_family, folded, gaps, sums_of
 from pipeline.prune.surgery.cut import cut
@@ -33,7 +34,7 @@ def batches():
 
 def summed(model) -> dict[int, Sums]:
     places = anatomy(model)
-    return sums_of(model.get_decoder(), places, gaps(plan(places), 4), batches(), HERE)
+    return sums_of(decoder_of(model), places, gaps(plan(places), 4), batches(), HERE)
 
 
 @pytest.mark.parametrize("kind", KINDS)

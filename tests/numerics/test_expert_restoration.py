@@ -8,12 +8,13 @@ import torch
 
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import everything
+from pipeline.model.causal import decoder_of
 from pipeline.model.hf_config import student_config
 from pipeline.prune.passes.experts import expert_output, watch_experts
 from pipeline.prune.second_order.experts import expert_grams, narrowed_parts, restore_experts
 from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint_writer import write_checkpoint
-from tests.mixtures import loaded
+from tests.mixtures import loaded, sent_to
 from tests.tiny import config_of, tensors_of, tiny_model, tokens
 
 # By kind: neurons of a routed expert and of the shared ones (None: all, or there are none)
@@ -24,6 +25,7 @@ KINDS = {
     "granitemoe": (7, None),
     "aria_text": (12, 12),
     "qwen2_moe": (7, 9),
+    "llama4_text": (10, 10),
     "deepseek_v3": (6, None),
     "hunyuan_v1_moe": (10, 10),
 }
@@ -72,10 +74,10 @@ def read(model, anatomy, ids):
                 parent = model.get_submodule(anatomy.shared_writer.format(layer=layer).rpartition(".")[0])
                 hook = parent.register_forward_pre_hook(lambda _, seen, layer=layer: shared.update({layer: seen[0]}))
                 undo.callback(hook.remove)
-        model.get_decoder()(ids, use_cache=False)
+        decoder_of(model)(ids, use_cache=False)
     sent = {
-        (layer, expert): states[(chosen == expert).any(1)]
-        for layer, (states, chosen, *_) in routed.items()
+        (layer, expert): sent_to(expert, anatomy.sizes.carried["e"], *inputs)[0]
+        for layer, inputs in routed.items()
         for expert in range(anatomy.sizes.carried["e"])
     }
     return sent, {layer: states.flatten(0, -2) for layer, states in shared.items()}
@@ -86,7 +88,7 @@ def read(model, anatomy, ids):
 def test_grams_are_the_products_of_what_w_down_of_each_expert_reads(kind):
     model, anatomy, watched = parts(kind)
     ids = tokens(3, 10)
-    grams = expert_grams(model.get_decoder(), anatomy, [ids[:2], ids[2:]], watched)
+    grams = expert_grams(decoder_of(model), anatomy, [ids[:2], ids[2:]], watched)
     sent, _ = read(model, anatomy, ids)
     assert set(grams) == {part.name for part in watched} and any(len(states) for states in sent.values())
     for part in watched:
@@ -102,7 +104,7 @@ def test_restoration_never_raises_the_error_of_an_expert_on_its_tokens(kind, tmp
     model, anatomy, watched = parts(kind)
     ids = tokens(8, 16)
     blueprint = narrow(anatomy, *KINDS[kind])
-    grams = expert_grams(model.get_decoder(), anatomy, [ids], watched)
+    grams = expert_grams(decoder_of(model), anatomy, [ids], watched)
     config, source = student_config(config_of(model), anatomy, blueprint), tensors_of(model)
     streams = {
         "cut": cut(anatomy, blueprint, source),

@@ -1,14 +1,18 @@
 """Laws of the scores of experts: their formulas against a plain reading, in float64, for every family that has them."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
 from pipeline.model.anatomy import anatomy_of
+from pipeline.model.causal import decoder_of
 from pipeline.model.families import FAMILIES
 from pipeline.model.scores import Scores
 from pipeline.prune.importance.experts import EXPERT_SCORES
 from pipeline.prune.importance.measure import measure
+from tests.mixtures import given_to, sent_to
 from tests.tiny import TINY, config_of, model_type, tensors_of, tiny_model, tokens
 
 MIXTURES = [kind for kind in TINY if FAMILIES[model_type(kind)].experts]
@@ -18,21 +22,31 @@ def anatomy(model):
     return anatomy_of(config_of(model), tensors_of(model))
 
 
-def plainly(model, of, layer, states, chosen, weights):
-    """Return what each expert of a layer scores, token by token: lists of (weight, norm of the output), and neurons."""
+def plainly(model, of, layer, batches):
+    """Return what each expert of a layer scores, token by token: lists of (weight, norm of the output), and neurons.
+
+    `batches` are the inputs of the layer's module of experts.
+    """
     module = model.get_submodule(of.expert_module(layer))
     count, width = of.sizes.carried["e"], of.sizes.carried["x"]
     found, neurons = [[] for _ in range(count)], torch.zeros(count, width, dtype=torch.float64)
-    for token, (experts, shares) in enumerate(zip(chosen.tolist(), weights)):
-        for expert, share in zip(experts, shares):
-            one = torch.tensor([[expert]])
-            output = vars(module)["whole"](states[token : token + 1], one, torch.ones_like(share).view(1, 1))
+    for expert, inputs in product(range(count), batches):
+        for state, share in zip(*sent_to(expert, count, *inputs)):
+            output = vars(module)["whole"](*given_to(expert, count, state, of.family.scaled_inputs))
             found[expert].append((float(share), float(output.norm())))
-            gate_up = module.gate_up_proj[expert]
-            inner = states[token] @ (gate_up if module.is_transposed else gate_up.T)
-            inner = inner + module.gate_up_proj_bias[expert] if module.has_bias else inner
-            neurons[expert] += module._apply_gate(inner[None])[0].abs()
+            neurons[expert] += inner(module, expert, state).abs()
     return found, neurons
+
+
+def inner(module, expert, state):
+    """Return the neurons [x] of an expert for one state [h]."""
+    gate_up = module.gate_up_proj[expert]
+    if not hasattr(module, "is_transposed"):
+        gate, up = (state @ gate_up).chunk(2)
+        return module.act_fn(gate) * up
+    both = state @ (gate_up if module.is_transposed else gate_up.T)
+    both = both + module.gate_up_proj_bias[expert] if module.has_bias else both
+    return module._apply_gate(both[None])[0]
 
 
 @torch.no_grad()
@@ -45,19 +59,18 @@ def test_scores_of_experts_are_those_of_their_formulas_and_the_pass_computes_wha
         module = model.get_submodule(of.expert_module(layer))
         vars(module)["whole"] = module.forward  # of the class, for one token and expert at a time
         module.register_forward_pre_hook(lambda _, inputs, layer=layer: read.setdefault(layer, []).append(inputs))
-    whole = model.get_decoder()(ids, use_cache=False).last_hidden_state
+    whole = decoder_of(model)(ids, use_cache=False).last_hidden_state
     read.clear()
     outputs = []
     hook = model.get_submodule(of.family.final_norm).register_forward_hook(lambda *seen: outputs.append(seen[2]))
-    sums = measure(model.get_decoder(), of, [ids[:1], ids[1:]])
+    sums = measure(decoder_of(model), of, [ids[:1], ids[1:]])
     hook.remove()
     torch.testing.assert_close(torch.cat(outputs), whole, rtol=1e-6, atol=1e-6)
     reap, often, man = (sums.scores(EXPERT_SCORES[name]).experts for name in ("reap", "frequency", "man"))
     for layer in range(4):
         assert len(reap[layer]) == (of.sizes.carried["e"] if layer in sparse else 0)
     for layer in sparse:
-        joined = [torch.cat(parts) for parts in zip(*read[layer], strict=True)]
-        found, neurons = plainly(model, of, layer, *joined)
+        found, neurons = plainly(model, of, layer, read[layer])
         for expert, routed in enumerate(found):
             count = max(1, len(routed))
             assert often[layer][expert] == len(routed)

@@ -7,6 +7,7 @@ import torch
 
 import fused
 from fused import reference
+from pipeline.model.causal import decoder_of
 from pipeline.model.families import FAMILIES
 from pipeline.model.forwards import replaced_forward
 from pipeline.runtime.device import open_device
@@ -92,7 +93,7 @@ def test_a_decoder_and_a_streamed_model_are_covered_and_hooks_run():
     device = open_device("cpu", "auto", False, 0, 0)
     for stream in (False, True):
         calls.clear()
-        with fused_layers(model.get_decoder(), chosen), placed(model.get_decoder(), device, stream) as decoder:
+        with fused_layers(decoder_of(model), chosen), placed(decoder_of(model), device, stream) as decoder:
             decoder(input_ids=ids, use_cache=False)
         assert calls == expected_calls("qwen3", model)
     assert len(seen) == 2

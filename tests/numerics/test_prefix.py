@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline.evaluation.divergence import final_states
+from pipeline.model.causal import decoder_of
 from pipeline.prune.importance.measure import only_layers
 from pipeline.prune.passes.prefix import PrefixCache
 from tests.tiny import tiny_model, tokens
@@ -28,7 +29,7 @@ def test_a_pass_that_begins_behind_some_layers_gives_the_numbers_of_a_whole_one(
             with prefix.rest(number, kept):
                 assert torch.equal(final_states(model, ids), wanted[number])
         assert count - before == {layer: 2 for layer in kept[ahead:]}
-    assert not any("forward" in vars(layer) for layer in model.get_decoder().layers)
+    assert not any("forward" in vars(layer) for layer in decoder_of(model).layers)
 
 
 def test_streams_are_those_of_the_layers_reached_last():

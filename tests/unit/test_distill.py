@@ -1,6 +1,5 @@
 """The distiller against plain transformers models, the schedule, the hold-out and the loop."""
 
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy

@@ -8,6 +8,7 @@ import torch
 
 import fused
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything
+from pipeline.model.causal import decoder_of
 from pipeline.model.families import AXES, FAMILIES
 from pipeline.model.families.table import SUBLAYERS
 from pipeline.model.hf_config import student_config
@@ -147,6 +148,12 @@ def test_a_student_without_some_attentions_and_ffns_is_the_masked_model_and_cach
         assert_close(torch.cat([first.logits, *steps], 1), wanted[:, :-1])
 
 
+def with_experts(of, kept):
+    """Return the plan that keeps everything but some experts of each layer that has any."""
+    whole = everything(of.sizes)
+    return replace(whole, layers=tuple(replace(p, experts=kept) if of.sparse(p.host) else p for p in whole.layers))
+
+
 @pytest.mark.parametrize("kind", [kind for kind in TINY if FAMILIES[model_type(kind)].experts])
 def test_dropping_experts_equals_a_router_that_never_chooses_them(kind, tmp_path, monkeypatch):
     """The logit of a dropped expert is minus infinity, and so is its correction bias, where it has one."""
@@ -155,9 +162,7 @@ def test_dropping_experts_equals_a_router_that_never_chooses_them(kind, tmp_path
     total = of.sizes.carried["e"]
     gone = [1, 6] if kind == "deepseek_v3-groups" else [1]
     kept = tuple(expert for expert in range(total) if expert not in gone)
-    blueprint = Blueprint(
-        everything(of.sizes).channels, tuple(replace(p, experts=kept) for p in everything(of.sizes).layers)
-    )
+    blueprint = with_experts(of, kept)
     student = student_of(model, blueprint, tmp_path / "s")
     assert open_checkpoint(tmp_path / "s").anatomy.sizes.carried["e"] == len(kept)
     whole = logits(model)
@@ -177,9 +182,12 @@ def test_dropping_experts_equals_a_router_that_never_chooses_them(kind, tmp_path
     monkeypatch.undo()
     assert_close(logits(student), wanted)
     assert (wanted - whole).norm() / whole.norm() > 1e-3
-    short = Blueprint(blueprint.channels, tuple(replace(plan, experts=(0,)) for plan in blueprint.layers))
     with pytest.raises(ValueError, match="experts"):
-        student_config(config_of(model), of, short)
+        student_config(config_of(model), of, with_experts(of, (0,)))
+    if not of.sparse(0):
+        dense = replace(blueprint.layers[0], experts=kept)
+        with pytest.raises(ValueError, match="layer 0 has none"):
+            replace(blueprint, layers=(dense, *blueprint.layers[1:])).student(of)
 
 
 @pytest.mark.parametrize("kind", TINY)
@@ -207,7 +215,7 @@ def test_a_structure_has_the_magnitude_in_the_student_that_it_has_in_the_model(k
 @pytest.mark.parametrize("kind", TINY)
 def test_scores_are_measured_and_layers_run_one_by_one(kind):
     model = tiny_model(kind)
-    of, decoder = anatomy(model), model.get_decoder()
+    of, decoder = anatomy(model), decoder_of(model)
     scores = measure(decoder, of, [tokens()]).scores()
     assert all(torch.isfinite(each).all() for each in (scores.channels, scores.layers, *scores.heads, *scores.neurons))
     assert "heads" in of.family.fixed or all((heads > 0).all() for heads in scores.heads)
@@ -226,7 +234,7 @@ def test_scores_are_measured_and_layers_run_one_by_one(kind):
 def test_logits_from_hidden_states_are_the_class_s(kind):
     model = tiny_model(kind)
     with torch.no_grad():
-        states = model.get_decoder()(tokens(), use_cache=False).last_hidden_state
+        states = decoder_of(model)(tokens(), use_cache=False).last_hidden_state
         assert_close(logits_of(model, states), logits(model))
 
 

@@ -16,6 +16,7 @@ from pipeline import runner
 from pipeline.evaluation.perplexity import tally
 from pipeline.evaluation.samples import continue_greedily
 from pipeline.model.anatomy import anatomy_of
+from pipeline.model.causal import decoder_of
 from pipeline.model.shape import Shape
 from pipeline.prune.importance.measure import measure, only_layers
 from pipeline.prune.second_order.hessian import gram
@@ -49,8 +50,8 @@ def computed(model, stream) -> list:
     with placed(model, cpu(), stream):
         with torch.no_grad():
             logits = model(tokens()).logits
-        sums = measure(model.get_decoder(), anatomy, batches)
-        grams = gram(model.get_decoder(), anatomy, batches, [0, 3], stream=True)
+        sums = measure(decoder_of(model), anatomy, batches)
+        grams = gram(decoder_of(model), anatomy, batches, [0, 3], stream=True)
         narrow = without(anatomy, sums.scores(), 2, 1, 8)
         with only_layers(model, 4, [0, 2]), masked(model, anatomy, narrow):
             loss = tally(model, batches, 5)

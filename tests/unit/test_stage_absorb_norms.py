@@ -9,6 +9,7 @@ import torch
 from pipeline import runner
 from pipeline.data.packing import Packed
 from pipeline.data.stream import stream
+from pipeline.model.causal import decoder_of
 from pipeline.prune.surgery.absorption import fitted_scales
 from pipeline.prune.surgery.reinit import post_norm_modules
 from pipeline.runtime.checkpoint import open_checkpoint
@@ -47,7 +48,7 @@ def test_fitted_scales_are_written_and_nothing_else_changes(world, kept):
     before, after = open_checkpoint(kept["initial_student"]), open_checkpoint(found)
     assert set(after.config["pruned"]["scales"]) == set(post_norm_modules(before.anatomy))
     text = islice(stream(Packed(kept["tokens"] / "calibration"), 8, 0, 1, 0, 0), 4)
-    model = load_model(kept["initial_student"], torch.float64, "eager").get_decoder()
+    model = decoder_of(load_model(kept["initial_student"], torch.float64, "eager"))
     wanted = dict(fitted_scales(model, before.anatomy, text, torch.device("cpu"), lambda sums: None))
     for name in before:
         if name.removesuffix(".weight") not in wanted:

@@ -17,6 +17,7 @@ from pipeline.distill.layer_errors import LayerErrors
 from pipeline.distill.local import learn
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint
+from pipeline.model.causal import decoder_of
 from pipeline.prune.passes import layerwise
 from pipeline.prune.passes.layerwise import Step, ffn_modules, in_step, recorded
 from pipeline.runtime.checkpoint import open_checkpoint
@@ -64,7 +65,7 @@ def streams(model, batches):
         last = before.setdefault(len(anatomy.sizes.layers), [])
         hooks.callback(modules["model.norm"].register_forward_pre_hook(lambda _, x: last.append(x[0])).remove)
         for ids in batches:
-            model.get_decoder()(input_ids=ids, use_cache=False)
+            decoder_of(model)(input_ids=ids, use_cache=False)
     for part in (before, middle):
         part |= {at: torch.cat([x.flatten(0, 1) for x in rows]) for at, rows in part.items()}
     return before, middle
@@ -79,7 +80,7 @@ def test_both_streams_are_those_of_the_whole_models(kind, hosts):
     changed = {"layer_types": [types[host] for host in hosts]} if types else {}
     student = tiny_model(kind, seed=1, num_hidden_layers=len(hosts), **changed)
     channels = range(teacher.config.hidden_size)
-    both = [(model.get_decoder(), anatomy_of(config_of(model), tensors_of(model))) for model in (teacher, student)]
+    both = [(decoder_of(model), anatomy_of(config_of(model), tensors_of(model))) for model in (teacher, student)]
     batches = [tokens(), tokens(seed=1)]
     dense, _ = streams(teacher, batches)
     seen = []
@@ -97,7 +98,7 @@ def test_both_streams_are_those_of_the_whole_models(kind, hosts):
 def test_without_a_batch_the_streams_have_no_row():
     """As on a rank beyond the sequences of the text."""
     model = tiny_model("llama")
-    known = (model.get_decoder(), anatomy_of(config_of(model), tensors_of(model)))
+    known = (decoder_of(model), anatomy_of(config_of(model), tensors_of(model)))
     layers, *both = zip(*in_step(known, known, range(4), range(24), [], torch.device("cpu")), strict=True)
     assert layers == (0, 1, 2, 3) and {each.shape for rows in both for each in rows} == {(0, 24)}
     assert {each.dtype for rows in both for each in rows} == {torch.float64}
@@ -105,7 +106,7 @@ def test_without_a_batch_the_streams_have_no_row():
 
 def test_every_projection_reads_every_batch_once():
     both = [tiny_model("gemma2", seed) for seed in (0, 1)]
-    known = [(model.get_decoder(), anatomy_of(config_of(model), tensors_of(model))) for model in both]
+    known = [(decoder_of(model), anatomy_of(config_of(model), tensors_of(model))) for model in both]
     read = Counter()
     for model in both:
         for part in model.modules():
@@ -120,7 +121,7 @@ def test_every_projection_reads_every_batch_once():
 def test_streams_stay_where_they_are_in_memory():
     """New ones a layer and batch leave holes among what layers need meanwhile: twice the memory, measured."""
     model = tiny_model("llama")
-    known = (model.get_decoder(), anatomy_of(config_of(model), tensors_of(model)))
+    known = (decoder_of(model), anatomy_of(config_of(model), tensors_of(model)))
     places = [set() for _ in range(4)]
     for layer, seen in zip(model.model.layers, places, strict=True):
         layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.add(inputs[0].data_ptr()))
@@ -133,12 +134,12 @@ def test_streams_stay_where_they_are_in_memory():
 def test_masks_and_rotations_of_batches_are_held_once_where_they_are_alike():
     model = tiny_model("gemma2")  # attention masks of two kinds, made by the model
     layers = layerwise.layers_of(
-        dict(model.get_decoder().named_modules(prefix="model")), anatomy_of(config_of(model), tensors_of(model))
+        dict(decoder_of(model).named_modules(prefix="model")), anatomy_of(config_of(model), tensors_of(model))
     )
     batches = [tokens(seed=seed) for seed in range(3)]
 
     def held(batches):
-        steps = recorded(model.get_decoder(), layers, batches)
+        steps = recorded(decoder_of(model), layers, batches)
         return {id(tensor) for step in steps for tensor in layerwise._tensors(step.arguments)}
 
     one, three = len(held(batches[:1])), len(held(batches))

@@ -15,6 +15,7 @@ from pipeline.data.stream import beginning
 from pipeline.evaluation.divergence import divergence, final_states
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, everything
+from pipeline.model.causal import decoder_of
 from pipeline.model.hf_config import student_config
 from pipeline.model.scores import Scores
 from pipeline.model.shape import Depth
@@ -58,7 +59,7 @@ def test_masking_equals_cutting_and_leaves_every_weight_as_it_was(kind, tmp_path
     config, source = config_of(model), tensors_of(model)
     before = {name: tensor.clone() for name, tensor in source.items()}
     anatomy = anatomy_of(config, source)
-    scores = measure(model.get_decoder(), anatomy, [tokens()]).scores()
+    scores = measure(decoder_of(model), anatomy, [tokens()]).scores()
     plans = tuple(without(anatomy, scores, layer, 1, 8) for layer in range(4))
     blueprint = replace(everything(anatomy.sizes), layers=plans)
     write_checkpoint(tmp_path, student_config(config, anatomy, blueprint), cut(anatomy, blueprint, source), 1e9)

@@ -12,6 +12,7 @@ from pipeline.model.families.experts import EXPERTS
 from pipeline.model.families.gpt import GPT
 from pipeline.model.families.gpt_neox import GPT_NEOX
 from pipeline.model.families.hybrid import HYBRID
+from pipeline.model.families.llama4 import LLAMA4
 from pipeline.model.families.mixtures import MIXTURES
 from pipeline.model.families.other import OTHER
 from pipeline.model.families.refused import REFUSED
@@ -21,7 +22,7 @@ from pipeline.model.families.wrappers import WRAPPERS, Wrapper
 __all__ = ["AXES", "FAMILIES", "REFUSED", "WRAPPERS", "Family", "Wrapper", "family_for", "family_of"]
 
 FAMILIES: Mapping[str, Family] = {
-    family.model_type: family for family in (*DENSE, *OTHER, *GPT, *GPT_NEOX, *EXPERTS, *MIXTURES, *HYBRID)
+    family.model_type: family for family in (*DENSE, *OTHER, *GPT, *GPT_NEOX, *EXPERTS, *MIXTURES, *LLAMA4, *HYBRID)
 }
 
 

@@ -20,7 +20,7 @@ REASONS: Mapping[str, str] = {
     ),
     "it wraps a text model beside a vision, audio or assistant model": (
         "blt dots3_note emu3 fuyu gemma3n gemma4 gemma4_assistant gemma4_unified gemma4_unified_assistant "
-        "got_ocr2 llama4 mllama moshi moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal "
+        "got_ocr2 mllama moshi moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal "
         "qwen4_exp"
     ),
     "its layers are run several times over, by a hierarchy of states": "hrm_text",
@@ -29,9 +29,6 @@ REASONS: Mapping[str, str] = {
     ),
     "its checkpoints fuse projections that its class holds apart": "lara_mini olmo_hybrid",
     "each layer's differential attention has a constant that follows from the layer's number": "diffllama",
-    "its class runs every expert on every token, scaled at its input, so none is measured on the tokens sent to it": (
-        "llama4_text"
-    ),
     "its router takes one expert of every group, scaled by a learned factor, which no class of transformers computes": (
         "PanguProMoE"
     ),

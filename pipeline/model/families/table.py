@@ -97,6 +97,7 @@ class Family:
     layer_norm: bool = False  # norms over hidden channels subtract the mean
     experts: tuple[str, ...] = ()  # config fields of the number of experts, under each of their names
     expert_module: str = "mlp.experts"  # module of a layer that holds all experts, fused
+    scaled_inputs: bool = False  # what an expert reads, and not what it writes, is multiplied by the router's weight
     shared_module: str | None = None  # W_down of shared experts in the class, where files name it otherwise
     top_k: str | None = None  # config field of the experts per token
     expert_groups: str | None = None  # config field of the groups that experts are routed by

@@ -89,6 +89,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
         Wrapper("mistral3", "Mistral3ForConditionalGeneration", LINEAR_2),
         Wrapper("llava", "LlavaForConditionalGeneration", LINEAR_2),
         Wrapper("llava_next", "LlavaNextForConditionalGeneration", LINEAR_2 | {"image_newline": "h"}),
+        Wrapper("llama4", "Llama4ForConditionalGeneration", {"multi_modal_projector.linear_1.weight": "h x"}),
         Wrapper("internvl", "InternVLForConditionalGeneration", LINEAR_2),
         Wrapper("idefics3", "Idefics3ForConditionalGeneration", CONNECTOR),
         Wrapper("smolvlm", "SmolVLMForConditionalGeneration", CONNECTOR),

@@ -1,7 +1,8 @@
 """Scores of the experts of a mixture, and of the neurons of each, from sums over the tokens that are routed to them.
 
 For token t and expert j: g_j(t) is the router's weight after normalisation, f_j(t) the expert's output, T_j the tokens
-that the router sends to j.
+that the router sends to j. Where the class multiplies the expert's input by the weight, as Llama 4's does, f_j(t) is
+the output for that input, and g_j(t) is 1.
 """
 
 from collections.abc import Callable

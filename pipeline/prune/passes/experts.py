@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.forwards import replaced_forward
 
-# (expert, its neurons [t, x], its output [t, h], the router's weights [t]) of the tokens that are sent to it
+# (expert, its neurons [t, x], its output [t, h], the router's weights [t]) of the tokens that are sent to it; weights
+# are 1 where the class multiplies an expert's input by them
 Seen = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
@@ -24,21 +25,31 @@ def watch_experts(model: nn.Module, anatomy: Anatomy, seen: Mapping[int, Seen], 
     modules = dict(model.named_modules(prefix=anatomy.family.decoder))
     places = {layer: modules[anatomy.expert_module(layer)] for layer in seen}
     count = anatomy.sizes.carried["e"] if seen else 0
+    forward = _forward_scaled if anatomy.family.scaled_inputs else _forward
     undo.enter_context(
-        replaced_forward({places[layer]: partial(_forward, places[layer], count, seen[layer]) for layer in seen})
+        replaced_forward({places[layer]: partial(forward, places[layer], count, seen[layer]) for layer in seen})
     )
 
 
 def expert_output(module: Any, expert: int, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the neurons [t, x] and the output [t, h] of one expert of a fused module for states [t, h]."""
-    neurons = module._apply_gate(_product(module, "gate_up_proj", expert, states))
+    """Return the neurons [t, x] and the output [t, h] of one expert of a fused module for states [t, h].
+
+    Modules that transformers computes in one way only, such as Llama 4's, do not state their layout: [in, out], the
+    gates before the other neurons, no biases.
+    """
+    both = _product(module, "gate_up_proj", expert, states)
+    if hasattr(module, "_apply_gate"):
+        neurons = module._apply_gate(both)
+    else:
+        gates, values = both.chunk(2, dim=-1)
+        neurons = values * module.act_fn(gates)
     return neurons, _product(module, "down_proj", expert, neurons)
 
 
 def _product(module: Any, name: str, expert: int, values: Tensor) -> Tensor:
     weight = getattr(module, name)[expert]
-    result = values @ (weight if module.is_transposed else weight.T)
-    return result + getattr(module, f"{name}_bias")[expert] if module.has_bias else result
+    result = values @ (weight if getattr(module, "is_transposed", True) else weight.T)
+    return result + getattr(module, f"{name}_bias")[expert] if getattr(module, "has_bias", False) else result
 
 
 def _forward(module: nn.Module, count: int, seen: Seen, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -52,4 +63,19 @@ def _forward(module: nn.Module, count: int, seen: Seen, states: Tensor, chosen: 
         weight = weights[token, place]
         output.index_add_(0, token, (values * weight[:, None]).to(output.dtype))
         seen(expert, inner, values, weight)
+    return output
+
+
+def _forward_scaled(module: nn.Module, count: int, seen: Seen, states: Tensor) -> Tensor:
+    """Return what a module of experts returns for the scaled states [e t, h] of all tokens, those of one expert after
+    those of another; they are zero for an expert that a token is not sent to."""
+    output = torch.zeros_like(states)
+    parts = zip(states.unflatten(0, (count, -1)), output.unflatten(0, (count, -1)), strict=True)
+    for expert, (own, written) in enumerate(parts):
+        sent = own.any(-1)
+        if not sent.any():
+            continue
+        inner, values = expert_output(module, expert, own[sent])
+        written[sent] = values
+        seen(expert, inner, values, values.new_ones(len(values)))
     return output

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.model.anatomy import Anatomy
+from pipeline.model.causal import decoder_of
 from pipeline.prune.second_order.experts import Watched, expert_grams, narrowed_parts
 from pipeline.prune.second_order.hessian import gram, projections
 from pipeline.runtime.checkpoint_writer import write_tensors
@@ -57,7 +58,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     if ranks.rank == 0:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-    with placed(model.get_decoder(), machine.device, config.device.layer_streaming) as decoder:
+    with placed(decoder_of(model), machine.device, config.device.layer_streaming) as decoder:
         for layers in _passes(bytes_of, config.restore.memory) if any(bytes_of) else ():
             label = f"hessian, layers {layers[0]} to {layers[-1]}"
             sums = gram(decoder, anatomy, machine.progress(batches, len(batches), label), layers, stream=False)

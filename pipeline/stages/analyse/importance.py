@@ -8,7 +8,7 @@ from pipeline.config import Config
 from pipeline.data.stream import Beginning
 from pipeline.distill.next_token import LanguageHead
 from pipeline.model.anatomy import Anatomy
-from pipeline.model.causal import CausalModel
+from pipeline.model.causal import CausalModel, decoder_of
 from pipeline.model.scores import Scores
 from pipeline.prune.importance import SCORES, score_named
 from pipeline.prune.importance.experts import EXPERT_SCORES
@@ -75,7 +75,7 @@ def _forward_scores(
 ) -> Scores:
     """Return the scores of eq. 1-4. Raise ValueError where one is not finite."""
     text = machine.progress(batches, len(batches), "importance")
-    sums = measure(model.get_decoder(), anatomy, text, config.score.aggregation, config.score.norms)
+    sums = measure(decoder_of(model), anatomy, text, config.score.aggregation, config.score.norms)
     machine.ranks.sum_(sums.tensors())
     scores = sums.scores(EXPERT_SCORES[config.score.experts])
     broken = next((name for name, values in scores.items() if not torch.isfinite(values).all()), None)
@@ -88,7 +88,7 @@ def _forward_scores(
 
 
 def _moments(model: CausalModel, anatomy: Anatomy, batches: Beginning, machine: Machine) -> Moments:
-    result = moments(model.get_decoder(), anatomy, machine.progress(batches, len(batches), "moments"))
+    result = moments(decoder_of(model), anatomy, machine.progress(batches, len(batches), "moments"))
     machine.ranks.sum_(result.tensors())
     return result
 

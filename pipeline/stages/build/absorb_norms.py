@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.config import Config
+from pipeline.model.causal import decoder_of
 from pipeline.model.families import FAMILIES, Family
 from pipeline.model.hf_config import with_scales
 from pipeline.prune.importance.measure import inverse_rms
@@ -86,7 +87,7 @@ def _removed(config: Config, inputs: Inputs, source: Checkpoint, machine: Machin
 
 
 def _decoder(config: Config, inputs: Inputs, machine: Machine) -> nn.Module:
-    return load(inputs["initial_student"], machine).get_decoder()
+    return decoder_of(load(inputs["initial_student"], machine))
 
 
 def _check_family(config: Config, family: Family | None) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.model.blueprint import to_cut
+from pipeline.model.causal import decoder_of
 from pipeline.prune.surgery.bypass import check_family, folded, gaps, sums_of
 from pipeline.runtime.checkpoint_writer import write_tensors
 from pipeline.runtime.machine import Machine
@@ -36,7 +37,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     changed: dict[str, Tensor] = {}
     if over:
         batches = calibration(config, inputs, config.reinit.bypass_tokens, machine.ranks)
-        decoder = load(inputs["subject"], machine).get_decoder()
+        decoder = decoder_of(load(inputs["subject"], machine))
         shown = machine.progress(batches, len(batches), "bypass")
         for host, sums in sums_of(decoder, source.anatomy, over, shown, machine.device.torch).items():
             machine.ranks.sum_(sums.tensors())

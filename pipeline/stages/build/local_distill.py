@@ -15,6 +15,7 @@ from pipeline.distill.layer_errors import LayerError, LayerErrors
 from pipeline.distill.local import HELD_OUT, Learnt, Lessons, Rows, learn
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
+from pipeline.model.causal import decoder_of
 from pipeline.prune.passes.layerwise import ffn_modules, in_step
 from pipeline.runtime.checkpoint import Checkpoint, open_tensors
 from pipeline.runtime.checkpoint_writer import write_checkpoint, write_tensors
@@ -66,7 +67,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         raise ValueError("local_distill.epochs: the model has experts, whose FFNs are not trained alone; set it to 0")
     need_space(out, 3 * start.bytes())  # the student, and until it is written its FFNs in float32
     blueprint = Blueprint.load(inputs["blueprint"])  # of all rounds so far
-    teacher, student = ((load(each.folder, machine).get_decoder(), each.anatomy) for each in (origin, start))
+    teacher, student = ((decoder_of(load(each.folder, machine)), each.anatomy) for each in (origin, start))
     batches = calibration(config, inputs, section.tokens, ranks)
     sequence = batches.packed.sequence
     lessons = Lessons(section.epochs, section.batch_tokens, section.learning_rate, config.seed, device.compute_dtype)

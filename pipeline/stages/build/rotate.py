@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config
+from pipeline.model.causal import decoder_of
 from pipeline.model.shape import Shape, StreamEnergy
 from pipeline.prune.second_order.hessian import gram
 from pipeline.prune.surgery.projector import rotated_tensors
@@ -68,7 +69,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     batches = calibration(config, inputs, section.tokens, ranks)
     counts = torch.zeros(anatomy.sizes.vocabulary, dtype=torch.float64)
     watched = _counted(machine.progress(batches, len(batches), "rotate: basis"), counts)
-    with placed(model.get_decoder(), machine.device, config.device.layer_streaming) as decoder:
+    with placed(decoder_of(model), machine.device, config.device.layer_streaming) as decoder:
         grams = gram(decoder, anatomy, watched, (), stream=True)
     assert grams.stream is not None and grams.final is not None
     ranks.sum_([*grams.tensors(), counts])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config
+from pipeline.model.causal import decoder_of
 from pipeline.model.scores import Scores
 from pipeline.model.shape import Shape
 from pipeline.prune.plan import layers_that_stay
@@ -84,7 +85,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
 
     model = load(inputs["subject"], machine)
     batches = list(calibration(config, inputs, restore.tokens, ranks))
-    passes = prune_in_sequence(model.get_decoder(), anatomy, batches, prune, device.torch, kept)
+    passes = prune_in_sequence(decoder_of(model), anatomy, batches, prune, device.torch, kept)
     changed = {
         name: weight.to("cpu", source[name].dtype)
         for name, weight in machine.progress(passes, len(sites), "sequential")
