@@ -14,7 +14,7 @@ from pipeline.model.families import FAMILIES, WRAPPERS, Family, family_of
 from pipeline.model.families.wrappers import text_names
 from pipeline.model.hf_config import frozen_modules, per_layer
 from pipeline.runtime import wrapper
-from pipeline.runtime.config_bounds import check_experts
+from pipeline.runtime.config_bounds import check_experts, check_length
 from pipeline.runtime.described import read_config, read_mapping, wrapper_config
 from pipeline.runtime.model_class import class_shapes, reason, stock_config
 from pipeline.runtime.modelling import HEADS
@@ -68,7 +68,10 @@ class Checkpoint(Mapping[str, Tensor]):
             for field in ("tie_word_embeddings", *lists, *filter(None, fields))
             if self.config.get(field) in (None, []) and (value := getattr(whole, field, None)) is not None
         }
-        check_experts(self.config, family, self.folder / "config.json")
+        path, layers = self.folder / "config.json", str(family.field("layers"))
+        for name in (name for name in PER_LAYER_LISTS if self.config.get(name) == []):
+            check_length(name, [], layers, self.config[layers], path)
+        check_experts(self.config, family, path)
         for field in family.superseded:
             self.config.pop(field, None)
         if family.adjusted and getattr(whole, family.adjusted[0], False):

@@ -90,6 +90,15 @@ def _repeated(entry: Any) -> bool:
     return isinstance(pair[0], list) and isinstance(pair[1], int) and pair[1] >= 0
 
 
+def check_length(name: str, entries: list[Any], field: str, count: int, path: Path) -> None:
+    """Raise ValueError where a list with an entry for each layer does not have `count` of them, the value of `field`."""
+    if len(entries) != count:
+        raise ValueError(
+            f"{path}: {name} has {len(entries)} entries and {field} is {count}; keep the entries of the layers that the "
+            "weights have"
+        )
+
+
 def check_experts(config: Mapping[str, Any], family: Family, path: Path) -> None:
     """Raise ValueError where a token would be sent to no expert or to more than there are, or the experts have more
     tensors than a model."""

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.model.anatomy import PER_LAYER_LISTS
 from pipeline.model.families import FAMILIES, WRAPPERS, Family
 from pipeline.model.families.table import FIELDS
-from pipeline.runtime.config_bounds import check_numbers, check_repeats
+from pipeline.runtime.config_bounds import check_length, check_numbers, check_repeats
 from pipeline.runtime.model_class import config_fields, reserved_names
 from pipeline.runtime.wrapper import text_config, whole_config
 
@@ -187,11 +187,8 @@ def _check_layers(config: Mapping[str, Any], path: Path) -> None:
             continue
         if not isinstance(entries, list):
             raise ValueError(f"{path}: {name} is {json.dumps(entries):.60}, not a list; fetch it again")
-        if len(entries) != count:
-            raise ValueError(
-                f"{path}: {name} has {len(entries)} entries and {field} is {count}; keep the entries of the "
-                "layers that the weights have"
-            )
+        if entries or name not in PER_LAYER_LISTS:  # the class may fill an empty one: `Checkpoint` checks its length
+            check_length(name, entries, str(field), count, path)
     attention = pruned.get("attention", {})
     if not isinstance(attention, dict) or not all(isinstance(entry, dict) for entry in attention.values()):
         raise ValueError(f"{path}: pruned.attention is not an object of objects; export the student again")

@@ -115,6 +115,25 @@ def test_neurons_that_a_class_adjusts_are_read_from_the_weights_and_stated(tmp_p
     assert "block_ff_dim" not in source.config and source.config["layer_types"] == TINY["lfm2"]["layer_types"]
 
 
+def test_lists_of_layers_that_a_released_config_leaves_empty_are_those_of_the_class(tmp_path):
+    model = tiny_model("llama4_text", no_rope_layers=[], moe_layers=None, interleave_moe_layer_step=2)
+    folder = save_tiny(model, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    own = {name: config.pop(name) for name in ("no_rope_layers", "moe_layers", "layer_types")}
+    (folder / "config.json").write_text(json.dumps(config | {"no_rope_layers": []}))
+    source = open_checkpoint(folder)
+    assert {name: source.config[name] for name in own} == own
+    whole = everything(source.anatomy.sizes)
+    shorter = replace(whole, layers=(*whole.layers[:1], *whole.layers[2:]))
+    edited = student_config(source.config, source.anatomy, shorter)
+    assert (edited["no_rope_layers"], edited["moe_layers"]) == ([1, 1, 0], [2])
+    other = save_tiny(tiny_model("smollm3"), tmp_path / "other")  # whose class leaves it empty
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"no_rope_layers": []}))
+    with pytest.raises(ValueError, match="no_rope_layers has 0 entries and num_hidden_layers is 4"):
+        open_checkpoint(other)
+
+
 def test_infinities_of_a_config_are_read_and_written_as_transformers_does(tmp_path):
     folder = save_tiny(tiny_model("nemotron_h"), tmp_path / "m")
     source = open_checkpoint(folder)
