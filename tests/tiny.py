@@ -120,6 +120,7 @@ TINY: dict[str, dict] = {
     "phi": {},
     "persimmon": {},
     "gpt_neox": {},
+    "gpt_neox-serial": {"use_parallel_residual": False},
     "bloom": {},
     "gpt2": {"n_inner": 24},
     "gpt-sw3": {},

@@ -37,7 +37,7 @@ def _cut_elsewhere(values: Mapping[str, Any]) -> Choice | None:
 
 
 def _experts(values: Mapping[str, Any]) -> Choice | None:
-    """Experts are no neurons of an FFN, which is what best removes in its order and distils locally."""
+    """Experts are no neurons of an FFN, which is what best removes in its order."""
     shape, budget = values["shape"], values["budget"]
     requests = [f"shape.{name}" for name in ("experts", "expert_neurons", "shared_neurons") if shape[name] is not None]
     requests += ["budget.active_parameters"] if budget["active_parameters"] is not None else []

@@ -33,9 +33,10 @@ class Lessons:
 
 @dataclass(frozen=True)
 class Rows:
-    """This rank's tokens: input stream, target stream, and their indices among those of all ranks."""
+    """This rank's tokens: streams that are read, added to and wanted, and their indices among those of all ranks."""
 
     read: Tensor  # [tokens, h]
+    base: Tensor  # [tokens, h]
     wanted: Tensor  # [tokens, h]
     places: Tensor  # [tokens], int64
     total: int  # of all ranks
@@ -53,7 +54,7 @@ class Learnt:
 
 
 def learn(module: nn.Module, rows: Rows, lessons: Lessons, add: Add) -> Learnt:
-    """Train the matrices of a module of float32 weights so that x + module(x) equals the target stream for its input x.
+    """Train the matrices of a module of float32 weights so that base + module(read) equals the wanted stream.
 
     The loss is the mean over tokens of the squared distance over the square of the target stream: the next layer reads
     it after a norm, and a plain distance would depend on the few tokens with massive activations alone. Adam's learning
@@ -76,9 +77,11 @@ def learn(module: nn.Module, rows: Rows, lessons: Lessons, add: Add) -> Learnt:
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = share * peak
         optimizer.zero_grad()
-        with torch.enable_grad():  # a rank without a token of this step has a gradient too: zero
-            (_distances(module, rows, chosen, lessons) / count).backward()
-        add([weight.grad for weight in matrices if weight.grad is not None])
+        with torch.enable_grad():
+            distances = _distances(module, rows, chosen, lessons)
+            if distances.requires_grad:
+                (distances / count).backward()
+        add([_gradient(weight) for weight in matrices])
         optimizer.step()
     after = _measured(module, rows, lessons, add)
     if after < before:
@@ -116,9 +119,18 @@ def _measured(module: nn.Module, rows: Rows, lessons: Lessons, add: Add) -> floa
 
 
 def _distances(module: nn.Module, rows: Rows, chosen: Tensor, lessons: Lessons) -> Tensor:
-    """Return the sum over tokens of |x + module(x) - y|² / |y|²."""
-    read, wanted = rows.read[chosen], rows.wanted[chosen].float()
+    """Return the sum over tokens of |base + module(read) - wanted|² / |wanted|²."""
+    read, base, wanted = rows.read[chosen], rows.base[chosen], rows.wanted[chosen].float()
+    if not len(chosen):
+        return wanted.new_zeros(())
     weights = {name: weight.to(lessons.precision) for name, weight in module.named_parameters()}
     added = functional_call(module, weights, (read.to(lessons.precision),))
     squares = wanted.square().sum(-1).clamp_min(torch.finfo(wanted.dtype).tiny)
-    return ((read.float() + added.float() - wanted).square().sum(-1) / squares).sum()
+    return ((base.float() + added.float() - wanted).square().sum(-1) / squares).sum()
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    """Return the gradient of a weight: zero on a rank without a token of the step, and of one that no token used."""
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad

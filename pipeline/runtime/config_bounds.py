@@ -91,11 +91,11 @@ def _repeated(entry: Any) -> bool:
 
 
 def check_length(name: str, entries: list[Any], field: str, count: int, path: Path) -> None:
-    """Raise ValueError where a list with an entry for each layer does not have `count` of them, the value of `field`."""
+    """Raise ValueError where a list with an entry for each layer does not have `count`, the value of `field`."""
     if len(entries) != count:
         raise ValueError(
-            f"{path}: {name} has {len(entries)} entries and {field} is {count}; keep the entries of the layers that the "
-            "weights have"
+            f"{path}: {name} has {len(entries)} entries and {field} is {count}; keep the entries of the layers that "
+            "the weights have"
         )
 
 

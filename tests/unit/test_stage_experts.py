@@ -19,7 +19,15 @@ from tests.tiny_text import configured
 from tests.world import make_world, settings
 
 CUT = "stages=[importance,shape,plan,cut]"
-KEPT = {"qwen3_moe": 3, "mixtral": 2, "olmoe": 3, "deepseek_v3-groups": 4, "glm4_moe": 3, "gpt_oss": 3, "llama4_text": 3}
+KEPT = {
+    "qwen3_moe": 3,
+    "mixtral": 2,
+    "olmoe": 3,
+    "deepseek_v3-groups": 4,
+    "glm4_moe": 3,
+    "gpt_oss": 3,
+    "llama4_text": 3,
+}
 
 
 def made(world, *overrides, **values):

@@ -19,15 +19,17 @@ from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.causal import decoder_of
 from pipeline.prune.passes import layerwise
-from pipeline.prune.passes.layerwise import Step, ffn_modules, in_step, recorded
+from pipeline.prune.passes.layerwise import Step, in_step, recorded
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.model_loader import load_model
 from pipeline.stages.build import local_distill
+from tests.mixtures import mixture_world
 from tests.tiny import config_of, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
 from tests.watching import calls_of, watched
 from tests.world import make_world, pipeline, settings
 
+FFNS = ("mlp.", "block_sparse_moe.", "shared_mlp.", "feed_forward.")
 STAGES = ["importance", "shape", "plan", "cut", "local_distill"]
 LEARN = [
     "local_distill.epochs=8",
@@ -53,22 +55,20 @@ def widths(**changed):
 
 
 def streams(model, batches):
-    """Return the stream [tokens, h] before every layer and after the last, and before every FFN."""
+    """Return the stream [tokens, h] before every layer and after the last."""
     anatomy = anatomy_of(config_of(model), tensors_of(model))
-    modules, before, middle = dict(model.named_modules()), {}, {}
+    modules, before = dict(model.named_modules()), {}
     with ExitStack() as hooks, torch.no_grad():
         for layer in range(len(anatomy.sizes.layers)):
-            for name, rows in ((f"model.layers.{layer}", before), (ffn_modules(anatomy, layer)[0], middle)):
-                keep = rows.setdefault(layer, [])
-                hook = modules[name].register_forward_pre_hook(lambda _, x, keep=keep: keep.append(x[0]))
-                hooks.callback(hook.remove)
+            keep = before.setdefault(layer, [])
+            layer = modules[f"model.layers.{layer}"]
+            hook = layer.register_forward_pre_hook(lambda _, x, keep=keep: keep.append(x[0]))
+            hooks.callback(hook.remove)
         last = before.setdefault(len(anatomy.sizes.layers), [])
         hooks.callback(modules["model.norm"].register_forward_pre_hook(lambda _, x: last.append(x[0])).remove)
         for ids in batches:
             decoder_of(model)(input_ids=ids, use_cache=False)
-    for part in (before, middle):
-        part |= {at: torch.cat([x.flatten(0, 1) for x in rows]) for at, rows in part.items()}
-    return before, middle
+    return {at: torch.cat([x.flatten(0, 1) for x in rows]) for at, rows in before.items()}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "olmo2", "phi3"])
@@ -82,15 +82,18 @@ def test_both_streams_are_those_of_the_whole_models(kind, hosts):
     channels = range(teacher.config.hidden_size)
     both = [(decoder_of(model), anatomy_of(config_of(model), tensors_of(model))) for model in (teacher, student)]
     batches = [tokens(), tokens(seed=1)]
-    dense, _ = streams(teacher, batches)
+    dense = streams(teacher, batches)
     seen = []
-    for layer, read, wanted in in_step(*both, hosts, channels, batches, torch.device("cpu")):
-        seen.append((read, wanted))
-        down = both[1][1].layer_module("h f").format(layer=layer)
-        student.get_submodule(down).weight.data.mul_(1.5)
-    _, middle = streams(student, batches)
-    for layer, (read, wanted) in enumerate(seen):
-        torch.testing.assert_close(read, middle[layer])
+    for lesson in in_step(*both, hosts, channels, batches, torch.device("cpu")):
+        down = both[1][1].layer_module("h f").format(layer=lesson.layer)
+        inner = down.partition(f".{lesson.layer}.")[2]
+        for weight in (student.get_submodule(down).weight, lesson.branch.layer.get_submodule(inner).weight):
+            weight.data.mul_(1.5)
+        with torch.no_grad():
+            seen.append((lesson.base + lesson.branch(lesson.read), lesson.wanted))
+    thin = streams(student, batches)
+    for layer, (reached, wanted) in enumerate(seen):
+        torch.testing.assert_close(reached, thin[layer + 1])
         torch.testing.assert_close(wanted, dense[[*hosts, 4][layer + 1]])
     assert len(seen) == len(hosts)
 
@@ -99,23 +102,26 @@ def test_without_a_batch_the_streams_have_no_row():
     """As on a rank beyond the sequences of the text."""
     model = tiny_model("llama")
     known = (decoder_of(model), anatomy_of(config_of(model), tensors_of(model)))
-    layers, *both = zip(*in_step(known, known, range(4), range(24), [], torch.device("cpu")), strict=True)
-    assert layers == (0, 1, 2, 3) and {each.shape for rows in both for each in rows} == {(0, 24)}
-    assert {each.dtype for rows in both for each in rows} == {torch.float64}
+    seen = list(in_step(known, known, range(4), range(24), [], torch.device("cpu")))
+    rows = [each for lesson in seen for each in (lesson.read, lesson.base, lesson.wanted)]
+    assert [lesson.layer for lesson in seen] == [0, 1, 2, 3] and {each.shape for each in rows} == {(0, 24)}
+    assert {each.dtype for each in rows} == {torch.float64}
 
 
 def test_every_projection_reads_every_batch_once():
+    """Those of the student's FFNs, of which a copy reads the batches, read one token: the form of their output."""
     both = [tiny_model("gemma2", seed) for seed in (0, 1)]
     known = [(decoder_of(model), anatomy_of(config_of(model), tensors_of(model))) for model in both]
     read = Counter()
     for model in both:
         for part in model.modules():
             if isinstance(part, torch.nn.Linear):
-                part.register_forward_hook(lambda part, *_: read.update([part]))
+                part.register_forward_hook(lambda part, given, _: read.update({part: given[0].shape[:-1].numel()}))
     batches = [tokens(seed=seed) for seed in range(3)]
     for _ in in_step(*known, range(4), range(32), batches, torch.device("cpu")):
         pass
-    assert len(read) == 2 * 4 * 7 and set(read.values()) == {3}
+    count = sum(ids.numel() for ids in batches)
+    assert Counter(read.values()) == {count: 2 * 4 * 7, 1: 4 * 3}
 
 
 def test_streams_stay_where_they_are_in_memory():
@@ -126,7 +132,7 @@ def test_streams_stay_where_they_are_in_memory():
     for layer, seen in zip(model.model.layers, places, strict=True):
         layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.add(inputs[0].data_ptr()))
     batches = [tokens(seed=seed) for seed in range(3)]
-    first, *_, last = [read for _, read, _ in in_step(known, known, range(4), range(32), batches, torch.device("cpu"))]
+    first, *_, last = [each.read for each in in_step(known, known, range(4), range(32), batches, torch.device("cpu"))]
     assert all(seen == places[0] for seen in places) and len(places[0]) == 2 * 3
     assert not torch.equal(first, last)
 
@@ -174,6 +180,29 @@ def test_every_ffn_errs_less_and_nothing_else_changes(world, changed, layers):
         assert torch.equal(before[name], after[name]) == (".mlp." not in name), name
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4_text", "granitemoeshared"])
+def test_experts_learn_with_their_router_and_the_shared_ones(kind, tmp_path):
+    world = mixture_world(tmp_path, kind, dtype=torch.float32)
+    chosen = widths(neurons="null") | {"shape__experts": 3}
+    start = made(world, stages=STAGES[:-1], **chosen)["initial_student"]
+    folder = made(world, *LEARN, **chosen)["initial_student"]
+    errors = LayerErrors.load(folder).layers
+    assert len(errors) == 4 and all(each.after <= each.before for each in errors)
+    assert sum(each.after for each in errors) < 0.98 * sum(each.before for each in errors)
+    before, after = open_checkpoint(start), open_checkpoint(folder)
+    assert list(before) == list(after) and before.config == after.config
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    sparse = {name.format(layer=layer) for name in before.anatomy.routed for layer in range(4)} & set(before)
+    assert changed and all(name.partition(".layers.")[2][2:].startswith(FFNS) for name in changed)
+    assert sparse & changed and len(sparse & changed) > 0.5 * len(sparse)
+    load_model(folder, torch.float32, "eager")
+
+
+def test_layers_whose_stream_is_multiplied_by_weights_are_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match=r"local_distill\.epochs: .*'doge'"):
+        runner.check(configured(*settings(make_world(tmp_path, "doge"), shape__groups="null"), *LEARN))
+
+
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_the_last_distance_told_is_that_of_the_whole_student(world, tmp_path, rounds):
     """Every layer read what the layers before it, as trained, really give; the original teaches every round."""
@@ -186,7 +215,7 @@ def test_the_last_distance_told_is_that_of_the_whole_student(world, tmp_path, ro
     assert open_checkpoint(folders["teacher"]).anatomy.sizes.hidden == (32 if rounds == 1 else 64)
     models = [load_model(folders[name], torch.float32, "eager") for name in ("teacher", "initial_student")]
     text = beginning(Packed(folders["tokens"] / "calibration"), 2048, 8, 0, 1, 0)
-    wanted, given = (streams(model, text)[0][len(model.model.layers)][15::16] for model in models)
+    wanted, given = (streams(model, text)[len(model.model.layers)][15::16] for model in models)
     wanted = wanted[:, channels]
     distance = ((given - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
     assert LayerErrors.load(folders["initial_student"]).layers[-1].after == pytest.approx(float(distance), rel=0.02)

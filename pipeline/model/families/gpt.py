@@ -101,6 +101,7 @@ GPT = (
         {"ln_1": ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in")},
         outer={"transformer.ln_f.bias": "h", "lm_head.bias": "v"},
         fields=GPT2_FIELDS,
+        parallel=True,
         left_out=(r"\.attn\.(masked_)?bias$",),
         layer_norm=True,
         whole_heads=True,
@@ -127,6 +128,7 @@ GPT = (
         fixed=dict.fromkeys(
             ("heads", "groups", "hidden"), "its queries, keys and values are interleaved in four blocks of heads"
         ),
+        parallel=True,
         left_out=(r"\.attn\.causal_mask$",),
         layer_norm=True,
         whole_heads=True,

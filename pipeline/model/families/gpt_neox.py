@@ -54,6 +54,7 @@ FALCON = Family(
         "parallel_attn": (True, None),
         "alibi": (False, None),
     },
+    parallel=True,
     layer_norm=True,
     whole_heads=True,
     groups=1,
@@ -62,23 +63,27 @@ FALCON = Family(
 FALCON_LAYERS = interleaved("self_attention") | FOUR
 FALCON_2 = {f"{norm}.{kind}": "h" for norm in ("ln_attn", "ln_mlp") for kind in ("weight", "bias")}
 
+NEOX = Family(
+    "gpt_neox",
+    "GPTNeoXForCausalLM",
+    interleaved("attention") | FOUR | NORMS | NORM_BIASES,
+    FOUR_PRE,
+    prefix="gpt_neox.layers.{layer}.",
+    embedding="gpt_neox.embed_in",
+    final_norm="gpt_neox.final_layer_norm",
+    disk=(("embed_out.", "lm_head."),),
+    attention="attention",
+    outer={"gpt_neox.final_layer_norm.bias": "h"},
+    fields=NO_HEAD_SIZE,
+    left_out=(r"\.attention\.(masked_)?bias$",),
+    requires={"use_parallel_residual": (True, None)},
+    parallel=True,
+    layer_norm=True,
+    whole_heads=True,
+)
+
 GPT_NEOX = (
-    Family(
-        "gpt_neox",
-        "GPTNeoXForCausalLM",
-        interleaved("attention") | FOUR | NORMS | NORM_BIASES,
-        FOUR_PRE,
-        prefix="gpt_neox.layers.{layer}.",
-        embedding="gpt_neox.embed_in",
-        final_norm="gpt_neox.final_layer_norm",
-        disk=(("embed_out.", "lm_head."),),
-        attention="attention",
-        outer={"gpt_neox.final_layer_norm.bias": "h"},
-        fields=NO_HEAD_SIZE,
-        left_out=(r"\.attention\.(masked_)?bias$",),
-        layer_norm=True,
-        whole_heads=True,
-    ),
+    replace(NEOX, variants=(replace(NEOX, requires={"use_parallel_residual": (False,)}, parallel=False),)),
     Family(
         "gpt_neox_japanese",
         "GPTNeoXJapaneseForCausalLM",
@@ -162,6 +167,7 @@ GPT_NEOX = (
                     "parallel_attn": (False,),
                     "alibi": (False, None),
                 },
+                parallel=False,
                 groups=None,
             ),
         ),

@@ -165,6 +165,7 @@ MIXTURES = (
         {"input_layernorm": QKV},
         lengths=FFN_WIDTH,
         requires={"num_shared_experts": (0, None)},
+        parallel=True,
         layer_norm=True,
         rotary="class",
         logit_scale="logit_scale",

@@ -65,6 +65,7 @@ COHERE = Family(
     layer_norm=True,
     rotary="class",
     logit_scale="logit_scale",
+    parallel=True,
 )
 
 OTHER = (
@@ -109,6 +110,7 @@ OTHER = (
                 layer={n: a for n, a in STABLELM.layer.items() if not n.startswith("post_attention_layernorm")},
                 pre_norms={"input_layernorm": QKV + GATE_UP},
                 requires={"use_parallel_residual": (True,), "qk_layernorm": (False, None)},
+                parallel=True,
             ),
         ),
     ),
@@ -122,6 +124,7 @@ OTHER = (
         final_norm="model.final_layernorm",
         outer={"model.final_layernorm.bias": "h", "lm_head.bias": "v"},
         requires={"qk_layernorm": (False, None)},
+        parallel=True,
         layer_norm=True,
     ),
     Family(
@@ -214,6 +217,7 @@ OTHER = (
         },
         PRE,
         requires={"is_moe": (False, None)},
+        residual_weights=True,
         fixed={"groups": "its dynamic mask is a projection of all values of a layer"},
     ),
 )

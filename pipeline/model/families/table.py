@@ -82,6 +82,8 @@ class Family:
     repeated: tuple[str, ...] = ()  # config fields whose list of kinds is repeated over the layers
     stated_neurons: int = 1  # the neurons that the config states are this many times those of a layer
     depth_scaled: tuple[str, ...] = ()  # config fields that the class divides by the square root of the layers
+    parallel: bool = False  # attention and FFN both read the stream that the layer is given
+    residual_weights: bool = False  # its layers multiply the residual stream by learned weights
     keeps_last: str | None = None  # why the last layer of a student is the last of its source
     layer_indices: tuple[str, ...] = ()  # config fields that list numbers of layers
     superseded: tuple[str, ...] = ()  # config fields of older files, which a later field of the class replaces

@@ -1,16 +1,19 @@
 """A pass through a model layer by layer: the stream of every batch under way, and one layer at a time on the device."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.families import family_of
 from pipeline.model.forwards import replaced_forward
+from pipeline.prune.passes.branches import Branch, Silent, ffn_parts, mixers, observed, silenced
 
 
 class Step:
@@ -70,6 +73,21 @@ def recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Te
     return steps
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What the FFN of a layer of a student is to learn: that `base` + `branch`(`read`) equals `wanted`, [tokens, h'].
+
+    Both streams of the student are one tensor, unless attention and FFN read the same stream. `branch` is None where
+    the layer has no FFN.
+    """
+
+    layer: int
+    branch: Branch | None
+    read: Tensor
+    base: Tensor
+    wanted: Tensor
+
+
 def in_step(
     teacher: tuple[nn.Module, Anatomy],
     student: tuple[nn.Module, Anatomy],
@@ -77,21 +95,20 @@ def in_step(
     channels: Sequence[int],
     batches: Iterable[Tensor],
     place: torch.device,
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+) -> Iterator[Lesson]:
     """Run two streams through a teacher and its student; yield for each layer of the student what its FFN is to match.
 
-    Yielded are the layer, the student's stream before its FFN, and the teacher's where the host of the student's next
-    layer reads it, so that an FFN can also compensate for removed layers; [tokens, h'] each. Layer s of the student
-    comes from layer `hosts[s]`, ascending; its channels are `channels` of the teacher's. The student's stream then
-    passes through the FFN with the weights that it has when the next item is requested.
+    `base` is the student's stream without what the FFN adds, and `wanted` the teacher's where the host of the student's
+    next layer reads it, so that an FFN can also compensate for removed layers. Layer s of the student comes from layer
+    `hosts[s]`, ascending; its channels are `channels` of the teacher's. The student's stream then goes on with what the
+    branch adds by the weights that it has when the next item is requested.
 
     Models map ids [batch, sequence] to hidden states. Time: a forward pass of either.
     Memory: on `place` a layer and a batch; on the models' own device two streams of all batches and what is yielded.
     """
     batches = list(batches)
     home = next(student[0].parameters()).device
-    modules = dict(student[0].named_modules(prefix=student[1].family.decoder))
-    small = layers_of(modules, student[1])
+    small = layers_of(dict(student[0].named_modules(prefix=student[1].family.decoder)), student[1])
     large = layers_of(dict(teacher[0].named_modules(prefix=teacher[1].family.decoder)), teacher[1])
     dense, thin = recorded(teacher[0], large, batches), recorded(student[0], small, batches)
     shared, after = torch.tensor(channels, device=home), 0
@@ -101,16 +118,27 @@ def in_step(
         for number in range(after, until):
             _pass(dense, large[number], number, place, home)
         after = until
-        branch = [modules[name] for name in ffn_modules(student[1], index)]  # none where the FFN was removed
-        with silent(branch):
+        parts, silent = ffn_parts(layer, student[1], index), dict[str, Silent]()
+        before = [step.hidden.clone() for step in thin] if parts and student[1].family.parallel else None
+        with ExitStack() as quiet:
+            if thin:
+                layer.to(place)
+                quiet.enter_context(silenced(parts, thin[0].hidden.to(place)))
+                quiet.enter_context(observed(mixers(layer, student[1], index), silent))
             _pass(thin, layer, index, place, home)
-        yield (  # kept neither here nor by a decorator: what the caller is done with is free before the next pass
+        call = _moved(thin[0].arguments[index], place) if thin else ((), {})
+        branch = Branch(layer, silent, call) if parts else None
+        base = _gathered([step.hidden for step in thin], slice(None), none)
+        yield Lesson(  # kept neither here nor by a decorator: what the caller is done with is free before the next pass
             index,
-            _gathered(thin, slice(None), none),
-            _gathered(dense, shared, none),
+            branch,
+            base if before is None else _gathered(before, slice(None), none),
+            base,
+            _gathered([step.hidden for step in dense], shared, none),
         )
-        if branch:
-            _add(thin, nn.Sequential(*branch), place, home)
+        del base
+        if branch is not None:
+            _add(thin, before, branch, place, home)
 
 
 @torch.no_grad()
@@ -122,43 +150,28 @@ def _pass(steps: Sequence[Step], layer: nn.Module, index: int, place: torch.devi
     layer.to(home)
 
 
-@contextmanager
-def silent(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Make modules return zeros inside the context: a layer whose FFN is silent returns what the FFN adds to."""
-    with replaced_forward(dict.fromkeys(modules, torch.zeros_like)):
-        yield
-
-
 @torch.no_grad()
-def _add(steps: Sequence[Step], branch: nn.Module, place: torch.device, home: torch.device) -> None:
-    """Add to all streams what a branch, which is on `place` for that long, makes of them."""
+def _add(
+    steps: Sequence[Step], before: Sequence[Tensor] | None, branch: Branch, place: torch.device, home: torch.device
+) -> None:
+    """Add to all streams what a branch, which is on `place` for that long, makes of them, or of those `before`."""
     branch.to(place)
-    for step in steps:
+    for number, step in enumerate(steps):
         stream = step.hidden.to(place)
-        step.hidden.copy_(stream + branch(stream))
+        read = stream if before is None else before[number].to(place)
+        weights = {name: weight.to(stream.dtype) for name, weight in branch.named_parameters()}
+        added = functional_call(branch, weights, (read.flatten(0, 1),))
+        step.hidden.copy_(stream + added.view(stream.shape).to(stream.dtype))
     branch.to(home)
 
 
-def _gathered(steps: Sequence[Step], channels: Tensor | slice, none: Tensor) -> Tensor:
+def _gathered(streams: Sequence[Tensor], channels: Tensor | slice, none: Tensor) -> Tensor:
     """Return channels of all streams, [tokens, h'], like `none` [0, h']; beside them one batch's at a time."""
-    counts = [step.hidden.shape[:-1].numel() for step in steps]
+    counts = [stream.shape[:-1].numel() for stream in streams]
     rows = none.new_empty(sum(counts), none.shape[1])
-    for part, step in zip(rows.split(counts), steps, strict=True):
-        part.copy_(step.hidden.flatten(0, 1)[:, channels])
+    for part, stream in zip(rows.split(counts), streams, strict=True):
+        part.copy_(stream.flatten(0, 1)[:, channels])
     return rows
-
-
-def ffn_modules(anatomy: Anatomy, layer: int) -> tuple[str, ...]:
-    """Return the names of a layer's FFN and of the norms before and after it, if any, in the order of the stream.
-
-    None where the layer has lost its FFN.
-    """
-    prefix = anatomy.family.prefix.format(layer=layer)
-    down = anatomy.layer_module("h f").format(layer=layer).removeprefix(prefix)
-    ffn = down.rpartition(".")[0]
-    before = (norm for norm, readers in anatomy.family.pre_norms.items() if readers[0].startswith(f"{ffn}."))
-    after = (norm for norm, writer in anatomy.family.post_norms.items() if writer == down)
-    return tuple(anatomy.modules((*before, ffn, *after), layer))
 
 
 def layers_of(modules: Mapping[str, nn.Module], anatomy: Anatomy) -> list[nn.Module]:

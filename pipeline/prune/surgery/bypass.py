@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
-from pipeline.prune.passes.layerwise import ffn_modules, layers_of, recorded, silent
+from pipeline.prune.passes.branches import ffn_parts, silenced
+from pipeline.prune.passes.layerwise import layers_of, recorded
 from pipeline.prune.second_order.hessian import projections, with_float64
 
 
@@ -79,8 +80,8 @@ def sums_of(
     host, before, added = -1, [], []
     for index, layer in enumerate(layers):
         layer.to(place)
-        if index in over:
-            with silent([modules[ffn_modules(anatomy, index)[-1]]]):
+        if index in over and steps:
+            with silenced(ffn_parts(layer, anatomy, index), steps[0].hidden.to(place)):
                 added = [step.through(layer, index, place).to(home) for step in steps]
         for step in steps:
             step.advance(layer, index, place)

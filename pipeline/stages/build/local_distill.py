@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,19 @@ from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.distill.layer_errors import LayerError, LayerErrors
-from pipeline.distill.local import HELD_OUT, Learnt, Lessons, Rows, learn
-from pipeline.model.anatomy import Anatomy
+from pipeline.distill.local import HELD_OUT, Lessons, Rows, learn
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.causal import decoder_of
-from pipeline.prune.passes.layerwise import ffn_modules, in_step
-from pipeline.runtime.checkpoint import Checkpoint, open_tensors
+from pipeline.prune.passes.branches import Branch
+from pipeline.prune.passes.layerwise import Lesson, in_step
+from pipeline.runtime.checkpoint import Checkpoint, open_checkpoint, open_tensors
 from pipeline.runtime.checkpoint_writer import write_checkpoint, write_tensors
+from pipeline.runtime.class_parameters import ClassParameters
 from pipeline.runtime.device import Device
 from pipeline.runtime.disk import need_space
 from pipeline.runtime.ledger import Ledger
 from pipeline.runtime.machine import Machine
+from pipeline.runtime.model_source import model_folder
 from pipeline.runtime.ranks import Ranks
 from pipeline.stages.calibration import calibration
 from pipeline.stages.models import checkpoint, load
@@ -41,11 +42,21 @@ def enabled(config: Config) -> bool:
 
 
 def check(config: Config) -> None:
-    """Refuse text too short to hold out a part of it."""
+    """Refuse text too short to hold out a part of it, and layers in which an FFN cannot be trained alone."""
     tokens = config.local_distill.tokens
     if enabled(config) and tokens < HELD_OUT:
         raise ValueError(
             f"local_distill.tokens: {tokens}, and one token in {HELD_OUT} is held out; set it to some thousands"
+        )
+
+    folder = model_folder(config.model.path, config.model.allow_pickle)
+    if not enabled(config) or folder is None:
+        return
+    family = open_checkpoint(folder, config.model.allow_pickle).anatomy.family
+    if family.residual_weights:
+        raise ValueError(
+            f"local_distill.epochs: layers of model_type {family.model_type!r} multiply the residual stream by learned "
+            "weights, so no FFN is trained alone; set it to 0"
         )
 
 
@@ -63,11 +74,11 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     ranks, device, section = machine.ranks, machine.device, config.local_distill
     origin = checkpoint(config, inputs.get("rotated", inputs["teacher"]))
     start = checkpoint(config, inputs["initial_student"])
-    if start.anatomy.routing is not None:
-        raise ValueError("local_distill.epochs: the model has experts, whose FFNs are not trained alone; set it to 0")
     need_space(out, 3 * start.bytes())  # the student, and until it is written its FFNs in float32
     blueprint = Blueprint.load(inputs["blueprint"])  # of all rounds so far
-    teacher, student = ((decoder_of(load(each.folder, machine)), each.anatomy) for each in (origin, start))
+    models = [load(each.folder, machine) for each in (origin, start)]
+    teacher, student = ((decoder_of(model), each.anatomy) for model, each in zip(models, (origin, start)))
+    parameters = ClassParameters(models[1], start)
     batches = calibration(config, inputs, section.tokens, ranks)
     sequence = batches.packed.sequence
     lessons = Lessons(section.epochs, section.batch_tokens, section.learning_rate, config.seed, device.compute_dtype)
@@ -83,24 +94,21 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     passes = in_step(teacher, student, hosts, blueprint.channels, batches, device.torch)
     changed: dict[str, Tensor] = {}
     for layer in machine.progress(range(len(hosts)), len(hosts), "local_distill"):
-        branch, matrices = _branch(student, start, layer)
-        streams = next(passes)[1:]
-        if not matrices:  # the layer has no FFN
-            continue
-        if layer in done:
-            _restore(trained, matrices, ranks)
-        else:
-            placed = [stream.to(device.torch) for stream in streams]
-            result = learn(
-                branch.to(device.torch), _rows(placed.pop(0), placed.pop(0), sequence, ranks), lessons, ranks.sum_
-            )
-            branch.cpu()
-            if ranks.rank == 0:
-                _write(trained / f"{layer}.safetensors", matrices)
-            ledger.append(_error(layer, result))
-        del streams  # free before those of the next layer exist
-        changed |= {name: matrix.detach().to(start[name].dtype) for name, matrix in matrices.items()}
-        _copy(branch, student, layer)
+        branch, rows = _placed(next(passes), sequence, device, ranks)
+        if branch is not None:
+            matrices = _matrices(branch, parameters, student[1].family.prefix.format(layer=layer))
+            if layer in done:
+                _restore(trained, matrices, ranks)
+            else:
+                result = learn(branch.to(device.torch), rows, lessons, ranks.sum_)
+                branch.cpu()
+                if ranks.rank == 0:
+                    _write(trained / f"{layer}.safetensors", matrices)
+                ledger.append(LayerError(layer, result.before, result.after))
+            for name, matrix in matrices.items():
+                parts = parameters.split(name, matrix.detach()).items()
+                changed |= {stored: part.to(start[stored].dtype) for stored, part in parts}
+        del rows  # free before those of the next layer exist
     errors = LayerErrors(tuple(ledger.entries))
     if ranks.rank == 0:
         stream = ((name, changed.get(name, start[name])) for name in start)
@@ -121,45 +129,30 @@ def _fits(origin: Checkpoint, start: Checkpoint, tokens: int, device: Device) ->
     return origin.bytes() + start.bytes() + streams < 0.5 * device.total_memory()
 
 
-def _branch(
-    student: tuple[nn.Module, Anatomy], start: Checkpoint, layer: int
-) -> tuple[nn.Sequential, dict[str, nn.Parameter]]:
-    """Return a copy in float32 of a layer's FFN with its norms, and its matrices by name.
-
-    The matrices are those of the checkpoint, not rounded to the type that the student computes in.
-    """
-    names = ffn_modules(student[1], layer)
-    modules = dict(student[0].named_modules(prefix=student[1].family.decoder))
-    branch = nn.Sequential(*(deepcopy(modules[name]).float() for name in names))
-    matrices = {
-        f"{name}.{inner}": weight
-        for name, part in zip(names, branch, strict=True)
-        for inner, weight in part.named_parameters()
-        if weight.dim() > 1
-    }
-    for name, weight in matrices.items():
-        weight.data.copy_(start[name])
-    return branch, matrices
-
-
-def _copy(branch: nn.Sequential, student: tuple[nn.Module, Anatomy], layer: int) -> None:
-    """Copy the weights of a trained branch into the student."""
-    modules = dict(student[0].named_modules(prefix=student[1].family.decoder))
-    for name, part in zip(ffn_modules(student[1], layer), branch, strict=True):
-        modules[name].load_state_dict(part.state_dict())
-
-
-def _rows(read: Tensor, wanted: Tensor, sequence: int, ranks: Ranks) -> Rows:
-    """Return this rank's rows and their places: sequence s of rank r is sequence s · world + r of the text."""
-    own = torch.arange(len(read) // sequence) * ranks.world + ranks.rank
+def _placed(lesson: Lesson, sequence: int, device: Device, ranks: Ranks) -> tuple[Branch | None, Rows]:
+    """Return a layer's branch in float32, and this rank's rows on the device, with their places: sequence s of rank r
+    is sequence s · world + r of the text."""
+    count = len(lesson.read)
+    own = torch.arange(count // sequence) * ranks.world + ranks.rank
     places = (own[:, None] * sequence + torch.arange(sequence)).flatten()
-    total = torch.tensor([len(read)])
+    total = torch.tensor([count])
     ranks.sum_([total])
-    return Rows(read, wanted, places, int(total))
+    read = lesson.read.to(device.torch)
+    base = read if lesson.base is lesson.read else lesson.base.to(device.torch)
+    rows = Rows(read, base, lesson.wanted.to(device.torch), places, int(total))
+    return lesson.branch if lesson.branch is None else lesson.branch.float(), rows
 
 
-def _error(layer: int, result: Learnt) -> LayerError:
-    return LayerError(layer, result.before, result.after)
+def _matrices(branch: Branch, parameters: ClassParameters, prefix: str) -> dict[str, nn.Parameter]:
+    """Return the matrices of a branch by their names in the class, `prefix` being the layer's.
+
+    Their values are those of the checkpoint, not rounded to the type that the student computes in.
+    """
+    named = branch.layer.named_parameters()
+    matrices = {f"{prefix}{name}": weight for name, weight in named if weight.dim() > 1}
+    for name, weight in matrices.items():
+        weight.data.copy_(parameters[name])
+    return matrices
 
 
 def _write(path: Path, matrices: Mapping[str, nn.Parameter]) -> None:
@@ -189,6 +182,7 @@ STAGE = Stage(
     optional=("rotated",),
     enabled=enabled,
     check=check,
+    revision=2,
     resumable=True,  # the matrices of every trained layer are on disk
     shows={"initial_student": "", "local_distill.json": LayerErrors.FILE},
 )

@@ -1,0 +1,39 @@
+"""Laws of the FFN of a layer as a module of its own, for every type with a table, in float64."""
+
+import pytest
+import torch
+
+from pipeline.model.anatomy import anatomy_of
+from pipeline.model.causal import decoder_of
+from pipeline.prune.passes.layerwise import in_step
+from tests.tiny import TINY, config_of, tensors_of, tiny_model, tokens
+
+HERE = torch.device("cpu")
+
+
+def lessons(kind):
+    """Yield the lesson of each layer of a model that is its own teacher."""
+    model = tiny_model(kind)
+    known = (decoder_of(model), anatomy_of(config_of(model), tensors_of(model)))
+    layers = len(known[1].sizes.layers)
+    return in_step(known, known, range(layers), range(32), [tokens(), tokens(1, 7, seed=1)], HERE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", TINY)
+def test_the_stream_without_the_ffn_and_what_its_branch_adds_are_the_stream_after_the_layer(kind):
+    seen = 0
+    for lesson in lessons(kind):
+        if lesson.branch is None:
+            torch.testing.assert_close(lesson.base, lesson.wanted)
+        else:
+            seen += 1
+            added = lesson.branch(lesson.read)
+            torch.testing.assert_close(lesson.base + added, lesson.wanted, rtol=1e-5, atol=1e-6)
+            assert added.norm() > 1e-3 * lesson.wanted.norm()
+            assert any(weight.dim() > 1 for weight in lesson.branch.parameters())
+            own = {
+                name.partition(".")[0] for name, weight in lesson.branch.layer.named_parameters() if weight.dim() > 1
+            }
+            assert not any("attn" in name or "attention" in name for name in own), own
+    assert seen
