@@ -100,8 +100,8 @@ def in_step(
 
     `base` is the student's stream without what the FFN adds, and `wanted` the teacher's where the host of the student's
     next layer reads it, so that an FFN can also compensate for removed layers. Layer s of the student comes from layer
-    `hosts[s]`, ascending; its channels are `channels` of the teacher's. The student's stream then goes on with what the
-    branch adds by the weights that it has when the next item is requested.
+    `hosts[s]`, ascending; its channels are `channels` of the teacher's. What the branch adds, with the weights that it
+    has when the next item is requested, is then added to the student's stream.
 
     Models map ids [batch, sequence] to hidden states. Time: a forward pass of either.
     Memory: on `place` a layer and a batch; on the models' own device two streams of all batches and what is yielded.
