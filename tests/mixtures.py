@@ -7,12 +7,11 @@ import torch
 
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.causal import decoder_of
-from pipeline.model.families import FAMILIES
 from pipeline.runtime.model_loader import load_model
-from tests.tiny import TINY, model_type, save_tiny, tiny_model
+from tests.tiny import TINY, family, save_tiny, tiny_model
 from tests.world import make_world
 
-MIXTURES = [kind for kind in TINY if FAMILIES[model_type(kind)].experts]
+MIXTURES = [kind for kind in TINY if family(kind).experts]
 
 
 def mixture_world(folder: Path, kind: str, dtype: torch.dtype = torch.float64, **changed) -> Path:

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from pipeline.model.anatomy import Anatomy
-from pipeline.model.families import FAMILIES
+from pipeline.model.families import FAMILIES, Family, family_for
 from pipeline.model.sizes import Sizes
 
 BASE = {
@@ -59,6 +59,11 @@ MAMBA = {
     "mamba_d_state": 4,
     "mamba_d_conv": 3,
     "mamba_expand": 2,
+}
+GRANITE_HYBRID = MAMBA | {
+    "layer_types": ["mamba", "mamba", "attention", "attention"],
+    "shared_intermediate_size": 24,
+    "logits_scaling": 5.0,
 }
 FEW = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 INDEX = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 32}
@@ -174,14 +179,8 @@ TINY: dict[str, dict] = {
     "qwen3_5_moe_text": LINEAR | FEW | {"shared_expert_intermediate_size": 20},
     "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "lm_head_multiplier": 0.3, "mamba_rms_norm": True},
     "bamba": MAMBA | {"attn_layer_indices": [2, 3]},
-    "granitemoehybrid": MAMBA
-    | {
-        "layer_types": ["mamba", "mamba", "attention", "attention"],
-        "num_local_experts": 0,
-        "num_experts_per_tok": 0,
-        "shared_intermediate_size": 24,
-        "logits_scaling": 5.0,
-    },
+    "granitemoehybrid": GRANITE_HYBRID | {"num_local_experts": 0, "num_experts_per_tok": 0},
+    "granitemoehybrid-experts": GRANITE_HYBRID | {"num_local_experts": 6, "num_experts_per_tok": 2},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention", "full_attention"], "block_auto_adjust_ff_dim": False},
     "ernie4_5_moe": {
         "moe_num_experts": 4,
@@ -254,6 +253,11 @@ def model_type(kind: str) -> str:
     return kind if kind in FAMILIES else kind.partition("-")[0]
 
 
+def family(kind: str) -> Family:
+    """Return the table of a kind, in the variant for its settings."""
+    return family_for({**BASE, **TINY[kind], "model_type": model_type(kind)})
+
+
 CLASSES = {
     kind: (type(AutoConfig.for_model(model_type(kind))).__name__, FAMILIES[model_type(kind)].architecture)
     for kind in REPRESENTATIVE
@@ -273,7 +277,7 @@ def tiny_model(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **c
     """Return a tiny model of a kind, in evaluation mode, every parameter drawn from a normal of deviation 0.3."""
     model = getattr(transformers, FAMILIES[model_type(kind)].architecture)(tiny_config(kind, **changed))
     model = model.to(torch.float32 if kind in FLOAT32 else dtype).eval()
-    if FAMILIES[model_type(kind)].experts:
+    if family(kind).experts:
         model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

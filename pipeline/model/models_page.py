@@ -21,7 +21,7 @@ the class computes the head size as hidden size / heads. `own widths`: the class
 size, so a student with fewer is written in the form `own`. `attention` and `FFN`: a layer can lose this sub-layer alone
 (`shape.attention_layers`, `shape.ffn_layers`). `no`: the reason is listed below. Basis rotation
 (`rotate.kind`) needs RMSNorm, no post-norms and no experts. `-` under experts: there are none. In parentheses: config
-fields by which a type has several tables.
+fields by which a type has several tables; the columns are those of the class's defaults.
 
 | type | layers | hidden | heads | groups | neurons | attention | FFN | experts | basis rotation |
 |---|---|---|---|---|---|---|---|---|---|

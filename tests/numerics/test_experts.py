@@ -8,14 +8,13 @@ from torch.overrides import TorchFunctionMode
 
 from pipeline.model.anatomy import anatomy_of
 from pipeline.model.causal import decoder_of
-from pipeline.model.families import FAMILIES
 from pipeline.model.scores import Scores
 from pipeline.prune.importance.experts import EXPERT_SCORES
 from pipeline.prune.importance.measure import measure
 from tests.mixtures import given_to, sent_to
-from tests.tiny import TINY, config_of, model_type, tensors_of, tiny_model, tokens
+from tests.tiny import TINY, config_of, family, tensors_of, tiny_model, tokens
 
-MIXTURES = [kind for kind in TINY if FAMILIES[model_type(kind)].experts]
+MIXTURES = [kind for kind in TINY if family(kind).experts]
 
 
 def anatomy(model):

@@ -22,7 +22,7 @@ from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.fused_layers import LAYER_OPERATORS, fused_layers
 from tests.cut_models import anatomy, assert_close, built, logits, student_of
 from tests.laws import lacking_sublayers, masked, plan_of
-from tests.tiny import TINY, config_of, model_type, tensors_of, tiny_model, tokens
+from tests.tiny import TINY, config_of, family, model_type, tensors_of, tiny_model, tokens
 
 FLOAT64 = torch.float64
 
@@ -72,7 +72,7 @@ def test_the_stock_class_reloads_a_student_with_fewer_of_all_axes_as_the_masked_
     assert_close(logits(student), logits(masked(model, of, blueprint, tmp_path / "masked")))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TINY if FAMILIES[model_type(kind)].experts])
+@pytest.mark.parametrize("kind", [kind for kind in TINY if family(kind).experts])
 @pytest.mark.parametrize("axis", ["layers", "hidden", "heads"])
 def test_a_student_with_experts_is_the_masked_model_for_every_axis(kind, axis, tmp_path):
     model = tiny_model(kind)
@@ -154,7 +154,7 @@ def with_experts(of, kept):
     return replace(whole, layers=tuple(replace(p, experts=kept) if of.sparse(p.host) else p for p in whole.layers))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TINY if FAMILIES[model_type(kind)].experts])
+@pytest.mark.parametrize("kind", [kind for kind in TINY if family(kind).experts])
 def test_dropping_experts_equals_a_router_that_never_chooses_them(kind, tmp_path, monkeypatch):
     """The logit of a dropped expert is minus infinity, and so is its correction bias, where it has one."""
     model = tiny_model(kind)

@@ -45,7 +45,7 @@ def family_for(config: Mapping[str, Any]) -> Family:
     ValueError for an unknown type, and for a setting that no variant was made for.
     """
     family = family_of(config["model_type"])
-    tables = (family, *family.variants)
+    tables = (*family.variants, family)
     for table in tables:
         if all(config.get(name) in values for name, values in table.requires.items()):
             return table

@@ -65,6 +65,11 @@ def shared(name: str, axis: str) -> dict[str, str]:
 
 NAMED = tuple(f"mlp.experts.{{expert}}.{name}_proj" for name in ("gate", "up", "down"))
 MIXTRAL = tuple(f"block_sparse_moe.experts.{{expert}}.{name}" for name in ("w1", "w3", "w2"))
+GRANITE_EXPERTS = {
+    "block_sparse_moe.router.layer.weight": "e h",
+    "block_sparse_moe.input_linear.weight": "e (2 x) h",
+    "block_sparse_moe.output_linear.weight": "e h x",
+}
 EXPERT_WIDTH = {"x": ("moe_intermediate_size",)}
 ONE_SHARED = EXPERT_WIDTH | {"y": ("shared_expert_intermediate_size",)}
 FFN_WIDTH = {"x": ("intermediate_size",)}
@@ -167,14 +172,7 @@ EXPERTS = (
     Family(
         "granitemoe",
         "GraniteMoeForCausalLM",
-        ATTENTION
-        | ATTENTION_BIASES
-        | {
-            "block_sparse_moe.router.layer.weight": "e h",
-            "block_sparse_moe.input_linear.weight": "e (2 x) h",
-            "block_sparse_moe.output_linear.weight": "e h x",
-        }
-        | NORMS,
+        ATTENTION | ATTENTION_BIASES | GRANITE_EXPERTS | NORMS,
         PRE,
         lengths=FFN_WIDTH,
         experts=("num_local_experts",),

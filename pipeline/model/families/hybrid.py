@@ -7,7 +7,7 @@ carried whole, on axes of its own.
 from dataclasses import replace
 from typing import Any
 
-from pipeline.model.families.experts import EXPERT_WIDTH, NAMED, WHOLE, experts, shared
+from pipeline.model.families.experts import EXPERT_WIDTH, FFN_WIDTH, GRANITE_EXPERTS, NAMED, WHOLE, experts, shared
 from pipeline.model.families.table import (
     ATTENTION,
     ATTENTION_BIASES,
@@ -129,6 +129,24 @@ LFM2 = Family(
     fixed=SHORT_FIXED,
 )
 
+GRANITE_HYBRID = Family(
+    "granitemoehybrid",
+    "GraniteMoeHybridForCausalLM",
+    ATTENTION
+    | ATTENTION_BIASES
+    | MAMBA
+    | {"shared_mlp.input_linear.weight": "f h + f h", "shared_mlp.output_linear.weight": "h f"}
+    | NORMS,
+    {"input_layernorm": (*QKV, "mamba.in_proj"), "post_attention_layernorm": ("shared_mlp.input_linear",)},
+    ffn="shared_mlp",
+    optional=("self_attn.", "mamba."),
+    fields={"head_size": None, "neurons": "shared_intermediate_size"},
+    lengths=mamba_lengths("mamba_expand*hidden_size"),
+    requires={"num_local_experts": (0,)},
+    fixed=CARRIED | {"hidden": WIDE},
+    logit_divisor="logits_scaling",
+)
+
 HYBRID = (
     QWEN3_5,
     replace(
@@ -176,22 +194,17 @@ HYBRID = (
         layer_indices=("attn_layer_indices",),
         fixed=CARRIED | {"hidden": WIDE},
     ),
-    Family(
-        "granitemoehybrid",
-        "GraniteMoeHybridForCausalLM",
-        ATTENTION
-        | ATTENTION_BIASES
-        | MAMBA
-        | {"shared_mlp.input_linear.weight": "f h + f h", "shared_mlp.output_linear.weight": "h f"}
-        | NORMS,
-        {"input_layernorm": (*QKV, "mamba.in_proj"), "post_attention_layernorm": ("shared_mlp.input_linear",)},
-        ffn="shared_mlp",
-        optional=("self_attn.", "mamba."),
-        fields={"head_size": None, "neurons": "shared_intermediate_size"},
-        lengths=mamba_lengths("mamba_expand*hidden_size"),
-        requires={"num_local_experts": (0,)},
-        fixed=CARRIED | {"hidden": WIDE},
-        logit_divisor="logits_scaling",
+    replace(
+        GRANITE_HYBRID,
+        layer=dict(GRANITE_HYBRID.layer) | GRANITE_EXPERTS,
+        lengths=dict(GRANITE_HYBRID.lengths) | FFN_WIDTH,
+        requires={},
+        fixed=dict(GRANITE_HYBRID.fixed)
+        | {"ffn_layers": "its experts stand beside its FFN, which alone could be removed"},
+        experts=("num_local_experts",),
+        expert_module="block_sparse_moe.experts",
+        top_k="num_experts_per_tok",
+        variants=(GRANITE_HYBRID,),
     ),
     LFM2,
     replace(

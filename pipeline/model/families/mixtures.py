@@ -14,6 +14,7 @@ from pipeline.model.families.experts import (
     DENSE_FIRST,
     EXPERT_WIDTH,
     FFN_WIDTH,
+    GRANITE_EXPERTS,
     MLA_READERS,
     NAMED,
     ONE_SHARED,
@@ -39,11 +40,6 @@ FULL = ATTENTION | ATTENTION_BIASES
 DENSE_OR_SPARSE = tuple(DENSE_FIRST["optional"])
 LISTED: dict[str, Any] = COMMON | {"optional": DENSE_OR_SPARSE, "lengths": EXPERT_WIDTH}
 SHARED_WIDTH = EXPERT_WIDTH | {"y": ("moe_intermediate_size*num_shared_experts",)}
-GRANITE = FULL | {
-    "block_sparse_moe.router.layer.weight": "e h",
-    "block_sparse_moe.input_linear.weight": "e (2 x) h",
-    "block_sparse_moe.output_linear.weight": "e h x",
-}
 HEADS_LISTED = "its config lists the heads of each layer"
 INDEXER = {
     "self_attn.indexer.wq_b.weight": "o r",
@@ -196,7 +192,10 @@ MIXTURES = (
     Family(
         "granitemoeshared",
         "GraniteMoeSharedForCausalLM",
-        GRANITE | {"shared_mlp.input_linear.weight": "f h + f h", "shared_mlp.output_linear.weight": "h f"} | NORMS,
+        FULL
+        | GRANITE_EXPERTS
+        | {"shared_mlp.input_linear.weight": "f h + f h", "shared_mlp.output_linear.weight": "h f"}
+        | NORMS,
         {"input_layernorm": QKV, "post_attention_layernorm": ("shared_mlp.input_linear",)},
         fields={"neurons": "shared_intermediate_size"},
         lengths=FFN_WIDTH,
