@@ -199,8 +199,7 @@ HYBRID = (
         layer=dict(GRANITE_HYBRID.layer) | GRANITE_EXPERTS,
         lengths=dict(GRANITE_HYBRID.lengths) | FFN_WIDTH,
         requires={},
-        fixed=dict(GRANITE_HYBRID.fixed)
-        | {"ffn_layers": "its experts stand beside its FFN, which alone could be removed"},
+        fixed=dict(GRANITE_HYBRID.fixed) | {"ffn_layers": "its FFN and its experts read one norm"},
         experts=("num_local_experts",),
         expert_module="block_sparse_moe.experts",
         top_k="num_experts_per_tok",
