@@ -106,6 +106,10 @@ def test_without_a_batch_the_streams_have_no_row():
     rows = [each for lesson in seen for each in (lesson.read, lesson.base, lesson.wanted)]
     assert [lesson.layer for lesson in seen] == [0, 1, 2, 3] and {each.shape for each in rows} == {(0, 24)}
     assert {each.dtype for each in rows} == {torch.float64}
+    others = in_step(known, known, range(4), range(24), [tokens()], torch.device("cpu"))
+    for lesson, other in zip(seen, others, strict=True):  # gradients are added over ranks by place
+        names = [name for name, _ in lesson.branch.named_parameters()]
+        assert names == [name for name, _ in other.branch.named_parameters()]
 
 
 def test_every_projection_reads_every_batch_once():

@@ -82,16 +82,15 @@ def silenced(parts: Mapping[str, nn.Module], hidden: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def observed(parts: Mapping[str, nn.Module], silent: dict[str, Silent]) -> Iterator[None]:
-    """Enter, at the first call of each part inside the context, the silent module that takes its place."""
+def observed(parts: Mapping[str, nn.Module], silent: Mapping[str, Silent]) -> Iterator[None]:
+    """Set the forms of the silent modules that take the place of parts to those of what they return in the context."""
 
-    def note(part: nn.Module, name: str, output: Any) -> None:
-        silent.setdefault(name, Silent(part, len(output) if isinstance(output, tuple) else None))
+    def note(name: str, output: Any) -> None:
+        silent[name].form = _length(output)
 
     with ExitStack() as hooks:
         for name, part in parts.items():
-            handle = part.register_forward_hook(lambda part, _, output, name=name: note(part, name, output))
-            hooks.callback(handle.remove)
+            hooks.callback(part.register_forward_hook(lambda _, __, output, name=name: note(name, output)).remove)
         yield
 
 
@@ -101,5 +100,8 @@ def _form(part: nn.Module, hidden: Tensor) -> Form:
     if isinstance(part, nn.Linear):
         return None
     one = hidden[:1, :1]
-    output = part(one, one) if "residual" in signature(part.forward).parameters else part(one)
+    return _length(part(one, one) if "residual" in signature(part.forward).parameters else part(one))
+
+
+def _length(output: Any) -> Form:
     return len(output) if isinstance(output, tuple) else None

@@ -118,13 +118,14 @@ def in_step(
         for number in range(after, until):
             _pass(dense, large[number], number, place, home)
         after = until
-        parts, silent = ffn_parts(layer, student[1], index), dict[str, Silent]()
+        parts, others = ffn_parts(layer, student[1], index), mixers(layer, student[1], index)
+        silent = {name: Silent(part, None) for name, part in others.items()}
         before = [step.hidden.clone() for step in thin] if parts and student[1].family.parallel else None
         with ExitStack() as quiet:
             if thin:
                 layer.to(place)
                 quiet.enter_context(silenced(parts, thin[0].hidden.to(place)))
-                quiet.enter_context(observed(mixers(layer, student[1], index), silent))
+                quiet.enter_context(observed(others, silent))
             _pass(thin, layer, index, place, home)
         call = _moved(thin[0].arguments[index], place) if thin else ((), {})
         branch = Branch(layer, silent, call) if parts else None
@@ -161,7 +162,7 @@ def _add(
         read = stream if before is None else before[number].to(place)
         weights = {name: weight.to(stream.dtype) for name, weight in branch.named_parameters()}
         added = functional_call(branch, weights, (read.flatten(0, 1),))
-        step.hidden.copy_(stream + added.view(stream.shape).to(stream.dtype))
+        step.hidden.copy_(stream + added.view(stream.shape))
     branch.to(home)
 
 
