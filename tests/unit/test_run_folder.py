@@ -247,7 +247,8 @@ def test_folders_that_hold_each_other_are_refused_before_any_work(tmp_path, stor
         (runs / "sweep" / "link").symlink_to(made)
         with pytest.raises(ValueError, match=f"^run: {name} lies in .*{reason}"):
             check_places(runs, name, artifacts, None)
-    inside = (tmp_path, runs, artifacts, runs / "sweep" / "one", artifacts / "new", runs / "sweep" / "one" / "student")
-    for output in inside:
-        with pytest.raises(ValueError, match=r"^output: "):
+    around = (tmp_path, runs, artifacts, runs / "sweep" / "one")
+    for output in (*around, artifacts / "new", runs / "sweep" / "one" / "student"):
+        word = r" holds (artifacts|runs|the run folder) " if output in around else " is where "
+        with pytest.raises(ValueError, match=rf"^output: .*{word}"):
             check_places(runs, "sweep/one", artifacts, str(output))
