@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipeline import runner
+from pipeline.estimate import omitted
 from pipeline.runtime.checkpoint import open_checkpoint
 from tests.tiny import save_tiny, tiny_model
 from tests.tiny_text import configured
@@ -44,6 +45,14 @@ def test_a_dry_run_estimates_for_the_given_student(world, tmp_path, capsys):
     assert made(world, *chosen, *places, f"model.start={tmp_path / 'given'}") == {}
     assert re.fullmatch(r"recovery needs 1 x .*; not in these times: evaluate\n", capsys.readouterr().out)
     assert [path.name for path in tmp_path.iterdir()] == ["given"]
+
+
+@pytest.mark.parametrize(("kind", "named"), [("llama", "evaluate"), ("gemma3_text", "absorb_norms, evaluate")])
+def test_a_dry_run_names_the_stages_without_a_time_that_apply_to_the_model(tmp_path, kind, named):
+    source = save_tiny(tiny_model(kind), tmp_path / "m")
+    config = configured(*settings(make_world(tmp_path / "w", "llama")), "dry_run=true")
+    stages = ("importance", "absorb_norms", "distill", "evaluate")
+    assert omitted(config, {"teacher": source}, stages) == f"; not in these times: {named}"
 
 
 @pytest.mark.parametrize("own", [False, True])
