@@ -1,6 +1,6 @@
 """Measure, plan and cut a model in memory, and save the student as an ordinary checkpoint.
 
-python examples/prune_in_memory.py --model FOLDER --text text.txt --layers 26 --neurons 1152 --output student
+    python examples/prune_in_memory.py --model FOLDER --text text.txt --layers 26 --neurons 1152 --output student
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Prune a model to a fraction of its parameters, recover it, and print what it cost.
 
-python examples/prune_to_a_budget.py --model FOLDER_OR_HUB_ID --data text.jsonl --keep 0.75
+    python examples/prune_to_a_budget.py --model FOLDER_OR_HUB_ID --data text.jsonl --keep 0.75
 """
 
 import argparse

@@ -53,7 +53,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, mode: str) -> Tensor:
 
 
 @torch.no_grad()
-def kl_of_logits(student: Tensor, teacher: Tensor, kind: str, temperature: float, beta: float, scale: float) -> Tensor:
+def kl_of_logits(
+    student: Tensor, teacher: Tensor, kind: str, temperature: float, beta: float, scale: float
+) -> Tensor:
     """Divergence of student from teacher, per token; **overwrites `student`** with its scaled gradient.
 
     student, teacher [t, v] finite logits → loss [t] (float32, or float64 for float64 logits); afterwards `student`

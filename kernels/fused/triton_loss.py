@@ -128,7 +128,9 @@ def kl_of_logits_rows(
 
 
 @torch.no_grad()
-def kl_of_logits(student: Tensor, teacher: Tensor, kind: str, temperature: float, beta: float, scale: float) -> Tensor:
+def kl_of_logits(
+    student: Tensor, teacher: Tensor, kind: str, temperature: float, beta: float, scale: float
+) -> Tensor:
     """As `fused.reference.kl_of_logits`."""
     check_logits(student, teacher, kind, temperature, beta)
     check_inputs("kl_of_logits", student, teacher)

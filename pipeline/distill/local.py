@@ -5,8 +5,8 @@ In Puzzle a block reads its teacher's stream; here it reads the student's, whose
 so it also compensates for what they and the removed layers lack.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class Lessons:
     rate: float  # of a matrix's root mean square
     seed: int
     precision: torch.dtype = torch.float32  # computed in; weights are float32
+    kept: Mapping[str, torch.dtype] = field(default_factory=dict)  # other types that parameters are computed in
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Learnt:
     after: float
 
 
+def is_matrix(name: str, weight: Tensor) -> bool:
+    """Return whether a parameter is trained: one of two dimensions or more, but no bias of several experts."""
+    return weight.dim() > 1 and not name.endswith("bias")
+
+
 def learn(module: nn.Module, rows: Rows, lessons: Lessons, add: Add) -> Learnt:
     """Train the matrices of a module of float32 weights so that base + module(read) equals the wanted stream.
 
@@ -62,8 +68,8 @@ def learn(module: nn.Module, rows: Rows, lessons: Lessons, add: Add) -> Learnt:
     along a cosine. The tokens of a step do not depend on the number of ranks: each rank uses its own, and gradients are
     added. Where the distance on held-out tokens does not fall, the weights are restored.
     """
-    for weight in module.parameters():
-        weight.requires_grad_(weight.dim() > 1)
+    for name, weight in module.named_parameters():
+        weight.requires_grad_(is_matrix(name, weight))
     matrices = [weight for weight in module.parameters() if weight.requires_grad]
     origin = [weight.detach().clone() for weight in matrices]
     before = _measured(module, rows, lessons, add)
@@ -83,6 +89,8 @@ def learn(module: nn.Module, rows: Rows, lessons: Lessons, add: Add) -> Learnt:
                 (distances / count).backward()
         add([_gradient(weight) for weight in matrices])
         optimizer.step()
+    for weight in matrices:
+        weight.grad = None
     after = _measured(module, rows, lessons, add)
     if after < before:
         return Learnt(before, after)
@@ -123,7 +131,8 @@ def _distances(module: nn.Module, rows: Rows, chosen: Tensor, lessons: Lessons) 
     read, base, wanted = rows.read[chosen], rows.base[chosen], rows.wanted[chosen].float()
     if not len(chosen):
         return wanted.new_zeros(())
-    weights = {name: weight.to(lessons.precision) for name, weight in module.named_parameters()}
+    types = lessons.kept
+    weights = {name: weight.to(types.get(name, lessons.precision)) for name, weight in module.named_parameters()}
     added = functional_call(module, weights, (read.to(lessons.precision),))
     squares = wanted.square().sum(-1).clamp_min(torch.finfo(wanted.dtype).tiny)
     return ((base.float() + added.float() - wanted).square().sum(-1) / squares).sum()

@@ -25,6 +25,7 @@ def test_the_stream_without_the_ffn_and_what_its_branch_adds_are_the_stream_afte
     seen = 0
     for lesson in lessons(kind):
         if lesson.branch is None:
+            assert kind == "nemotron_h"  # some of whose layers are attention or a state-space model alone
             torch.testing.assert_close(lesson.base, lesson.wanted)
         else:
             seen += 1

@@ -1,5 +1,6 @@
 """The distiller against plain transformers models, the schedule, the hold-out and the loop."""
 
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy

@@ -199,6 +199,10 @@ def test_experts_learn_with_their_router_and_the_shared_ones(kind, tmp_path):
     sparse = {name.format(layer=layer) for name in before.anatomy.routed for layer in range(4)} & set(before)
     assert changed and all(name.partition(".layers.")[2][2:].startswith(FFNS) for name in changed)
     assert sparse & changed  # of the layers whose error on held-out tokens fell
+    others = [before.anatomy.router, f"{before.anatomy.shared_writer}.weight"]
+    for name in others if before.anatomy.shared_writer else others[:1]:
+        assert changed & {name.format(layer=layer) for layer in range(4)}, name
+    assert not any(name.endswith("bias") for name in changed)
     load_model(folder, torch.float32, "eager")
 
 
@@ -250,6 +254,20 @@ def test_cut_off_it_goes_on_where_it_was_and_two_ranks_learn_what_one_learns(wor
     for name in whole:
         assert torch.equal(whole[name], again[name]), name
         torch.testing.assert_close(both[name], whole[name], rtol=2e-2, atol=2e-2)
+
+
+def test_experts_learn_on_two_ranks_what_they_learn_on_one(tmp_path):
+    world = mixture_world(tmp_path, "mixtral", dtype=torch.float32)
+    chosen = widths(neurons="null") | {"shape__experts": 3}
+    text = ["local_distill.epochs=1", "local_distill.tokens=512"]
+    one = open_checkpoint(made(world, *LEARN, *text, **chosen)["initial_student"])
+    given = settings(world, **chosen, artifacts=world / "two")
+    stages = f"stages=[{','.join(STAGES)}]"
+    pipeline("run=two", *LEARN, *text, "calibration.batch_size=4", stages, *given, cwd=world, ranks=2)
+    two = open_checkpoint(world / "runs" / "two" / "initial_student")
+    assert list(one) == list(two)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=2e-2, atol=2e-2)
 
 
 def test_the_report_tells_what_ffns_learnt_before_post_norms_became_scales(tmp_path):

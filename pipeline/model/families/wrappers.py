@@ -89,7 +89,12 @@ WRAPPERS: Mapping[str, Wrapper] = {
         Wrapper("mistral3", "Mistral3ForConditionalGeneration", LINEAR_2),
         Wrapper("llava", "LlavaForConditionalGeneration", LINEAR_2),
         Wrapper("llava_next", "LlavaNextForConditionalGeneration", LINEAR_2 | {"image_newline": "h"}),
-        Wrapper("llama4", "Llama4ForConditionalGeneration", {"multi_modal_projector.linear_1.weight": "h x"}),
+        Wrapper(
+            "llama4",
+            "Llama4ForConditionalGeneration",
+            {"multi_modal_projector.linear_1.weight": "h x"},
+            texts={"llama4_text": "llama4_text"},
+        ),
         Wrapper("internvl", "InternVLForConditionalGeneration", LINEAR_2),
         Wrapper("idefics3", "Idefics3ForConditionalGeneration", CONNECTOR),
         Wrapper("smolvlm", "SmolVLMForConditionalGeneration", CONNECTOR),

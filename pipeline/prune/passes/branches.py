@@ -23,7 +23,7 @@ Call = tuple[tuple, dict[str, Any]]  # the arguments of a layer after the hidden
 
 def ffn_parts(layer: nn.Module, anatomy: Anatomy, index: int) -> dict[str, nn.Module]:
     """Return the submodules of layer `index` that hold its FFN or experts, by name; none where it has lost its FFN."""
-    wanted = set("fexy" if anatomy.routing else "f")  # FFN neurons; of experts, beside their own axis
+    wanted = {"f", "e", "x", "y"} if anatomy.routing else {"f"}  # FFN neurons; experts, and neurons of two kinds
     own = {
         name.removeprefix(anatomy.family.prefix).partition(".")[0]
         for name, segments in anatomy.layer_tensors.items()
@@ -56,15 +56,22 @@ class Silent(nn.Module):
 
 
 class Branch(nn.Module):
-    """Maps the stream [tokens, h] that the FFN of a layer reads to what the FFN adds to it, [tokens, h], in float32.
+    """Maps the stream [tokens, h] that the FFN of a layer reads to what the FFN adds to it, [tokens, h].
 
-    It holds a copy of the layer in which other parts are silent, and the arguments that the model gives the layer.
+    It holds a copy of the layer in which other parts are silent, and the arguments that the model gives the layer. The
+    layer adds to the stream in the stream's type, and what it added is returned in float32 or wider: where FFN and
+    attention follow each other, their sum is the layer's own output, rounded as it rounds it.
     """
 
     def __init__(self, layer: nn.Module, silent: Mapping[str, Silent], call: Call) -> None:
         super().__init__()
         self.layer = deepcopy(layer, {id(getattr(layer, name)): part for name, part in silent.items()})
         self.call = call
+        self.types = {name: weight.dtype for name, weight in self.named_parameters()}  # that the class computes in
+
+    def computed(self) -> dict[str, Tensor]:
+        """Return the parameters, which may have become float32 since, in the types that the class computes in."""
+        return {name: weight.to(self.types[name]) for name, weight in self.named_parameters()}
 
     def forward(self, stream: Tensor) -> Tensor:
         rest, named = self.call

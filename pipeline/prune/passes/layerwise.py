@@ -104,42 +104,40 @@ def in_step(
     has when the next item is requested, is then added to the student's stream.
 
     Models map ids [batch, sequence] to hidden states. Time: a forward pass of either.
-    Memory: on `place` a layer and a batch; on the models' own device two streams of all batches and what is yielded.
+    Memory: on `place` a layer and a batch; on the models' own device two streams of all batches, three where attention
+    and FFN read the same one, a copy of an FFN, and what is yielded.
     """
     batches = list(batches)
     home = next(student[0].parameters()).device
     small = layers_of(dict(student[0].named_modules(prefix=student[1].family.decoder)), student[1])
     large = layers_of(dict(teacher[0].named_modules(prefix=teacher[1].family.decoder)), teacher[1])
-    dense, thin = recorded(teacher[0], large, batches), recorded(student[0], small, batches)
+    teachers, students = recorded(teacher[0], large, batches), recorded(student[0], small, batches)
     shared, after = torch.tensor(channels, device=home), 0
     none = next(student[0].parameters()).new_empty(0, len(channels))  # all that a rank without a batch has
     for index, layer in enumerate(small):
         until = hosts[index + 1] if index + 1 < len(hosts) else len(large)
         for number in range(after, until):
-            _pass(dense, large[number], number, place, home)
+            _pass(teachers, large[number], number, place, home)
         after = until
         parts, others = ffn_parts(layer, student[1], index), mixers(layer, student[1], index)
         silent = {name: Silent(part, None) for name, part in others.items()}
-        before = [step.hidden.clone() for step in thin] if parts and student[1].family.parallel else None
+        before = [step.hidden.clone() for step in students] if parts and student[1].family.parallel else []
         with ExitStack() as quiet:
-            if thin:
+            if students:
                 layer.to(place)
-                quiet.enter_context(silenced(parts, thin[0].hidden.to(place)))
+                quiet.enter_context(silenced(parts, students[0].hidden.to(place)))
                 quiet.enter_context(observed(others, silent))
-            _pass(thin, layer, index, place, home)
-        call = _moved(thin[0].arguments[index], place) if thin else ((), {})
+            _pass(students, layer, index, place, home)
+        call = _moved(students[0].arguments[index], place) if students else ((), {})
         branch = Branch(layer, silent, call) if parts else None
-        base = _gathered([step.hidden for step in thin], slice(None), none)
-        yield Lesson(  # kept neither here nor by a decorator: what the caller is done with is free before the next pass
-            index,
-            branch,
-            base if before is None else _gathered(before, slice(None), none),
-            base,
-            _gathered([step.hidden for step in dense], shared, none),
-        )
-        del base
+        wanted = _gathered([step.hidden for step in teachers], shared, none)
+        base = _gathered([step.hidden for step in students], slice(None), none)
+        lessons = [Lesson(index, branch, _gathered(before, slice(None), none) if before else base, base, wanted)]
+        del wanted, base
+        yield lessons.pop()  # held no more: what the caller is done with is free before the next pass
         if branch is not None:
-            _add(thin, before, branch, place, home)
+            _add(students, before, branch, place, home)
+        del branch, call, silent, before  # an FFN of experts is large
 
 
 @torch.no_grad()
@@ -153,14 +151,13 @@ def _pass(steps: Sequence[Step], layer: nn.Module, index: int, place: torch.devi
 
 @torch.no_grad()
 def _add(
-    steps: Sequence[Step], before: Sequence[Tensor] | None, branch: Branch, place: torch.device, home: torch.device
+    steps: Sequence[Step], before: Sequence[Tensor], branch: Branch, place: torch.device, home: torch.device
 ) -> None:
-    """Add to all streams what a branch, which is on `place` for that long, makes of them, or of those `before`."""
-    branch.to(place)
+    """Add to all streams what a branch, which is on `place` for that long, makes of them, or of any `before`."""
+    weights = branch.to(place).computed()
     for number, step in enumerate(steps):
         stream = step.hidden.to(place)
-        read = stream if before is None else before[number].to(place)
-        weights = {name: weight.to(stream.dtype) for name, weight in branch.named_parameters()}
+        read = before[number].to(place) if before else stream
         added = functional_call(branch, weights, (read.flatten(0, 1),))
         step.hidden.copy_(stream + added.view(stream.shape))
     branch.to(home)

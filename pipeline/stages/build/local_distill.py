@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.distill.layer_errors import LayerError, LayerErrors
-from pipeline.distill.local import HELD_OUT, Lessons, Rows, learn
+from pipeline.distill.local import HELD_OUT, Lessons, Rows, is_matrix, learn
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.causal import decoder_of
 from pipeline.prune.passes.branches import Branch
@@ -48,9 +49,8 @@ def check(config: Config) -> None:
         raise ValueError(
             f"local_distill.tokens: {tokens}, and one token in {HELD_OUT} is held out; set it to some thousands"
         )
-
-    folder = model_folder(config.model.path, config.model.allow_pickle)
-    if not enabled(config) or folder is None:
+    folder = model_folder(config.model.path, config.model.allow_pickle) if enabled(config) else None
+    if folder is None:
         return
     family = open_checkpoint(folder, config.model.allow_pickle).anatomy.family
     if family.residual_weights:
@@ -69,7 +69,9 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     """Write the student with the trained FFNs, and local_distill.json with the error of each layer.
 
     Every rank reads its share of the text. Memory: teacher and student on the host, with two residual streams of the
-    text; on the device a layer and a batch, then an FFN in float32 with its moments and two rows [h] for every token.
+    text, three where attention and FFN read the same one; on the device a layer and a batch, then an FFN (all experts)
+    in float32 with its gradients, moments, first values and a copy in the type computed in, and as many rows [h] for
+    every token.
     """
     ranks, device, section = machine.ranks, machine.device, config.local_distill
     origin = checkpoint(config, inputs.get("rotated", inputs["teacher"]))
@@ -95,12 +97,14 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     changed: dict[str, Tensor] = {}
     for layer in machine.progress(range(len(hosts)), len(hosts), "local_distill"):
         branch, rows = _placed(next(passes), sequence, device, ranks)
+        matrices: dict[str, nn.Parameter] = {}
         if branch is not None:
             matrices = _matrices(branch, parameters, student[1].family.prefix.format(layer=layer))
             if layer in done:
                 _restore(trained, matrices, ranks)
             else:
-                result = learn(branch.to(device.torch), rows, lessons, ranks.sum_)
+                own = replace(lessons, kept=branch.types)
+                result = learn(branch.to(device.torch), rows, own, ranks.sum_)
                 branch.cpu()
                 if ranks.rank == 0:
                     _write(trained / f"{layer}.safetensors", matrices)
@@ -108,7 +112,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
             for name, matrix in matrices.items():
                 parts = parameters.split(name, matrix.detach()).items()
                 changed |= {stored: part.to(start[stored].dtype) for stored, part in parts}
-        del rows  # free before those of the next layer exist
+        del branch, rows, matrices  # free before those of the next layer exist
     errors = LayerErrors(tuple(ledger.entries))
     if ranks.rank == 0:
         stream = ((name, changed.get(name, start[name])) for name in start)
@@ -149,7 +153,7 @@ def _matrices(branch: Branch, parameters: ClassParameters, prefix: str) -> dict[
     Their values are those of the checkpoint, not rounded to the type that the student computes in.
     """
     named = branch.layer.named_parameters()
-    matrices = {f"{prefix}{name}": weight for name, weight in named if weight.dim() > 1}
+    matrices = {f"{prefix}{name}": weight for name, weight in named if is_matrix(name, weight)}
     for name, weight in matrices.items():
         weight.data.copy_(parameters[name])
     return matrices
