@@ -59,8 +59,8 @@ class Branch(nn.Module):
     """Maps the stream [tokens, h] that the FFN of a layer reads to what the FFN adds to it, [tokens, h].
 
     It holds a copy of the layer in which other parts are silent, and the arguments that the model gives the layer. The
-    layer adds to the stream in the stream's type, and what it added is returned in float32 or wider: where FFN and
-    attention follow each other, their sum is the layer's own output, rounded as it rounds it.
+    layer adds to the stream in the stream's type; the difference is returned in float32 or wider, so that stream and
+    difference add up to the layer's own output where the FFN follows the attention.
     """
 
     def __init__(self, layer: nn.Module, silent: Mapping[str, Silent], call: Call) -> None:
