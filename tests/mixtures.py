@@ -5,12 +5,15 @@ from pathlib import Path
 
 import torch
 
+from pipeline import runner
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.causal import decoder_of
 from pipeline.runtime.model_loader import load_model
 from tests.tiny import TINY, family, save_tiny, tiny_model
-from tests.world import make_world
+from tests.tiny_text import configured
+from tests.world import make_world, settings
 
+CUT = "stages=[importance,shape,plan,cut]"
 MIXTURES = [kind for kind in TINY if family(kind).experts]
 
 
@@ -19,6 +22,12 @@ def mixture_world(folder: Path, kind: str, dtype: torch.dtype = torch.float64, *
     world = make_world(folder, kind)
     save_tiny(tiny_model(kind, dtype=dtype, **changed), world / "model")
     return world
+
+
+def made(world: Path, *overrides: str, **values) -> dict[str, Path]:
+    """Run stages on a mixture and return their artifacts by what they are read as."""
+    given = {"shape__layers": None, "shape__neurons": None, "score__tokens": 512} | values
+    return runner.run(configured(*settings(world, run="unit", **given), *overrides), "a test")
 
 
 def loaded(folder: Path):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pipeline.model.anatomy import Anatomy
+from pipeline.model.merged_experts import composed_merges
 from pipeline.model.mixture import narrowing_of
 from pipeline.model.sizes import LayerSizes, Sizes
 from pipeline.model.stored import Stored
@@ -31,6 +32,8 @@ class LayerPlan:
     expert_neurons: tuple[tuple[int, ...], ...] = ()  # of each expert that stays; empty: all neurons
     # Of each expert that stays: the experts whose weighted mean it becomes, each with its share; empty: as they are
     merged: tuple[tuple[tuple[int, float], ...], ...] = ()
+    # The neurons of each of these experts in the order in which they are averaged; empty: in its own
+    aligned: tuple[tuple[tuple[int, ...], ...], ...] = ()
     shared: tuple[int, ...] = ()  # neurons of shared experts; empty: all
 
 
@@ -138,6 +141,11 @@ def _check_experts(blueprint: Blueprint, anatomy: Anatomy) -> None:
             raise ValueError(
                 f"blueprint layer {place}: where experts are merged, each that stays is the mean of whole experts"
             )
+        if plan.aligned and [len(each) for each in plan.aligned] != [len(each) for each in plan.merged]:
+            raise ValueError(f"blueprint layer {place}: not every merged expert has an order of its neurons")
+        for order in (order for each in plan.aligned for order in each):
+            if order and sorted(order) != list(range(anatomy.sizes.carried["x"])):
+                raise ValueError(f"blueprint layer {place}: an order of a merged expert's neurons is not one of all")
         if plan.shared:
             _distinct(f"blueprint layer {place} neurons of shared experts", plan.shared, anatomy.sizes.carried["y"])
         for own in plan.expert_neurons:
@@ -274,25 +282,9 @@ def _composed(first: Blueprint, plan: LayerPlan) -> LayerPlan:
         neurons,
         experts or host.experts,
         inner,
-        _merges(host, plan),
+        *composed_merges(host, plan),
         shared or host.shared,
     )
-
-
-def _merges(host: LayerPlan, plan: LayerPlan) -> tuple[tuple[tuple[int, float], ...], ...]:
-    """Return the experts of the source, with their shares, that each expert of a composed plan is the mean of."""
-
-    def members(expert: int) -> tuple[tuple[int, float], ...]:
-        if host.merged:
-            return host.merged[expert]
-        return ((host.experts[expert] if host.experts else expert, 1.0),)
-
-    if plan.merged:
-        return tuple(
-            tuple((member, share * part) for expert, share in each for member, part in members(expert))
-            for each in plan.merged
-        )
-    return tuple(host.merged[expert] for expert in plan.experts or range(len(host.merged))) if host.merged else ()
 
 
 def _distinct(what: str, indices: tuple[int, ...], length: int) -> None:

@@ -1,24 +1,18 @@
 """Experts through the stages: those of the highest scores stay, and the student is the model that never routes to the
 others, in float64."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from pipeline import runner
-from pipeline.model.anatomy import anatomy_of
-from pipeline.model.blueprint import Blueprint, compose, everything
+from pipeline.model.blueprint import Blueprint
 from pipeline.model.mixture import Routing
 from pipeline.model.scores import Scores
 from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import open_checkpoint
-from tests.mixtures import loaded, mixture_world, never_routed
-from tests.tiny import config_of, tensors_of, tiny_model, tokens
-from tests.tiny_text import configured
-from tests.world import make_world, settings
+from tests.mixtures import CUT, loaded, made, mixture_world, never_routed
+from tests.tiny import tokens
+from tests.world import make_world
 
-CUT = "stages=[importance,shape,plan,cut]"
 KEPT = {
     "qwen3_moe": 3,
     "mixtral": 2,
@@ -28,11 +22,6 @@ KEPT = {
     "gpt_oss": 3,
     "llama4_text": 3,
 }
-
-
-def made(world, *overrides, **values):
-    given = {"shape__layers": None, "shape__neurons": None, "score__tokens": 512} | values
-    return runner.run(configured(*settings(world, run="unit", **given), *overrides), "a test")
 
 
 def logits(model):
@@ -224,53 +213,3 @@ def test_restored_experts_do_not_depend_on_how_many_matrices_fit_in_memory(tmp_p
         torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
     changed = {name for name in one if not torch.equal(one[name], cut_only[name])}
     assert changed == {name for name in one if name.endswith("down_proj.weight")}
-
-
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-def test_merged_experts_are_means_weighted_by_routing(kind, tmp_path):
-    world = mixture_world(tmp_path, kind)
-    dropped, merged = (made(world, CUT, f"plan.experts={how}", shape__experts=2) for how in ("scores", "merge"))
-    blueprint, scores = Blueprint.load(merged["blueprint"]), Scores.load(merged["scores"])
-    source, student = open_checkpoint(merged["teacher"]), open_checkpoint(merged["initial_student"])
-    assert student.anatomy.shapes() == open_checkpoint(dropped["initial_student"]).anatomy.shapes()
-    model, narrow = loaded(merged["teacher"]), loaded(merged["initial_student"])
-    for place, (plan, plain) in enumerate(zip(blueprint.layers, Blueprint.load(dropped["blueprint"]).layers)):
-        assert plan.experts == plain.experts
-        weights, rows = scores.routing[plan.host][1], source[source.anatomy.router.format(layer=plan.host)]
-        assert sorted(expert for parts in plan.merged for expert, _ in parts) == list(range(4))
-        whole, few = (
-            each.get_submodule(source.anatomy.expert_module(at)) for each, at in ((model, plan.host), (narrow, place))
-        )
-        for own, (expert, parts) in enumerate(zip(plan.experts, plan.merged)):
-            members = [each for each, _ in parts]
-            assert members[0] == expert
-            for other in members[1:]:
-                cosines = torch.cosine_similarity(rows[list(plan.experts)], rows[other][None])
-                assert plan.experts[int(cosines.argmax())] == expert
-            shares = weights[members] / weights[members].sum() if weights[members].any() else torch.eye(len(members))[0]
-            torch.testing.assert_close(torch.tensor([share for _, share in parts]).double(), shares.double())
-            for name in ("gate_up_proj", "down_proj"):
-                mean = torch.einsum("e,e...->...", shares.double(), getattr(whole, name)[members])
-                torch.testing.assert_close(getattr(few, name)[own], mean)
-
-
-def test_merging_twice_is_one_merge_of_their_shares():
-    model = tiny_model("qwen3_moe")
-    of = anatomy_of(config_of(model), tensors_of(model))
-    whole = everything(of.sizes)
-    steps = [
-        ((0, 2, 3), (((0, 0.25), (1, 0.75)), ((2, 1.0),), ((3, 1.0),))),
-        ((0, 2), (((0, 0.5), (1, 0.5)), ((2, 1.0),))),
-    ]
-    first, second = (
-        replace(whole, layers=tuple(replace(plan, experts=kept, merged=means) for plan in whole.layers))
-        for kept, means in steps
-    )
-    once = dict(cut(first.student(of), second, dict(cut(of, first, tensors_of(model)))))
-    for name, tensor in cut(of, compose(first, second), tensors_of(model)):
-        torch.testing.assert_close(tensor, once[name])
-
-
-def test_experts_are_merged_whole():
-    with pytest.raises(ValueError, match=r"plan\.experts: "):
-        configured("plan.experts=merge", "shape.experts=2", "shape.expert_neurons=6")

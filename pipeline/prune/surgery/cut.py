@@ -116,15 +116,38 @@ def _part(
 
 
 def _mean(anatomy: Anatomy, source: Mapping[str, Tensor], name: str, plan: LayerPlan) -> Tensor:
-    """Return a tensor of experts, each the weighted mean of some, in float64, rounded once."""
+    """Return a tensor of experts, each the weighted mean of some, neuron by neuron, in float64, rounded once."""
     if name in anatomy.expert_of:
-        pattern, expert = anatomy.expert_of[name]
-        parts = plan.merged[plan.experts.index(expert)]
-        named = [(source[pattern.replace(EXPERT, str(each)).format(layer=plan.host)], share) for each, share in parts]
-        return torch.stack([tensor.to(torch.float64) * share for tensor, share in named]).sum(0).to(named[0][0].dtype)
-    whole = source[name.format(layer=plan.host)]
-    weighted = ([whole[each].to(torch.float64) * share for each, share in parts] for parts in plan.merged)
-    return torch.stack([torch.stack(parts).sum(0) for parts in weighted]).to(whole.dtype)
+        expert = plan.experts.index(anatomy.expert_of[name][1])
+        return _mean_of(anatomy, source, name, plan, expert)
+    return torch.stack([_mean_of(anatomy, source, name, plan, expert) for expert in range(len(plan.merged))])
+
+
+def _mean_of(anatomy: Anatomy, source: Mapping[str, Tensor], name: str, plan: LayerPlan, place: int) -> Tensor:
+    parts = plan.merged[place]
+    orders = plan.aligned[place] if plan.aligned else [()] * len(parts)
+    tensors = [expert_tensor(anatomy, source, name, plan.host, expert, order)
+               for (expert, _), order in zip(parts, orders, strict=True)]  # fmt: skip
+    weighted = [tensor.to(torch.float64) * share for tensor, (_, share) in zip(tensors, parts, strict=True)]
+    return torch.stack(weighted).sum(0).to(tensors[0].dtype)
+
+
+def expert_tensor(
+    anatomy: Anatomy, source: Mapping[str, Tensor], name: str, layer: int, expert: int, order: Sequence[int] = ()
+) -> Tensor:
+    """Return an expert's part of a tensor of experts, or its own for that of another; its neurons in an order, if any.
+
+    `name` is one of `anatomy.routed`.
+    """
+    (segment,) = anatomy.layer_tensors[name]
+    if name in anatomy.expert_of:
+        tensor = source[anatomy.expert_of[name][0].replace(EXPERT, str(expert)).format(layer=layer)]
+    else:
+        tensor, segment = source[name.format(layer=layer)][expert], segment[1:]
+    for along, axis in enumerate(segment):
+        if order and "x" in axis.split():
+            tensor = _of_neurons(tensor, along, axis, "x", anatomy.sizes.carried["x"], order)
+    return tensor
 
 
 def _of_neurons(tensor: Tensor, along: int, axis: Axis, letter: str, count: int, kept: Sequence[int]) -> Tensor:

@@ -96,5 +96,6 @@ STAGE = Stage(
     choices={"plan.depth": (*DEPTH_POLICIES, *MEASURED_DEPTH), "plan.widths": WIDTH_POLICIES},
     check=check,
     all_ranks=False,
+    revision=2,
     shows={"blueprint.json": Blueprint.FILE},
 )
