@@ -74,14 +74,12 @@ def test_an_impossible_number_of_experts_is_refused_before_any_work(kind, expert
 @pytest.mark.parametrize(
     "kind, setting, stages, others",
     [
-        ("mixtral", "local_distill.epochs", "local_distill", ["local_distill.epochs=1"]),
         ("deepseek_v3", "restore.order", "obs_order", ["restore.order=obs", "plan.clap=false"]),
         ("mixtral", "plan.widths", "supernet", ["plan.widths=evolved", "plan.clap=false"]),
     ],
 )
 def test_methods_that_need_an_ffn_of_its_own_refuse_experts(kind, setting, stages, others, tmp_path):
     order = {
-        "local_distill": "importance,shape,plan,cut,local_distill",
         "obs_order": "importance,shape,hessian,obs_order",
         "supernet": "importance,shape,supernet",
     }
