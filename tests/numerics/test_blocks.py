@@ -27,7 +27,7 @@ class Gated(nn.Module):
 
 
 def rows(read: torch.Tensor, wanted: torch.Tensor) -> Rows:
-    return Rows(read, wanted, torch.arange(len(read)), len(read))
+    return Rows(read, read, wanted, torch.arange(len(read)), len(read))
 
 
 def taught(tokens: int = 512, seed: int = 1) -> tuple[Gated, Rows]:
@@ -145,7 +145,7 @@ def test_two_ranks_learn_what_one_learns():
             barrier.wait()
 
         own = torch.arange(512)[rank::2]
-        return learn(learners[rank], Rows(known.read[own], known.wanted[own], own, 512), LESSONS, add)
+        return learn(learners[rank], Rows(known.read[own], known.base[own], known.wanted[own], own, 512), LESSONS, add)
 
     with ThreadPoolExecutor(2) as ranks:
         result = list(ranks.map(work, range(2)))
@@ -155,3 +155,16 @@ def test_two_ranks_learn_what_one_learns():
     for one, two, each in zip(*(learner.parameters() for learner in (*learners, part)), strict=True):
         assert torch.equal(one, two)
         torch.testing.assert_close(one, each, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_it_adds_to_need_not_be_what_it_reads_and_biases_of_experts_stay():
+    """As where attention and FFN read the same stream, and where a class holds the biases of all experts in one."""
+    part, known = taught()
+    draw = torch.Generator().manual_seed(7)
+    base = torch.randn(known.read.shape, generator=draw)
+    part.register_parameter("up_bias", torch.nn.Parameter(torch.ones(2, 3)))
+    apart = Rows(known.read, base, base + known.wanted - known.read, known.places, known.total)
+    result = learn(part, apart, LESSONS, alone)
+    assert result.after < 0.9 * result.before and torch.equal(part.up_bias, torch.ones(2, 3))
+    assert all(weight.grad is None for weight in part.parameters())
