@@ -142,10 +142,10 @@ def _check_experts(blueprint: Blueprint, anatomy: Anatomy) -> None:
                 f"blueprint layer {place}: where experts are merged, each that stays is the mean of whole experts"
             )
         if plan.aligned and [len(each) for each in plan.aligned] != [len(each) for each in plan.merged]:
-            raise ValueError(f"blueprint layer {place}: not every merged expert has an order of its neurons")
+            raise ValueError(f"blueprint layer {place}: aligned does not have one order for each expert of merged")
         for order in (order for each in plan.aligned for order in each):
             if order and sorted(order) != list(range(anatomy.sizes.carried["x"])):
-                raise ValueError(f"blueprint layer {place}: an order of a merged expert's neurons is not one of all")
+                raise ValueError(f"blueprint layer {place}: aligned has an order that is no permutation of the neurons")
         if plan.shared:
             _distinct(f"blueprint layer {place} neurons of shared experts", plan.shared, anatomy.sizes.carried["y"])
         for own in plan.expert_neurons:

@@ -43,7 +43,7 @@ onnx() {
 
 converter() {
     local scratch
-    scratch=$(mktemp -d "$folder/download-XXXXXX")
+    scratch=$(mktemp -d -p "$folder")
     "$python" -m venv "$scratch/venv"
     "$scratch/venv/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: \
         --dest "$scratch" -r "$root/requirements/serving-converter.txt"

@@ -38,3 +38,15 @@ def test_the_stream_without_the_ffn_and_what_its_branch_adds_are_the_stream_afte
             }
             assert not any("attn" in name or "attention" in name for name in own), own
     assert seen
+
+
+@torch.no_grad()
+def test_a_branch_that_became_float32_is_computed_in_the_types_of_its_class():
+    model = tiny_model("deepseek_v3", dtype=torch.bfloat16)
+    gate = model.model.layers[1].mlp.gate
+    gate.weight = torch.nn.Parameter(gate.weight.float())  # which some classes keep in float32
+    known = (decoder_of(model), anatomy_of(config_of(model), tensors_of(model)))
+    branch = list(in_step(known, known, range(4), range(32), [tokens()], HERE))[1].branch
+    types = {name: weight.dtype for name, weight in branch.float().computed().items()}
+    assert {weight.dtype for weight in branch.parameters()} == {torch.float32}
+    assert types.pop("layer.mlp.gate.weight") == torch.float32 and set(types.values()) == {torch.bfloat16}

@@ -1,5 +1,6 @@
 """Merged experts: means of an expert and of removed ones, weighted by routing, neuron by neuron."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from pipeline.model.anatomy import anatomy_of
 from pipeline.model.blueprint import Blueprint, compose, everything
 from pipeline.model.scores import Scores
 from pipeline.prune.merging import neurons_of, paired
-from pipeline.prune.surgery.cut import cut, expert_tensor
+from pipeline.prune.surgery.cut import cut, expert_tensors, reordered
 from pipeline.runtime.checkpoint import open_checkpoint
 from tests.mixtures import CUT, loaded, made, mixture_world
 from tests.tiny import config_of, tensors_of, tiny_model
@@ -70,11 +71,10 @@ def test_an_expert_that_is_another_with_its_neurons_shuffled_merges_into_it_unch
         if name in of.expert_of:
             pattern, expert = of.expert_of[name]
             if expert == 1:
-                tensors[stored] = expert_tensor(of, tensors, name, layer, 0, order)
+                tensors[stored] = reordered(of, name, expert_tensors(of, tensors, name, layer)(0), order)
         else:
-            tensors[stored][1] = expert_tensor(of, tensors, name, layer, 0, order)
-    neurons = [neurons_of(of, tensors, layer, expert) for expert in (0, 1)]
-    found = paired(*neurons)
+            tensors[stored][1] = reordered(of, name, tensors[stored][0], order)
+    found = paired(*map(neurons_of(of, tensors, layer), (0, 1)))
     assert [order[place] for place in found] == list(range(len(order)))
     whole = everything(of.sizes)
     merged = (((0, 0.25), (1, 0.75)), ((2, 1.0),), ((3, 1.0),))
@@ -112,9 +112,9 @@ def test_experts_are_merged_whole():
 @pytest.mark.parametrize(
     ("orders", "words"),
     [
-        ((((), ()), ((),)), "not every merged expert"),
-        ((((), (0,) * 12), ((),), ((),)), "is not one of all"),
-        ((((), tuple(range(11))), ((),), ((),)), "is not one of all"),
+        ((((), ()), ((),)), "one order for each"),
+        ((((), (0,) * 12), ((),), ((),)), "no permutation"),
+        ((((), tuple(range(11))), ((),), ((),)), "no permutation"),
     ],
 )
 def test_orders_of_neurons_that_are_none_are_refused(orders, words):
@@ -125,3 +125,28 @@ def test_orders_of_neurons_that_are_none_are_refused(orders, words):
     layers = tuple(replace(p, experts=(0, 2, 3), merged=means, aligned=orders) for p in whole.layers)
     with pytest.raises(ValueError, match=words):
         replace(whole, layers=layers).student(of)
+
+
+@pytest.mark.parametrize("merged", [(((0, 0.5), (1, 0.5)), ((2, 1.0),), ((3, 1.0),)), ()])
+def test_a_tensor_of_all_experts_is_read_once(merged):
+    model = tiny_model("gpt_oss")
+    of = anatomy_of(config_of(model), tensors_of(model))
+    whole, source = everything(of.sizes), Counting(tensors_of(model))
+    layers = tuple(replace(plan, experts=(0, 2, 3), merged=merged) for plan in whole.layers)
+    dict(cut(of, replace(whole, layers=layers), source))
+    assert set(source.reads.values()) == {1}
+    source.reads.clear()
+    read = neurons_of(of, source, 1)
+    assert all(read(expert).shape[0] == 24 for expert in range(4)) and set(source.reads.values()) == {1}
+
+
+class Counting(dict):
+    """Tensors by name, with how often each was read."""
+
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.reads = Counter()
+
+    def __getitem__(self, name):
+        self.reads[name] += 1
+        return super().__getitem__(name)

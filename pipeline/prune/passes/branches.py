@@ -34,9 +34,8 @@ def ffn_parts(layer: nn.Module, anatomy: Anatomy, index: int) -> dict[str, nn.Mo
     return {name: part for name, part in layer.named_children() if name in own}
 
 
-def mixers(layer: nn.Module, anatomy: Anatomy, index: int) -> dict[str, nn.Module]:
-    """Return the submodules of layer `index` with matrices that are no FFN, by name."""
-    ffn = ffn_parts(layer, anatomy, index)
+def mixers(layer: nn.Module, ffn: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the submodules of a layer with matrices that are not those of its FFN, by name."""
     matrices = {name: any(each.dim() > 1 for each in part.parameters()) for name, part in layer.named_children()}
     return {name: part for name, part in layer.named_children() if matrices[name] and name not in ffn}
 

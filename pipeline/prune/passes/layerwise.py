@@ -74,7 +74,7 @@ def recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Te
 
 
 @dataclass(frozen=True)
-class Lesson:
+class FfnTarget:
     """What the FFN of a layer of a student is to learn: that `base` + `branch`(`read`) equals `wanted`, [tokens, h'].
 
     Both streams of the student are one tensor, unless attention and FFN read the same stream. `branch` is None where
@@ -95,7 +95,7 @@ def in_step(
     channels: Sequence[int],
     batches: Iterable[Tensor],
     place: torch.device,
-) -> Iterator[Lesson]:
+) -> Iterator[FfnTarget]:
     """Run two streams through a teacher and its student; yield for each layer of the student what its FFN is to match.
 
     `base` is the student's stream without what the FFN adds, and `wanted` the teacher's where the host of the student's
@@ -119,7 +119,8 @@ def in_step(
         for number in range(after, until):
             _pass(teachers, large[number], number, place, home)
         after = until
-        parts, others = ffn_parts(layer, student[1], index), mixers(layer, student[1], index)
+        parts = ffn_parts(layer, student[1], index)
+        others = mixers(layer, parts)
         silent = {name: Silent(part, None) for name, part in others.items()}
         before = [step.hidden.clone() for step in students] if parts and student[1].family.parallel else []
         with ExitStack() as quiet:
@@ -132,9 +133,9 @@ def in_step(
         branch = Branch(layer, silent, call) if parts else None
         wanted = _gathered([step.hidden for step in teachers], shared, none)
         base = _gathered([step.hidden for step in students], slice(None), none)
-        lessons = [Lesson(index, branch, _gathered(before, slice(None), none) if before else base, base, wanted)]
+        targets = [FfnTarget(index, branch, _gathered(before, slice(None), none) if before else base, base, wanted)]
         del wanted, base
-        yield lessons.pop()  # held no more: what the caller is done with is free before the next pass
+        yield targets.pop()  # held no more: what the caller is done with is free before the next pass
         if branch is not None:
             _add(students, before, branch, place, home)
         del branch, call, silent, before  # an FFN of experts is large

@@ -117,34 +117,41 @@ def _part(
 
 def _mean(anatomy: Anatomy, source: Mapping[str, Tensor], name: str, plan: LayerPlan) -> Tensor:
     """Return a tensor of experts, each the weighted mean of some, neuron by neuron, in float64, rounded once."""
+    read = expert_tensors(anatomy, source, name, plan.host)
     if name in anatomy.expert_of:
-        expert = plan.experts.index(anatomy.expert_of[name][1])
-        return _mean_of(anatomy, source, name, plan, expert)
-    return torch.stack([_mean_of(anatomy, source, name, plan, expert) for expert in range(len(plan.merged))])
+        return _mean_of(anatomy, read, name, plan, plan.experts.index(anatomy.expert_of[name][1]))
+    return torch.stack([_mean_of(anatomy, read, name, plan, place) for place in range(len(plan.merged))])
 
 
-def _mean_of(anatomy: Anatomy, source: Mapping[str, Tensor], name: str, plan: LayerPlan, place: int) -> Tensor:
+def _mean_of(anatomy: Anatomy, read: Callable[[int], Tensor], name: str, plan: LayerPlan, place: int) -> Tensor:
+    """Return the mean of the experts that go into the one at `place`."""
     parts = plan.merged[place]
     orders = plan.aligned[place] if plan.aligned else [()] * len(parts)
-    tensors = [expert_tensor(anatomy, source, name, plan.host, expert, order)
-               for (expert, _), order in zip(parts, orders, strict=True)]  # fmt: skip
+    tensors = [reordered(anatomy, name, read(expert), order) for (expert, _), order in zip(parts, orders, strict=True)]
     weighted = [tensor.to(torch.float64) * share for tensor, (_, share) in zip(tensors, parts, strict=True)]
     return torch.stack(weighted).sum(0).to(tensors[0].dtype)
 
 
-def expert_tensor(
-    anatomy: Anatomy, source: Mapping[str, Tensor], name: str, layer: int, expert: int, order: Sequence[int] = ()
-) -> Tensor:
-    """Return an expert's part of a tensor of experts, or its own for that of another; its neurons in an order, if any.
+def expert_tensors(anatomy: Anatomy, source: Mapping[str, Tensor], name: str, layer: int) -> Callable[[int], Tensor]:
+    """Return a function from an expert to its part of `name`, one of `anatomy.routed`, in a layer.
 
-    `name` is one of `anatomy.routed`.
+    A tensor of all experts is read here, once; the tensor of a single expert when it is asked for.
     """
+    if name not in anatomy.expert_of:
+        return source[name.format(layer=layer)].__getitem__
+    pattern = anatomy.expert_of[name][0]
+    return lambda expert: source[pattern.replace(EXPERT, str(expert)).format(layer=layer)]
+
+
+def expert_axes(anatomy: Anatomy, name: str) -> Segment:
+    """Return the axes of one expert's part of a tensor, `name` being one of `anatomy.routed`."""
     (segment,) = anatomy.layer_tensors[name]
-    if name in anatomy.expert_of:
-        tensor = source[anatomy.expert_of[name][0].replace(EXPERT, str(expert)).format(layer=layer)]
-    else:
-        tensor, segment = source[name.format(layer=layer)][expert], segment[1:]
-    for along, axis in enumerate(segment):
+    return segment if name in anatomy.expert_of else segment[1:]
+
+
+def reordered(anatomy: Anatomy, name: str, tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """Return one expert's part of a tensor with its neurons in an order; an empty one is their own."""
+    for along, axis in enumerate(expert_axes(anatomy, name)):
         if order and "x" in axis.split():
             tensor = _of_neurons(tensor, along, axis, "x", anatomy.sizes.carried["x"], order)
     return tensor

@@ -16,7 +16,7 @@ from pipeline.distill.local import HELD_OUT, Lessons, Rows, is_matrix, learn
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.causal import decoder_of
 from pipeline.prune.passes.branches import Branch
-from pipeline.prune.passes.layerwise import Lesson, in_step
+from pipeline.prune.passes.layerwise import FfnTarget, in_step
 from pipeline.runtime.checkpoint import Checkpoint, open_checkpoint, open_tensors
 from pipeline.runtime.checkpoint_writer import write_checkpoint, write_tensors
 from pipeline.runtime.class_parameters import ClassParameters
@@ -56,7 +56,7 @@ def check(config: Config) -> None:
     if family.residual_weights:
         raise ValueError(
             f"local_distill.epochs: layers of model_type {family.model_type!r} multiply the residual stream by learned "
-            "weights, so no FFN is trained alone; set it to 0"
+            "weights, so its FFNs cannot be trained one by one; set it to 0"
         )
 
 
@@ -133,18 +133,18 @@ def _fits(origin: Checkpoint, start: Checkpoint, tokens: int, device: Device) ->
     return origin.bytes() + start.bytes() + streams < 0.5 * device.total_memory()
 
 
-def _placed(lesson: Lesson, sequence: int, device: Device, ranks: Ranks) -> tuple[Branch | None, Rows]:
+def _placed(target: FfnTarget, sequence: int, device: Device, ranks: Ranks) -> tuple[Branch | None, Rows]:
     """Return a layer's branch in float32, and this rank's rows on the device, with their places: sequence s of rank r
     is sequence s · world + r of the text."""
-    count = len(lesson.read)
+    count = len(target.read)
     own = torch.arange(count // sequence) * ranks.world + ranks.rank
     places = (own[:, None] * sequence + torch.arange(sequence)).flatten()
     total = torch.tensor([count])
     ranks.sum_([total])
-    read = lesson.read.to(device.torch)
-    base = read if lesson.base is lesson.read else lesson.base.to(device.torch)
-    rows = Rows(read, base, lesson.wanted.to(device.torch), places, int(total))
-    return lesson.branch if lesson.branch is None else lesson.branch.float(), rows
+    read = target.read.to(device.torch)
+    base = read if target.base is target.read else target.base.to(device.torch)
+    rows = Rows(read, base, target.wanted.to(device.torch), places, int(total))
+    return target.branch if target.branch is None else target.branch.float(), rows
 
 
 def _matrices(branch: Branch, parameters: ClassParameters, prefix: str) -> dict[str, nn.Parameter]:
