@@ -135,7 +135,7 @@ def _mean_of(anatomy: Anatomy, read: Callable[[int], Tensor], name: str, plan: L
 def expert_tensors(anatomy: Anatomy, source: Mapping[str, Tensor], name: str, layer: int) -> Callable[[int], Tensor]:
     """Return a function from an expert to its part of `name`, one of `anatomy.routed`, in a layer.
 
-    A tensor of all experts is read here, once; the tensor of a single expert when it is asked for.
+    A tensor of all experts is read here, once; the tensor of a single expert at each call.
     """
     if name not in anatomy.expert_of:
         return source[name.format(layer=layer)].__getitem__
