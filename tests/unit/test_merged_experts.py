@@ -40,6 +40,9 @@ def test_merged_experts_are_means_weighted_by_routing(kind, tmp_path):
                 assert plan.experts[int(cosines.argmax())] == expert
             shares = weights[members] / weights[members].sum() if weights[members].any() else torch.eye(len(members))[0]
             torch.testing.assert_close(torch.tensor([share for _, share in parts]).double(), shares.double())
+            read = neurons_of(source.anatomy, source, plan.host)
+            for other, order in zip(members[1:], plan.aligned[own][1:], strict=True):
+                assert order == paired(read(expert), read(other)) != tuple(range(24))
             for name in ("gate_up_proj", "down_proj"):
                 orders = plan.aligned[own]
                 assert not orders[0] and all(sorted(order) == list(range(24)) for order in orders[1:])
