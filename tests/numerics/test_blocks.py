@@ -131,9 +131,12 @@ def test_a_token_with_a_long_stream_counts_as_much_as_any():
     torch.testing.assert_close(one.weight, two.weight)
 
 
-def test_two_ranks_learn_what_one_learns():
-    """Each has every other token; what they add is added, in turn, as between processes."""
+@pytest.mark.parametrize("first", [slice(0, None, 2), slice(None)])
+def test_two_ranks_learn_what_one_learns(first):
+    """Each has every other token, or the second has none; what they add is added, in turn, as between processes."""
     part, known = taught()
+    taken = torch.arange(512)[first]
+    shares = taken, torch.arange(512)[~torch.isin(torch.arange(512), taken)]
     learners, barrier, given = [deepcopy(part) for _ in range(2)], Barrier(2), {}
 
     def work(rank: int) -> Learnt:
@@ -144,7 +147,7 @@ def test_two_ranks_learn_what_one_learns():
                 tensor.copy_(one + two)
             barrier.wait()
 
-        own = torch.arange(512)[rank::2]
+        own = shares[rank]
         return learn(learners[rank], Rows(known.read[own], known.base[own], known.wanted[own], own, 512), LESSONS, add)
 
     with ThreadPoolExecutor(2) as ranks:
