@@ -28,7 +28,7 @@ def plan_of(anatomy: Anatomy, axis: str) -> Blueprint:
     coupled = anatomy.whole_heads and bool({"hidden", "heads", "groups"} & axes)
     hosts = range(len(sizes.layers))
     if "layers" in axes:
-        hosts = hosts[int(anatomy.family.keeps_last is not None) :: 2]
+        hosts = [host for host in hosts if host in anatomy.needed or host % 2 == bool(anatomy.needed)]
     plans = [_narrow(sizes, whole_layer(sizes, host), axes, coupled) for host in hosts]
     hidden = sizes.hidden
     if coupled:
@@ -89,7 +89,10 @@ def masked(model: PreTrainedModel, anatomy: Anatomy, blueprint: Blueprint, folde
         teacher = load_model(folder, model.dtype, "eager")
         teacher.set_experts_implementation("eager")
     channels = torch.tensor(blueprint.channels)
-    outer_norms = {name.rpartition(".")[0] for name in family.outer if "norm" in name and name in anatomy.outer}
+    outer_norms = {
+        name.rpartition(".")[0] for name, axes in family.outer.items() if "norm" in name and name in anatomy.outer
+        and axes == "h"
+    }
     for name in {family.final_norm} | outer_norms:
         _restrict(teacher, name, channels)
     for layer in range(len(anatomy.sizes.layers)):

@@ -67,6 +67,15 @@ GRANITE_HYBRID = MAMBA | {
 }
 FEW = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 INDEX = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 32}
+GEMMA4 = {
+    "num_hidden_layers": 6,
+    "layer_types": WINDOWS + WINDOWS[:2],
+    "sliding_window": 8,
+    "global_head_dim": 16,
+    "final_logit_softcapping": 30.0,
+}
+EMBEDDED = {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 96}
+GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 12}
 GEMMA = {"query_pre_attn_scalar": 8, "sliding_window": 8}
 
 # Config fields beside BASE of every type with a table, by model_type, and of further settings as `model_type-setting`.
@@ -228,6 +237,12 @@ TINY: dict[str, dict] = {
     },
     "lfm2_moe": FEW | {"layer_types": ["conv", "conv", "full_attention", "full_attention"], "num_dense_layers": 1},
     "lfm3": {"layer_types": ["conv", "conv", "full_attention", "full_attention"], "sliding_window": 8},
+    "gemma4_text": GEMMA4 | EMBEDDED | {"num_kv_shared_layers": 3, "use_double_wide_mlp": True},
+    "gemma4_text-plain": GEMMA4
+    | {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    "gemma4_text-experts": GEMMA4 | GEMMA4_EXPERTS | {"hidden_size_per_layer_input": 0},
+    "gemma4_text-all": GEMMA4 | GEMMA4_EXPERTS | EMBEDDED | {"num_kv_shared_layers": 2, "attention_bias": True},
+    "gemma4_unified_text": GEMMA4 | {"num_kv_shared_layers": 2},
     "exaone": {},
     "nemotron_h": {
         "layers_block_type": ["mamba", "mlp", "attention", "mlp"],
@@ -281,7 +296,8 @@ def tiny_model(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **c
         model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        buffers = (buffer for name, buffer in model.named_buffers() if "correction_bias" in name)
+        stored = ("correction_bias", "layer_scalar")
+        buffers = (buffer for name, buffer in model.named_buffers() if any(part in name for part in stored))
         for parameter in (*model.parameters(), *buffers):
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
     return model

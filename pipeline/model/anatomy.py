@@ -41,6 +41,27 @@ class Anatomy:
     routing: Routing | None = None  # of a mixture of experts
 
     @cached_property
+    def needed(self) -> dict[int, str]:
+        """Return the layers that every student keeps, each with the reason."""
+        last, family = len(self.sizes.layers) - 1, self.family
+        kinds = [kind.partition(",")[0] for kind in self.layer_types]
+        stay: dict[int, str] = {}
+        for layer in range(last + 1) if family.own_keys else ():
+            if not self._reuses(layer):
+                continue
+            sources = [i for i in range(layer) if kinds[i] == kinds[layer] and not self._reuses(i)]
+            stay |= {source: "later layers read its keys and values" for source in sources[-1:]}
+        return stay | ({last: family.keeps_last} if family.keeps_last else {})
+
+    def staying(self, first: int) -> frozenset[int]:
+        """Return the layers that every student keeps, and the `first` ones."""
+        return frozenset(range(first)) | self.needed.keys()
+
+    def _reuses(self, layer: int) -> bool:
+        """Whether a layer reads the keys and values of an earlier one."""
+        return set(self.family.own_keys) <= self.lacking.get(self.layer_types[layer], frozenset())
+
+    @cached_property
     def layer_tensors(self) -> dict[str, tuple[Segment, ...]]:
         """Return the layer tensors of this checkpoint, by name with a `{layer}` place."""
         table = expanded(self.family, self.sizes)

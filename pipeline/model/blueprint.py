@@ -8,7 +8,7 @@ from typing import ClassVar
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.merged_experts import composed_merges
 from pipeline.model.mixture import narrowing_of
-from pipeline.model.sizes import LayerSizes, Sizes
+from pipeline.model.sizes import LayerSizes, Sizes, own_lengths
 from pipeline.model.stored import Stored
 
 
@@ -50,14 +50,19 @@ class Blueprint(Stored):
 
     def sizes(self, source: Sizes) -> Sizes:
         """Return the widths of the student."""
-        widths = (LayerSizes(sum(len(g.heads) for g in p.groups), len(p.groups), len(p.neurons)) for p in self.layers)
+        hosts = [plan.host for plan in self.layers]
+        widths = (
+            LayerSizes(sum(len(g.heads) for g in p.groups), len(p.groups), len(p.neurons), source.layers[p.host].stated)
+            for p in self.layers
+        )
         kept = max((len(plan.experts) for plan in self.layers), default=0)
         carried = dict(source.carried) | ({"e": kept} if kept else {})
         inner = next((len(plan.expert_neurons[0]) for plan in self.layers if plan.expert_neurons), 0)
         shared = max((len(plan.shared) for plan in self.layers), default=0)
         carried |= ({"x": inner} if inner else {}) | ({"y": shared} if shared else {})
         vocabulary = len(self.vocabulary) or source.vocabulary
-        return replace(source, vocabulary=vocabulary, hidden=len(self.channels), layers=tuple(widths), carried=carried)
+        alike, by_layer = own_lengths({axis: tuple(own[h] for h in hosts) for axis, own in source.by_layer.items()})
+        return Sizes(vocabulary, len(self.channels), source.head_size, tuple(widths), carried | alike, by_layer)
 
     def student(self, anatomy: Anatomy) -> Anatomy:
         """Return the anatomy of the student; ValueError if the plan does not fit the source."""
@@ -175,14 +180,19 @@ def check_expert_neurons(anatomy: Anatomy, inner: int | None, shared: int | None
 
 
 def _check_attention(blueprint: Blueprint, anatomy: Anatomy) -> None:
-    """Raise ValueError where layers of other kinds stay, and none with attention, which a class's cache needs; and
-    where a last layer that is not like the others does not stay last."""
+    """Raise ValueError where layers of other kinds stay, and none with attention, which a class's cache needs; where
+    a layer that others depend on does not stay; and where such layers change their order."""
     output = f"{anatomy.writer('n d')}.weight"
-    last = len(anatomy.sizes.layers) - 1
-    if anatomy.family.keeps_last and blueprint.layers[-1].host != last:
+    hosts = [plan.host for plan in blueprint.layers]
+    for layer, reason in anatomy.needed.items():
+        if layer not in hosts:
+            raise ValueError(
+                f"shape.layers: a student of model_type {anatomy.family.model_type!r} must keep layer {layer}: "
+                f"{reason}; keep it"
+            )
+    if anatomy.needed and hosts != sorted(hosts):
         raise ValueError(
-            f"shape.layers: the last layer of a student of model_type {anatomy.family.model_type!r} must be layer "
-            f"{last}: {anatomy.family.keeps_last}; keep it"
+            f"blueprint: layers of model_type {anatomy.family.model_type!r} stay in their order; it has {hosts}"
         )
     with_attention = {layer for layer in range(len(anatomy.sizes.layers)) if anatomy.has(output, layer)}
     if with_attention and with_attention.isdisjoint(plan.host for plan in blueprint.layers if plan.groups):

@@ -9,8 +9,10 @@ from pipeline.model.anatomy import PER_LAYER_LISTS, Anatomy
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.families import FAMILIES
 from pipeline.model.mixture import narrowing_of
-from pipeline.model.sizes import LayerSizes
+from pipeline.model.sizes import LayerSizes, reusing_layers
 from pipeline.model.token_ids import Renumbering
+
+WIDTHS = ("heads", "groups", "neurons")  # of a layer, in a `pruned` section
 
 
 def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Blueprint) -> dict[str, Any]:
@@ -26,6 +28,14 @@ def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
             edited[field] = [config[field][host] for host in hosts]
     for field, kinds in source.family.layer_groups.items():
         edited[field] = [[[config[kinds][host] for host in hosts], 1]]
+    if config.get(str(source.family.layer_fields)):
+        own = config[str(source.family.layer_fields)]
+        edited[str(source.family.layer_fields)] = {
+            str(place): own[str(host)] for place, host in enumerate(hosts) if str(host) in own
+        }
+    if source.family.reusing:
+        reusing = reusing_layers(config, source.family, len(source.sizes.layers))
+        edited[source.family.reusing] = sum(host in reusing for host in hosts)
     for field in source.family.repeated:
         edited[field] = [config[field][host % len(config[field])] for host in hosts]
     for field in source.family.depth_scaled:
@@ -95,10 +105,11 @@ def _stated(source: Anatomy, student: Anatomy) -> LayerSizes:
     Where layers differ each has its own, and these need only be values that the class accepts: of another layer, or of
     the source.
     """
-    neurons = max(widths.neurons for widths in student.sizes.layers)
-    whole = [replace(w, neurons=w.neurons or neurons) for w in student.sizes.layers if w.groups]
+    layers = [widths.for_config for widths in student.sizes.layers]
+    neurons = max(widths.neurons for widths in layers)
+    whole = [replace(w, neurons=w.neurons or neurons) for w in layers if w.groups]
     ranked = sorted(whole, key=lambda widths: (widths.heads, widths.groups, widths.neurons))[::-1]
-    choices = ranked if student.sizes.uniform else (*ranked, *source.sizes.layers)
+    choices = ranked if student.sizes.uniform else (*ranked, *(widths.for_config for widths in source.sizes.layers))
     return next((w for w in choices if accepts_heads(student, student.sizes.hidden, w.heads)), ranked[0])
 
 
@@ -159,7 +170,7 @@ def per_layer(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any]:
             f"plan.widths: {family.architecture} has one number of heads for all layers; set plan.widths=uniform"
         )
     return {
-        "layers": [vars(widths) for widths in student.sizes.layers],
+        "layers": [{width: getattr(widths, width) for width in WIDTHS} for widths in student.sizes.layers],
         "shapes": own_shapes(config, student),
         "attention": {
             f"{family.prefix}{family.attention}".format(layer=i): {
@@ -207,7 +218,9 @@ def own_shapes(config: Mapping[str, Any], student: Anatomy) -> dict[str, list[in
     heads = family.width(config, "heads")
     neurons = family.width(config, "neurons") or (family.neurons_per_channel or 0) * student.sizes.hidden
     widths = LayerSizes(heads, family.groups or family.width(config, "groups") or heads, neurons)
-    sizes = replace(student.sizes, layers=(widths,) * len(student.sizes.layers))
+    stated = [own.stated for own in student.sizes.layers]
+    layers = tuple(replace(widths, neurons=widths.neurons * times, stated=times) for times in stated)
+    sizes = replace(student.sizes, layers=layers)
     stock = student.narrowed(sizes, student.layer_types).shapes()
     return {name: list(shape) for name, shape in student.shapes().items() if stock[name] != shape}
 

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.model.families import Family
@@ -20,6 +20,7 @@ class LayerSizes:
     heads: int
     groups: int
     neurons: int
+    stated: int = 1  # its neurons are this many times those that the config states
 
     @property
     def each(self) -> int:
@@ -30,7 +31,13 @@ class LayerSizes:
         """Return these widths, bounded by those of a layer: KV groups, query heads per group, neurons."""
         groups = min(self.groups, own.groups)
         each = min(self.each, own.each)
-        return LayerSizes(groups * each, groups, min(self.neurons, own.neurons))
+        neurons = min(self.neurons * own.stated // self.stated, own.neurons)
+        return LayerSizes(groups * each, groups, neurons, own.stated)
+
+    @property
+    def for_config(self) -> "LayerSizes":
+        """Return the widths as a config states them."""
+        return replace(self, neurons=-(-self.neurons // self.stated), stated=1)
 
 
 @dataclass(frozen=True)
@@ -42,10 +49,13 @@ class Sizes:
     head_size: int
     layers: tuple[LayerSizes, ...]
     carried: Mapping[str, int] = field(default_factory=dict)  # lengths of a family's own axes; `e`: experts
+    by_layer: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of those whose lengths differ
 
     @property
     def uniform(self) -> bool:
-        return len(set(self.layers)) <= 1
+        """Whether all layers are as wide as the class makes them by one set of config fields."""
+        stated = {widths.for_config for widths in self.layers}
+        return len(stated) <= 1 and not any(widths.neurons % widths.stated for widths in self.layers)
 
     def length(self, axis: Axis, layer: int) -> int:
         """Return the length of an axis in a layer: the product of its letters'."""
@@ -58,7 +68,9 @@ class Sizes:
             "n": widths.heads,
             "k": widths.groups,
             "q+2": widths.each + 2,
+            "L": len(self.layers),
             **self.carried,
+            **{own: lengths[layer] for own, lengths in self.by_layer.items()},
         }
         return math.prod(int(letter) if letter.isdigit() else lengths[letter] for letter in axis.split())
 
@@ -82,15 +94,35 @@ def sizes_of(config: Mapping[str, Any], family: Family) -> Sizes:
     groups = family.groups or family.width(config, "groups") or heads
     neurons = family.width(config, "neurons") or (family.neurons_per_channel or 0) * hidden
     per_layer = config.get("pruned", {}).get("layers")
-    widths = LayerSizes(heads, groups, neurons)
-    layers = (
-        tuple(LayerSizes(**entry) for entry in per_layer) if per_layer else (widths,) * family.width(config, "layers")
+    count = len(per_layer) if per_layer else family.width(config, "layers")
+    stated = [2 if family.doubled and config.get(family.doubled) and i in reusing_layers(config, family, count) else 1
+              for i in range(count)]  # fmt: skip
+    layers = tuple(
+        LayerSizes(**per_layer[i], stated=times) if per_layer else LayerSizes(heads, groups, neurons * times, times)
+        for i, times in enumerate(stated)
     )
-    carried = {axis: sum(_product(config, name) for name in fields) for axis, fields in family.lengths.items()}
+    own = config.get(family.layer_fields) or {} if family.layer_fields else {}
+    configs = [{**config, **own.get(str(layer), {})} for layer in range(count)] if own else [config]
+    lengths = {
+        axis: tuple(sum(_product(each, name) for name in fields) for each in configs)
+        for axis, fields in family.lengths.items()
+    }
+    carried, by_layer = own_lengths(lengths)
     if family.experts:
         carried["e"] = experts_of(config, family)
     head_size = family.width(config, "head_size") or hidden // heads
-    return Sizes(family.width(config, "vocabulary"), hidden, head_size, layers, carried)
+    return Sizes(family.width(config, "vocabulary"), hidden, head_size, layers, carried, by_layer)
+
+
+def own_lengths(lengths: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
+    """Return the lengths of a family's own axes by layer as those that all layers share, and the others."""
+    carried = {axis: of_layers[0] for axis, of_layers in lengths.items() if len(set(of_layers)) == 1}
+    return carried, {axis: of_layers for axis, of_layers in lengths.items() if axis not in carried}
+
+
+def reusing_layers(config: Mapping[str, Any], family: Family, count: int) -> range:
+    """Return which of `count` layers read the keys and values of earlier ones."""
+    return range(count - (config.get(family.reusing) or 0), count) if family.reusing else range(0)
 
 
 def _product(config: Mapping[str, Any], fields: str) -> int:

@@ -60,7 +60,7 @@ class Checkpoint(Mapping[str, Tensor]):
         whole = stock_config(self.config, self.folder)
         lengths = {name for terms in family.lengths.values() for term in terms for name in term.split("*")}
         own = (*family.experts, family.top_k, family.leading_dense, *family.layer_indices, *family.depth_scaled)
-        own = (*own, *family.repeated)
+        own = (*own, *family.repeated, *filter(None, (family.reusing, family.doubled)))
         fields = (*(family.field(width) for width in FROM_CLASS), *sorted(lengths), *own)
         lists = [name for name in PER_LAYER_LISTS if name in vars(whole)]  # some classes compute them
         self.config |= {
@@ -68,6 +68,9 @@ class Checkpoint(Mapping[str, Tensor]):
             for field in ("tie_word_embeddings", *lists, *filter(None, fields))
             if self.config.get(field) in (None, []) and (value := getattr(whole, field, None)) is not None
         }
+        if family.layer_fields:
+            by_layer = whole.to_dict().get(family.layer_fields) or {}
+            self.config[family.layer_fields] = {str(layer): dict(fields) for layer, fields in by_layer.items()}
         path, layers = self.folder / "config.json", str(family.field("layers"))
         for name in (name for name in PER_LAYER_LISTS if self.config.get(name) == []):
             check_length(name, [], layers, self.config[layers], path)

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.model.families.dense import DENSE
 from pipeline.model.families.experts import EXPERTS
+from pipeline.model.families.gemma4 import GEMMA4
 from pipeline.model.families.gpt import GPT
 from pipeline.model.families.gpt_neox import GPT_NEOX
 from pipeline.model.families.hybrid import HYBRID
@@ -22,7 +23,8 @@ from pipeline.model.families.wrappers import WRAPPERS, Wrapper
 __all__ = ["AXES", "FAMILIES", "REFUSED", "WRAPPERS", "Family", "Wrapper", "family_for", "family_of"]
 
 FAMILIES: Mapping[str, Family] = {
-    family.model_type: family for family in (*DENSE, *OTHER, *GPT, *GPT_NEOX, *EXPERTS, *MIXTURES, *LLAMA4, *HYBRID)
+    family.model_type: family
+    for family in (*DENSE, *OTHER, *GEMMA4, *GPT, *GPT_NEOX, *EXPERTS, *MIXTURES, *LLAMA4, *HYBRID)
 }
 
 

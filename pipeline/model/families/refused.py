@@ -33,9 +33,6 @@ REASONS: Mapping[str, str] = {
         "PanguProMoE"
     ),
     "it has per-layer embeddings and several streams that are updated in turn": "gemma3n_text",
-    "its head size differs by layer type, its last layers read the keys of earlier ones, and it embeds every layer": (
-        "gemma4_text gemma4_unified_text"
-    ),
     "its norms follow the addition of the residual": "openai-gpt",
     "its hidden states and matrices are normalised to a sphere": "dory",
     "its output matrix reads a further layer after the final norm": "modernbert-decoder",

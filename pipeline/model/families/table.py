@@ -4,7 +4,8 @@ Axes are letters: `v` vocabulary, `h` hidden channels, `n` query heads, `k` key/
 neurons. A family may name further axes in `lengths`; they are carried whole. Letters in parentheses share a dimension,
 the last letter running fastest: `(n d) h` is a matrix whose rows run over heads and head size and whose columns run
 over hidden channels. `q+2` counts the query heads of a KV group, its key and its value: `(k q+2 d) h` is a fused
-projection interleaved by group. A number is a dimension of that length. Blocks joined by `+` are concatenated along the
+projection interleaved by group. Outside the layers `L` counts the layers: `(L p) h` has `p` rows for each. A number
+is a dimension of that length. Blocks joined by `+` are concatenated along the
 first dimension in which they differ, or along the rows: `(n d) h + (k d) h + (k d) h`. An empty pattern is a scalar.
 """
 
@@ -72,6 +73,7 @@ class Family:
     lengths: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # own axes: config fields whose sum is the length
+    layer_fields: str | None = None  # config field: by layer number, the fields of which that layer has its own values
     follows: Mapping[str, str] = field(default_factory=dict)  # config fields that repeat a width of FIELDS
     requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # config values this table holds for
     variants: tuple["Family", ...] = ()  # tables of the same type for other config values
@@ -85,6 +87,10 @@ class Family:
     parallel: bool = False  # attention and FFN both read the stream that the layer is given
     residual_weights: bool = False  # its layers multiply the residual stream by learned weights
     keeps_last: str | None = None  # why the last layer of a student is the last of its source
+    # A config field: how many last layers read the keys and values of the last layer of their kind before them
+    reusing: str | None = None
+    own_keys: tuple[str, ...] = ()  # prefixes of the tensors that such layers lack, also where a file has them
+    doubled: str | None = None  # config field: whether such layers have twice the neurons that the config states
     layer_indices: tuple[str, ...] = ()  # config fields that list numbers of layers
     superseded: tuple[str, ...] = ()  # config fields of older files, which a later field of the class replaces
     # A config field by which the class changes the neurons that the config states, and the tensor whose rows they are
@@ -109,6 +115,7 @@ class Family:
     # which no operator computes)
     rotary: str = "half"
     embedding_times_root_hidden: bool = False  # the model multiplies embeddings by sqrt(hidden size)
+    divided: tuple[str, ...] = ()  # tensors that the class divides by sqrt(hidden size)
     folded: str | None = None  # model_type without post-norms, once they are absorbed
     even_heads: bool = False  # its config class refuses hidden sizes that are no multiple of the query heads
     uneven: str | None = None  # model_type of the same network, without biases, that accepts them

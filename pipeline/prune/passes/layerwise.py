@@ -1,5 +1,6 @@
 """A pass through a model layer by layer: the stream of every batch under way, and one layer at a time on the device."""
 
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
@@ -46,9 +47,14 @@ class Step:
         self.hidden.copy_(self.through(layer, index, place))
 
     def twin(self) -> "Step":
-        """Return the same batch with a stream of its own; the layers' arguments are shared."""
-        other = copy(self)
+        """Return the same batch with a stream, and what its layers pass on, of its own; all else is shared."""
+        other, own = copy(self), dict[int, UserDict]()
         other.hidden = self.hidden.clone()
+        for _, named in self.arguments:
+            own |= {id(value): copy(value) for value in named.values() if isinstance(value, UserDict)}
+        other.arguments = [
+            (rest, {name: own.get(id(value), value) for name, value in named.items()}) for rest, named in self.arguments
+        ]
         return other
 
 
@@ -184,10 +190,13 @@ def _moved(value: Any, place: torch.device) -> Any:
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return the same structure of mappings, tuples and lists with every tensor changed."""
+    """Return the same structure of dictionaries, tuples and lists with every tensor changed.
+
+    A `UserDict` stays the object that it is: layers pass on their keys and values in it.
+    """
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: _mapped(entry, change) for key, entry in value.items()}
     if isinstance(value, tuple | list):
         return type(value)(_mapped(entry, change) for entry in value)

@@ -34,16 +34,20 @@ def cut(
     student = blueprint.student(anatomy)
     kept = {"h": torch.tensor(blueprint.channels)}
     outer = kept | ({"v": torch.tensor(blueprint.vocabulary)} if blueprint.vocabulary else {})
+    hosts = [plan.host for plan in blueprint.layers]
     width = len(blueprint.channels)
+    divided = math.sqrt(width / anatomy.sizes.hidden)
     scale = math.sqrt(anatomy.sizes.hidden / width) if anatomy.family.embedding_times_root_hidden else 1.0
     for name, (segment,) in anatomy.outer_tensors.items():
-        tensor = _selected(source[name], segment, outer)
+        tensor = _selected(source[name], segment, outer | _of_layers(segment, anatomy.sizes, hosts))
         if name == anatomy.embedding:
             tensor = _scaled(tensor, scale, 0.0)
         elif name == anatomy.final_norm and anatomy.tied:
             tensor = _scaled(tensor, 1.0 / scale, anatomy.family.norm_offset)
         elif name == f"{anatomy.family.final_norm}.bias" and anatomy.tied:
             tensor = _scaled(tensor, 1.0 / scale, 0.0)
+        elif name in anatomy.family.divided:
+            tensor = _scaled(tensor, divided, 0.0)
         yield name, tensor
     for place, plan in enumerate(blueprint.layers):
         for name, segments in student.layer_tensors.items():
@@ -54,7 +58,10 @@ def cut(
                 _selected(_part(anatomy, source, origin, i, plan, donate), segment, kept)
                 for i, segment in enumerate(segments)
             ]
-            yield name.format(layer=place), parts[0] if len(parts) == 1 else torch.cat(parts, joint(segments))
+            tensor = parts[0] if len(parts) == 1 else torch.cat(parts, joint(segments))
+            if name.removeprefix(anatomy.family.prefix) in anatomy.family.divided:
+                tensor = _scaled(tensor, divided, 0.0)
+            yield name.format(layer=place), tensor
 
 
 def _origin(student: Anatomy, plan: LayerPlan, name: str) -> str:
@@ -200,6 +207,13 @@ def _selected(tensor: Tensor, segment: Segment, kept: Mapping[Axis, Tensor]) -> 
         if axis in kept:
             tensor = tensor.index_select(place, kept[axis])
     return tensor
+
+
+def _of_layers(segment: Segment, sizes: Sizes, hosts: Sequence[int]) -> dict[Axis, Tensor]:
+    """Return what some layers have on each axis of a tensor that counts the layers first, as `L p` does."""
+    count = len(sizes.layers)
+    axes = [axis for axis in segment if axis.split()[0] == "L"]
+    return {axis: torch.arange(sizes.length(axis, 0)).view(count, -1)[torch.tensor(hosts)].flatten() for axis in axes}
 
 
 def _scaled(stored: Tensor, factor: float, offset: float) -> Tensor:
