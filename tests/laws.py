@@ -90,8 +90,9 @@ def masked(model: PreTrainedModel, anatomy: Anatomy, blueprint: Blueprint, folde
         teacher.set_experts_implementation("eager")
     channels = torch.tensor(blueprint.channels)
     outer_norms = {
-        name.rpartition(".")[0] for name, axes in family.outer.items() if "norm" in name and name in anatomy.outer
-        and axes == "h"
+        name.rpartition(".")[0]
+        for name, axes in family.outer.items()
+        if "norm" in name and name in anatomy.outer and axes == "h"
     }
     for name in {family.final_norm} | outer_norms:
         _restrict(teacher, name, channels)

@@ -5,12 +5,12 @@ Widths: the same share everywhere; Adapt-Pruner's steps (2502.03460); one thresh
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from pipeline.model.shape import Depth, Trial
+from pipeline.model.shape import Depth, Trial, check_depth
 from pipeline.model.sizes import LayerSizes, Sizes
 
 MOST = 0.99  # sparsity of a layer at most (Adapt-Pruner)
@@ -103,16 +103,16 @@ def layer_weights(sizes: Sizes, layers: Sequence[LayerSizes]) -> int:
     return sum(w.groups * group_weights(sizes, w) + 3 * sizes.hidden * w.neurons for w in layers)
 
 
-def greedy_depth(total: int, count: int, loss: Loss, keep_first: int) -> Depth:
+def greedy_depth(total: int, count: int, loss: Loss, staying: Collection[int]) -> Depth:
     """Drop layers one at a time, each time the one whose absence gives the least loss, until `count` stay.
 
     Measures about total · (total - count) models.
     """
-    _check_depth(total, count, keep_first)
+    check_depth(count, total, staying)
     trials = _Trials(loss)
     kept = tuple(range(total))
     while len(kept) > count:
-        kept = min((_left(kept, {layer}) for layer in kept[keep_first:]), key=trials)
+        kept = min((_left(kept, {layer}) for layer in _left(kept, staying)), key=trials)
     return trials.result(kept)
 
 
@@ -120,7 +120,7 @@ def evolved_depth(
     total: int,
     count: int,
     loss: Loss,
-    keep_first: int,
+    staying: Collection[int],
     start: Sequence[int],
     generations: int,
     offspring: int,
@@ -131,15 +131,15 @@ def evolved_depth(
     A child replaces its parent only if its loss is lower. No set is measured twice. Raise ValueError if `start` does
     not fit.
     """
-    _check_depth(total, count, keep_first)
+    check_depth(count, total, staying)
     best = tuple(sorted(set(start)))
-    if len(best) != count or best[:keep_first] != tuple(range(keep_first)) or not set(best) <= set(range(total)):
-        raise ValueError(f"start keeps layers {best}; it must be {count} of {total} with the first {keep_first}")
+    if len(best) != count or not set(staying) <= set(best) <= set(range(total)):
+        raise ValueError(f"start keeps layers {best}; it must be {count} of {total} with {sorted(staying)}")
     trials, draw = _Trials(loss), torch.Generator().manual_seed(seed)
-    if count in (total, keep_first):
+    if count in (total, len(staying)):
         return trials.result(best)
     for _ in range(generations):
-        children = [_child(best, total, keep_first, draw) for _ in range(offspring)]
+        children = [_child(best, total, staying, draw) for _ in range(offspring)]
         best = min((best, *children), key=trials)
     return trials.result(best)
 
@@ -162,21 +162,16 @@ class _Trials:
         return Depth(kept, loss, tuple(Trial(*each) for each in self.seen.items()))
 
 
-def _child(parent: tuple[int, ...], total: int, keep_first: int, draw: torch.Generator) -> tuple[int, ...]:
-    kept, dropped = list(parent[keep_first:]), sorted(set(range(total)) - set(parent))
+def _child(parent: tuple[int, ...], total: int, staying: Collection[int], draw: torch.Generator) -> tuple[int, ...]:
+    kept, dropped = list(_left(parent, staying)), sorted(set(range(total)) - set(parent))
     swaps = min(1 + int(torch.rand(1, generator=draw) < 0.25), len(kept), len(dropped))
     leaving = torch.randperm(len(kept), generator=draw)[:swaps].tolist()
     coming = torch.randperm(len(dropped), generator=draw)[:swaps].tolist()
     return tuple(sorted({*_left(parent, {kept[i] for i in leaving}), *(dropped[i] for i in coming)}))
 
 
-def _left(kept: Sequence[int], gone: set[int]) -> tuple[int, ...]:
+def _left(kept: Sequence[int], gone: Collection[int]) -> tuple[int, ...]:
     return tuple(layer for layer in kept if layer not in gone)
-
-
-def _check_depth(total: int, count: int, keep_first: int) -> None:
-    if not max(1, keep_first) <= count <= total:
-        raise ValueError(f"shape.layers is {count}; it must lie between {max(1, keep_first)} and {total}")
 
 
 def _without(sizes: Sizes, gone: Sequence[tuple[int, int]], multiple: int) -> list[LayerSizes]:

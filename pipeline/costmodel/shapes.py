@@ -57,10 +57,10 @@ class ModelShape:
             heads=groups * max(widths.each for widths in sizes.layers),
             groups=groups,
             head_size=sizes.head_size,
-            neurons=max(widths.neurons for widths in sizes.layers),
+            neurons=max(widths.for_config.neurons for widths in sizes.layers),
             vocabulary=sizes.vocabulary,
             tied=anatomy.tied,
-            own=() if sizes.uniform else sizes.layers,
+            own=() if len(set(sizes.layers)) <= 1 else sizes.layers,
             even_heads=needs_even_heads(anatomy, biased),
             whole_heads=anatomy.whole_heads,
             fixed=anatomy.family.fixed,
@@ -262,7 +262,8 @@ class Grid:
         pairs = values["attention"]
         kept = [[LayerSizes(heads, groups, 0).within(own) for heads, groups in pairs] for own in teacher.each()]
         bundles = np.array([[pair.heads + pair.groups for pair in layer] for layer in kept]) * teacher.head_size
-        neurons = np.minimum(self.neurons, np.array([[own.neurons] for own in teacher.each()]))  # [layer, neurons]
+        times, most_neurons = np.array([[[own.stated], [own.neurons]] for own in teacher.each()]).transpose(1, 0, 2)
+        neurons = np.minimum(self.neurons * times, most_neurons)  # [layer, neurons]
         ffn = 3 * neurons
         if teacher.mixture is not None:
             kinds = [False] * teacher.mixture.dense + [True] * teacher.mixture.sparse

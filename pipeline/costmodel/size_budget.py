@@ -23,13 +23,14 @@ FREE = {"all": AXES, "layers": ("layers",), "neurons": ("neurons",)}  # by budge
 class Unit:
     """What a size is counted in: parameters times `bytes`, and per layer and KV group `cached` bytes of a KV cache.
 
-    `active`: of the experts of a layer, those that a token is sent to are counted. Every layer caches the whole
-    context; `cached` is context x 2 x head size x bytes of an element.
+    `active`: of the experts of a layer, those that a token is sent to are counted. `inner`: the embedding and output
+    matrices are not. Every layer caches the whole context; `cached` is context x 2 x head size x bytes of an element.
     """
 
     bytes: int = 1
     cached: int = 0
     active: bool = False
+    inner: bool = False
 
 
 def sizes(anatomy: Anatomy, grid: Grid, unit: Unit) -> np.ndarray:
@@ -50,19 +51,20 @@ def sizes(anatomy: Anatomy, grid: Grid, unit: Unit) -> np.ndarray:
     known: dict[Any, np.ndarray] = {}
     layers = []
     for layer, own in enumerate(anatomy.sizes.layers):
-        key = (own, anatomy.layer_types[layer])
+        key = (own, anatomy.layer_types[layer], *(lengths[layer] for lengths in anatomy.sizes.by_layer.values()))
         if key not in known:
             known[key] = _layer(anatomy, layer, _within(own, heads, groups, neurons), hidden, unit)
         layers.append(known[key])
     most = np.sort(np.stack(layers), axis=0)[::-1].cumsum(axis=0)  # of 1, 2, ... layers
-    return most[grid.layers - 1] + _outer(anatomy, hidden) * unit.bytes
+    outer = np.stack([_outer(anatomy, hidden, count, unit.inner) for count in grid.layers.tolist()])
+    return most[grid.layers - 1] + outer * unit.bytes
 
 
 def _within(own: LayerSizes, heads: np.ndarray, groups: np.ndarray, neurons: np.ndarray) -> dict[str, np.ndarray]:
     """Return arrays of widths bounded by those of a layer, as `LayerSizes.within`."""
     kept = np.minimum(groups, own.groups)
     each = np.minimum(heads // groups, own.each)
-    return {"heads": kept * each, "groups": kept, "neurons": np.minimum(neurons, own.neurons)}
+    return {"heads": kept * each, "groups": kept, "neurons": np.minimum(neurons * own.stated, own.neurons)}
 
 
 def _layer(anatomy: Anatomy, layer: int, widths: Mapping[str, Any], hidden: Any, unit: Unit) -> np.ndarray:
@@ -80,10 +82,13 @@ def _layer(anatomy: Anatomy, layer: int, widths: Mapping[str, Any], hidden: Any,
     return np.broadcast_to(size, np.broadcast_shapes(hidden.shape, *(each.shape for each in widths.values())))
 
 
-def _outer(anatomy: Anatomy, hidden: Any) -> np.ndarray:
-    """Return the parameters outside the layers, embeddings included, by hidden size."""
-    every = replace(anatomy.sizes, hidden=hidden)
-    return np.asarray(sum(math.prod(anatomy.shape(axes, 0, every)) for axes in anatomy.outer_tensors.values()))
+def _outer(anatomy: Anatomy, hidden: Any, layers: int, inner: bool) -> np.ndarray:
+    """Return the parameters outside the layers of a student of some layers, by hidden size; `inner`: without the
+    embedding and output matrices."""
+    every = replace(anatomy.sizes, hidden=hidden, layers=anatomy.sizes.layers[:layers])
+    counted = [axes for name, axes in anatomy.outer_tensors.items() if not (inner and name in anatomy.matrices)]
+    counts = (math.prod(anatomy.shape(axes, 0, every)) for axes in counted)
+    return np.broadcast_to(sum(counts, np.zeros((), dtype=np.int64)), hidden.shape)
 
 
 def shape_of_size(

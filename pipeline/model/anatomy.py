@@ -43,15 +43,20 @@ class Anatomy:
     @cached_property
     def needed(self) -> dict[int, str]:
         """Return the layers that every student keeps, each with the reason."""
-        last, family = len(self.sizes.layers) - 1, self.family
+        last = self.family.keeps_last
+        sources = dict.fromkeys(sorted(self.key_sources), "later layers read its keys and values")
+        return sources | ({len(self.sizes.layers) - 1: last} if last else {})
+
+    @cached_property
+    def key_sources(self) -> frozenset[int]:
+        """Return the layers whose keys and values later ones read: the last of each kind that has its own."""
+        if not self.family.own_keys:
+            return frozenset()
+        layers = range(len(self.sizes.layers))
         kinds = [kind.partition(",")[0] for kind in self.layer_types]
-        stay: dict[int, str] = {}
-        for layer in range(last + 1) if family.own_keys else ():
-            if not self._reuses(layer):
-                continue
-            sources = [i for i in range(layer) if kinds[i] == kinds[layer] and not self._reuses(i)]
-            stay |= {source: "later layers read its keys and values" for source in sources[-1:]}
-        return stay | ({last: family.keeps_last} if family.keeps_last else {})
+        read = {kinds[layer] for layer in layers if self._reuses(layer)}
+        own = {kinds[layer]: layer for layer in layers if not self._reuses(layer)}
+        return frozenset(layer for kind, layer in own.items() if kind in read)
 
     def staying(self, first: int) -> frozenset[int]:
         """Return the layers that every student keeps, and the `first` ones."""
@@ -132,6 +137,11 @@ class Anatomy:
         outer |= {name: parse(axes) for name, axes in self.family.outer.items() if name in self.outer}
         return outer if self.tied else outer | {self.head: parse("v h")}
 
+    @cached_property
+    def matrices(self) -> frozenset[str]:
+        """Return the matrices over the vocabulary: embeddings, those of single layers too, and the output matrix."""
+        return frozenset(name for name, (axes, *_) in self.outer_tensors.items() if axes[0] == "v" and len(axes) > 1)
+
     @property
     def embedding(self) -> str:
         return f"{self.family.embedding}.weight"
@@ -211,7 +221,7 @@ class Anatomy:
     def parameters(self) -> tuple[int, int]:
         """Return the number of parameters: all, and without the embedding and output matrices."""
         counts = {name: math.prod(shape) for name, shape in self.shapes().items()}
-        inner = sum(count for name, count in counts.items() if name not in (self.embedding, self.head))
+        inner = sum(count for name, count in counts.items() if name not in self.matrices)
         return sum(counts.values()), inner
 
     def active_parameters(self) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.merged_experts import composed_merges
 from pipeline.model.mixture import narrowing_of
-from pipeline.model.sizes import LayerSizes, Sizes, own_lengths
+from pipeline.model.sizes import LayerSizes, Sizes
 from pipeline.model.stored import Stored
 
 
@@ -61,8 +61,8 @@ class Blueprint(Stored):
         shared = max((len(plan.shared) for plan in self.layers), default=0)
         carried |= ({"x": inner} if inner else {}) | ({"y": shared} if shared else {})
         vocabulary = len(self.vocabulary) or source.vocabulary
-        alike, by_layer = own_lengths({axis: tuple(own[h] for h in hosts) for axis, own in source.by_layer.items()})
-        return Sizes(vocabulary, len(self.channels), source.head_size, tuple(widths), carried | alike, by_layer)
+        whole = replace(source, vocabulary=vocabulary, hidden=len(self.channels), carried=carried)
+        return whole.of_layers(hosts, widths)
 
     def student(self, anatomy: Anatomy) -> Anatomy:
         """Return the anatomy of the student; ValueError if the plan does not fit the source."""

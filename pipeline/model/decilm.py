@@ -121,7 +121,7 @@ def plain(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
         "rope_parameters": rotary(config),
         **({"sliding_window": None} if kind == "mistral" else {}),
     }
-    pruned = {"base": FAMILIES[kind].architecture, "layers": [vars(widths) for widths in layers]}
+    pruned = {"base": FAMILIES[kind].architecture, "layers": [widths.entry for widths in layers]}
     student = anatomy_of(edited | {"pruned": pruned}, names)
     return edited | {"pruned": pruned | per_layer(edited, student)}
 

@@ -33,7 +33,7 @@ def padded(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any],
     """
     check_padded(config)
     widths = _common_widths(student)
-    layers = (widths,) * len(student.sizes.layers)
+    layers = tuple(replace(widths, neurons=widths.neurons * w.stated, stated=w.stated) for w in student.sizes.layers)
     kept = {key: value for key, value in config.items() if key not in ("pruned", "auto_map")}
     edited = kept | stated_widths(student, widths)
     return edited | class_fields(edited, student), replace(student.sizes, layers=layers)
@@ -61,7 +61,7 @@ def least(layers: tuple[LayerSizes, ...]) -> tuple[int, int]:
 def _common_widths(student: Anatomy) -> LayerSizes:
     layers, hidden = student.sizes.layers, student.sizes.hidden
     groups, each = least(layers)
-    neurons = max(w.neurons for w in layers)
+    neurons = max(w.for_config.neurons for w in layers)
     if accepts_heads(student, hidden, groups * each):
         return LayerSizes(groups * each, groups, neurons)
     grids = [(k, q) for k in range(groups, hidden + 1) for q in range(each, hidden // k + 1)]
@@ -83,7 +83,7 @@ def padding(student: Anatomy, wide: Sizes) -> dict[str, Any] | None:
     """
     layers = []
     for layer, (narrow, wider) in enumerate(zip(student.sizes.layers, wide.layers)):
-        grown = {axis: [n, vars(wider)[axis]] for axis, n in vars(narrow).items() if n != vars(wider)[axis]}
+        grown = {axis: [n, wider.entry[axis]] for axis, n in narrow.entry.items() if n != wider.entry[axis]}
         if grown:
             layers.append({"layer": layer, **grown})
     if not layers:

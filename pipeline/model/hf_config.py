@@ -12,8 +12,6 @@ from pipeline.model.mixture import narrowing_of
 from pipeline.model.sizes import LayerSizes, reusing_layers
 from pipeline.model.token_ids import Renumbering
 
-WIDTHS = ("heads", "groups", "neurons")  # of a layer, in a `pruned` section
-
 
 def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Blueprint) -> dict[str, Any]:
     """Return the student's config.json: a stock one where its layers are equal, else with a `pruned` section.
@@ -170,7 +168,7 @@ def per_layer(config: Mapping[str, Any], student: Anatomy) -> dict[str, Any]:
             f"plan.widths: {family.architecture} has one number of heads for all layers; set plan.widths=uniform"
         )
     return {
-        "layers": [{width: getattr(widths, width) for width in WIDTHS} for widths in student.sizes.layers],
+        "layers": [widths.entry for widths in student.sizes.layers],
         "shapes": own_shapes(config, student),
         "attention": {
             f"{family.prefix}{family.attention}".format(layer=i): {

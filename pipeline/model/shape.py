@@ -1,5 +1,6 @@
 """What is known of a student before its blueprint: its widths, the layers that stay, the widths of each layer."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -103,6 +104,14 @@ class Depth(Stored):
     kept: tuple[int, ...]
     loss: float | None
     tried: tuple[Trial, ...]
+
+
+def check_depth(count: int, total: int, staying: Collection[int]) -> None:
+    """Raise ValueError where a student of `count` of `total` layers cannot have those that must stay."""
+    least = max(1, len(staying))
+    if not least <= count <= total:
+        must = f", since the layers {', '.join(map(str, sorted(staying)))} must stay" if staying else ""
+        raise ValueError(f"shape.layers is {count}; it must lie between {least} and {total}{must}")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,6 +35,11 @@ class LayerSizes:
         return LayerSizes(groups * each, groups, neurons, own.stated)
 
     @property
+    def entry(self) -> dict[str, int]:
+        """Return the widths as a `pruned` section of a config has them."""
+        return {"heads": self.heads, "groups": self.groups, "neurons": self.neurons}
+
+    @property
     def for_config(self) -> "LayerSizes":
         """Return the widths as a config states them."""
         return replace(self, neurons=-(-self.neurons // self.stated), stated=1)
@@ -56,6 +61,11 @@ class Sizes:
         """Whether all layers are as wide as the class makes them by one set of config fields."""
         stated = {widths.for_config for widths in self.layers}
         return len(stated) <= 1 and not any(widths.neurons % widths.stated for widths in self.layers)
+
+    def of_layers(self, hosts: Sequence[int], widths: Iterable[LayerSizes]) -> "Sizes":
+        """Return the sizes of a model of some of these layers, with these widths."""
+        alike, by_layer = own_lengths({axis: tuple(own[h] for h in hosts) for axis, own in self.by_layer.items()})
+        return replace(self, layers=tuple(widths), carried=dict(self.carried) | alike, by_layer=by_layer)
 
     def length(self, axis: Axis, layer: int) -> int:
         """Return the length of an axis in a layer: the product of its letters'."""

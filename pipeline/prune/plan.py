@@ -4,7 +4,7 @@ Depth by block influence, heads inside KV groups, KV groups with cross-layer don
 (Pangu Light 2505.20155, eq. 1-5).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,12 +16,12 @@ from torch import Tensor
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan
 from pipeline.model.scores import Scores
-from pipeline.model.shape import Depth, Shape
+from pipeline.model.shape import Depth, Shape, check_depth
 from pipeline.model.sizes import LayerSizes
 
 DRAWN = ("channels", "heads", "neurons", "experts")  # kinds of scores that can be replaced by random ones
-# (block influence [layer], how many layers to remove, how many at the bottom must stay) -> layers to remove
-DepthPolicy = Callable[[Sequence[float], int, int], set[int]]
+# (block influence [layer], how many layers to remove, the layers that must stay) -> layers to remove
+DepthPolicy = Callable[[Sequence[float], int, Collection[int]], set[int]]
 
 
 def plan(
@@ -87,7 +87,7 @@ def plan_by(
     The layers `hosts` stay, or those that `kept_layers` chooses. Of the kinds `drawn` (of `DRAWN`) random ones stay,
     drawn from `seed`. `mixture` holds how many experts and neurons of experts stay, as the arguments of `plan`.
     """
-    hosts = hosts or kept_layers(scores.layers, layers, depth, keep_first)
+    hosts = hosts or kept_layers(scores.layers, layers, depth, anatomy.staying(keep_first))
     scores = shuffled(scores, drawn, seed)
     own = [widths[host] for host in hosts]
     return plan(anatomy, scores, hosts, own, hidden, clap=clap, clap_normalise=clap_normalise, **mixture)
@@ -109,7 +109,9 @@ def kept_experts(anatomy: Anatomy, scores: Scores, layer: int, count: int) -> tu
     return tuple(sorted((best + first).flatten().tolist()))
 
 
-def layers_that_stay(inputs: Mapping[str, Path], influence: Tensor, policy: Mapping[str, Any]) -> list[int]:
+def layers_that_stay(
+    inputs: Mapping[str, Path], anatomy: Anatomy, influence: Tensor, policy: Mapping[str, Any]
+) -> list[int]:
     """Return the layers that stay: those that an earlier stage chose, else those chosen by block influence.
 
     `inputs` are the folders of artifacts by name, with a shape; `policy` names the depth policy and `keep_first`.
@@ -117,39 +119,49 @@ def layers_that_stay(inputs: Mapping[str, Path], influence: Tensor, policy: Mapp
     if "depth" in inputs:
         return list(Depth.load(inputs["depth"]).kept)
     count = Shape.load(inputs["shape"]).layers
-    return kept_layers(influence, count, policy["depth"], policy["keep_first"])
+    return kept_layers(influence, count, policy["depth"], anatomy.staying(policy["keep_first"]))
 
 
-def kept_layers(influence: Tensor, count: int, policy: str, keep_first: int) -> list[int]:
+def kept_layers(influence: Tensor, count: int, policy: str, staying: Collection[int]) -> list[int]:
     """Return the `count` layers that stay, by block influence [layer] (eq. 4) and a policy of `DEPTH_POLICIES`.
 
-    The first `keep_first` layers always stay. Raise ValueError if `count` is out of range or the policy is unknown.
+    The layers `staying` always stay. Raise ValueError if `count` is out of range, the policy is unknown, or no run of
+    consecutive layers can be removed.
     """
     if policy not in DEPTH_POLICIES:
         raise ValueError(f"plan.depth: unknown policy {policy!r}; choose from {', '.join(DEPTH_POLICIES)}")
     total = len(influence)
-    if not keep_first <= count <= total:
-        raise ValueError(f"shape.layers is {count}; it must lie between {keep_first} (plan.keep_first) and {total}")
-    removed = DEPTH_POLICIES[policy](influence.tolist(), total - count, keep_first)
+    check_depth(count, total, staying)
+    removed = DEPTH_POLICIES[policy](influence.tolist(), total - count, staying)
     return [layer for layer in range(total) if layer not in removed]
 
 
-def least_influential(influence: Sequence[float], drop: int, keep_first: int) -> set[int]:
+def least_influential(influence: Sequence[float], drop: int, staying: Collection[int]) -> set[int]:
     """Return the `drop` layers of least influence, of equal ones the deeper first."""
-    order = sorted(range(keep_first, len(influence)), key=lambda layer: (influence[layer], -layer))
+    order = sorted(_others(influence, staying), key=lambda layer: (influence[layer], -layer))
     return set(order[:drop])
 
 
-def contiguous(influence: Sequence[float], drop: int, keep_first: int) -> set[int]:
-    """Return `drop` consecutive layers of least summed influence."""
-    starts = range(keep_first, len(influence) - drop + 1)
-    first = min(starts, key=lambda start: sum(influence[start : start + drop]))
-    return set(range(first, first + drop))
+def contiguous(influence: Sequence[float], drop: int, staying: Collection[int]) -> set[int]:
+    """Return `drop` consecutive layers of least summed influence. ValueError where no such run may be removed."""
+    runs = (range(start, start + drop) for start in range(len(influence) - drop + 1))
+    free = [run for run in runs if not set(run) & set(staying)]
+    if not free:
+        raise ValueError(
+            f"plan.depth: no {drop} consecutive layers can be removed, since the layers {sorted(staying)} must stay; "
+            "set plan.depth=influence"
+        )
+    return set(min(free, key=lambda run: sum(influence[layer] for layer in run)))
 
 
-def deepest(influence: Sequence[float], drop: int, keep_first: int) -> set[int]:
+def deepest(influence: Sequence[float], drop: int, staying: Collection[int]) -> set[int]:
     """Return the last `drop` layers."""
-    return set(range(len(influence) - drop, len(influence)))
+    others = _others(influence, staying)
+    return set(others[len(others) - drop :])
+
+
+def _others(influence: Sequence[float], staying: Collection[int]) -> list[int]:
+    return [layer for layer in range(len(influence)) if layer not in staying]
 
 
 DEPTH_POLICIES: dict[str, DepthPolicy] = {

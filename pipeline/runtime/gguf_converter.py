@@ -112,7 +112,7 @@ def _widths(header: Header, anatomy: Anatomy) -> Iterator[str]:
         "hidden": sizes.hidden,
         "head_size": sizes.head_size,
     }
-    expected |= vars(sizes.layers[0])
+    expected |= sizes.layers[0].entry
     for field, width in WIDTHS.items():
         stated = header.fields.get(f"{kind}.{field}", expected[width])
         if stated != expected[width]:

@@ -87,7 +87,8 @@ def student_of(config: Config, anatomy: Anatomy) -> Student:
     if config.budget.axes == "experts":
         count, made = _experts_budgeted(config, anatomy)
         return Student(teacher, None, made if done == rounds else None, _experts(config, anatomy, count))
-    if not (config.budget.total or config.budget.active_parameters or config.budget.bytes):
+    by_size = config.budget.total or config.budget.active_parameters or config.budget.bytes
+    if config.budget.predicted or (config.plan.widths != "uniform" and not by_size):
         remedy = "set shape.*, budget.axes=experts, budget.total or budget.active_parameters"
         limit = "speedup" if "speedup" in config.budget.predicted else "parameters"
         check_covered(teacher, f"budget.{limit}", remedy)
@@ -107,14 +108,16 @@ def _budgeted(config: Config, anatomy: Anatomy, teacher: ModelShape) -> tuple[Mo
         chip, serving = Chip(**config.device.chip_facts), Serving(**config.shape_search.serving)
         shape = shape_within(chip, teacher, serving, Limits(**budget.limits))
         return shape, speedup_of(chip, teacher, serving, budget.speedup, shape) if budget.speedup else None
-    if budget.total or budget.active_parameters or budget.bytes:
+    counted_by_shape = "heads" not in anatomy.family.fixed  # the formula of shapes knows heads and KV groups alone
+    if budget.total or budget.active_parameters or budget.bytes or not counted_by_shape:
         counted = _counted(config, anatomy)
         active = budget.active_parameters is not None
         size = getattr(torch, config.export.dtype).itemsize if budget.bytes else 1
-        unit = Unit(size, (budget.context or 0) * 2 * anatomy.sizes.head_size * size, active)
-        (name, requested), *_ = budget.sized.items()
+        (name, requested), *_ = (budget.sized or {"parameters": budget.fallback}).items()
+        inner = name == "parameters"
+        unit = Unit(size, (budget.context or 0) * 2 * anatomy.sizes.head_size * size, active, inner)
         whole = anatomy.active_parameters() if active else anatomy.parameters()
-        most = requested if budget.bytes else requested * whole[0]
+        most = requested if budget.bytes else requested * whole[int(inner)]
         shape, made = shape_of_size(counted, teacher, name, requested, most, unit, budget.axes)
         return shape, replace(made, context=budget.context or 0)
     fraction = budget.parameters or budget.fallback

@@ -42,6 +42,8 @@ class Target:
         ):
             return False
         left = self._widths((*removed, part))
+        if not self.anatomy.needed.keys() <= {host for host, _ in left}:
+            return False
         kinds = [self.anatomy.layer_types[host].partition(",")[0] for host, _ in left]
         attention = any(widths.groups for (_, widths), kind in zip(left, kinds, strict=True) if kind == kinds[0])
         return attention and any(widths.neurons for _, widths in left)
@@ -57,7 +59,7 @@ class Target:
         assert self.limit is not None
         left = self._widths(removed)
         types = tuple(self.anatomy.layer_types[host] for host, _ in left)
-        sizes = replace(self.limit.counted.sizes, layers=tuple(widths for _, widths in left))
+        sizes = self.limit.counted.sizes.of_layers([host for host, _ in left], (widths for _, widths in left))
         return self.limit.size(self.limit.counted.narrowed(sizes, types))
 
     def check(self) -> None:

@@ -19,5 +19,6 @@ def test_parameters_are_assembled_and_split_bit_for_bit(kind, tmp_path):
     doubled = ((name, 2.0 * value.detach()) for name, value in model.named_parameters())
     stored = dict(stored_tensors(parameters, doubled))
     assert all(torch.equal(value, 2.0 * origin[name]) for name, value in stored.items())
-    assert {name for name in origin if name not in stored} <= {name for name in origin if name.endswith("_bias")}
+    buffers = {name for name in origin if name.endswith(("_bias", "layer_scalar"))}
+    assert {name for name in origin if name not in stored} <= buffers
     assert "model.unheard_of" not in parameters

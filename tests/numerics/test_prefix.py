@@ -9,6 +9,7 @@ from pipeline.evaluation.divergence import final_states
 from pipeline.model.causal import decoder_of
 from pipeline.prune.importance.measure import only_layers
 from pipeline.prune.passes.prefix import PrefixCache
+from tests.cut_models import anatomy
 from tests.tiny import tiny_model, tokens
 from tests.watching import counted
 
@@ -20,7 +21,7 @@ def test_a_pass_that_begins_behind_some_layers_gives_the_numbers_of_a_whole_one(
     batches = [tokens(), tokens(seed=1)]
     with only_layers(model, 4, kept):
         wanted = [final_states(model, ids) for ids in batches]
-    prefix, count = PrefixCache(model, 4, batches), Counter()
+    prefix, count = PrefixCache(model, anatomy(model), batches), Counter()
     counted(model, count)
     for ahead in range(len(kept)):
         prefix.reach(kept[:ahead])
@@ -34,7 +35,7 @@ def test_a_pass_that_begins_behind_some_layers_gives_the_numbers_of_a_whole_one(
 
 def test_streams_are_those_of_the_layers_reached_last():
     model = tiny_model("llama")
-    prefix = PrefixCache(model, 4, [tokens()])
+    prefix = PrefixCache(model, anatomy(model), [tokens()])
     for kept in ([0, 1, 2], [0, 1, 3], [0, 2, 3], [1, 2, 3]):
         prefix.reach(kept[:-1])
         with only_layers(model, 4, kept):
@@ -45,7 +46,7 @@ def test_streams_are_those_of_the_layers_reached_last():
 
 def test_layers_that_are_done_are_not_run_again():
     model = tiny_model("llama")
-    prefix, count = PrefixCache(model, 4, [tokens()]), Counter()
+    prefix, count = PrefixCache(model, anatomy(model), [tokens()]), Counter()
     counted(model, count)
     for layers in ([0], [0], [0, 2], [0, 2, 3]):
         prefix.reach(layers)
@@ -56,7 +57,7 @@ def test_layers_that_are_done_are_not_run_again():
 
 def test_choices_tried_in_turn_share_what_they_begin_with_and_keep_a_layer_to_run():
     model = tiny_model("llama")
-    prefix = PrefixCache(model, 4, [tokens()])
+    prefix = PrefixCache(model, anatomy(model), [tokens()])
     tried = [([1, 2, 3], []), ([0, 2, 3], []), ([0, 1, 3], [0]), ([0, 1, 3], [0, 1]), ([0, 1], [0]), ([1, 2], [])]
     for kept, done in tried:
         prefix.reach_for(kept)

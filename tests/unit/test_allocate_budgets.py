@@ -109,7 +109,7 @@ def pairwise(seed, total):
 
 def test_greedy_takes_the_best_layer_each_time_and_keeps_the_first():
     loss = pairwise(0, 8)
-    found = greedy_depth(8, 5, loss, 2)
+    found = greedy_depth(8, 5, loss, {0, 1})
     kept = tuple(range(8))
     for _ in range(3):
         kept = min((tuple(x for x in kept if x != layer) for layer in kept[2:]), key=loss)
@@ -127,25 +127,25 @@ def test_evolution_finds_the_best_set_never_measures_one_twice_and_repeats_itsel
 
     best = min(((0, *rest) for rest in itertools.combinations(range(1, 8), 4)), key=loss)
     start = (0, 1, 2, 3, 4)
-    found = evolved_depth(8, 5, counted, 1, start, 40, 8, seed=0)
+    found = evolved_depth(8, 5, counted, {0}, start, 40, 8, seed=0)
     assert found.kept == best and found.loss == loss(best)
     assert len(requested) == len(set(requested)) == len(found.tried)
-    assert found == evolved_depth(8, 5, loss, 1, start, 40, 8, seed=0)
+    assert found == evolved_depth(8, 5, loss, {0}, start, 40, 8, seed=0)
 
 
 def test_evolution_never_ends_above_its_start_and_treats_nan_as_worst():
     for seed in range(5):
         start = (0, 2, 3, 6)
         loss = pairwise(seed, 8)
-        assert evolved_depth(8, 4, loss, 1, start, 2, 2, seed).loss <= loss(start)
-    broken = evolved_depth(6, 3, lambda kept: 1.0 if kept == (0, 1, 2) else float("nan"), 1, (0, 1, 2), 5, 4, 0)
+        assert evolved_depth(8, 4, loss, {0}, start, 2, 2, seed).loss <= loss(start)
+    broken = evolved_depth(6, 3, lambda kept: 1.0 if kept == (0, 1, 2) else float("nan"), {0}, (0, 1, 2), 5, 4, 0)
     assert broken.kept == (0, 1, 2)
-    whole = evolved_depth(4, 4, lambda kept: 2.0, 1, range(4), 5, 4, 0)
+    whole = evolved_depth(4, 4, lambda kept: 2.0, {0}, range(4), 5, 4, 0)
     assert whole.kept == (0, 1, 2, 3)
 
 
 def test_impossible_depths_are_refused():
     with pytest.raises(ValueError, match="shape.layers is 9; it must lie between 1 and 8"):
-        greedy_depth(8, 9, len, 0)
-    with pytest.raises(ValueError, match="start keeps layers .* 4 of 8 with the first 2"):
-        evolved_depth(8, 4, len, 2, (0, 2, 3, 4), 1, 1, 0)
+        greedy_depth(8, 9, len, ())
+    with pytest.raises(ValueError, match=r"start keeps layers .* 4 of 8 with \[0, 1\]"):
+        evolved_depth(8, 4, len, {0, 1}, (0, 2, 3, 4), 1, 1, 0)

@@ -59,7 +59,7 @@ def test_the_parameters_that_a_token_uses_are_counted_exactly_for_every_shape(ki
     assert (of.sizes.layers[0].heads, of.sizes.layers[0].groups) == (heads, groups)
     assert found[-1, hidden, pair, neurons] == whole
     alone = [
-        of.narrowed(replace(of.sizes, layers=of.sizes.layers[i : i + 1]), of.layer_types[i : i + 1])
+        of.narrowed(of.sizes.of_layers([i], of.sizes.layers[i : i + 1]), of.layer_types[i : i + 1])
         for i in range(len(of.sizes.layers))
     ]
     assert found[0, hidden, pair, neurons] == max(each.active_parameters()[0] for each in alone)
@@ -80,8 +80,7 @@ def test_budgets_through_the_stage(tmp_path):
 @pytest.mark.parametrize(
     "setting, overrides",
     [
-        ("budget.parameters", ["budget.parameters=0.8"]),
-        ("budget.parameters", []),
+        ("budget.parameters", ["budget.parameters=0.8", "plan.widths=adaptive"]),
         ("model.path", ["budget.speedup=1.1"]),
         ("budget.active_parameters", ["budget.active_parameters=0.8", "budget.axes=experts"]),
         ("dry_run", ["shape.experts=2", "dry_run=true", "stages=null"]),

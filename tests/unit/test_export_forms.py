@@ -19,9 +19,10 @@ from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.model_loader import load_model
 from pipeline.stages.deliver import export
+from tests.cut_models import anatomy
 from tests.exports import assert_close, exported, logits, served
 from tests.students import MIXED, SUBLAYERS, machine, student
-from tests.tiny import CLASSES, tokens
+from tests.tiny import CLASSES, tiny_model, tokens
 from tests.tiny_text import configured
 
 CACHE = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
@@ -43,6 +44,16 @@ def test_a_padded_student_is_the_same_function_in_the_stock_class(kind, plans, t
     assert type(model).__name__ == CLASSES[kind][1]
     config = model.config
     assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (4, 2, 24)
+    assert_close(logits(model), logits(load_model(source.folder, torch.float64, "eager")))
+
+
+def test_layers_of_two_stated_widths_are_padded_to_these(tmp_path):
+    whole = everything(anatomy(tiny_model("gemma4_text")).sizes)
+    plans = tuple(replace(plan, neurons=plan.neurons[: 10 + 3 * place]) for place, plan in enumerate(whole.layers))
+    source = student("gemma4_text", tmp_path / "s", plans)
+    model = load_model(exported(padded, source, tmp_path / "p"), torch.float64, "eager")
+    assert type(model).__name__ == "Gemma4ForCausalLM" and model.config.intermediate_size == 16
+    assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [16, 16, 16, 32, 32, 32]
     assert_close(logits(model), logits(load_model(source.folder, torch.float64, "eager")))
 
 

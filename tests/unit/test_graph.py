@@ -71,4 +71,4 @@ def test_registered_policies_are_what_the_settings_accept():
     assert accepted["plan.widths"] == set(WIDTH_POLICIES)
     assert accepted["plan.depth"] == set(DEPTH_POLICIES) | {"loss", "evolved", "gates"}
     with pytest.raises(ValueError, match=r"^plan\.depth: "):
-        kept_layers(torch.arange(4.0), 2, "unheard_of", 0)
+        kept_layers(torch.arange(4.0), 2, "unheard_of", ())

@@ -1,6 +1,7 @@
 """Budgets of all parameters and of bytes: counted as the checkpoint has them, kept to by every student."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 
@@ -59,6 +60,24 @@ def test_sizes_are_the_parameters_of_the_checkpoint(kind):
             )
             assert found.reshape(-1)[place] == student.parameters()[0]
     assert (sizes(anatomy, grid, Unit(2)) == 2 * found).all()
+    inner = sizes(anatomy, grid, Unit(inner=True)).reshape(-1)
+    assert inner[found.reshape(-1) == whole].max() == anatomy.parameters()[1]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TINY if kind.startswith("gemma4")])
+def test_what_is_outside_the_layers_is_counted_for_the_layers_that_stay(kind):
+    model = tiny_model(kind)
+    anatomy = anatomy_of(config_of(model), tensors_of(model))
+    grid = Grid(ModelShape.of(anatomy), multiples_for(ModelShape.of(anatomy)))
+    for unit in (Unit(), Unit(inner=True)):
+        found = sizes(anatomy, grid, unit)[:, -1, -1, -1]
+        for count in range(1, len(anatomy.sizes.layers) + 1):
+            students = []
+            for hosts in combinations(range(len(anatomy.sizes.layers)), count):
+                types = tuple(anatomy.layer_types[host] for host in hosts)
+                of = anatomy.sizes.of_layers(hosts, (anatomy.sizes.layers[host] for host in hosts))
+                students.append(anatomy.narrowed(of, types).parameters()[int(unit.inner)])
+            assert found[count - 1] == max(students)
 
 
 @pytest.mark.parametrize("axes", FREE)

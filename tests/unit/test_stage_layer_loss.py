@@ -52,7 +52,7 @@ def test_an_evolved_choice_is_never_worse_than_its_start_and_is_the_one_that_is_
     depth, tried = found(folders)
     if start == "influence":
         scores = Scores.load(folders["scores"])
-        begun = tuple(kept_layers(scores.layers, 3, "influence", 1))
+        begun = tuple(kept_layers(scores.layers, 3, "influence", {0}))
         assert next(iter(tried)) == begun
     else:
         begun = tuple(found(made(world, "plan.depth=loss"))[0].kept)

@@ -78,7 +78,7 @@ def test_a_pass_without_sublayers_is_that_of_the_student_that_is_cut(kind, tmp_p
 def test_a_pass_that_begins_above_removed_sublayers_gives_the_numbers_of_a_whole_one():
     model = tiny_model("llama")
     anatomy = anatomy_of(config_of(model), tensors_of(model))
-    prefix, count = PrefixCache(model, 4, [tokens()]), Counter()
+    prefix, count = PrefixCache(model, anatomy, [tokens()]), Counter()
     counted(model, count)
     with without_sublayers(model, anatomy, [(0, "ffn_layers")]):
         with without_sublayers(model, anatomy, [(3, "attention_layers")]):

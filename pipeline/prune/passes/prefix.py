@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from pipeline.model.anatomy import Anatomy
 from pipeline.model.causal import CausalModel
 from pipeline.model.forwards import replaced_forward
 from pipeline.prune.importance.measure import layer_of, only_layers
@@ -15,18 +16,21 @@ class PrefixCache:
     """The residual streams of batches of ids [batch, sequence] after the first layers of a causal model.
 
     A pass that continues from there gives exactly the results of a whole one. Memory: on the host one row [h] a token,
-    none before the first layer.
+    none before the first layer. Streams stop before a layer whose keys and values later layers read.
     """
 
-    def __init__(self, model: CausalModel, total: int, batches: Sequence[Tensor]):
-        self.model, self.total, self.batches = model, total, batches
+    def __init__(self, model: CausalModel, anatomy: Anatomy, batches: Sequence[Tensor]):
+        self.model, self.batches = model, batches
+        self.total = len(anatomy.sizes.layers)
+        self.last = min(anatomy.key_sources, default=self.total)  # the first layer that they do not pass
         self.done: list[int] = []
         self.tried: Sequence[int] = ()
         self.streams: list[Tensor | None] = [None] * len(batches)  # none: as the embedding gives it
 
     def reach(self, layers: Sequence[int]) -> None:
         """Move the streams to after these layers, ascending: from where they are, else from the embedding."""
-        if list(layers[: len(self.done)]) != self.done:
+        layers = [layer for layer in layers if layer < self.last]
+        if layers[: len(self.done)] != self.done:
             self.done, self.streams = [], [None] * len(self.batches)
         for layer in layers[len(self.done) :]:
             for number in range(len(self.batches)):

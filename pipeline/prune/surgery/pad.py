@@ -38,15 +38,18 @@ def pad(anatomy: Anatomy, wide: Sizes, stream: Iterable[tuple[str, Tensor]]) -> 
                 few, many = (max(1, narrow.heads), max(1, narrow.groups))  # none: no tensor of the axis is left
                 shares = {"n d": wider.heads / few, "k d": wider.groups / many}
                 tensor = rescaled(anatomy, pattern, tensor, shares)
-                tensor = _widened(anatomy, pattern, tensor, narrow, wider)
+                tensor = _widened(anatomy, pattern, tensor, layer, narrow, wider)
         yield name, tensor
     for name, shape in missing.items():
         yield name, torch.zeros(shape, dtype=kind)
 
 
-def _widened(anatomy: Anatomy, pattern: str, tensor: Tensor, narrow: LayerSizes, wider: LayerSizes) -> Tensor:
+def _widened(
+    anatomy: Anatomy, pattern: str, tensor: Tensor, layer: int, narrow: LayerSizes, wider: LayerSizes
+) -> Tensor:
     segments, sizes = anatomy.layer_tensors[pattern], anatomy.sizes
-    grids = [[[_grid(axis, sizes, widths) for axis in segment] for widths in (narrow, wider)] for segment in segments]
+    both = (narrow, wider)
+    grids = [[[_grid(axis, sizes, layer, widths) for axis in segment] for widths in both] for segment in segments]
     along = joint(segments)
     if not segments[0]:
         return tensor
@@ -54,7 +57,7 @@ def _widened(anatomy: Anatomy, pattern: str, tensor: Tensor, narrow: LayerSizes,
     return torch.cat([_embedded(part, old, new) for part, (old, new) in zip(parts, grids)], along)
 
 
-def _grid(axis: Axis, sizes: Sizes, widths: LayerSizes) -> Grid:
+def _grid(axis: Axis, sizes: Sizes, layer: int, widths: LayerSizes) -> Grid:
     """Return the lengths of an axis' letters: query heads are [group, head of the group]."""
     if "q+2" in axis and widths.heads != widths.groups:
         raise ValueError("export.form is padded: query heads, keys and values share rows by group; set export.form=own")
@@ -67,6 +70,7 @@ def _grid(axis: Axis, sizes: Sizes, widths: LayerSizes) -> Grid:
         "q+2": (widths.each + 2,),
     }
     lengths |= {letter: (length,) for letter, length in sizes.carried.items()}
+    lengths |= {letter: (own[layer],) for letter, own in sizes.by_layer.items()}
     return sum(((int(letter),) if letter.isdigit() else lengths[letter] for letter in axis.split()), ())
 
 

@@ -14,7 +14,8 @@ from pipeline.data.stream import stream
 from pipeline.distill.gates import Learning, ascending, learn
 from pipeline.distill.next_token import LanguageHead
 from pipeline.evaluation.perplexity import tally
-from pipeline.model.shape import Depth, Shape, Trial
+from pipeline.model.anatomy import Anatomy
+from pipeline.model.shape import Depth, Shape, Trial, check_depth
 from pipeline.prune.importance.measure import only_layers
 from pipeline.prune.passes.prefix import PrefixCache
 from pipeline.runtime.layer_streaming import need_memory
@@ -64,15 +65,15 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     anatomy = checkpoint(config, inputs["subject"]).anatomy
     total = len(anatomy.sizes.layers)
     count = Shape.load(inputs["shape"]).layers
-    if not config.plan.keep_first <= count <= total:
-        raise ValueError(f"shape.layers is {count}; it must lie between {config.plan.keep_first} and {total}")
+    staying = anatomy.staying(config.plan.keep_first)
+    check_depth(count, total, staying)
     weights = anatomy.parameters()[0] * device.compute_dtype.itemsize
     need_memory(device, {"weights": weights}, "plan.depth=gates", "set plan.depth=influence, loss or evolved")
     model = load(inputs["subject"], machine).to(device.torch).requires_grad_(False)
     head = LanguageHead(model, config.logits.chunk)
     learning = Learning(options.form, options.penalty, options.learning_rate)
     steps, measured = _steps(config), calibration(config, inputs, config.plan.depth_tokens, ranks)
-    loss = _loss(config, model, total, list(measured), ranks)
+    loss = _loss(config, model, anatomy, list(measured), ranks)
     ledger = Ledger(out / LEDGER, Round, ranks)
     kept = [layer for layer in range(total) if layer not in {each.picked for each in ledger.entries}]
     bar = iter(machine.progress(range(len(kept) - count), len(kept) - count, "layer gates"))
@@ -82,7 +83,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         )
         with only_layers(model, total, kept):
             gates, learnt = learn(model, head, _ones(total, model), kept, batches, learning, ranks.sum_)
-        order = ascending(gates, kept[config.plan.keep_first :])
+        order = ascending(gates, [layer for layer in kept if layer not in staying])
         losses = _losses(order, options.guard, lambda layer: loss([each for each in kept if each != layer]))
         picked = pick(losses, options.guard)
         passed_over = list(losses)[: list(losses).index(picked)]
@@ -134,10 +135,10 @@ def _batches(config: Config, text: Packed, start: int, ranks: Ranks) -> Iterator
 
 
 def _loss(
-    config: Config, model: torch.nn.Module, total: int, batches: Sequence[Tensor], ranks: Ranks
+    config: Config, model: torch.nn.Module, anatomy: Anatomy, batches: Sequence[Tensor], ranks: Ranks
 ) -> Callable[[Sequence[int]], float]:
     """Return the function from layers to the loss, in nats per token, of the model of these layers alone."""
-    prefix = PrefixCache(model, total, batches)
+    prefix = PrefixCache(model, anatomy, batches)
 
     def loss(layers: Sequence[int]) -> float:
         sums = torch.zeros(3, dtype=torch.float64)

@@ -7,6 +7,7 @@ import torch
 from pipeline.allocate.budgets import Loss, evolved_depth, greedy_depth
 from pipeline.config import Config
 from pipeline.evaluation.perplexity import tally
+from pipeline.model.anatomy import Anatomy
 from pipeline.model.scores import Scores
 from pipeline.model.shape import Depth, Shape, Trial
 from pipeline.prune.passes.prefix import PrefixCache
@@ -52,7 +53,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     total = len(anatomy.sizes.layers)
     count = Shape.load(inputs["shape"]).layers
     whole = count == total
-    found = Depth(tuple(range(total)), None, ()) if whole else _measured(config, inputs, out, total, count, machine)
+    found = Depth(tuple(range(total)), None, ()) if whole else _measured(config, inputs, out, anatomy, count, machine)
     if machine.ranks.rank == 0:
         found.save(out)
     if whole:
@@ -61,16 +62,17 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         machine.say(f"depth: {len(found.tried)} choices of layers measured, loss {found.loss:.3f}")
 
 
-def _measured(config: Config, inputs: Inputs, out: Path, total: int, count: int, machine) -> Depth:
+def _measured(config: Config, inputs: Inputs, out: Path, anatomy: Anatomy, count: int, machine) -> Depth:
     device, ranks = machine.device, machine.ranks
+    total, staying = len(anatomy.sizes.layers), anatomy.staying(config.plan.keep_first)
     model = load(inputs["subject"], machine)
     options = config.plan
     batches = list(calibration(config, inputs, options.depth_tokens, ranks))
     ledger = Ledger(out / LEDGER, Trial, ranks)
     losses = {trial.kept: trial.loss for trial in ledger.entries}
-    trials = max(0, _trials(config, total, count) - len(losses))
+    trials = max(0, _trials(config, len(staying), total, count) - len(losses))
     bar = machine.progress(range(trials), trials, "depth")
-    prefix = PrefixCache(model, total, batches)
+    prefix = PrefixCache(model, anatomy, batches)
 
     def loss(kept: tuple[int, ...]) -> float:
         if kept not in losses:
@@ -88,31 +90,31 @@ def _measured(config: Config, inputs: Inputs, out: Path, total: int, count: int,
     with placed(model, device, config.device.layer_streaming):
         if needs_also(config):
             influence = Scores.load(inputs["scores"]).layers
-            kept = tuple(kept_layers(influence, count, "influence", options.keep_first))
+            kept = tuple(kept_layers(influence, count, "influence", staying))
             found = Depth(kept, loss(kept), ())
         else:
-            found = greedy_depth(total, count, loss, options.keep_first)
+            found = greedy_depth(total, count, loss, staying)
         if options.depth == "evolved":
-            found = _evolved(config, found, total, loss, machine)
+            found = _evolved(config, found, staying, total, loss, machine)
     for _ in bar:  # sets that were measured before were not measured again
         pass
     ledger.discard()
     return found
 
 
-def _evolved(config: Config, start: Depth, total: int, loss: Loss, machine) -> Depth:
+def _evolved(config: Config, start: Depth, staying: frozenset[int], total: int, loss: Loss, machine) -> Depth:
     """Return the evolved choice, with all that was measured for either."""
-    options, keep_first = config.layer_loss, config.plan.keep_first
+    options = config.layer_loss
     found = evolved_depth(
-        total, len(start.kept), loss, keep_first, start.kept, options.generations, options.offspring, config.seed
+        total, len(start.kept), loss, staying, start.kept, options.generations, options.offspring, config.seed
     )
     machine.say(f"depth: loss {start.loss:.3f} of the start ({options.start}), {found.loss:.3f} evolved")
     return Depth(found.kept, found.loss, tuple(dict.fromkeys((*start.tried, *found.tried))))
 
 
-def _trials(config: Config, total: int, count: int) -> int:
+def _trials(config: Config, staying: int, total: int, count: int) -> int:
     """Return how many sets of layers are measured at most."""
-    greedy = sum(left - config.plan.keep_first for left in range(total, count, -1))
+    greedy = sum(left - staying for left in range(total, count, -1))
     if config.plan.depth == "loss":
         return greedy
     children = config.layer_loss.generations * config.layer_loss.offspring

@@ -58,7 +58,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     anatomy = checkpoint(config, inputs["subject"]).anatomy
     scores = Scores.load(inputs.get("obs_orders", inputs["scores"]))
     scores = shuffled(scores, config.plan.policy["drawn"], config.seed)
-    kept = layers_that_stay(inputs, scores.layers, config.plan.policy)
+    kept = layers_that_stay(inputs, anatomy, scores.layers, config.plan.policy)
     model = load(inputs["subject"], machine)
     sequence = calibration_text(inputs).sequence
     length = min(config.sensitivity.length, sequence)
@@ -67,7 +67,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     restored: dict[str, Any] = {}
     if _restores(config):
         restored = {"grams": open_tensors(inputs["hessians"]), "damping": config.restore.damping}
-    prefix = PrefixCache(model, len(anatomy.sizes.layers), batches)
+    prefix = PrefixCache(model, anatomy, batches)
     targets: list[Tensor] = []
 
     def loss(layer: int, groups: int, neurons: int) -> float:

@@ -74,13 +74,13 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     final hidden states of the text and one residual stream. Time: of each pass the layers from the removed one upwards.
     """
     anatomy = checkpoint(config, inputs["subject"]).anatomy
-    hosts = layers_that_stay(inputs, Scores.load(inputs["scores"]).layers, config.plan.policy)
+    hosts = layers_that_stay(inputs, anatomy, Scores.load(inputs["scores"]).layers, config.plan.policy)
     target = target_of(config, checkpoint(config, inputs["teacher"]).anatomy, hosts)
     target.check()
     ranks, device = machine.ranks, machine.device.torch
     model = load(inputs["subject"], machine)
     batches = list(calibration(config, inputs, config.plan.depth_tokens, ranks))
-    prefix = PrefixCache(model, len(anatomy.sizes.layers), batches)
+    prefix = PrefixCache(model, anatomy, batches)
     ledger = Ledger(out / LEDGER, MeasuredRemoval, ranks)
     known = {frozenset(entry.removed): entry.divergence for entry in ledger.entries}
     targets: list[Tensor] = []

@@ -59,7 +59,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     anatomy, place = source.anatomy, with_float64(device.torch)
     widest = Shape.load(inputs["shape"]).widest
     scores = Scores.load(inputs["scores"])
-    kept = layers_that_stay(inputs, scores.layers, config.plan.policy)
+    kept = layers_that_stay(inputs, anatomy, scores.layers, config.plan.policy)
     heads, neurons = list(scores.heads), list(scores.neurons)
     modules = projections(anatomy).items()
     sites = {module.format(layer=layer): (axis, layer) for layer in kept for axis, module in modules}

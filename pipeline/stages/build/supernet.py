@@ -65,7 +65,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     need_projections(source.anatomy, "plan.widths=evolved", "plan.widths=uniform")
     need_space(out, source.bytes() * (2 + 2 * section.steps))
     scores, shape = Scores.load(inputs["scores"]), Shape.load(inputs["shape"])
-    kept = layers_that_stay(inputs, scores.layers, config.plan.policy)
+    kept = layers_that_stay(inputs, source.anatomy, scores.layers, config.plan.policy)
     sites = sites_of(source.anatomy.sizes, kept, projections(source.anatomy), section.multiple)
     start = given_start(sites, shape) if shape.weights is None else even_start(sites, shape.weights)
     model = load(inputs["subject"], machine)

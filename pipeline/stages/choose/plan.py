@@ -51,7 +51,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     scores, shape, policy = Scores.load(_ranked(inputs)), Shape.load(inputs["shape"]), config.plan.policy
     if config.plan.channels == "leading":
         scores = leading(scores)
-    hosts = layers_that_stay(inputs, scores.layers, policy)
+    hosts = layers_that_stay(inputs, anatomy, scores.layers, policy)
     widths = list(anatomy.sizes.layers)
     chosen = WIDTH_POLICIES[config.plan.widths](PolicyInputs(config, inputs, out, anatomy, scores, hosts, shape))
     own = dict(zip(hosts, chosen, strict=True))

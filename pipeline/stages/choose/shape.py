@@ -4,16 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.allocate.budgets import layer_weights
 from pipeline.config import Config
 from pipeline.costmodel.pareto import check_alike
 from pipeline.costmodel.shapes import ModelShape
 from pipeline.model.anatomy import Anatomy
-from pipeline.model.shape import Shape
+from pipeline.model.shape import Shape, check_depth
 from pipeline.model.sizes import LayerSizes
-from pipeline.prune.plan import kept_layers
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_source import model_folder
@@ -78,7 +75,7 @@ def check(config: Config) -> None:
     elif enabled(config) and (config.stages is None or "shape" in config.stages):
         student = student_of(config, anatomy).shape
         if "plan" in config.recipe.stages:
-            kept_layers(torch.zeros(len(anatomy.sizes.layers)), student.layers, "last", config.plan.keep_first)
+            check_depth(student.layers, len(anatomy.sizes.layers), anatomy.staying(config.plan.keep_first))
             if widths == "adaptive":
                 _check_amplitude(config, anatomy)
 
