@@ -51,7 +51,7 @@ class Checkpoint(Mapping[str, Tensor]):
             names, left_out = canonical_names(text, self.config, self.folder)
             self._stored = {name: text[own] for name, own in names.items()}
             if left_out:
-                count = f"{len(left_out)} tensors of multi-token prediction"
+                count = f"{len(left_out)} tensors that the class does not have"
                 self.notes.append(f"{count} are left out: {', '.join(left_out[:2])}{', ...' if left_out[2:] else ''}")
             self._tie()
 

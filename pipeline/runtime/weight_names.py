@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.model.families import family_for
+from pipeline.model.sizes import reusing_layers
 
 BUFFERS = r"rotary_emb\.inv_freq$"  # stored by old versions, computed by the class
 PREDICTION = re.compile(r"(^|[._])mtp([._]|$)")  # multi-token prediction, by name
@@ -16,9 +17,9 @@ MARKS = ("eh_proj", "enorm", "hnorm")  # modules that only a layer of multi-toke
 def canonical_names(stored: Iterable[str], config: Mapping[str, Any], folder: Path) -> tuple[dict[str, str], list[str]]:
     """Return the stored name by the table's name of each tensor, and the names of those that are left out.
 
-    Left out are buffers that the class computes and layers of multi-token prediction, which transformers' classes do
-    not have. A base model saved alone lacks the prefix of its module (`model.`), which is added. Raise ValueError where
-    two stored names are those of one tensor.
+    Left out are buffers that the class computes, layers of multi-token prediction, which transformers' classes do not
+    have, and the keys and values of layers that read those of earlier ones. A base model saved alone lacks the prefix
+    of its module (`model.`), which is added. Raise ValueError where two stored names are those of one tensor.
     """
     family = family_for(config)
     own: dict[str, str] = {}
@@ -32,12 +33,17 @@ def canonical_names(stored: Iterable[str], config: Mapping[str, Any], folder: Pa
     beyond = _prediction_layers(stored, family.width(config, "layers"))
     ignored = re.compile("|".join((BUFFERS, *family.left_out)))
     buffers = {name for name in stored if ignored.search(name)}
-    left_out = [name for name in stored if name not in buffers and (PREDICTION.search(name) or _layer(name) in beyond)]
-    kept = [name for name in stored if name not in buffers and name not in set(left_out)]
+    beside = {name for name in stored if name not in buffers and (PREDICTION.search(name) or _layer(name) in beyond)}
+    kept = [name for name in stored if name not in buffers and name not in beside]
+    left_out = [own[name] for name in stored if name in beside]
     base = family.prefix.partition(".")[0] + "."
     bare = not any(name.startswith(base) for name in kept)
     names = {base + name if bare and not name.startswith(f"{family.head}.") else name: own[name] for name in kept}
-    return names, [own[name] for name in left_out]
+    count = family.width(config, "layers")
+    reusing = [family.prefix.format(layer=layer) for layer in reusing_layers(config, family, count)]
+    unused = tuple(prefix + own_key for prefix in reusing for own_key in family.own_keys)
+    left_out += [stored for name, stored in names.items() if name.startswith(unused)]
+    return {name: stored for name, stored in names.items() if not name.startswith(unused)}, left_out
 
 
 def _prediction_layers(stored: list[str], count: int) -> set[int]:

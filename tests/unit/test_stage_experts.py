@@ -21,6 +21,7 @@ KEPT = {
     "glm4_moe": 3,
     "gpt_oss": 3,
     "llama4_text": 3,
+    "gemma4_text-experts": 3,
 }
 
 

@@ -11,6 +11,7 @@ from pipeline.costmodel.shapes import ModelShape
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.shape import Shape, check_depth
 from pipeline.model.sizes import LayerSizes
+from pipeline.prune.second_order.hessian import need_projections
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_source import model_folder
@@ -73,6 +74,8 @@ def check(config: Config) -> None:
     if config.recipe.shape == "search" or budget.predicted:
         check_alike(ModelShape.of(anatomy))
     elif enabled(config) and (config.stages is None or "shape" in config.stages):
+        if widths != "uniform":
+            need_projections(anatomy, f"plan.widths={widths}", "plan.widths=uniform")
         student = student_of(config, anatomy).shape
         if "plan" in config.recipe.stages:
             check_depth(student.layers, len(anatomy.sizes.layers), anatomy.staying(config.plan.keep_first))

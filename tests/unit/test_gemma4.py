@@ -1,0 +1,123 @@
+"""Layers that read the keys of earlier ones, fields that single layers have of their own, and embeddings of layers."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.model.blueprint import everything
+from pipeline.model.causal import decoder_of
+from pipeline.model.shape import check_depth
+from pipeline.model.sizes import LayerSizes
+from pipeline.prune.importance.measure import only_layers
+from pipeline.prune.passes.layerwise import layers_of, recorded
+from pipeline.prune.plan import DEPTH_POLICIES, kept_layers
+from pipeline.runtime.checkpoint import open_checkpoint
+from pipeline.runtime.model_loader import load_model
+from tests.cut_models import anatomy, assert_close, export, logits
+from tests.tiny import save_tiny, tiny_model, tokens
+
+KIND = "gemma4_text"  # sliding, full, sliding | full, sliding, full: the last three read the keys of layers 1 and 2
+FIRST_FORM = {"global_head_dim": 16, "num_global_key_value_heads": None}
+
+
+def rewritten(folder, changes, tensors=()):
+    """Change fields of a config.json, None for removed ones, and add tensors to the weights."""
+    path = folder / "config.json"
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
+    weights = folder / "model.safetensors"
+    save_file(load_file(weights) | dict(tensors), weights, metadata={"format": "pt"})
+    return folder
+
+
+def test_the_layers_whose_keys_are_read_and_the_last_one_stay_under_every_policy():
+    of = anatomy(tiny_model(KIND))
+    assert of.key_sources == {1, 2} and set(of.needed) == {1, 2, 5}
+    assert of.staying(1) == {0, 1, 2, 5}
+    influence = torch.tensor([0.9, 0.1, 0.1, 0.8, 0.9, 0.0])
+    for policy in DEPTH_POLICIES:
+        assert set(kept_layers(influence, 5, policy, of.staying(1))) == {0, 1, 2, 3, 4, 5} - {
+            4 if policy == "last" else 3
+        }
+    with pytest.raises(
+        ValueError, match=r"shape\.layers is 3; it must lie between 4 and 6, since the layers 0, 1, 2, 5"
+    ):
+        check_depth(3, 6, of.staying(1))
+    with pytest.raises(ValueError, match=r"plan\.depth: no 2 consecutive layers can be removed"):
+        kept_layers(influence, 4, "contiguous", {0, 2, 4})
+
+
+@pytest.mark.parametrize(
+    "hosts, message",
+    [
+        ((0, 2, 3, 4, 5), r"must keep layer 1: later layers read its keys and values"),
+        ((0, 1, 2, 3, 4), r"must keep layer 5: the class makes its last layer one of full attention"),
+        ((1, 0, 2, 3, 4, 5), r"stay in their order"),
+    ],
+)
+def test_plans_without_them_or_out_of_order_are_refused(hosts, message):
+    of = anatomy(tiny_model(KIND))
+    whole = everything(of.sizes)
+    with pytest.raises(ValueError, match=message):
+        replace(whole, layers=tuple(whole.layers[host] for host in hosts)).check(of)
+
+
+def test_a_student_states_how_many_of_its_layers_read_earlier_keys_and_what_each_has_of_its_own(tmp_path):
+    model = tiny_model(KIND)
+    of = anatomy(model)
+    whole = everything(of.sizes)
+    student = replace(whole, layers=tuple(whole.layers[host] for host in (1, 2, 3, 5)))
+    folder = export(model, student, tmp_path / "s")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_kv_shared_layers"] == 2 and config["layer_types"][0] == "full_attention"
+    assert config["per_layer_config"] == {str(place): {"head_dim": 16} for place in (0, 2, 3)}
+    read = open_checkpoint(folder)
+    read.check()
+    assert read["model.embed_tokens_per_layer.weight"].shape == (96, 4 * 6)
+    with only_layers(model, 6, (1, 2, 3, 5)):
+        wanted = logits(model)
+    assert_close(logits(load_model(folder, torch.float64, "eager")), wanted)
+
+
+def test_files_of_the_first_form_and_with_keys_that_no_layer_reads_are_read(tmp_path):
+    model = tiny_model(KIND, dtype=torch.float32)
+    folder = save_tiny(model, tmp_path / "m")
+    plain = open_checkpoint(folder)
+    unused = {f"model.layers.4.self_attn.{name}_proj.weight": torch.ones(16, 32) for name in "kv"}
+    rewritten(folder, FIRST_FORM | {"per_layer_config": None}, unused)
+    read = open_checkpoint(folder)
+    read.check()
+    assert read.anatomy == plain.anatomy
+    assert read.notes == [f"2 tensors that the class does not have are left out: {', '.join(sorted(unused))}"]
+    assert torch.equal(logits(load_model(folder, torch.float32, "eager")), logits(model))
+
+
+def test_two_streams_that_take_turns_through_the_layers_each_read_their_own_keys():
+    model = tiny_model(KIND)
+    of, decoder = anatomy(model), decoder_of(model)
+    layers = layers_of(dict(decoder.named_modules(prefix=of.family.decoder)), of)
+    (step,) = recorded(decoder, layers, [tokens()])
+    other = step.twin()
+    other.hidden.mul_(0.5)
+    alone = other.twin()
+    for index, layer in enumerate(layers):
+        alone.advance(layer, index, torch.device("cpu"))
+    for index, layer in enumerate(layers):
+        step.advance(layer, index, torch.device("cpu"))
+        other.advance(layer, index, torch.device("cpu"))
+    assert_close(decoder.norm(step.hidden), decoder(tokens(), use_cache=False).last_hidden_state)
+    assert torch.equal(other.hidden, alone.hidden)
+
+
+def test_widths_are_bounded_in_units_of_what_the_config_states():
+    doubled = LayerSizes(4, 2, 48, 2)
+    assert LayerSizes(4, 2, 16).within(doubled) == LayerSizes(4, 2, 32, 2)
+    assert LayerSizes(4, 2, 48, 2).within(LayerSizes(4, 2, 20)) == LayerSizes(4, 2, 20)
+    assert LayerSizes(4, 2, 31, 2).for_config == LayerSizes(4, 2, 16)
+    sizes = anatomy(tiny_model(KIND)).sizes
+    assert sizes.uniform and [widths.neurons for widths in sizes.layers] == [24, 24, 24, 48, 48, 48]
+    odd = (*sizes.layers[:5], LayerSizes(4, 2, 47, 2))
+    assert not replace(sizes, layers=odd).uniform
