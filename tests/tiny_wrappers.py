@@ -22,6 +22,7 @@ CLIP = SIGLIP | {"model_type": "clip_vision_model", "num_hidden_layers": 2, "pro
 PIXTRAL = SIGLIP | {"model_type": "pixtral", "head_dim": 8, "image_size": 16}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
 QWEN = {"depth": 2, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "patch_size": 4}
+PATCHES = [[[x, y] for y in range(4) for x in range(4)]]
 QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
 
 # By model_type: fields of text_config beside BASE, of vision_config, and others; then the shape of pixel_values, the
@@ -34,6 +35,29 @@ TINY_WRAPPERS: dict[str, tuple] = {
         (1, 3, 8, 8),
         4,
         {},
+    ),
+    "gemma4": (
+        {"model_type": "gemma4_text", **TINY["gemma4_text"]},
+        SIGLIP
+        | {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 16,
+            "standardize": True,
+        },
+        {"image_token_id": IMAGE, "video_token_id": 91, "audio_token_id": 92},
+        (1, 16, 48),
+        4,
+        {"image_position_ids": PATCHES},
+    ),
+    "gemma4_unified": (
+        {"model_type": "gemma4_unified_text", **TINY["gemma4_unified_text"]},
+        {"patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 16, "output_proj_dims": 16, "mm_posemb_size": 16},
+        {"image_token_id": IMAGE, "video_token_id": 91, "audio_token_id": 92},
+        (1, 16, 48),
+        16,
+        {"image_position_ids": PATCHES},
     ),
     "mistral3": (
         {"model_type": "mistral"},

@@ -21,7 +21,7 @@ the class computes the head size as hidden size / heads. `own widths`: the class
 size, so a student with fewer is written in the form `own`. `attention` and `FFN`: a layer can lose this sub-layer alone
 (`shape.attention_layers`, `shape.ffn_layers`). `no`: the reason is listed below. Basis rotation
 (`rotate.kind`) needs RMSNorm, no post-norms and no experts. `-` under experts: there are none. In parentheses: config
-fields by which a type has several tables; the columns are those of the class's defaults.
+fields by which a type has several tables; a table with other columns has a row of its own.
 
 | type | layers | hidden | heads | groups | neurons | attention | FFN | experts | basis rotation |
 |---|---|---|---|---|---|---|---|---|---|
@@ -52,7 +52,7 @@ def models_page(types: Iterable[str]) -> str:
         raise ValueError(f"pipeline/model/families: no table and no reason for {', '.join(unknown)}; add one of them")
     accepted = [FAMILIES[name] for name in types if name in FAMILIES]
     lines = [HEAD.format(total=len(types), accepted=len(accepted))]
-    lines += [f"| {_name(family)} | {' | '.join(_cells(family))} |\n" for family in accepted]
+    lines += [f"| {name} | {' | '.join(cells)} |\n" for family in accepted for cells, name in _rows(family).items()]
     lines.append("\n## Axes that a type keeps\n\n")
     for family in accepted:
         reasons: dict[str, list[str]] = {}
@@ -75,9 +75,14 @@ def _texts(wrapper: Wrapper) -> str:
     return named or "a type above whose layers are `model.layers`"
 
 
-def _name(family: Family) -> str:
-    names = sorted({name for table in (family, *family.variants) for name in table.requires})
-    return f"`{family.model_type}`" + (f" ({', '.join(names)})" if family.variants else "")
+def _rows(family: Family) -> dict[tuple[str, ...], str]:
+    """Return the rows of a type: the name in each by its columns."""
+    fields = sorted({name for table in (family, *family.variants) for name in table.requires})
+    rows = {tuple(_cells(family)): f"`{family.model_type}`" + (f" ({', '.join(fields)})" if family.variants else "")}
+    for table in sorted(family.variants, key=lambda table: len(table.requires)):
+        values = (f"{field} {values[0]}" for field, values in table.requires.items())
+        rows.setdefault(tuple(_cells(table)), f"`{family.model_type}`, {', '.join(values)}")
+    return rows
 
 
 def _cells(family: Family) -> Iterable[str]:

@@ -22,7 +22,7 @@ from pipeline.stages.deliver import export
 from tests.laws import masked, plan_of
 from tests.tiny import tokens
 from tests.tiny_text import configured
-from tests.tiny_wrappers import TINY_WRAPPERS, eager, image_inputs, text_half, tiny_wrapper
+from tests.tiny_wrappers import IMAGE, TINY_WRAPPERS, eager, image_inputs, text_half, tiny_wrapper
 
 
 def saved(kind, folder, **text):
@@ -33,7 +33,8 @@ def saved(kind, folder, **text):
 
 def logits(model, kind=None):
     with torch.no_grad():
-        return model(**(image_inputs(kind) if kind else {"input_ids": tokens()}), use_cache=False).logits
+        text = {"input_ids": tokens(vocabulary=IMAGE)}
+        return model(**(image_inputs(kind) if kind else text), use_cache=False).logits
 
 
 def written(source, config, text, carried, hidden, folder):

@@ -19,7 +19,7 @@ REASONS: Mapping[str, str] = {
         "roberta roberta-prelayernorm roc_bert roformer trocr whisper xlm xlm-roberta xlm-roberta-xl xlnet xmod"
     ),
     "it wraps a text model beside a vision, audio or assistant model": (
-        "blt dots3_note emu3 fuyu gemma3n gemma4 gemma4_assistant gemma4_unified gemma4_unified_assistant "
+        "blt dots3_note emu3 fuyu gemma3n gemma4_assistant gemma4_unified_assistant "
         "got_ocr2 mllama moshi moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal "
         "qwen4_exp"
     ),

@@ -76,6 +76,7 @@ QWEN3 = {
 }
 QWEN3_5 = {name: axes for name, axes in QWEN3.items() if "deepstack" not in name}
 OUT = ("vision_config.out_hidden_size",)
+GEMMA4 = {"embedding_projection.weight": "h x"}  # of images and of sound
 CONNECTOR = {"connector.modality_projection.proj.weight": "h x"}
 
 WRAPPERS: Mapping[str, Wrapper] = {
@@ -86,6 +87,8 @@ WRAPPERS: Mapping[str, Wrapper] = {
             "Gemma3ForConditionalGeneration",
             {"multi_modal_projector.mm_input_projection_weight": "x h"},
         ),
+        Wrapper("gemma4", "Gemma4ForConditionalGeneration", GEMMA4),
+        Wrapper("gemma4_unified", "Gemma4UnifiedForConditionalGeneration", GEMMA4),
         Wrapper("mistral3", "Mistral3ForConditionalGeneration", LINEAR_2),
         Wrapper("llava", "LlavaForConditionalGeneration", LINEAR_2),
         Wrapper("llava_next", "LlavaNextForConditionalGeneration", LINEAR_2 | {"image_newline": "h"}),
