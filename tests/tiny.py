@@ -243,6 +243,18 @@ TINY: dict[str, dict] = {
     "gemma4_text-experts": GEMMA4 | GEMMA4_EXPERTS | {"hidden_size_per_layer_input": 0},
     "gemma4_text-all": GEMMA4 | GEMMA4_EXPERTS | EMBEDDED | {"num_kv_shared_layers": 2, "attention_bias": True},
     "gemma4_unified_text": GEMMA4 | {"num_kv_shared_layers": 2},
+    "kimi_linear": LOW_RANK
+    | {
+        "q_lora_rank": None,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 12,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention", "full_attention"],
+        "linear_head_dim": 6,
+        "linear_num_heads": 3,
+        "linear_conv_kernel_dim": 3,
+    },
     "exaone": {},
     "nemotron_h": {
         "layers_block_type": ["mamba", "mlp", "attention", "mlp"],

@@ -111,17 +111,25 @@ def sizes_of(config: Mapping[str, Any], family: Family) -> Sizes:
         LayerSizes(**per_layer[i], stated=times) if per_layer else LayerSizes(heads, groups, neurons * times, times)
         for i, times in enumerate(stated)
     )
-    own = config.get(family.layer_fields) or {} if family.layer_fields else {}
-    configs = [{**config, **own.get(str(layer), {})} for layer in range(count)] if own else [config]
-    lengths = {
-        axis: tuple(sum(_product(each, name) for name in fields) for each in configs)
-        for axis, fields in family.lengths.items()
-    }
-    carried, by_layer = own_lengths(lengths)
+    carried, by_layer = own_lengths(_lengths(config, family, count))
     if family.experts:
         carried["e"] = experts_of(config, family)
     head_size = family.width(config, "head_size") or hidden // heads
     return Sizes(family.width(config, "vocabulary"), hidden, head_size, layers, carried, by_layer)
+
+
+def _lengths(config: Mapping[str, Any], family: Family, count: int) -> dict[str, tuple[int, ...]]:
+    """Return the lengths of a family's own axes in each layer."""
+    own = config.get(family.layer_fields) or {} if family.layer_fields else {}
+    kinds = config.get("layer_types") or [""] * count
+    layers = [
+        ({**config, **own.get(str(layer), {})}, {**family.lengths, **family.kind_lengths.get(kind, {})})
+        for layer, kind in enumerate(kinds[:count])
+    ]
+    return {
+        axis: tuple(sum(_product(fields, name) for name in terms[axis]) for fields, terms in layers)
+        for axis in family.lengths
+    }
 
 
 def own_lengths(lengths: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:

@@ -13,6 +13,7 @@ from pipeline.model.families.gemma4 import GEMMA4
 from pipeline.model.families.gpt import GPT
 from pipeline.model.families.gpt_neox import GPT_NEOX
 from pipeline.model.families.hybrid import HYBRID
+from pipeline.model.families.kimi_linear import KIMI_LINEAR
 from pipeline.model.families.llama4 import LLAMA4
 from pipeline.model.families.mixtures import MIXTURES
 from pipeline.model.families.other import OTHER
@@ -24,7 +25,7 @@ __all__ = ["AXES", "FAMILIES", "REFUSED", "WRAPPERS", "Family", "Wrapper", "fami
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
-    for family in (*DENSE, *OTHER, *GEMMA4, *GPT, *GPT_NEOX, *EXPERTS, *MIXTURES, *LLAMA4, *HYBRID)
+    for family in (*DENSE, *OTHER, *GEMMA4, *GPT, *GPT_NEOX, *EXPERTS, *MIXTURES, *LLAMA4, *HYBRID, *KIMI_LINEAR)
 }
 
 

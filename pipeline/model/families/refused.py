@@ -10,7 +10,7 @@ REASONS: Mapping[str, str] = {
     "its layers pass on the positions that the layer before selected": "glm_moe_dsa",
     "some of its layers are a state-space model, linear attention or a convolution": (
         "bailing_hybrid falcon_mamba inkling2_loop_text inkling2_text inkling_text "
-        "jamba kimi_linear mamba mamba2 minimax "
+        "jamba mamba mamba2 minimax "
         "qwen4_exp_text rwkv xlstm zamba zamba2 zaya"
     ),
     "it is an encoder, has one, or is used as one": (

@@ -63,6 +63,7 @@ class Family:
     attention: str = "self_attn"  # modules of a layer
     ffn: str = "mlp"
     disk: tuple[tuple[str, str], ...] = ()  # parts of names in files, and the class's own part that the table has
+    aliases: tuple[tuple[str, str], ...] = ()  # the same for parts that some files have, and students do not
     outer: Mapping[str, str] = field(default_factory=dict)  # further tensors outside the layers, where present
     optional: tuple[str, ...] = ()  # prefixes of layer tensors that some checkpoints or layers lack
     left_out: tuple[str, ...] = ()  # patterns of checkpoint names that the class ignores
@@ -73,6 +74,8 @@ class Family:
     lengths: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # own axes: config fields whose sum is the length
+    # By kind of `layer_types`: the lengths of own axes that differ there
+    kind_lengths: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     layer_fields: str | None = None  # config field: by layer number, the fields of which that layer has its own values
     follows: Mapping[str, str] = field(default_factory=dict)  # config fields that repeat a width of FIELDS
     requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # config values this table holds for
@@ -167,7 +170,7 @@ class Family:
 
     def named(self, stored: str) -> str:
         """Return the table's name of a tensor by its name in a file."""
-        for part, own in self.disk:
+        for part, own in (*self.aliases, *self.disk):
             stored = stored.replace(part, own)
         return stored
 
