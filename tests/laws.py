@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint, Group, LayerPlan, everything, whole_layer
+from pipeline.model.families import Family
 from pipeline.prune.head_norms import spans
 from pipeline.runtime.checkpoint_writer import write_checkpoint
 from pipeline.runtime.model_loader import load_model
@@ -99,7 +101,7 @@ def masked(model: PreTrainedModel, anatomy: Anatomy, blueprint: Blueprint, folde
     for layer in range(len(anatomy.sizes.layers)):
         prefix = family.prefix.format(layer=layer)
         if layer not in plans:
-            teacher.get_submodule(prefix.rstrip(".")).forward = _passing_tuple if family.tuples else _passing
+            teacher.get_submodule(prefix.rstrip(".")).forward = partial(_passing, family)
             continue
         for norm in (*family.pre_norms, *family.post_norms):
             _restrict(teacher, prefix + norm, channels)
@@ -179,9 +181,5 @@ def _restrict(model: nn.Module, name: str, kept: torch.Tensor) -> None:
     module.forward = forward
 
 
-def _passing(hidden_states: torch.Tensor, *rest, **named) -> torch.Tensor:
-    return hidden_states
-
-
-def _passing_tuple(hidden_states: torch.Tensor, *rest, **named) -> tuple[torch.Tensor, None]:
-    return hidden_states, None
+def _passing(family: Family, hidden_states: torch.Tensor, *rest, **named):
+    return (hidden_states, named.get(str(family.passes_on))) if family.tuples else hidden_states

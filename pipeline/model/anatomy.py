@@ -22,6 +22,7 @@ PER_LAYER_LISTS = (
     "num_attention_heads_per_layer",
     "layers_block_type",
     "attention_layers",
+    "indexer_types",
 )  # config fields with one entry a layer
 IGNORED = (r"rotary_emb\.inv_freq$", r"rotary_pos_emb\.inv_freq$")  # checkpoint names that every class ignores
 
@@ -44,27 +45,30 @@ class Anatomy:
     def needed(self) -> dict[int, str]:
         """Return the layers that every student keeps, each with the reason."""
         last = self.family.keeps_last
-        sources = dict.fromkeys(sorted(self.key_sources), "later layers read its keys and values")
+        parts = " and ".join(prefix.rstrip(".") for prefix in self.family.inherited)
+        reason = f"later layers have no {parts} of their own and read what it computes"
+        sources = dict.fromkeys(sorted(self.sources.values()), reason)
         return sources | ({len(self.sizes.layers) - 1: last} if last else {})
 
     @cached_property
-    def key_sources(self) -> frozenset[int]:
-        """Return the layers whose keys and values later ones read: the last of each kind that has its own."""
-        if not self.family.own_keys:
-            return frozenset()
-        layers = range(len(self.sizes.layers))
-        kinds = [kind.partition(",")[0] for kind in self.layer_types]
-        read = {kinds[layer] for layer in layers if self._reuses(layer)}
-        own = {kinds[layer]: layer for layer in layers if not self._reuses(layer)}
-        return frozenset(layer for kind, layer in own.items() if kind in read)
+    def sources(self) -> dict[int, int]:
+        """Return, by layer that has no tensors for what it reads, the earlier layer of its kind that computes it."""
+        last, read = dict[str, int](), dict[int, int]()
+        for layer, label in enumerate(self.layer_types if self.family.inherited else ()):
+            kind = label.partition(",")[0]
+            if not self._inherits(layer):
+                last[kind] = layer
+            elif kind in last:
+                read[layer] = last[kind]
+        return read
 
     def staying(self, first: int) -> frozenset[int]:
         """Return the layers that every student keeps, and the `first` ones."""
         return frozenset(range(first)) | self.needed.keys()
 
-    def _reuses(self, layer: int) -> bool:
-        """Whether a layer reads the keys and values of an earlier one."""
-        return set(self.family.own_keys) <= self.lacking.get(self.layer_types[layer], frozenset())
+    def _inherits(self, layer: int) -> bool:
+        """Whether a layer reads what an earlier one computed."""
+        return set(self.family.inherited) <= self.lacking.get(self.layer_types[layer], frozenset())
 
     @cached_property
     def layer_tensors(self) -> dict[str, tuple[Segment, ...]]:

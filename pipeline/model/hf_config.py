@@ -9,7 +9,7 @@ from pipeline.model.anatomy import PER_LAYER_LISTS, Anatomy
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.families import FAMILIES
 from pipeline.model.mixture import narrowing_of
-from pipeline.model.sizes import LayerSizes, reusing_layers
+from pipeline.model.sizes import LayerSizes, inheriting_layers
 from pipeline.model.token_ids import Renumbering
 
 
@@ -31,9 +31,9 @@ def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
         edited[str(source.family.layer_fields)] = {
             str(place): own[str(host)] for place, host in enumerate(hosts) if str(host) in own
         }
-    if source.family.reusing:
-        reusing = reusing_layers(config, source.family, len(source.sizes.layers))
-        edited[source.family.reusing] = sum(host in reusing for host in hosts)
+    if source.family.inheriting:
+        inheriting = inheriting_layers(config, source.family, len(source.sizes.layers))
+        edited[source.family.inheriting] = sum(host in inheriting for host in hosts)
     for field in source.family.repeated:
         edited[field] = [config[field][host % len(config[field])] for host in hosts]
     for field in source.family.depth_scaled:

@@ -105,8 +105,8 @@ def sizes_of(config: Mapping[str, Any], family: Family) -> Sizes:
     neurons = family.width(config, "neurons") or (family.neurons_per_channel or 0) * hidden
     per_layer = config.get("pruned", {}).get("layers")
     count = len(per_layer) if per_layer else family.width(config, "layers")
-    stated = [2 if family.doubled and config.get(family.doubled) and i in reusing_layers(config, family, count) else 1
-              for i in range(count)]  # fmt: skip
+    doubled = inheriting_layers(config, family, count) if config.get(str(family.doubled)) else range(0)
+    stated = [2 if layer in doubled else 1 for layer in range(count)]
     layers = tuple(
         LayerSizes(**per_layer[i], stated=times) if per_layer else LayerSizes(heads, groups, neurons * times, times)
         for i, times in enumerate(stated)
@@ -138,9 +138,9 @@ def own_lengths(lengths: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, int],
     return carried, {axis: of_layers for axis, of_layers in lengths.items() if axis not in carried}
 
 
-def reusing_layers(config: Mapping[str, Any], family: Family, count: int) -> range:
-    """Return which of `count` layers read the keys and values of earlier ones."""
-    return range(count - (config.get(family.reusing) or 0), count) if family.reusing else range(0)
+def inheriting_layers(config: Mapping[str, Any], family: Family, count: int) -> range:
+    """Return which of `count` layers, the last ones, read what earlier ones computed."""
+    return range(count - (config.get(family.inheriting) or 0), count) if family.inheriting else range(0)
 
 
 def _product(config: Mapping[str, Any], fields: str) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.model.families import family_for
-from pipeline.model.sizes import reusing_layers
+from pipeline.model.sizes import inheriting_layers
 
 BUFFERS = r"rotary_emb\.inv_freq$"  # stored by old versions, computed by the class
 PREDICTION = re.compile(r"(^|[._])mtp([._]|$)")  # multi-token prediction, by name
@@ -40,8 +40,8 @@ def canonical_names(stored: Iterable[str], config: Mapping[str, Any], folder: Pa
     bare = not any(name.startswith(base) for name in kept)
     names = {base + name if bare and not name.startswith(f"{family.head}.") else name: own[name] for name in kept}
     count = family.width(config, "layers")
-    reusing = [family.prefix.format(layer=layer) for layer in reusing_layers(config, family, count)]
-    unused = tuple(prefix + own_key for prefix in reusing for own_key in family.own_keys)
+    inheriting = [family.prefix.format(layer=layer) for layer in inheriting_layers(config, family, count)]
+    unused = tuple(prefix + part for prefix in inheriting for part in family.inherited)
     left_out += [stored for name, stored in names.items() if name.startswith(unused)]
     return {name: stored for name, stored in names.items() if not name.startswith(unused)}, left_out
 

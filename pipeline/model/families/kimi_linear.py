@@ -1,7 +1,7 @@
 """Kimi Linear: layers of low-rank attention among layers of gated delta attention, and experts from the second on.
 
-Both kinds of layers have `q_proj` and `o_proj`, of other widths: the axes `a`, queries, and `b`, what is written, differ
-by kind of layer. `z` are all channels of delta attention, `g` those of a head, `m` its heads.
+Both kinds of layers have `q_proj` and `o_proj`, of other widths: the axes `a`, queries, and `b`, what is written,
+differ by kind of layer. `z` are all channels of delta attention, `g` those of a head, `m` its heads.
 """
 
 from pipeline.model.families.experts import (

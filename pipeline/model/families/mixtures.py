@@ -64,6 +64,16 @@ INDEXED = replace(
 )
 
 MIXTURES = (
+    replace(
+        INDEXED,
+        model_type="glm_moe_dsa",
+        architecture="GlmMoeDsaForCausalLM",
+        optional=(*INDEXED.optional, "self_attn.indexer."),
+        inherited=("self_attn.indexer.",),
+        passes_on="prev_topk_indices",
+        tuples=True,
+        superseded=(*INDEXED.superseded, "index_topk_freq", "index_skip_topk_offset", "index_topk_pattern"),
+    ),
     Family(
         "ernie4_5_moe",
         "Ernie4_5_MoeForCausalLM",

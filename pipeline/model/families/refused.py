@@ -7,7 +7,6 @@ REASONS: Mapping[str, str] = {
         "axk1 axk2 dbrx deepseek_v4 dots3_note_text hy_v4 jetmoe longcat_flash mimo_v2_flash sarvam_moe"
     ),
     "its residual additions are scaled by the layer's number": "beam",
-    "its layers pass on the positions that the layer before selected": "glm_moe_dsa",
     "some of its layers are a state-space model, linear attention or a convolution": (
         "bailing_hybrid falcon_mamba inkling2_loop_text inkling2_text inkling_text "
         "jamba mamba mamba2 minimax "

@@ -90,10 +90,11 @@ class Family:
     parallel: bool = False  # attention and FFN both read the stream that the layer is given
     residual_weights: bool = False  # its layers multiply the residual stream by learned weights
     keeps_last: str | None = None  # why the last layer of a student is the last of its source
-    # A config field: how many last layers read the keys and values of the last layer of their kind before them
-    reusing: str | None = None
-    own_keys: tuple[str, ...] = ()  # prefixes of the tensors that such layers lack, also where a file has them
-    doubled: str | None = None  # config field: whether such layers have twice the neurons that the config states
+    # Prefixes of tensors: a layer without them reads what the last layer of its kind before it computed with them
+    inherited: tuple[str, ...] = ()
+    inheriting: str | None = None  # config field: how many last layers have none of them, also where a file does
+    doubled: str | None = None  # config field: whether such last layers have twice the neurons that the config states
+    passes_on: str | None = None  # argument of a layer that is the second output of the layer before
     layer_indices: tuple[str, ...] = ()  # config fields that list numbers of layers
     superseded: tuple[str, ...] = ()  # config fields of older files, which a later field of the class replaces
     # A config field by which the class changes the neurons that the config states, and the tensor whose rows they are

@@ -184,10 +184,10 @@ def only_layers(model: CausalModel, total: int, kept: Collection[int]) -> Iterat
     Within the context it is the model that `cut` makes of these hosts without donations.
     """
 
-    tuples = family_of(model.config.model_type).tuples
+    family = family_of(model.config.model_type)
 
-    def passing(hidden_states: Tensor, *rest, **named) -> Tensor | tuple[Tensor, None]:
-        return (hidden_states, None) if tuples else hidden_states
+    def passing(hidden_states: Tensor, *rest, **named) -> Tensor | tuple[Tensor, Tensor | None]:
+        return (hidden_states, named.get(str(family.passes_on))) if family.tuples else hidden_states
 
     with replaced_forward({layer_of(model, index): passing for index in set(range(total)) - set(kept)}):
         yield

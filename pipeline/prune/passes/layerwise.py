@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipeline.model.anatomy import Anatomy
-from pipeline.model.families import family_of
+from pipeline.model.families import Family, family_of
 from pipeline.model.forwards import replaced_forward
 from pipeline.prune.passes.branches import Branch, Silent, ffn_parts, mixers, observed, silenced
 
@@ -20,8 +20,9 @@ from pipeline.prune.passes.branches import Branch, Silent, ffn_parts, mixers, ob
 class Step:
     """One batch under way: its stream, and the other arguments that the model gives to each layer."""
 
-    def __init__(self, tuples: bool = False) -> None:
-        self.tuples = tuples  # layers return a tuple whose first entry is the hidden state
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.passed: dict[str, Any] = {}  # what the layer before passes on beside the stream, by argument
         self.hidden: Tensor  # [batch, sequence, h], set by the first layer
         self.arguments: list[tuple[tuple, dict[str, Any]]] = []  # by layer
 
@@ -30,12 +31,14 @@ class Step:
         if not self.arguments:
             self.hidden = hidden_states
         self.arguments.append((rest, named))
-        return (hidden_states, None) if self.tuples else hidden_states
+        return (hidden_states, None) if self.family.tuples else hidden_states
 
     def through(self, layer: nn.Module, index: int, place: torch.device) -> Tensor:
         """Return the output of a layer for the current stream."""
         rest, named = _moved(self.arguments[index], place)
-        output = layer(self.hidden.to(place), *rest, **named)
+        output = layer(self.hidden.to(place), *rest, **(named | self.passed))
+        if self.family.passes_on:
+            self.passed = {self.family.passes_on: output[1]}
         return output[0] if isinstance(output, tuple) else output
 
     def advance(self, layer: nn.Module, index: int, place: torch.device) -> None:
@@ -67,11 +70,11 @@ def recorded(model: nn.Module, layers: Sequence[nn.Module], batches: Iterable[Te
     """
     home = next(model.parameters()).device
     config: Any = model.config
-    tuples = family_of(config.model_type).tuples
+    family = family_of(config.model_type)
     steps: list[Step] = []
     held: list[Tensor] = []
     for ids in batches:
-        step = Step(tuples)
+        step = Step(family)
         with replaced_forward(dict.fromkeys(layers, step.stand_in)):
             model(input_ids=ids.to(home), use_cache=False)
         step.arguments, held = _held_once(step.arguments, held)

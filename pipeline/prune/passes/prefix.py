@@ -16,26 +16,30 @@ class PrefixCache:
     """The residual streams of batches of ids [batch, sequence] after the first layers of a causal model.
 
     A pass that continues from there gives exactly the results of a whole one. Memory: on the host one row [h] a token,
-    none before the first layer. Streams stop before a layer whose keys and values later layers read.
+    none before the first layer. Streams do not stop where a later layer reads more of the passed ones than the stream.
     """
 
     def __init__(self, model: CausalModel, anatomy: Anatomy, batches: Sequence[Tensor]):
         self.model, self.batches = model, batches
         self.total = len(anatomy.sizes.layers)
-        self.last = min(anatomy.key_sources, default=self.total)  # the first layer that they do not pass
+        self.sources = anatomy.sources
         self.done: list[int] = []
         self.tried: Sequence[int] = ()
         self.streams: list[Tensor | None] = [None] * len(batches)  # none: as the embedding gives it
 
     def reach(self, layers: Sequence[int]) -> None:
         """Move the streams to after these layers, ascending: from where they are, else from the embedding."""
-        layers = [layer for layer in layers if layer < self.last]
-        if layers[: len(self.done)] != self.done:
+        if list(layers[: len(self.done)]) != self.done:
             self.done, self.streams = [], [None] * len(self.batches)
+        run: list[int] = []
         for layer in layers[len(self.done) :]:
+            run.append(layer)
+            if any(source <= layer < reader for reader, source in self.sources.items()):
+                continue
             for number in range(len(self.batches)):
-                self.streams[number] = self._behind(layer, number)
-            self.done.append(layer)
+                self.streams[number] = self._behind(run, number)
+            self.done += run
+            run = []
 
     def reach_for(self, kept: Sequence[int]) -> None:
         """Move the streams to after the first layers that `kept` and the choice before it have in common."""
@@ -50,16 +54,16 @@ class PrefixCache:
         return self._alone(kept[len(self.done) :], number)
 
     @torch.inference_mode()
-    def _behind(self, layer: int, number: int) -> Tensor:
-        """Return the stream [batch, sequence, h] of a batch after a layer, on the host."""
+    def _behind(self, layers: Sequence[int], number: int) -> Tensor:
+        """Return the stream [batch, sequence, h] of a batch after the next layers, on the host."""
         seen: list[Tensor] = []
 
         def keep(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
             seen.append((output[0] if isinstance(output, tuple) else output).cpu())
 
-        hook = layer_of(self.model, layer).register_forward_hook(keep)
+        hook = layer_of(self.model, layers[-1]).register_forward_hook(keep)
         try:
-            with self._alone([layer], number):
+            with self._alone(layers, number):
                 place = next(self.model.parameters()).device
                 self.model.base_model(input_ids=self.batches[number].to(place), use_cache=False)
         finally:

@@ -1,4 +1,4 @@
-"""Layers that read the keys of earlier ones, fields that single layers have of their own, and embeddings of layers."""
+"""Layers that read what earlier ones computed, fields that single layers have of their own, embeddings of layers."""
 
 import json
 from dataclasses import replace
@@ -35,7 +35,7 @@ def rewritten(folder, changes, tensors=()):
 
 def test_the_layers_whose_keys_are_read_and_the_last_one_stay_under_every_policy():
     of = anatomy(tiny_model(KIND))
-    assert of.key_sources == {1, 2} and set(of.needed) == {1, 2, 5}
+    assert of.sources == {3: 1, 4: 2, 5: 1} and set(of.needed) == {1, 2, 5}
     assert of.staying(1) == {0, 1, 2, 5}
     influence = torch.tensor([0.9, 0.1, 0.1, 0.8, 0.9, 0.0])
     for policy in DEPTH_POLICIES:
@@ -50,10 +50,26 @@ def test_the_layers_whose_keys_are_read_and_the_last_one_stay_under_every_policy
         kept_layers(influence, 4, "contiguous", {0, 2, 4})
 
 
+def test_layers_that_select_positions_for_later_ones_stay_and_those_that_do_not_can_go(tmp_path):
+    model = tiny_model("glm_moe_dsa")
+    model.set_experts_implementation("eager")
+    of = anatomy(model)
+    assert of.sources == {1: 0, 3: 2} and set(of.needed) == {0, 2}
+    whole = everything(of.sizes)
+    folder = export(model, replace(whole, layers=tuple(whole.layers[host] for host in (0, 2, 3))), tmp_path / "s")
+    assert json.loads((folder / "config.json").read_text())["indexer_types"] == ["full", "full", "shared"]
+    student = load_model(folder, torch.float64, "eager")
+    student.set_experts_implementation("eager")
+    with only_layers(model, 4, (0, 2, 3)):
+        assert_close(logits(student), logits(model))
+    with pytest.raises(ValueError, match=r"must keep layer 2: later layers have no self_attn\.indexer of their own"):
+        replace(whole, layers=(whole.layers[0], whole.layers[1], whole.layers[3])).check(of)
+
+
 @pytest.mark.parametrize(
     "hosts, message",
     [
-        ((0, 2, 3, 4, 5), r"must keep layer 1: later layers read its keys and values"),
+        ((0, 2, 3, 4, 5), r"must keep layer 1: later layers have no self_attn.k_proj and .* read what it computes"),
         ((0, 1, 2, 3, 4), r"must keep layer 5: the class makes its last layer one of full attention"),
         ((1, 0, 2, 3, 4, 5), r"stay in their order"),
     ],
