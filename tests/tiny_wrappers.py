@@ -7,7 +7,8 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from pipeline.model.families import FAMILIES, WRAPPERS
 from pipeline.runtime.wrapper import text_config
-from tests.tiny import BASE, FEW, GEMMA, LINEAR, TINY, config_of
+from tests.tiny import config_of
+from tests.tiny_configs import BASE, FEW, GEMMA, LINEAR, TINY
 
 IMAGE = 90  # the token id of an image patch
 SIGLIP = {

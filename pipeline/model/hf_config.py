@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pipeline.model.anatomy import PER_LAYER_LISTS, Anatomy
+from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
 from pipeline.model.families import FAMILIES
+from pipeline.model.layer_types import PER_LAYER_LISTS
 from pipeline.model.mixture import narrowing_of
-from pipeline.model.sizes import LayerSizes, inheriting_layers
+from pipeline.model.sizes import LayerSizes, fields_by_layer, inheriting_layers
 from pipeline.model.token_ids import Renumbering
 
 
@@ -26,11 +27,9 @@ def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
             edited[field] = [config[field][host] for host in hosts]
     for field, kinds in source.family.layer_groups.items():
         edited[field] = [[[config[kinds][host] for host in hosts], 1]]
-    if config.get(str(source.family.layer_fields)):
-        own = config[str(source.family.layer_fields)]
-        edited[str(source.family.layer_fields)] = {
-            str(place): own[str(host)] for place, host in enumerate(hosts) if str(host) in own
-        }
+    if source.family.layer_fields:
+        own = fields_by_layer(config, source.family)
+        edited[source.family.layer_fields] = {str(place): own[h] for place, h in enumerate(hosts) if h in own}
     if source.family.inheriting:
         inheriting = inheriting_layers(config, source.family, len(source.sizes.layers))
         edited[source.family.inheriting] = sum(host in inheriting for host in hosts)

@@ -120,16 +120,22 @@ def sizes_of(config: Mapping[str, Any], family: Family) -> Sizes:
 
 def _lengths(config: Mapping[str, Any], family: Family, count: int) -> dict[str, tuple[int, ...]]:
     """Return the lengths of a family's own axes in each layer."""
-    own = config.get(family.layer_fields) or {} if family.layer_fields else {}
+    own = fields_by_layer(config, family)
     kinds = config.get("layer_types") or [""] * count
     layers = [
-        ({**config, **own.get(str(layer), {})}, {**family.lengths, **family.kind_lengths.get(kind, {})})
+        ({**config, **own.get(layer, {})}, {**family.lengths, **family.kind_lengths.get(kind, {})})
         for layer, kind in enumerate(kinds[:count])
     ]
     return {
         axis: tuple(sum(_product(fields, name) for name in terms[axis]) for fields, terms in layers)
         for axis in family.lengths
     }
+
+
+def fields_by_layer(config: Mapping[str, Any], family: Family) -> dict[int, Mapping[str, Any]]:
+    """Return the config fields that single layers have of their own, by layer; transformers pads numbers with zeros."""
+    own = config.get(family.layer_fields) if family.layer_fields else None
+    return {int(layer): fields for layer, fields in (own or {}).items()}
 
 
 def own_lengths(lengths: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pipeline.model import decilm
-from pipeline.model.anatomy import PER_LAYER_LISTS, Anatomy, anatomy_of
+from pipeline.model.anatomy import Anatomy, anatomy_of
 from pipeline.model.families import FAMILIES, WRAPPERS, Family, family_of
 from pipeline.model.families.wrappers import text_names
 from pipeline.model.hf_config import frozen_modules, per_layer
+from pipeline.model.layer_types import PER_LAYER_LISTS
 from pipeline.runtime import wrapper
 from pipeline.runtime.config_bounds import check_experts, check_length
 from pipeline.runtime.described import read_config, read_mapping, wrapper_config
@@ -70,7 +71,7 @@ class Checkpoint(Mapping[str, Tensor]):
         }
         if family.layer_fields:
             by_layer = whole.to_dict().get(family.layer_fields) or {}
-            self.config[family.layer_fields] = {str(layer): dict(fields) for layer, fields in by_layer.items()}
+            self.config[family.layer_fields] = {str(int(layer)): dict(fields) for layer, fields in by_layer.items()}
         path, layers = self.folder / "config.json", str(family.field("layers"))
         for name in (name for name in PER_LAYER_LISTS if self.config.get(name) == []):
             check_length(name, [], layers, self.config[layers], path)

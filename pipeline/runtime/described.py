@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.model.anatomy import PER_LAYER_LISTS
 from pipeline.model.families import FAMILIES, WRAPPERS, Family
 from pipeline.model.families.table import FIELDS
+from pipeline.model.layer_types import PER_LAYER_LISTS
 from pipeline.runtime.config_bounds import check_length, check_numbers, check_repeats
 from pipeline.runtime.model_class import config_fields, reserved_names
 from pipeline.runtime.wrapper import text_config, whole_config

@@ -8,7 +8,7 @@ import torch
 from pipeline.allocate.widths import even_widths, partway, weights_of_size, weights_within
 from pipeline.config import Config
 from pipeline.costmodel.chip import Chip
-from pipeline.costmodel.expert_budget import check_covered, experts_for, with_experts
+from pipeline.costmodel.expert_budget import experts_for, with_experts
 from pipeline.costmodel.expert_speed import experts_for_speed
 from pipeline.costmodel.nearest_shape import given_shape
 from pipeline.costmodel.pareto import Limits, Serving, shape_within, speedup_of
@@ -87,11 +87,6 @@ def student_of(config: Config, anatomy: Anatomy) -> Student:
     if config.budget.axes == "experts":
         count, made = _experts_budgeted(config, anatomy)
         return Student(teacher, None, made if done == rounds else None, _experts(config, anatomy, count))
-    by_size = config.budget.total or config.budget.active_parameters or config.budget.bytes
-    if config.budget.predicted or (config.plan.widths != "uniform" and not by_size):
-        remedy = "set shape.*, budget.axes=experts, budget.total or budget.active_parameters"
-        limit = "speedup" if "speedup" in config.budget.predicted else "parameters"
-        check_covered(teacher, f"budget.{limit}", remedy)
     if config.plan.widths != "uniform":
         weights = _weights(config, anatomy, done / rounds)
         even = even_widths(anatomy.sizes, weights, multiples_for(teacher).neurons)

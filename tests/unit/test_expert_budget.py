@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_budgets_through_the_stage(tmp_path):
 @pytest.mark.parametrize(
     "setting, overrides",
     [
-        ("budget.parameters", ["budget.parameters=0.8", "plan.widths=adaptive"]),
+        ("plan.widths=adaptive", ["budget.parameters=0.8", "plan.widths=adaptive"]),
         ("model.path", ["budget.speedup=1.1"]),
         ("budget.active_parameters", ["budget.active_parameters=0.8", "budget.axes=experts"]),
         ("dry_run", ["shape.experts=2", "dry_run=true", "stages=null"]),
@@ -89,6 +90,23 @@ def test_budgets_through_the_stage(tmp_path):
 def test_low_rank_attention_is_refused_where_the_chip_model_counts(setting, overrides, tmp_path):
     with pytest.raises(ValueError, match=f"^{setting}"):
         shaped(make_world(tmp_path, "deepseek_v3"), *overrides)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_5_text", "gemma4_text", "kimi_linear"])
+@pytest.mark.parametrize("axes", ["all", "layers"])
+def test_parameters_of_attention_that_is_kept_whole_are_counted_exactly(kind, axes, tmp_path):
+    whole = anatomy(kind)
+    needed = "plan.keep_first=3" if kind == "qwen3_5_text" else "plan.keep_first=1"  # attention, from layer 2 on
+    made = shaped(make_world(tmp_path, kind), f"budget.axes={axes}", "budget.parameters=0.9", needed)
+    budget, shape = json.loads((made["shape"] / "budget.json").read_text()), Shape.load(made["shape"])
+    assert shape.heads == whole.sizes.layers[0].heads and budget["reached"] <= 0.9
+    narrow = [shape.widest.within(widths) for widths in whole.sizes.layers]
+    largest = 0
+    for hosts in combinations(range(len(narrow)), shape.layers):
+        sizes = replace(whole.sizes.of_layers(hosts, (narrow[host] for host in hosts)), hidden=shape.hidden)
+        student = whole.narrowed(sizes, tuple(whole.layer_types[host] for host in hosts))
+        largest = max(largest, student.parameters()[1])
+    assert budget["reached"] == pytest.approx(largest / whole.parameters()[1])
 
 
 @pytest.mark.parametrize("axes", ["all", "layers", "experts"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline import api
 from pipeline.model.blueprint import everything
 from pipeline.model.causal import decoder_of
 from pipeline.model.shape import check_depth
@@ -109,6 +110,21 @@ def test_files_of_the_first_form_and_with_keys_that_no_layer_reads_are_read(tmp_
     assert read.anatomy == plain.anatomy
     assert read.notes == [f"2 tensors that the class does not have are left out: {', '.join(sorted(unused))}"]
     assert torch.equal(logits(load_model(folder, torch.float32, "eager")), logits(model))
+
+
+def test_fields_of_single_layers_are_found_in_models_of_ten_layers_and_more(tmp_path):
+    kinds = [*("sliding_attention",) * 5, "full_attention"] * 2
+    model = tiny_model("gemma4_text-plain", num_hidden_layers=12, layer_types=kinds)
+    assert list(model.config.to_dict()["per_layer_config"]) == ["05", "11"]  # as a file of it has them
+    source = open_checkpoint(save_tiny(model, tmp_path / "m"))
+    source.check()
+    assert source.anatomy == api.anatomy(model)
+    whole = everything(source.anatomy.sizes)
+    student = replace(whole, layers=(*whole.layers[:1], *whole.layers[4:]))
+    folder = export(model, student, tmp_path / "s")
+    assert list(json.loads((folder / "config.json").read_text())["per_layer_config"]) == ["2", "8"]
+    with only_layers(model, 12, (0, *range(4, 12))):
+        assert_close(logits(load_model(folder, torch.float64, "eager")), logits(model))
 
 
 def test_two_streams_that_take_turns_through_the_layers_each_read_their_own_keys():

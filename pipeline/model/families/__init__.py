@@ -1,6 +1,6 @@
 """The model types this project knows, as tables. A family is data: no code asks which family it handles.
 
-To add a type whose parts are known: one entry in a file of this package, one tiny model in `tests/tiny.py`, and
+To add a type whose parts are known: one entry in a file of this package, one tiny model in `tests/tiny_configs.py`, and
 `docs/models.md`, which `python -m tests.models_page` writes.
 """
 
