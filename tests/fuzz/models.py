@@ -73,6 +73,18 @@ def config(folder: Path) -> Target:
     return model.target(texts.map(lambda text: {"config.json": text}))
 
 
+def config_of_layers(folder: Path) -> Target:
+    """A config.json with fields of single layers, layers that read others' keys, layer embeddings and experts."""
+    model = Folder(save_tiny(tiny_model("gemma4_text-all", dtype=torch.float32), folder / "model"))
+    texts = mutated_text(json.loads(model.sound["config.json"]))
+
+    def verify(contents: Contents, checkpoint: Checkpoint) -> None:
+        loaded = load_model(model.copy, torch.float32, "eager").state_dict()
+        assert all(torch.equal(loaded[name], checkpoint[name]) for name in checkpoint)
+
+    return Target(texts.map(lambda text: {"config.json": text}), model.read, verify)
+
+
 def config_of_a_student(folder: Path) -> Target:
     pruned = Folder(student("llama", folder / "s", dtype=torch.float32).folder)
     fields = json.loads(pruned.sound["config.json"])

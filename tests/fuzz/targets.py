@@ -11,6 +11,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "blueprint": own.blueprint,
     "manifest": own.manifest,
     "config.json": models.config,
+    "config.json of layers": models.config_of_layers,
     "config.json of a student": models.config_of_a_student,
     "safetensors header": models.safetensors_header,
     "index": models.index,

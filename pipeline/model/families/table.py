@@ -4,9 +4,9 @@ Axes are letters: `v` vocabulary, `h` hidden channels, `n` query heads, `k` key/
 neurons. A family may name further axes in `lengths`; they are carried whole. Letters in parentheses share a dimension,
 the last letter running fastest: `(n d) h` is a matrix whose rows run over heads and head size and whose columns run
 over hidden channels. `q+2` counts the query heads of a KV group, its key and its value: `(k q+2 d) h` is a fused
-projection interleaved by group. Outside the layers `L` counts the layers: `(L p) h` has `p` rows for each. A number
-is a dimension of that length. Blocks joined by `+` are concatenated along the
-first dimension in which they differ, or along the rows: `(n d) h + (k d) h + (k d) h`. An empty pattern is a scalar.
+projection interleaved by group. Outside the layers `L` counts the layers: `(L p) h` has `p` rows for each. A number is
+a dimension of that length. Blocks joined by `+` are concatenated along the first dimension in which they differ, or
+along the rows: `(n d) h + (k d) h + (k d) h`. An empty pattern is a scalar.
 """
 
 from collections.abc import Mapping
