@@ -56,9 +56,9 @@ def experts_for(anatomy: Anatomy, budget: str, requested: float, unit: Unit, sou
 
 
 def check_covered(teacher: ModelShape, setting: str, remedy: str) -> None:
-    """Raise ValueError where a mixture of experts has attention that the formulas of shapes do not count."""
-    if teacher.mixture and "heads" in teacher.fixed:
+    """Raise ValueError where a model has attention that the formulas of shapes do not count."""
+    if teacher.uncounted:
         raise ValueError(
             f"{setting}: the chip model counts attention with query heads and KV groups, and in this model "
-            f"{teacher.fixed['heads']}; {remedy}"
+            f"{teacher.uncounted}; {remedy}"
         )

@@ -42,14 +42,18 @@ class ModelShape:
     whole_heads: bool = False
     fixed: Mapping[str, str] = field(default_factory=dict, hash=False)
     mixture: Mixture | None = None
+    least: int = 1  # layers of every student
+    uncounted: str = ""  # why layers have other attention than of query heads and KV groups; empty: all have it
 
     @staticmethod
-    def of(anatomy: Anatomy, biased: bool = False) -> "ModelShape":
+    def of(anatomy: Anatomy, biased: bool = False, first: int = 0) -> "ModelShape":
         """Return the shape of a model; of layers that differ it says the most groups, heads of a group, and neurons.
 
-        `biased`: the students will have every bias their class can have, whether or not the model has them.
+        `biased`: the students will have every bias their class can have, whether or not the model has them. `first`: of
+        its first layers so many stay.
         """
-        sizes = anatomy.sizes
+        sizes, output = anatomy.sizes, f"{anatomy.writer('n d')}.weight"
+        counted = all(anatomy.has(output, layer) for layer, widths in enumerate(sizes.layers) if widths.groups)
         groups = max(widths.groups for widths in sizes.layers)
         return ModelShape(
             layers=len(sizes.layers),
@@ -65,6 +69,8 @@ class ModelShape:
             whole_heads=anatomy.whole_heads,
             fixed=anatomy.family.fixed,
             mixture=Mixture.of(anatomy),
+            least=max(1, len(anatomy.staying(first))),
+            uncounted="" if counted else anatomy.family.fixed["heads"],
         )
 
     def changed(self, axes: Mapping[str, int]) -> "ModelShape":
@@ -162,7 +168,7 @@ def possible_values(teacher: ModelShape, multiples: Multiples) -> dict[str, tupl
     if teacher.whole_heads:
         hidden = tuple(sorted({heads * teacher.head_size for heads, _ in attention}))
     return {
-        "layers": (teacher.layers,) if "layers" in teacher.fixed else tuple(range(1, teacher.layers + 1)),
+        "layers": (teacher.layers,) if "layers" in teacher.fixed else tuple(range(teacher.least, teacher.layers + 1)),
         "hidden": (teacher.hidden,) if "hidden" in teacher.fixed else hidden,
         "attention": tuple(sorted(attention)),
         "neurons": (teacher.neurons,) if "neurons" in teacher.fixed else _steps(teacher.neurons, multiples.neurons),
@@ -210,14 +216,16 @@ def shape_for(teacher: ModelShape, fraction: float, multiples: Multiples | None 
 def depth_for(teacher: ModelShape, fraction: float) -> ModelShape:
     """Return the deepest shape of the teacher's widths that keeps at most `fraction` of its non-embedding parameters.
 
-    Raise ValueError where even one layer is too much.
+    Raise ValueError where even the fewest layers are too much.
     """
     budget = fraction * teacher.non_embedding_parameters()
-    for layers in range(teacher.layers, 0, -1):
+    for layers in range(teacher.layers, teacher.least - 1, -1):
         shape = replace(teacher, layers=layers)
         if shape.non_embedding_parameters() <= budget:
             return shape
-    raise ValueError(f"budget.parameters is {fraction}; with budget.axes=layers one layer is already more")
+    raise ValueError(
+        f"budget.parameters is {fraction}; with budget.axes=layers the fewest layers, {teacher.least}, are already more"
+    )
 
 
 def neurons_for(teacher: ModelShape, fraction: float) -> ModelShape:

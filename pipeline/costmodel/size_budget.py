@@ -23,8 +23,9 @@ FREE = {"all": AXES, "layers": ("layers",), "neurons": ("neurons",)}  # by budge
 class Unit:
     """What a size is counted in: parameters times `bytes`, and per layer and KV group `cached` bytes of a KV cache.
 
-    `active`: of the experts of a layer, those that a token is sent to are counted. `inner`: the embedding and output
-    matrices are not. Every layer caches the whole context; `cached` is context x 2 x head size x bytes of an element.
+    `active`: of the experts of a layer, only those that a token is sent to are counted. `inner`: the embedding and
+    output matrices are not counted. Every layer caches the whole context; `cached` is context x 2 x head size x bytes
+    of an element.
     """
 
     bytes: int = 1
@@ -33,19 +34,21 @@ class Unit:
     inner: bool = False
 
 
+def check_cache(anatomy: Anatomy) -> None:
+    """Raise ValueError where the keys and values that a model caches are not those of KV groups of one head size."""
+    axes = {axis for segments in anatomy.layer_tensors.values() for each in segments for axis in each}
+    if not any("k" in axis.split() for axis in axes):
+        raise ValueError(
+            f"budget.context: the cache of model_type {anatomy.family.model_type!r} is not that of KV groups of one "
+            "head size, so it is not counted; leave budget.context out"
+        )
+
+
 def sizes(anatomy: Anatomy, grid: Grid, unit: Unit) -> np.ndarray:
     """Return the size of every shape of a grid, [layers, hidden, (heads, groups), neurons].
 
-    Where layers differ, of those that a student may have the largest count, whichever will stay. Raise ValueError where
-    a cache is to be counted and the family's keys and values are not those of KV groups.
+    Where layers differ, of those that a student may have the largest count, whichever will stay.
     """
-    if unit.cached and not any(
-        "k" in axis for axes in anatomy.layer_tensors.values() for each in axes for axis in each
-    ):
-        raise ValueError(
-            f"budget.context: model_type {anatomy.family.model_type!r} caches no KV groups, so its cache is not "
-            "counted; leave budget.context out"
-        )
     hidden, neurons = grid.hidden[:, None, None], grid.neurons[None, None, :]
     heads, groups = (grid.attention[None, :, column, None] for column in (0, 1))
     known: dict[Any, np.ndarray] = {}

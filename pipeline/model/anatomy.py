@@ -213,6 +213,12 @@ class Anatomy:
                     shapes[name.format(layer=layer)] = self.shape(segments, layer)
         return shapes
 
+    def layer_parameters(self, layer: int) -> int:
+        """Return the number of parameters of a layer."""
+        return sum(
+            math.prod(self.shape(axes, layer)) for name, axes in self.layer_tensors.items() if self.has(name, layer)
+        )
+
     def parameters(self) -> tuple[int, int]:
         """Return the number of parameters: all, and without the embedding and output matrices."""
         counts = {name: math.prod(shape) for name, shape in self.shapes().items()}

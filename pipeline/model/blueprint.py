@@ -187,14 +187,18 @@ def _check_attention(blueprint: Blueprint, anatomy: Anatomy) -> None:
     for layer, reason in anatomy.needed.items():
         if layer not in hosts:
             raise ValueError(
-                f"shape.layers: a student of model_type {anatomy.family.model_type!r} must keep layer {layer}: "
-                f"{reason}; keep it"
+                f"plan.depth: the chosen layers lack layer {layer} of model_type {anatomy.family.model_type!r}: "
+                f"{reason}; choose layers with it"
             )
     if anatomy.needed and hosts != sorted(hosts):
         raise ValueError(
-            f"blueprint: layers of model_type {anatomy.family.model_type!r} stay in their order; it has {hosts}"
+            f"blueprint: its layers are {hosts}, and those of model_type {anatomy.family.model_type!r} depend on "
+            "earlier ones; sort them"
         )
     with_attention = {layer for layer in range(len(anatomy.sizes.layers)) if anatomy.has(output, layer)}
+    if anatomy.family.kind_lengths:
+        kinds = [kind.partition(",")[0] for kind in anatomy.layer_types]
+        with_attention = {layer for layer, kind in enumerate(kinds) if kind not in anatomy.family.kind_lengths}
     if with_attention and with_attention.isdisjoint(plan.host for plan in blueprint.layers if plan.groups):
         raise ValueError(
             f"shape.layers: of the layers with attention ({', '.join(map(str, sorted(with_attention)))}) none stays; "

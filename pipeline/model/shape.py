@@ -110,7 +110,8 @@ def check_depth(count: int, total: int, staying: Collection[int]) -> None:
     """Raise ValueError where a student of `count` of `total` layers cannot have those that must stay."""
     least = max(1, len(staying))
     if not least <= count <= total:
-        must = f", since the layers {', '.join(map(str, sorted(staying)))} must stay" if staying else ""
+        which = ", ".join(map(str, sorted(staying)))
+        must = f", since layers {which} must stay (plan.keep_first, or others depend on them)" if staying else ""
         raise ValueError(f"shape.layers is {count}; it must lie between {least} and {total}{must}")
 
 

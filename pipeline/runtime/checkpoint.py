@@ -59,6 +59,8 @@ class Checkpoint(Mapping[str, Tensor]):
     def _complete(self, family: Family) -> None:
         """Set the fields that config.json leaves to the class, and drop those that other fields replace."""
         whole = stock_config(self.config, self.folder)
+        if family.layer_fields:
+            whole.allow_global_per_layer_attribute_access = True  # of fields that single layers have of their own
         lengths = {name for terms in family.lengths.values() for term in terms for name in term.split("*")}
         own = (*family.experts, family.top_k, family.leading_dense, *family.layer_indices, *family.depth_scaled)
         own = (*own, *family.repeated, *filter(None, (family.inheriting, family.doubled)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ TOKENIZER = ("tokeniz*", "vocab*", "merges.txt", "*.model")
 GENERATION = "generation_config.json"
 PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 TEMPLATES = ("chat_template*", "additional_chat_templates/*.jinja")
+BOUND = re.compile(r"\.(input|output)_(min|max)$")  # of clipped layers; infinite where nothing is clipped
 CARRIED = (*TOKENIZER, "special_tokens_map.json", "added_tokens.json", *TEMPLATES, *PROCESSOR, GENERATION)
 
 
@@ -82,14 +84,14 @@ def write_wrapper_parts(
 
 
 def finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield named tensors; ValueError, naming it, at the first that holds NaN or an infinity.
+    """Yield named tensors; ValueError, naming it, at the first that holds NaN, or an infinity and is no clipping bound.
 
     One pass over the values: the least and the greatest are NaN where any value is.
     """
     for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.numel():
-            least, greatest = torch.aminmax(tensor)
-            if not (torch.isfinite(least) and torch.isfinite(greatest)):
+            ends = torch.stack(torch.aminmax(tensor))
+            if ends.isnan().any() or not (ends.isfinite().all() or BOUND.search(name)):
                 raise ValueError(f"{name} holds values that are not finite (NaN or infinity); nothing is written of it")
         yield name, tensor
 

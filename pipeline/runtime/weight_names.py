@@ -30,7 +30,8 @@ def canonical_names(stored: Iterable[str], config: Mapping[str, Any], folder: Pa
                 f"{folder}: {first!r} and {name!r} are two names of one tensor; remove the one that is not used"
             )
     stored = list(own)
-    beyond = _prediction_layers(stored, family.width(config, "layers"))
+    count = family.width(config, "layers")
+    beyond = _prediction_layers(stored, count)
     ignored = re.compile("|".join((BUFFERS, *family.left_out)))
     buffers = {name for name in stored if ignored.search(name)}
     beside = {name for name in stored if name not in buffers and (PREDICTION.search(name) or _layer(name) in beyond)}
@@ -39,11 +40,10 @@ def canonical_names(stored: Iterable[str], config: Mapping[str, Any], folder: Pa
     base = family.prefix.partition(".")[0] + "."
     bare = not any(name.startswith(base) for name in kept)
     names = {base + name if bare and not name.startswith(f"{family.head}.") else name: own[name] for name in kept}
-    count = family.width(config, "layers")
     inheriting = [family.prefix.format(layer=layer) for layer in inheriting_layers(config, family, count)]
     unused = tuple(prefix + part for prefix in inheriting for part in family.inherited)
-    left_out += [stored for name, stored in names.items() if name.startswith(unused)]
-    return {name: stored for name, stored in names.items() if not name.startswith(unused)}, left_out
+    left_out += [names.pop(name) for name in list(names) if name.startswith(unused)]
+    return names, left_out
 
 
 def _prediction_layers(stored: list[str], count: int) -> set[int]:

@@ -13,7 +13,7 @@ from pipeline.costmodel.expert_speed import experts_for_speed
 from pipeline.costmodel.nearest_shape import given_shape
 from pipeline.costmodel.pareto import Limits, Serving, shape_within, speedup_of
 from pipeline.costmodel.shapes import AXES, ModelShape, depth_for, multiples_for, neurons_for, shape_for
-from pipeline.costmodel.size_budget import Unit, parameters_of, shape_of_size
+from pipeline.costmodel.size_budget import Unit, check_cache, parameters_of, shape_of_size
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import check_expert_neurons
 from pipeline.model.mixture import narrowing_of
@@ -75,7 +75,7 @@ class Student:
 def student_of(config: Config, anatomy: Anatomy) -> Student:
     """Return the student of this round."""
     done, rounds = config.recipe.part
-    teacher = ModelShape.of(anatomy, config.reinit.bias_compensation)
+    teacher = ModelShape.of(anatomy, config.reinit.bias_compensation, config.plan.keep_first)
     if config.shape.given:
         shape = given_shape(teacher, config.shape.model_dump(include=set(AXES)))
         mixture = _experts(config, anatomy, config.shape.experts), *_neurons(config, anatomy)
@@ -107,10 +107,9 @@ def _budgeted(config: Config, anatomy: Anatomy, teacher: ModelShape) -> tuple[Mo
     if budget.total or budget.active_parameters or budget.bytes or not counted_by_shape:
         counted = _counted(config, anatomy)
         active = budget.active_parameters is not None
-        size = getattr(torch, config.export.dtype).itemsize if budget.bytes else 1
         (name, requested), *_ = (budget.sized or {"parameters": budget.fallback}).items()
         inner = name == "parameters"
-        unit = Unit(size, (budget.context or 0) * 2 * anatomy.sizes.head_size * size, active, inner)
+        unit = _unit(config, anatomy, active, inner)
         whole = anatomy.active_parameters() if active else anatomy.parameters()
         most = requested if budget.bytes else requested * whole[int(inner)]
         shape, made = shape_of_size(counted, teacher, name, requested, most, unit, budget.axes)
@@ -142,10 +141,18 @@ def _counted(config: Config, anatomy: Anatomy) -> Anatomy:
 def size_limit(config: Config, anatomy: Anatomy) -> SizeLimit:
     """Return the size that budget.* leaves a student, whose layers lose attentions and FFNs and no width."""
     (name, requested), *_ = (config.budget.sized or {"parameters": config.budget.fallback}).items()
-    bytes_each = getattr(torch, config.export.dtype).itemsize if name == "bytes" else 1
-    unit = Unit(bytes_each, (config.budget.context or 0) * 2 * anatomy.sizes.head_size * bytes_each)
+    unit = _unit(config, anatomy)
     whole = 1.0 if name == "bytes" else anatomy.parameters()[int(name == "parameters")]
     return SizeLimit(name, requested, requested * whole, unit, _counted(config, anatomy))
+
+
+def _unit(config: Config, anatomy: Anatomy, active: bool = False, inner: bool = False) -> Unit:
+    """Return what budget.* counts a size in. ValueError where a cache is to be counted that is not of KV groups."""
+    size = getattr(torch, config.export.dtype).itemsize if config.budget.bytes else 1
+    context = config.budget.context or 0
+    if context:
+        check_cache(anatomy)
+    return Unit(size, context * 2 * anatomy.sizes.head_size * size, active, inner)
 
 
 def unties(config: Config) -> bool:
@@ -160,8 +167,7 @@ def _experts_budgeted(config: Config, anatomy: Anatomy) -> tuple[int, Budgeted]:
         chip, serving = Chip(**config.device.chip_facts), Serving(**config.shape_search.serving)
         return experts_for_speed(chip, ModelShape.of(anatomy), anatomy, serving, speedup)
     (name, requested), *_ = (budget.sized or {"parameters": budget.fallback}).items()
-    size = getattr(torch, config.export.dtype).itemsize if budget.bytes else 1
-    unit = Unit(size, (budget.context or 0) * 2 * anatomy.sizes.head_size * size)
+    unit = _unit(config, anatomy)
     count, made = experts_for(_counted(config, anatomy), name, requested, unit, anatomy)
     return count, replace(made, context=budget.context or 0)
 
@@ -222,15 +228,19 @@ def _partway(wanted: int, most: int, left: int, rounds: int, step: int = 1) -> i
 def kept_shares(anatomy: Anatomy, student: Student) -> tuple[float, float]:
     """Return the shares of the parameters outside the embeddings, and of those a token uses, that a student keeps.
 
-    Of the layers, as many of the first ones are counted.
+    Of layers that differ the largest are counted, whichever will stay.
     """
-    count, sizes = student.shape.layers, anatomy.sizes
-    layers = tuple(
-        LayerSizes(student.shape.heads, student.shape.groups, student.shape.neurons).within(own)
-        for own in sizes.layers[:count]
-    )
-    narrow = anatomy.narrowed(replace(sizes, hidden=student.shape.hidden, layers=layers), anatomy.layer_types[:count])
-    made = with_experts(narrow, student.experts or sizes.carried["e"], student.expert_neurons, student.shared_neurons)
+    shape, sizes = student.shape, anatomy.sizes
+    widths = [LayerSizes(shape.heads, shape.groups, shape.neurons).within(own) for own in sizes.layers]
+    deep = anatomy.narrowed(replace(sizes, hidden=shape.hidden, layers=tuple(widths)), anatomy.layer_types)
+    ranked = sorted(range(len(widths)), key=deep.layer_parameters, reverse=True)
+    hosts = sorted(ranked[: shape.layers])
+    few = deep.sizes.of_layers(hosts, (widths[host] for host in hosts))
+    narrow = anatomy.narrowed(few, tuple(anatomy.layer_types[host] for host in hosts))
+    made = narrow
+    if anatomy.routing is not None:
+        count = student.experts or sizes.carried["e"]
+        made = with_experts(narrow, count, student.expert_neurons, student.shared_neurons)
     pairs = ((made.parameters(), anatomy.parameters()), (made.active_parameters(), anatomy.active_parameters()))
     shares = [some[1] / whole[1] for some, whole in pairs]
     return shares[0], shares[1]

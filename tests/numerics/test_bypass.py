@@ -83,6 +83,6 @@ def test_gaps_end_before_the_next_remaining_layer_or_at_the_top():
 
 
 def test_a_norm_after_the_ffn_and_experts_are_refused():
-    for kind in ("gemma2", "glm4", "olmo2"):
+    for kind in ("gemma4_text-experts", "gemma2", "glm4", "olmo2"):
         with pytest.raises(ValueError, match=r"^reinit\.bypass: "):
             check_family(anatomy(tiny_model(kind)))

@@ -166,6 +166,12 @@ def test_channels_that_go_take_their_bias_along():
     torch.testing.assert_close(biases[0][1::2], biases[1], rtol=0, atol=1e-12)
 
 
+def test_a_family_whose_projections_are_all_kept_has_no_biases_to_compensate_with():
+    model = tiny_model("glm_moe_dsa")
+    with pytest.raises(ValueError, match=r"^reinit\.bias_compensation: .*has no W_O and W_down to put mean outputs in"):
+        biased_anatomy(anatomy_of(config_of(model), tensors_of(model)))
+
+
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "glm"])
 def test_a_class_without_such_biases_is_refused(kind):
     _, anatomy, _ = parts(kind)

@@ -49,6 +49,22 @@ def test_scores_are_the_papers_formulas(kind):
         torch.testing.assert_close(scores.layers[layer], influence, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("aggregation", ["sum", "minitron"])
+def test_norms_whose_class_puts_all_tokens_in_one_dimension_are_scored_by_sequence(aggregation):
+    model, ids = tiny_model("gemma4_text-experts"), tokens(3, 10)
+    model.set_experts_implementation("eager")
+    flat, wanted = {}, torch.zeros(6, 3, 32, dtype=torch.float64)  # [layer, sequence, channel]
+    for layer, block in enumerate(model.model.layers):
+        block.router.norm.register_forward_hook(lambda m, i, o, layer=layer: flat.__setitem__(layer, o))
+    found = measure(model.model, anatomy(model), [ids], aggregation)
+    for layer, output in flat.items():
+        assert output.shape == (30, 32)
+        wanted[layer] = output.abs().view(3, 10, 32).sum(1)
+    total = wanted.sum(1) if aggregation == "sum" else (wanted / 10).square().sum(1)
+    rows = [row for row in found.channels if any(torch.allclose(row, each, rtol=1e-9) for each in total)]
+    assert len(rows) == 6 and (found.channels.std(1) > 0).all()
+
+
 @pytest.mark.parametrize("kind", ["llama", "glm4", "gemma3_text", "olmo2"])
 def test_minitron_takes_the_l2_norm_over_sequences_of_the_mean_over_the_sequence_of_every_norm_by_itself(kind):
     """Plain loops over norms, sequences and channels in float64; channels are summed over norms afterwards."""

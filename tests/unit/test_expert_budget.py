@@ -59,11 +59,11 @@ def test_the_parameters_that_a_token_uses_are_counted_exactly_for_every_shape(ki
     whole = of.narrowed(of.sizes, of.layer_types).active_parameters()[0]
     assert (of.sizes.layers[0].heads, of.sizes.layers[0].groups) == (heads, groups)
     assert found[-1, hidden, pair, neurons] == whole
-    alone = [
-        of.narrowed(of.sizes.of_layers([i], of.sizes.layers[i : i + 1]), of.layer_types[i : i + 1])
-        for i in range(len(of.sizes.layers))
-    ]
-    assert found[0, hidden, pair, neurons] == max(each.active_parameters()[0] for each in alone)
+    students = []
+    for hosts in combinations(range(len(of.sizes.layers)), int(grid.layers[0])):
+        few = of.sizes.of_layers(hosts, (of.sizes.layers[host] for host in hosts))
+        students.append(of.narrowed(few, tuple(of.layer_types[host] for host in hosts)))
+    assert found[0, hidden, pair, neurons] == max(each.active_parameters()[0] for each in students)
     assert isinstance(of.sizes.layers[0], LayerSizes)
 
 

@@ -102,6 +102,14 @@ def test_a_student_of_a_hybrid_keeps_a_layer_with_attention():
         Blueprint(whole.channels, whole.layers[:2]).check(of)
 
 
+def test_a_kimi_linear_student_keeps_a_layer_with_a_cache_of_tokens():
+    of = anatomy(tiny_model("kimi_linear"))
+    whole = everything(of.sizes)
+    Blueprint(whole.channels, whole.layers[1:3]).check(of)
+    with pytest.raises(ValueError, match=r"shape\.layers: of the layers with attention \(2, 3\) none stays"):
+        Blueprint(whole.channels, whole.layers[:2]).check(of)
+
+
 def test_neurons_that_a_class_adjusts_are_read_from_the_weights_and_stated(tmp_path):
     model = tiny_model("lfm2", block_auto_adjust_ff_dim=True, block_multiple_of=8)
     folder = save_tiny(model, tmp_path / "m")
@@ -170,7 +178,7 @@ def test_a_student_whose_last_layer_alone_has_a_tensor_keeps_it_last():
     of = anatomy(tiny_model("gpt_neox_japanese"))
     whole = everything(of.sizes)
     Blueprint(whole.channels, whole.layers[1:]).check(of)
-    with pytest.raises(ValueError, match="must keep layer 3"):
+    with pytest.raises(ValueError, match="lack layer 3 of"):
         Blueprint(whole.channels, whole.layers[:3]).check(of)
 
 

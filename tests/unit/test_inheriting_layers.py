@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import api
+from pipeline import api, runner
 from pipeline.model.blueprint import everything
 from pipeline.model.causal import decoder_of
-from pipeline.model.shape import check_depth
+from pipeline.model.shape import Shape, check_depth
 from pipeline.model.sizes import LayerSizes
 from pipeline.prune.importance.measure import only_layers
 from pipeline.prune.passes.layerwise import layers_of, recorded
@@ -19,6 +19,8 @@ from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.model_loader import load_model
 from tests.cut_models import anatomy, assert_close, export, logits
 from tests.tiny import save_tiny, tiny_model, tokens
+from tests.tiny_text import configured
+from tests.world import make_world, settings
 
 KIND = "gemma4_text"  # sliding, full, sliding | full, sliding, full: the last three read the keys of layers 1 and 2
 FIRST_FORM = {"global_head_dim": 16, "num_global_key_value_heads": None}
@@ -44,7 +46,7 @@ def test_the_layers_whose_keys_are_read_and_the_last_one_stay_under_every_policy
             4 if policy == "last" else 3
         }
     with pytest.raises(
-        ValueError, match=r"shape\.layers is 3; it must lie between 4 and 6, since the layers 0, 1, 2, 5"
+        ValueError, match=r"shape\.layers is 3; it must lie between 4 and 6, since layers 0, 1, 2, 5"
     ):
         check_depth(3, 6, of.staying(1))
     with pytest.raises(ValueError, match=r"plan\.depth: no 2 consecutive layers can be removed"):
@@ -63,16 +65,16 @@ def test_layers_that_select_positions_for_later_ones_stay_and_those_that_do_not_
     student.set_experts_implementation("eager")
     with only_layers(model, 4, (0, 2, 3)):
         assert_close(logits(student), logits(model))
-    with pytest.raises(ValueError, match=r"must keep layer 2: later layers have no self_attn\.indexer of their own"):
+    with pytest.raises(ValueError, match=r"lack layer 2 of .*: later layers have no self_attn\.indexer of their own"):
         replace(whole, layers=(whole.layers[0], whole.layers[1], whole.layers[3])).check(of)
 
 
 @pytest.mark.parametrize(
     "hosts, message",
     [
-        ((0, 2, 3, 4, 5), r"must keep layer 1: later layers have no self_attn.k_proj and .* read what it computes"),
-        ((0, 1, 2, 3, 4), r"must keep layer 5: the class makes its last layer one of full attention"),
-        ((1, 0, 2, 3, 4, 5), r"stay in their order"),
+        ((0, 2, 3, 4, 5), r"lack layer 1 of .*: later layers have no self_attn.k_proj and .* read what it computes"),
+        ((0, 1, 2, 3, 4), r"lack layer 5 of .*: the class makes its last layer one of full attention"),
+        ((1, 0, 2, 3, 4, 5), r"depend on earlier ones; sort them"),
     ],
 )
 def test_plans_without_them_or_out_of_order_are_refused(hosts, message):
@@ -153,3 +155,37 @@ def test_widths_are_bounded_in_units_of_what_the_config_states():
     assert sizes.uniform and [widths.neurons for widths in sizes.layers] == [24, 24, 24, 48, 48, 48]
     odd = (*sizes.layers[:5], LayerSizes(4, 2, 47, 2))
     assert not replace(sizes, layers=odd).uniform
+
+
+def test_a_file_that_leaves_the_head_size_to_the_class_is_read(tmp_path):
+    model = tiny_model(KIND, head_dim=256, global_head_dim=512)
+    folder = rewritten(save_tiny(model, tmp_path / "m"), {"head_dim": None})
+    source = open_checkpoint(folder)
+    source.check()
+    assert source.anatomy.sizes.head_size == 256
+
+
+@pytest.mark.parametrize("axes", ["all", "layers"])
+def test_a_budget_chooses_among_shapes_with_the_layers_that_must_stay(axes, tmp_path):
+    world = make_world(tmp_path, KIND)
+    given = settings(world, run="unit", shape__layers=None, shape__neurons=None)
+    small = [*given, "stages=[shape]", f"budget.axes={axes}"]
+    folder = runner.run(configured(*small, f"budget.parameters={0.4 if axes == 'all' else 0.8}"), "a test")["shape"]
+    assert Shape.load(folder).layers >= 4
+    with pytest.raises(ValueError, match=r"^budget\.parameters: .* cannot be reached; this model reaches"):
+        runner.run(configured(*small, "budget.parameters=0.02"), "a test")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["budget.bytes=60000", "budget.context=64"],
+        ["budget.bytes=60000", "budget.context=64", "budget.axes=sublayers"],
+        ["budget.speedup=1.1"],
+        ["shape.layers=5", "dry_run=true", "stages=null"],
+    ],
+)
+def test_a_cache_and_speeds_of_other_head_sizes_are_not_predicted(overrides, tmp_path):
+    given = settings(make_world(tmp_path, KIND), run="unit", shape__layers=None, shape__neurons=None)
+    with pytest.raises(ValueError, match=r"head size|KV heads differ by kind of layer"):
+        runner.run(configured(*given, "stages=[shape]", *overrides), "a test")

@@ -14,7 +14,7 @@ from pipeline.prune.surgery.cut import cut
 from pipeline.prune.surgery.projector import check_layers, kept_units, narrowed, rotated_tensors
 from pipeline.prune.surgery.rotate import rotate, rotated_anatomy
 from pipeline.runtime.checkpoint import open_checkpoint
-from pipeline.runtime.checkpoint_writer import write_checkpoint
+from pipeline.runtime.checkpoint_writer import finite, write_checkpoint
 from pipeline.runtime.model_loader import load_model
 from pipeline.runtime.model_source import import_model, locate
 from pipeline.runtime.wrapper import wrapped_config
@@ -188,3 +188,12 @@ def test_a_form_that_only_our_code_computes_is_refused_before_any_work(tmp_path)
     for changed in ([], ["reinit.absorb=false", "export.form=own"]):
         with pytest.raises(ValueError, match=r"export\.form is own"):
             export.check(configured(path, *changed))
+
+
+def test_clipping_bounds_may_be_infinite_and_no_other_value():
+    open_end, hole = torch.tensor(torch.inf), torch.tensor(torch.nan)
+    bound = "model.audio_tower.layers.0.feed_forward1.ffw_layer_1.input_max"
+    assert list(finite([(bound, open_end)])) == [(bound, open_end)]
+    for name, value in ((bound, hole), ("model.norm.weight", open_end), ("model.layers.0.layer_scalar", open_end)):
+        with pytest.raises(ValueError, match=f"^{name} holds values that are not finite"):
+            list(finite([(name, value)]))

@@ -10,7 +10,6 @@ from pipeline.model.families.experts import EXPERT_WIDTH
 from pipeline.model.families.table import ATTENTION_BIASES, GATE_UP, GATED, QKV, Family
 
 OWN_HEADS = "its head size and its KV heads differ by kind of layer"
-BIASES = dict(zip(ATTENTION_BIASES, ("q", "j", "j", "h"), strict=True))
 EMBEDDED = {
     "per_layer_input_gate.weight": "p h",
     "per_layer_projection.weight": "h p",
@@ -39,7 +38,7 @@ LENGTHS = {
     "i": ("head_dim",),
 }
 
-FURTHER_NORMS = ("pre_feedforward_layernorm_2", "post_feedforward_layernorm_1", "post_feedforward_layernorm_2")
+JOINT_NORMS = ("pre_feedforward_layernorm_2", "post_feedforward_layernorm_2", "post_feedforward_layernorm")
 TABLE = Family(
     "gemma4_text",
     "Gemma4ForCausalLM",
@@ -90,10 +89,9 @@ def with_experts(table: Family) -> Family:
     return replace(
         table,
         layer=dict(table.layer) | SPARSE,
-        pre_norms=dict(table.pre_norms)
-        | dict.fromkeys((*FURTHER_NORMS, "post_feedforward_layernorm"), ())
-        | {"router.norm": ("router.proj",)},
-        post_norms={norm: writer for norm, writer in table.post_norms.items() if writer != "mlp.down_proj"},
+        pre_norms=dict(table.pre_norms) | dict.fromkeys(JOINT_NORMS, ()) | {"router.norm": ("router.proj",)},
+        post_norms={norm: writer for norm, writer in table.post_norms.items() if norm not in JOINT_NORMS}
+        | {"post_feedforward_layernorm_1": "mlp.down_proj"},
         lengths=dict(table.lengths) | EXPERT_WIDTH,
         divided=(*table.divided, "router.scale"),
         experts=("num_experts",),

@@ -34,7 +34,7 @@ DELTA = {
     "self_attn.dt_bias": "z",
     "self_attn.o_norm.weight": "g",
 }
-LATENT = {name: axes for name, axes in MLA.items() if ".q_" in name or ".kv_" in name}
+LATENT = {name: axes for name, axes in MLA.items() if "bias" not in name}
 READERS = ("q_proj", "q_a_proj", "kv_a_proj_with_mqa", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj")
 
 KIMI_LINEAR = (
@@ -42,7 +42,7 @@ KIMI_LINEAR = (
         "kimi_linear",
         "KimiLinearForCausalLM",
         LATENT
-        | {"self_attn.q_proj.weight": "a h", "self_attn.o_proj.weight": "h b", "self_attn.o_proj.bias": "h"}
+        | {"self_attn.q_proj.weight": "a h", "self_attn.o_proj.weight": "h b"}
         | DELTA
         | experts(MIXTRAL, "x", "block_sparse_moe.gate.weight")
         | {"block_sparse_moe.gate.e_score_correction_bias": "e"}
@@ -72,6 +72,7 @@ KIMI_LINEAR = (
             "y": ("moe_intermediate_size*num_shared_experts",),
         },
         kind_lengths={"linear_attention": {"a": (CHANNELS,), "b": (CHANNELS,)}},
+        requires={"attention_bias": (False, None)},
         superseded=("linear_attn_config", "first_k_dense_replace"),
         experts=("num_experts", "num_local_experts"),
         shared_module="mlp.shared_experts.down_proj",

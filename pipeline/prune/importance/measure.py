@@ -33,6 +33,7 @@ class Sums:
     cosines: Tensor  # [layer]
     tokens: Tensor  # [1]
     experts: ExpertSums
+    rows: int = 0  # sequences of the batch under way
 
     def tensors(self) -> list[Tensor]:
         """Return every sum, to be added over ranks in place."""
@@ -93,6 +94,7 @@ def measure(
         measure_experts(model, anatomy, sums.experts, hooks)
         for ids in batches:
             sums.tokens += ids.numel()
+            sums.rows = len(ids)
             model(input_ids=ids.to(device), use_cache=False)
     for total in sums.tensors():
         total.data = total.cpu()
@@ -124,7 +126,8 @@ def _watch(model: nn.Module, anatomy: Anatomy, sums: Sums, scored: list[str], ho
 
 
 def _channels(sums: Sums, total: Tensor, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-    _add(sums, total, output.abs())
+    by_sequence = output.reshape(sums.rows, -1, output.shape[-1])  # some classes put all tokens in one dimension
+    _add(sums, total, by_sequence.abs())
 
 
 def _heads(size: int, sums: Sums, layer: int, module: nn.Module, inputs: tuple) -> None:

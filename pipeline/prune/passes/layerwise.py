@@ -113,8 +113,9 @@ def in_step(
     has when the next item is requested, is then added to the student's stream.
 
     Models map ids [batch, sequence] to hidden states. Time: a forward pass of either.
-    Memory: on `place` a layer and a batch; on the models' own device two streams of all batches, three where attention
-    and FFN read the same one, a copy of an FFN, and what is yielded.
+    Memory: on `place` a layer, a batch, and of all batches what layers pass on beside the stream, such as keys that
+    later layers read; on the models' own device two streams of all batches, three where attention and FFN read the same
+    one, a copy of an FFN, and what is yielded.
     """
     batches = list(batches)
     home = next(student[0].parameters()).device

@@ -21,7 +21,7 @@ def biased_anatomy(anatomy: Anatomy) -> Anatomy:
     """
     table = anatomy.family.layer
     required = [f"{module.removeprefix(anatomy.family.prefix)}.bias" for module in projections(anatomy).values()]
-    missing = [name for name in required if name not in table]
+    missing = [name for name in required if name not in table] or ["W_O and W_down"] * (not required)
     if missing:
         raise ValueError(
             f"reinit.bias_compensation: model_type {anatomy.family.model_type!r} has no {' or '.join(missing)} to put "

@@ -8,10 +8,10 @@ from pipeline.allocate.budgets import layer_weights
 from pipeline.config import Config
 from pipeline.costmodel.pareto import check_alike
 from pipeline.costmodel.shapes import ModelShape
+from pipeline.costmodel.size_budget import check_cache
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.shape import Shape, check_depth
 from pipeline.model.sizes import LayerSizes
-from pipeline.prune.second_order.hessian import need_projections
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.machine import Machine
 from pipeline.runtime.model_source import model_folder
@@ -71,16 +71,28 @@ def check(config: Config) -> None:
         return
     anatomy = open_checkpoint(folder, config.model.allow_pickle).anatomy
     check_whole(config, anatomy)
+    if config.budget.context:
+        check_cache(anatomy)
     if config.recipe.shape == "search" or budget.predicted:
         check_alike(ModelShape.of(anatomy))
     elif enabled(config) and (config.stages is None or "shape" in config.stages):
         if widths != "uniform":
-            need_projections(anatomy, f"plan.widths={widths}", "plan.widths=uniform")
+            _check_free(anatomy, widths)
         student = student_of(config, anatomy).shape
         if "plan" in config.recipe.stages:
             check_depth(student.layers, len(anatomy.sizes.layers), anatomy.staying(config.plan.keep_first))
             if widths == "adaptive":
                 _check_amplitude(config, anatomy)
+
+
+def _check_free(anatomy: Anatomy, widths: str) -> None:
+    """Refuse a policy that gives layers heads and neurons of their own, where the model keeps either."""
+    for axis in ("heads", "groups", "neurons"):
+        if axis in anatomy.family.fixed:
+            raise ValueError(
+                f"plan.widths={widths} chooses the {axis} of each layer, and model_type {anatomy.family.model_type!r} "
+                f"keeps its {axis}: {anatomy.family.fixed[axis]}; set plan.widths=uniform"
+            )
 
 
 def _check_amplitude(config: Config, anatomy: Anatomy) -> None:
@@ -152,8 +164,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     made = Shape(**student.shape.axes(), weights=student.weights)
     mixture = {name: getattr(student, name) for name in made.mixture}
     replace(made, **mixture).save(out)
+    kept, used = kept_shares(anatomy, student)
     if teacher.mixture is not None:
-        kept, used = kept_shares(anatomy, student)
         most = teacher.mixture.experts
         words = f"{student.shape.axes()}, {student.experts or most} of {most} experts per layer"
         machine.say(
@@ -161,7 +173,6 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
             "a token uses"
         )
     else:
-        kept = student.shape.non_embedding_parameters() / teacher.non_embedding_parameters()
         machine.say(f"shape: {student.shape.axes()} keeps {kept:.1%} of the parameters outside the embeddings")
     if student.budget is not None:
         student.budget.save(out)

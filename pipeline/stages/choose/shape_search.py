@@ -111,7 +111,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     ledger = Ledger(out / LEDGER, Measured)
     result = search_shapes(
         Chip(**config.device.chip_facts),
-        ModelShape.of(source.anatomy, config.reinit.bias_compensation),
+        ModelShape.of(source.anatomy, config.reinit.bias_compensation, config.plan.keep_first),
         Serving(**config.shape_search.serving),
         Limits(**config.budget.limits),
         config.shape_search.candidates,
