@@ -96,13 +96,21 @@ def narrowing_of(family: Family) -> Narrowing:
 
 
 def experts_of(config: Mapping[str, Any], family: Family) -> int:
-    """Return the number of experts of a layer."""
-    return one_value(config, next(name for name in family.experts if config.get(name) is not None))
+    """Return the number of experts of a layer. Raise ValueError where no field states it."""
+    return one_value(config, next((name for name in family.experts if config.get(name) is not None), family.experts[0]))
 
 
 def one_value(config: Mapping[str, Any], name: str) -> int:
-    """Return a number of a config that may be stated once for each layer. Raise ValueError where layers differ."""
-    values = set(config[name]) if isinstance(config[name], list) else {config[name]}
-    if len(values) > 1:
-        raise ValueError(f"config.json: {name} is {sorted(values)} in different layers; give a model with one number")
-    return int(values.pop())
+    """Return a number of a config that may be stated once for each layer.
+
+    Raise ValueError where it is no whole number, and where layers differ.
+    """
+    value = config.get(name)
+    values: list[Any] = value if isinstance(value, list) and value else [value]
+    if any(isinstance(each, bool) or not isinstance(each, int) for each in values):
+        raise ValueError(f"config.json: {name} is {value!r:.60}, not a whole number; state it, or fetch the file again")
+    if len(set(values)) > 1:
+        raise ValueError(
+            f"config.json: {name} is {sorted(set(values))} in different layers; give a model with one number"
+        )
+    return int(values[0])

@@ -17,7 +17,7 @@ from pipeline.model.layer_types import PER_LAYER_LISTS
 from pipeline.runtime import wrapper
 from pipeline.runtime.config_bounds import check_experts, check_length
 from pipeline.runtime.described import read_config, read_mapping, wrapper_config
-from pipeline.runtime.model_class import class_shapes, reason, stock_config
+from pipeline.runtime.model_class import class_shapes, reason, stated_fields, stock_config
 from pipeline.runtime.modelling import HEADS
 from pipeline.runtime.weight_files import FLOATING, Tensors
 from pipeline.runtime.weight_names import PREDICTION, canonical_names
@@ -72,7 +72,7 @@ class Checkpoint(Mapping[str, Tensor]):
             if self.config.get(field) in (None, []) and (value := getattr(whole, field, None)) is not None
         }
         if family.layer_fields:
-            by_layer = whole.to_dict().get(family.layer_fields) or {}
+            by_layer = stated_fields(whole, self.folder).get(family.layer_fields) or {}
             self.config[family.layer_fields] = {str(int(layer)): dict(fields) for layer, fields in by_layer.items()}
         path, layers = self.folder / "config.json", str(family.field("layers"))
         for name in (name for name in PER_LAYER_LISTS if self.config.get(name) == []):

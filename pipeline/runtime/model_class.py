@@ -38,10 +38,20 @@ def stock_config(config: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(**config)
     except Exception as fault:  # transformers' validation raises whatever a field's value leads to
-        raise ValueError(
-            f"{folder / 'config.json'} is refused by transformers ({reason(fault)}); correct that field, or fetch it "
-            "again"
-        ) from fault
+        raise _refusal(folder, fault) from fault
+
+
+def stated_fields(whole: PreTrainedConfig, folder: Path) -> dict[str, Any]:
+    """Return the fields of a config object as a file of it has them; ValueError as `stock_config`."""
+    try:
+        return whole.to_dict()
+    except Exception as fault:  # as whatever a value leads to
+        raise _refusal(folder, fault) from fault
+
+
+def _refusal(folder: Path, fault: Exception) -> ValueError:
+    path = folder / "config.json"
+    return ValueError(f"{path} is refused by transformers ({reason(fault)}); correct that field, or fetch it again")
 
 
 def most_positions(config: Mapping[str, Any], folder: Path) -> int | None:

@@ -192,3 +192,11 @@ def test_the_padded_form_states_the_widths_under_the_names_of_the_class(kind):
     written, wide = padded(student_config(config_of(model), of, blueprint), blueprint.student(of))
     assert {widths.neurons for widths in wide.layers} == {20}
     assert class_shapes(written, Path()) == of.narrowed(wide, of.layer_types).shapes()
+
+
+@pytest.mark.parametrize("field", ["num_experts", "top_k_experts"])
+@pytest.mark.parametrize("value", [None, True, [], "4"])
+def test_a_mixture_whose_config_does_not_state_its_experts_is_refused(field, value):
+    config = config_of(model := tiny_model("gemma4_text-experts")) | {field: value}
+    with pytest.raises(ValueError, match=rf"^config\.json: {field} is .*, not a whole number"):
+        anatomy_of(config, tensors_of(model))
