@@ -59,6 +59,11 @@ def models_page(types: Iterable[str]) -> str:
         for axis, reason in family.kept.items():
             reasons.setdefault(reason, []).append(axis)
         lines += [f"- `{family.model_type}` keeps its {', '.join(axes)}: {why}.\n" for why, axes in reasons.items()]
+        if family.keeps_last:
+            lines.append(f"- `{family.model_type}` keeps its last layer: {family.keeps_last}.\n")
+        if family.inherited:
+            parts = ", ".join(prefix.rstrip(".") for prefix in family.inherited)
+            lines.append(f"- `{family.model_type}` keeps layers that later ones without {parts} depend on.\n")
     lines.append(WRAPPED)
     lines += [f"| `{each.model_type}` | `{each.architecture}` | {_texts(each)} |\n" for each in WRAPPERS.values()]
     lines.append("\n## Types without a table\n\n")
