@@ -30,7 +30,8 @@ def plan_of(anatomy: Anatomy, axis: str) -> Blueprint:
     coupled = anatomy.whole_heads and bool({"hidden", "heads", "groups"} & axes)
     hosts = range(len(sizes.layers))
     if "layers" in axes:
-        hosts = [host for host in hosts if host in anatomy.needed or host % 2 == bool(anatomy.needed)]
+        others = [host for host in hosts if host not in anatomy.needed]
+        hosts = sorted({*anatomy.needed, *others[bool(anatomy.needed) :: 2]})
     plans = [_narrow(sizes, whole_layer(sizes, host), axes, coupled) for host in hosts]
     hidden = sizes.hidden
     if coupled:

@@ -191,7 +191,7 @@ TINY: dict[str, dict] = {
     "glm4_moe_lite": ROUTED | LOW_RANK,
     "deepseek_v2": ROUTED | LOW_RANK,
     "deepseek_v32": ROUTED | LOW_RANK | INDEX,
-    "glm_moe_dsa": ROUTED | LOW_RANK | INDEX | {"index_topk": 4, "indexer_types": ["full", "shared", "full", "shared"]},
+    "glm_moe_dsa": ROUTED | LOW_RANK | INDEX | {"index_topk": 4, "indexer_types": ["full", "shared", "shared", "full"]},
     "exaone_moe": FEW | {"first_k_dense_replace": 1, "num_shared_experts": 2, "n_group": 1, "topk_group": 1},
     "afmoe": FEW | {"num_dense_layers": 1, "num_shared_experts": 2, "sliding_window": 8},
     "cohere2_moe": FEW | {"logit_scale": 0.3, "sliding_window": 8, "layer_types": WINDOWS},

@@ -15,10 +15,12 @@ from pipeline.model.sizes import LayerSizes
 from pipeline.prune.importance.measure import only_layers
 from pipeline.prune.passes.layerwise import layers_of, recorded
 from pipeline.prune.plan import DEPTH_POLICIES, kept_layers
+from pipeline.prune.surgery.cut import cut
 from pipeline.runtime.checkpoint import open_checkpoint
 from pipeline.runtime.model_loader import load_model
 from tests.cut_models import anatomy, assert_close, export, logits
-from tests.tiny import save_tiny, tiny_model, tokens
+from tests.laws import plan_of
+from tests.tiny import save_tiny, tensors_of, tiny_model, tokens
 from tests.tiny_text import configured
 from tests.world import make_world, settings
 
@@ -45,9 +47,7 @@ def test_the_layers_whose_keys_are_read_and_the_last_one_stay_under_every_policy
         assert set(kept_layers(influence, 5, policy, of.staying(1))) == {0, 1, 2, 3, 4, 5} - {
             4 if policy == "last" else 3
         }
-    with pytest.raises(
-        ValueError, match=r"shape\.layers is 3; it must lie between 4 and 6, since layers 0, 1, 2, 5"
-    ):
+    with pytest.raises(ValueError, match=r"shape\.layers is 3; it must lie between 4 and 6, since layers 0, 1, 2, 5"):
         check_depth(3, 6, of.staying(1))
     with pytest.raises(ValueError, match=r"plan\.depth: no 2 consecutive layers can be removed"):
         kept_layers(influence, 4, "contiguous", {0, 2, 4})
@@ -57,16 +57,16 @@ def test_layers_that_select_positions_for_later_ones_stay_and_those_that_do_not_
     model = tiny_model("glm_moe_dsa")
     model.set_experts_implementation("eager")
     of = anatomy(model)
-    assert of.sources == {1: 0, 3: 2} and set(of.needed) == {0, 2}
+    assert of.sources == {1: 0, 2: 0} and set(of.needed) == {0}
     whole = everything(of.sizes)
     folder = export(model, replace(whole, layers=tuple(whole.layers[host] for host in (0, 2, 3))), tmp_path / "s")
-    assert json.loads((folder / "config.json").read_text())["indexer_types"] == ["full", "full", "shared"]
+    assert json.loads((folder / "config.json").read_text())["indexer_types"] == ["full", "shared", "full"]
     student = load_model(folder, torch.float64, "eager")
     student.set_experts_implementation("eager")
-    with only_layers(model, 4, (0, 2, 3)):
+    with only_layers(model, 4, (0, 2, 3)):  # what layer 0 selects passes by layer 1
         assert_close(logits(student), logits(model))
-    with pytest.raises(ValueError, match=r"lack layer 2 of .*: later layers have no self_attn\.indexer of their own"):
-        replace(whole, layers=(whole.layers[0], whole.layers[1], whole.layers[3])).check(of)
+    with pytest.raises(ValueError, match=r"lack layer 0 of .*: later layers have no self_attn\.indexer of their own"):
+        replace(whole, layers=whole.layers[1:]).check(of)
 
 
 @pytest.mark.parametrize(
@@ -189,3 +189,14 @@ def test_a_cache_and_speeds_of_other_head_sizes_are_not_predicted(overrides, tmp
     given = settings(make_world(tmp_path, KIND), run="unit", shape__layers=None, shape__neurons=None)
     with pytest.raises(ValueError, match=r"head size|KV heads differ by kind of layer"):
         runner.run(configured(*given, "stages=[shape]", *overrides), "a test")
+
+
+def test_what_the_class_divides_by_the_root_of_the_hidden_size_is_scaled_with_it():
+    model = tiny_model("gemma4_text-all")
+    of, source = anatomy(model), tensors_of(model)
+    blueprint = plan_of(of, "hidden")
+    student = dict(cut(of, blueprint, source))
+    channels = torch.tensor(blueprint.channels)
+    scale = (len(channels) / of.sizes.hidden) ** 0.5
+    for name, along in (("model.per_layer_model_projection.weight", 1), ("model.layers.3.router.scale", 0)):
+        assert torch.allclose(student[name], source[name].index_select(along, channels) * scale, rtol=1e-12)
