@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.model.anatomy import Anatomy
 from pipeline.model.blueprint import Blueprint
-from pipeline.model.families import FAMILIES
+from pipeline.model.families import FAMILIES, Family
 from pipeline.model.layer_types import PER_LAYER_LISTS
 from pipeline.model.mixture import narrowing_of
 from pipeline.model.sizes import LayerSizes, fields_by_layer, inheriting_layers
@@ -27,9 +27,6 @@ def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
             edited[field] = [config[field][host] for host in hosts]
     for field, kinds in source.family.layer_groups.items():
         edited[field] = [[[config[kinds][host] for host in hosts], 1]]
-    if source.family.layer_fields:
-        own = fields_by_layer(config, source.family)
-        edited[source.family.layer_fields] = {str(place): own[h] for place, h in enumerate(hosts) if h in own}
     if source.family.inheriting:
         inheriting = inheriting_layers(config, source.family, len(source.sizes.layers))
         edited[source.family.inheriting] = sum(host in inheriting for host in hosts)
@@ -45,9 +42,22 @@ def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
         edited = Renumbering.of(blueprint.vocabulary, source.sizes.vocabulary).fields(edited)
     for field in ("pruned", "auto_map", *source.family.superseded):  # of a source that was a student itself
         edited.pop(field, None)
+    edited |= _fields_by_layer(config, source.family, hosts)
     edited |= class_fields(edited, student)
     pruned = _pruned(config, edited, student)
     return edited | ({"pruned": pruned} if pruned else {})
+
+
+def _fields_by_layer(config: Mapping[str, Any], family: Family, hosts: list[int]) -> dict[str, Any]:
+    """Return the fields that single layers of a student have of their own, and those that state them for all of these,
+    as older programs read them."""
+    if not family.layer_fields:
+        return {}
+    own = fields_by_layer(config, family)
+    kept = {str(place): own[host] for place, host in enumerate(hosts) if host in own}
+    values = {field: {fields.get(field) for fields in kept.values()} for field in family.shared_fields}
+    shared = {family.shared_fields[field]: found.pop() for field, found in values.items() if len(found) == 1}
+    return {family.layer_fields: kept} | shared
 
 
 def _expert_fields(config: Mapping[str, Any], source: Anatomy, blueprint: Blueprint) -> dict[str, int]:

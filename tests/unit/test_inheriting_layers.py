@@ -93,6 +93,7 @@ def test_a_student_states_how_many_of_its_layers_read_earlier_keys_and_what_each
     config = json.loads((folder / "config.json").read_text())
     assert config["num_kv_shared_layers"] == 2 and config["layer_types"][0] == "full_attention"
     assert config["per_layer_config"] == {str(place): {"head_dim": 16} for place in (0, 2, 3)}
+    assert (config["global_head_dim"], config["num_global_key_value_heads"]) == (16, None)  # for older programs
     read = open_checkpoint(folder)
     read.check()
     assert read["model.embed_tokens_per_layer.weight"].shape == (96, 4 * 6)

@@ -32,6 +32,7 @@ SPARSE = {
 }
 KEYS = ("self_attn.k_proj.", "self_attn.v_proj.", "self_attn.k_norm.")
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+GLOBAL = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
 LENGTHS = {
     "q": ("num_attention_heads*head_dim",),
     "j": ("num_key_value_heads*head_dim",),
@@ -59,7 +60,8 @@ TABLE = Family(
     optional=KEYS,
     lengths=LENGTHS,
     layer_fields="per_layer_config",
-    superseded=("global_head_dim", "num_global_key_value_heads"),
+    shared_fields=GLOBAL,
+    superseded=tuple(GLOBAL.values()),
     inherited=KEYS,
     inheriting="num_kv_shared_layers",
     doubled="use_double_wide_mlp",

@@ -77,6 +77,9 @@ class Family:
     # By kind of `layer_types`: the lengths of own axes that differ there
     kind_lengths: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     layer_fields: str | None = None  # config field: by layer number, the fields of which that layer has its own values
+    shared_fields: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of these: the field for the value of all such layers
     follows: Mapping[str, str] = field(default_factory=dict)  # config fields that repeat a width of FIELDS
     requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # config values this table holds for
     variants: tuple["Family", ...] = ()  # tables of the same type for other config values
