@@ -133,6 +133,7 @@ def settings(config: Config) -> dict[str, Any]:
         "shape": config.shape.model_dump(),
         "budget": config.budget.model_dump(include={"parameters", "axes", "fallback"}),
         "own_widths": config.plan.widths != "uniform",
+        "keep_first": config.plan.keep_first,
         "bias_compensation": config.reinit.bias_compensation,
         "progress": config.recipe.progress,
     }
