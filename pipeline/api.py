@@ -160,7 +160,7 @@ def plan(
         LayerSizes(heads or layer.heads, groups or layer.groups, neurons or layer.neurons).within(layer)
         for layer in own
     ]
-    hosts = planning.kept_layers(scores.layers, layers or len(own), "influence", source.staying(1))
+    hosts = planning.kept_layers(scores.layers, layers or len(own), "influence", source.protected_layers(1))
     chosen = [widths[host] for host in hosts]
     blueprint = planning.plan(
         source,

@@ -30,8 +30,8 @@ def plan_of(anatomy: Anatomy, axis: str) -> Blueprint:
     coupled = anatomy.whole_heads and bool({"hidden", "heads", "groups"} & axes)
     hosts = range(len(sizes.layers))
     if "layers" in axes:
-        others = [host for host in hosts if host not in anatomy.needed]
-        hosts = sorted({*anatomy.needed, *others[bool(anatomy.needed) :: 2]})
+        others = [host for host in hosts if host not in anatomy.required_layers]
+        hosts = sorted({*anatomy.required_layers, *others[bool(anatomy.required_layers) :: 2]})
     plans = [_narrow(sizes, whole_layer(sizes, host), axes, coupled) for host in hosts]
     hidden = sizes.hidden
     if coupled:

@@ -103,16 +103,16 @@ def layer_weights(sizes: Sizes, layers: Sequence[LayerSizes]) -> int:
     return sum(w.groups * group_weights(sizes, w) + 3 * sizes.hidden * w.neurons for w in layers)
 
 
-def greedy_depth(total: int, count: int, loss: Loss, staying: Collection[int]) -> Depth:
+def greedy_depth(total: int, count: int, loss: Loss, protected: Collection[int]) -> Depth:
     """Drop layers one at a time, each time the one whose absence gives the least loss, until `count` stay.
 
     Measures about total · (total - count) models.
     """
-    check_depth(count, total, staying)
+    check_depth(count, total, protected)
     trials = _Trials(loss)
     kept = tuple(range(total))
     while len(kept) > count:
-        kept = min((_left(kept, {layer}) for layer in _left(kept, staying)), key=trials)
+        kept = min((_left(kept, {layer}) for layer in _left(kept, protected)), key=trials)
     return trials.result(kept)
 
 
@@ -120,7 +120,7 @@ def evolved_depth(
     total: int,
     count: int,
     loss: Loss,
-    staying: Collection[int],
+    protected: Collection[int],
     start: Sequence[int],
     generations: int,
     offspring: int,
@@ -131,15 +131,15 @@ def evolved_depth(
     A child replaces its parent only if its loss is lower. No set is measured twice. Raise ValueError if `start` does
     not fit.
     """
-    check_depth(count, total, staying)
+    check_depth(count, total, protected)
     best = tuple(sorted(set(start)))
-    if len(best) != count or not set(staying) <= set(best) <= set(range(total)):
-        raise ValueError(f"start keeps layers {best}; it must be {count} of {total} with {sorted(staying)}")
+    if len(best) != count or not set(protected) <= set(best) <= set(range(total)):
+        raise ValueError(f"start keeps layers {best}; it must be {count} of {total} with {sorted(protected)}")
     trials, draw = _Trials(loss), torch.Generator().manual_seed(seed)
-    if count in (total, len(staying)):
+    if count in (total, len(protected)):
         return trials.result(best)
     for _ in range(generations):
-        children = [_child(best, total, staying, draw) for _ in range(offspring)]
+        children = [_child(best, total, protected, draw) for _ in range(offspring)]
         best = min((best, *children), key=trials)
     return trials.result(best)
 
@@ -162,8 +162,8 @@ class _Trials:
         return Depth(kept, loss, tuple(Trial(*each) for each in self.seen.items()))
 
 
-def _child(parent: tuple[int, ...], total: int, staying: Collection[int], draw: torch.Generator) -> tuple[int, ...]:
-    kept, dropped = list(_left(parent, staying)), sorted(set(range(total)) - set(parent))
+def _child(parent: tuple[int, ...], total: int, protected: Collection[int], draw: torch.Generator) -> tuple[int, ...]:
+    kept, dropped = list(_left(parent, protected)), sorted(set(range(total)) - set(parent))
     swaps = min(1 + int(torch.rand(1, generator=draw) < 0.25), len(kept), len(dropped))
     leaving = torch.randperm(len(kept), generator=draw)[:swaps].tolist()
     coming = torch.randperm(len(dropped), generator=draw)[:swaps].tolist()

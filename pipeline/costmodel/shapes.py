@@ -69,7 +69,7 @@ class ModelShape:
             whole_heads=anatomy.whole_heads,
             fixed=anatomy.family.fixed,
             mixture=Mixture.of(anatomy),
-            least=max(1, len(anatomy.staying(first))),
+            least=max(1, len(anatomy.protected_layers(first))),
             uncounted="" if counted else anatomy.family.fixed["heads"],
         )
 
@@ -270,7 +270,9 @@ class Grid:
         pairs = values["attention"]
         kept = [[LayerSizes(heads, groups, 0).within(own) for heads, groups in pairs] for own in teacher.each()]
         bundles = np.array([[pair.heads + pair.groups for pair in layer] for layer in kept]) * teacher.head_size
-        times, most_neurons = np.array([[[own.stated], [own.neurons]] for own in teacher.each()]).transpose(1, 0, 2)
+        times, most_neurons = np.array([[[own.neuron_factor], [own.neurons]] for own in teacher.each()]).transpose(
+            1, 0, 2
+        )
         neurons = np.minimum(self.neurons * times, most_neurons)  # [layer, neurons]
         ffn = 3 * neurons
         if teacher.mixture is not None:

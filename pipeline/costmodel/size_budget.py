@@ -67,7 +67,7 @@ def _within(own: LayerSizes, heads: np.ndarray, groups: np.ndarray, neurons: np.
     """Return arrays of widths bounded by those of a layer, as `LayerSizes.within`."""
     kept = np.minimum(groups, own.groups)
     each = np.minimum(heads // groups, own.each)
-    return {"heads": kept * each, "groups": kept, "neurons": np.minimum(neurons * own.stated, own.neurons)}
+    return {"heads": kept * each, "groups": kept, "neurons": np.minimum(neurons * own.neuron_factor, own.neurons)}
 
 
 def _layer(anatomy: Anatomy, layer: int, widths: Mapping[str, Any], hidden: Any, unit: Unit) -> np.ndarray:

@@ -33,33 +33,34 @@ class Anatomy:
     routing: Routing | None = None  # of a mixture of experts
 
     @cached_property
-    def needed(self) -> dict[int, str]:
+    def required_layers(self) -> dict[int, str]:
         """Return the layers that every student keeps, each with the reason."""
         last = self.family.keeps_last
-        parts = " and ".join(prefix.rstrip(".") for prefix in self.family.inherited)
-        reason = f"later layers have no {parts} of their own and read what it computes"
-        sources = dict.fromkeys(sorted(self.sources.values()), reason)
-        return sources | ({len(self.sizes.layers) - 1: last} if last else {})
+        parts = " and ".join(prefix.rstrip(".") for prefix in self.family.reused)
+        reason = f"later layers have no {parts} of their own and reuse what it computes"
+        return dict.fromkeys(sorted(self.reused_from.values()), reason) | (
+            {len(self.sizes.layers) - 1: last} if last else {}
+        )
 
     @cached_property
-    def sources(self) -> dict[int, int]:
-        """Return, by layer that has no tensors for what it reads, the earlier layer of its kind that computes it."""
-        last, read = dict[str, int](), dict[int, int]()
-        for layer, label in enumerate(self.layer_types if self.family.inherited else ()):
+    def reused_from(self) -> dict[int, int]:
+        """Return the earlier layer, of the same type, whose keys or other results each layer without its own reuses."""
+        last, found = dict[str, int](), dict[int, int]()
+        for layer, label in enumerate(self.layer_types if self.family.reused else ()):
             kind = label.partition(",")[0]
-            if not self._inherits(layer):
+            if not self._reuses(layer):
                 last[kind] = layer
             elif kind in last:
-                read[layer] = last[kind]
-        return read
+                found[layer] = last[kind]
+        return found
 
-    def staying(self, first: int) -> frozenset[int]:
+    def protected_layers(self, first: int) -> frozenset[int]:
         """Return the layers that every student keeps, and the `first` ones."""
-        return frozenset(range(first)) | self.needed.keys()
+        return frozenset(range(first)) | self.required_layers.keys()
 
-    def _inherits(self, layer: int) -> bool:
-        """Whether a layer reads what an earlier one computed."""
-        return set(self.family.inherited) <= self.lacking.get(self.layer_types[layer], frozenset())
+    def _reuses(self, layer: int) -> bool:
+        """Whether a layer has none of the tensors whose results it can take from an earlier one."""
+        return set(self.family.reused) <= self.lacking.get(self.layer_types[layer], frozenset())
 
     @cached_property
     def layer_tensors(self) -> dict[str, tuple[Segment, ...]]:

@@ -52,7 +52,9 @@ class Blueprint(Stored):
         """Return the widths of the student."""
         hosts = [plan.host for plan in self.layers]
         widths = (
-            LayerSizes(sum(len(g.heads) for g in p.groups), len(p.groups), len(p.neurons), source.layers[p.host].stated)
+            LayerSizes(
+                sum(len(g.heads) for g in p.groups), len(p.groups), len(p.neurons), source.layers[p.host].neuron_factor
+            )
             for p in self.layers
         )
         kept = max((len(plan.experts) for plan in self.layers), default=0)
@@ -181,24 +183,24 @@ def check_expert_neurons(anatomy: Anatomy, inner: int | None, shared: int | None
 
 def _check_attention(blueprint: Blueprint, anatomy: Anatomy) -> None:
     """Raise ValueError where layers of other kinds stay, and none with attention, which a class's cache needs; where
-    a layer that others depend on does not stay; and where such layers change their order."""
+    a layer whose results later ones reuse does not stay; and where layers of such a model change their order."""
     output = f"{anatomy.writer('n d')}.weight"
     hosts = [plan.host for plan in blueprint.layers]
-    for layer, reason in anatomy.needed.items():
+    for layer, reason in anatomy.required_layers.items():
         if layer not in hosts:
             raise ValueError(
-                f"plan.depth: the chosen layers lack layer {layer} of model_type {anatomy.family.model_type!r}: "
-                f"{reason}; choose layers with it"
+                f"plan.depth: layer {layer} of model_type {anatomy.family.model_type!r} must stay, and the plan "
+                f"removes it: {reason}; choose other layers"
             )
-    if anatomy.needed and hosts != sorted(hosts):
+    if anatomy.required_layers and hosts != sorted(hosts):
         raise ValueError(
-            f"blueprint: its layers are {hosts}, and those of model_type {anatomy.family.model_type!r} depend on "
-            "earlier ones; sort them"
+            f"blueprint: its layers are {hosts}, and layers of model_type {anatomy.family.model_type!r} reuse results "
+            "of earlier ones; sort them"
         )
     with_attention = {layer for layer in range(len(anatomy.sizes.layers)) if anatomy.has(output, layer)}
-    if anatomy.family.kind_lengths:
+    if anatomy.family.lengths_by_type:
         kinds = [kind.partition(",")[0] for kind in anatomy.layer_types]
-        with_attention = {layer for layer, kind in enumerate(kinds) if kind not in anatomy.family.kind_lengths}
+        with_attention = {layer for layer, kind in enumerate(kinds) if kind not in anatomy.family.lengths_by_type}
     if with_attention and with_attention.isdisjoint(plan.host for plan in blueprint.layers if plan.groups):
         raise ValueError(
             f"shape.layers: of the layers with attention ({', '.join(map(str, sorted(with_attention)))}) none stays; "

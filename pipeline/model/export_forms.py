@@ -33,7 +33,10 @@ def padded(config: Mapping[str, Any], student: Anatomy) -> tuple[dict[str, Any],
     """
     check_padded(config)
     widths = _common_widths(student)
-    layers = tuple(replace(widths, neurons=widths.neurons * w.stated, stated=w.stated) for w in student.sizes.layers)
+    layers = tuple(
+        replace(widths, neurons=widths.neurons * w.neuron_factor, neuron_factor=w.neuron_factor)
+        for w in student.sizes.layers
+    )
     kept = {key: value for key, value in config.items() if key not in ("pruned", "auto_map")}
     edited = kept | stated_widths(student, widths)
     return edited | class_fields(edited, student), replace(student.sizes, layers=layers)

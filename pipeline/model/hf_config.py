@@ -10,7 +10,7 @@ from pipeline.model.blueprint import Blueprint
 from pipeline.model.families import FAMILIES, Family
 from pipeline.model.layer_types import PER_LAYER_LISTS
 from pipeline.model.mixture import narrowing_of
-from pipeline.model.sizes import LayerSizes, fields_by_layer, inheriting_layers
+from pipeline.model.sizes import LayerSizes, fields_by_layer, reusing_layers
 from pipeline.model.token_ids import Renumbering
 
 
@@ -27,9 +27,9 @@ def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
             edited[field] = [config[field][host] for host in hosts]
     for field, kinds in source.family.layer_groups.items():
         edited[field] = [[[config[kinds][host] for host in hosts], 1]]
-    if source.family.inheriting:
-        inheriting = inheriting_layers(config, source.family, len(source.sizes.layers))
-        edited[source.family.inheriting] = sum(host in inheriting for host in hosts)
+    if source.family.reusing:
+        reusing = reusing_layers(config, source.family, len(source.sizes.layers))
+        edited[source.family.reusing] = sum(host in reusing for host in hosts)
     for field in source.family.repeated:
         edited[field] = [config[field][host % len(config[field])] for host in hosts]
     for field in source.family.depth_scaled:
@@ -50,7 +50,7 @@ def student_config(config: Mapping[str, Any], source: Anatomy, blueprint: Bluepr
 
 def _fields_by_layer(config: Mapping[str, Any], family: Family, hosts: list[int]) -> dict[str, Any]:
     """Return the fields that single layers of a student have of their own, and those that state them for all of these,
-    as older programs read them."""
+    for readers of older files."""
     if not family.layer_fields:
         return {}
     own = fields_by_layer(config, family)
@@ -225,8 +225,8 @@ def own_shapes(config: Mapping[str, Any], student: Anatomy) -> dict[str, list[in
     heads = family.width(config, "heads")
     neurons = family.width(config, "neurons") or (family.neurons_per_channel or 0) * student.sizes.hidden
     widths = LayerSizes(heads, family.groups or family.width(config, "groups") or heads, neurons)
-    stated = [own.stated for own in student.sizes.layers]
-    layers = tuple(replace(widths, neurons=widths.neurons * times, stated=times) for times in stated)
+    factors = [own.neuron_factor for own in student.sizes.layers]
+    layers = tuple(replace(widths, neurons=widths.neurons * each, neuron_factor=each) for each in factors)
     sizes = replace(student.sizes, layers=layers)
     stock = student.narrowed(sizes, student.layer_types).shapes()
     return {name: list(shape) for name, shape in student.shapes().items() if stock[name] != shape}

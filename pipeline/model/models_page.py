@@ -1,5 +1,6 @@
 """docs/models.md: the model types with a table and the axes that students of each can have fewer of."""
 
+import json
 from collections.abc import Iterable
 
 from pipeline.model.families import AXES, FAMILIES, REFUSED, WRAPPERS, Family, Wrapper
@@ -61,9 +62,9 @@ def models_page(types: Iterable[str]) -> str:
         lines += [f"- `{family.model_type}` keeps its {', '.join(axes)}: {why}.\n" for why, axes in reasons.items()]
         if family.keeps_last:
             lines.append(f"- `{family.model_type}` keeps its last layer: {family.keeps_last}.\n")
-        if family.inherited:
-            parts = ", ".join(prefix.rstrip(".") for prefix in family.inherited)
-            lines.append(f"- `{family.model_type}` keeps layers that later ones without {parts} depend on.\n")
+        if family.reused:
+            parts = ", ".join(prefix.rstrip(".") for prefix in family.reused)
+            lines.append(f"- `{family.model_type}` keeps layers whose results ({parts}) later layers reuse.\n")
     lines.append(WRAPPED)
     lines += [f"| `{each.model_type}` | `{each.architecture}` | {_texts(each)} |\n" for each in WRAPPERS.values()]
     lines.append("\n## Types without a table\n\n")
@@ -85,8 +86,8 @@ def _rows(family: Family) -> dict[tuple[str, ...], str]:
     fields = sorted({name for table in (family, *family.variants) for name in table.requires})
     rows = {tuple(_cells(family)): f"`{family.model_type}`" + (f" ({', '.join(fields)})" if family.variants else "")}
     for table in sorted(family.variants, key=lambda table: len(table.requires)):
-        values = (f"{field} {values[0]}" for field, values in table.requires.items())
-        rows.setdefault(tuple(_cells(table)), f"`{family.model_type}`, {', '.join(values)}")
+        values = (f"`{field}: {json.dumps(values[0])}`" for field, values in table.requires.items())
+        rows.setdefault(tuple(_cells(table)), f"`{family.model_type}` with {', '.join(values)}")
     return rows
 
 

@@ -106,12 +106,14 @@ class Depth(Stored):
     tried: tuple[Trial, ...]
 
 
-def check_depth(count: int, total: int, staying: Collection[int]) -> None:
+def check_depth(count: int, total: int, protected: Collection[int]) -> None:
     """Raise ValueError where a student of `count` of `total` layers cannot have those that must stay."""
-    least = max(1, len(staying))
+    least = max(1, len(protected))
     if not least <= count <= total:
-        which = ", ".join(map(str, sorted(staying)))
-        must = f", since layers {which} must stay (plan.keep_first, or others depend on them)" if staying else ""
+        which = ", ".join(map(str, sorted(protected)))
+        must = (
+            f"; layers that must stay (plan.keep_first, or later layers reuse their results): {which}" if which else ""
+        )
         raise ValueError(f"shape.layers is {count}; it must lie between {least} and {total}{must}")
 
 

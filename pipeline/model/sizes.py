@@ -20,7 +20,7 @@ class LayerSizes:
     heads: int
     groups: int
     neurons: int
-    stated: int = 1  # its neurons are this many times those that the config states
+    neuron_factor: int = 1  # its neurons are this many times those that the config states
 
     @property
     def each(self) -> int:
@@ -31,8 +31,8 @@ class LayerSizes:
         """Return these widths, bounded by those of a layer: KV groups, query heads per group, neurons."""
         groups = min(self.groups, own.groups)
         each = min(self.each, own.each)
-        neurons = min(self.neurons * own.stated // self.stated, own.neurons)
-        return LayerSizes(groups * each, groups, neurons, own.stated)
+        neurons = min(self.neurons * own.neuron_factor // self.neuron_factor, own.neurons)
+        return LayerSizes(groups * each, groups, neurons, own.neuron_factor)
 
     @property
     def entry(self) -> dict[str, int]:
@@ -42,7 +42,7 @@ class LayerSizes:
     @property
     def for_config(self) -> "LayerSizes":
         """Return the widths as a config states them."""
-        return replace(self, neurons=-(-self.neurons // self.stated), stated=1)
+        return replace(self, neurons=-(-self.neurons // self.neuron_factor), neuron_factor=1)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Sizes:
     def uniform(self) -> bool:
         """Whether all layers are as wide as the class makes them by one set of config fields."""
         stated = {widths.for_config for widths in self.layers}
-        return len(stated) <= 1 and not any(widths.neurons % widths.stated for widths in self.layers)
+        return len(stated) <= 1 and not any(widths.neurons % widths.neuron_factor for widths in self.layers)
 
     def of_layers(self, hosts: Sequence[int], widths: Iterable[LayerSizes]) -> "Sizes":
         """Return the sizes of a model of some of these layers, with these widths."""
@@ -105,12 +105,10 @@ def sizes_of(config: Mapping[str, Any], family: Family) -> Sizes:
     neurons = family.width(config, "neurons") or (family.neurons_per_channel or 0) * hidden
     per_layer = config.get("pruned", {}).get("layers")
     count = len(per_layer) if per_layer else family.width(config, "layers")
-    doubled = inheriting_layers(config, family, count) if config.get(str(family.doubled)) else range(0)
-    stated = [2 if layer in doubled else 1 for layer in range(count)]
-    layers = tuple(
-        LayerSizes(**per_layer[i], stated=times) if per_layer else LayerSizes(heads, groups, neurons * times, times)
-        for i, times in enumerate(stated)
-    )
+    double = reusing_layers(config, family, count) if config.get(str(family.double_wide)) else range(0)
+    factors = [2 if layer in double else 1 for layer in range(count)]
+    given = per_layer or [{"heads": heads, "groups": groups, "neurons": neurons * factor} for factor in factors]
+    layers = tuple(LayerSizes(**entry, neuron_factor=factor) for entry, factor in zip(given, factors, strict=True))
     carried, by_layer = own_lengths(_lengths(config, family, count))
     if family.experts:
         carried["e"] = experts_of(config, family)
@@ -123,7 +121,7 @@ def _lengths(config: Mapping[str, Any], family: Family, count: int) -> dict[str,
     own = fields_by_layer(config, family)
     kinds = config.get("layer_types") or [""] * count
     layers = [
-        ({**config, **own.get(layer, {})}, {**family.lengths, **family.kind_lengths.get(kind, {})})
+        ({**config, **own.get(layer, {})}, {**family.lengths, **family.lengths_by_type.get(kind, {})})
         for layer, kind in enumerate(kinds[:count])
     ]
     return {
@@ -144,9 +142,9 @@ def own_lengths(lengths: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, int],
     return carried, {axis: of_layers for axis, of_layers in lengths.items() if axis not in carried}
 
 
-def inheriting_layers(config: Mapping[str, Any], family: Family, count: int) -> range:
-    """Return which of `count` layers, the last ones, read what earlier ones computed."""
-    return range(count - (config.get(family.inheriting) or 0), count) if family.inheriting else range(0)
+def reusing_layers(config: Mapping[str, Any], family: Family, count: int) -> range:
+    """Return which of `count` layers, the last ones, reuse what earlier ones compute."""
+    return range(count - (config.get(family.reusing) or 0), count) if family.reusing else range(0)
 
 
 def _product(config: Mapping[str, Any], fields: str) -> int:

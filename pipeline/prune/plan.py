@@ -87,7 +87,7 @@ def plan_by(
     The layers `hosts` stay, or those that `kept_layers` chooses. Of the kinds `drawn` (of `DRAWN`) random ones stay,
     drawn from `seed`. `mixture` holds how many experts and neurons of experts stay, as the arguments of `plan`.
     """
-    hosts = hosts or kept_layers(scores.layers, layers, depth, anatomy.staying(keep_first))
+    hosts = hosts or kept_layers(scores.layers, layers, depth, anatomy.protected_layers(keep_first))
     scores = shuffled(scores, drawn, seed)
     own = [widths[host] for host in hosts]
     return plan(anatomy, scores, hosts, own, hidden, clap=clap, clap_normalise=clap_normalise, **mixture)
@@ -119,49 +119,49 @@ def layers_that_stay(
     if "depth" in inputs:
         return list(Depth.load(inputs["depth"]).kept)
     count = Shape.load(inputs["shape"]).layers
-    return kept_layers(influence, count, policy["depth"], anatomy.staying(policy["keep_first"]))
+    return kept_layers(influence, count, policy["depth"], anatomy.protected_layers(policy["keep_first"]))
 
 
-def kept_layers(influence: Tensor, count: int, policy: str, staying: Collection[int]) -> list[int]:
+def kept_layers(influence: Tensor, count: int, policy: str, protected: Collection[int]) -> list[int]:
     """Return the `count` layers that stay, by block influence [layer] (eq. 4) and a policy of `DEPTH_POLICIES`.
 
-    The layers `staying` always stay. Raise ValueError if `count` is out of range, the policy is unknown, or no run of
-    consecutive layers can be removed.
+    The layers `protected` always stay. Raise ValueError if `count` is out of range, the policy is unknown, or too
+    few consecutive layers can be removed.
     """
     if policy not in DEPTH_POLICIES:
         raise ValueError(f"plan.depth: unknown policy {policy!r}; choose from {', '.join(DEPTH_POLICIES)}")
     total = len(influence)
-    check_depth(count, total, staying)
-    removed = DEPTH_POLICIES[policy](influence.tolist(), total - count, staying)
+    check_depth(count, total, protected)
+    removed = DEPTH_POLICIES[policy](influence.tolist(), total - count, protected)
     return [layer for layer in range(total) if layer not in removed]
 
 
-def least_influential(influence: Sequence[float], drop: int, staying: Collection[int]) -> set[int]:
+def least_influential(influence: Sequence[float], drop: int, protected: Collection[int]) -> set[int]:
     """Return the `drop` layers of least influence, of equal ones the deeper first."""
-    order = sorted(_others(influence, staying), key=lambda layer: (influence[layer], -layer))
+    order = sorted(_others(influence, protected), key=lambda layer: (influence[layer], -layer))
     return set(order[:drop])
 
 
-def contiguous(influence: Sequence[float], drop: int, staying: Collection[int]) -> set[int]:
+def contiguous(influence: Sequence[float], drop: int, protected: Collection[int]) -> set[int]:
     """Return `drop` consecutive layers of least summed influence. ValueError where no such run may be removed."""
     runs = (range(start, start + drop) for start in range(len(influence) - drop + 1))
-    free = [run for run in runs if not set(run) & set(staying)]
+    free = [run for run in runs if not set(run) & set(protected)]
     if not free:
         raise ValueError(
-            f"plan.depth: no {drop} consecutive layers can be removed, since the layers {sorted(staying)} must stay; "
-            "set plan.depth=influence"
+            f"plan.depth=contiguous: no {drop} consecutive layers can be removed, since the layers {sorted(protected)} "
+            "must stay; set plan.depth=influence"
         )
     return set(min(free, key=lambda run: sum(influence[layer] for layer in run)))
 
 
-def deepest(influence: Sequence[float], drop: int, staying: Collection[int]) -> set[int]:
+def deepest(influence: Sequence[float], drop: int, protected: Collection[int]) -> set[int]:
     """Return the last `drop` layers."""
-    others = _others(influence, staying)
+    others = _others(influence, protected)
     return set(others[len(others) - drop :])
 
 
-def _others(influence: Sequence[float], staying: Collection[int]) -> list[int]:
-    return [layer for layer in range(len(influence)) if layer not in staying]
+def _others(influence: Sequence[float], protected: Collection[int]) -> list[int]:
+    return [layer for layer in range(len(influence)) if layer not in protected]
 
 
 DEPTH_POLICIES: dict[str, DepthPolicy] = {

@@ -63,7 +63,7 @@ class Checkpoint(Mapping[str, Tensor]):
             whole.allow_global_per_layer_attribute_access = True  # of fields that single layers have of their own
         lengths = {name for terms in family.lengths.values() for term in terms for name in term.split("*")}
         own = (*family.experts, family.top_k, family.leading_dense, *family.layer_indices, *family.depth_scaled)
-        own = (*own, *family.repeated, *filter(None, (family.inheriting, family.doubled)))
+        own = (*own, *family.repeated, *filter(None, (family.reusing, family.double_wide)))
         fields = (*(family.field(width) for width in FROM_CLASS), *sorted(lengths), *own)
         lists = [name for name in PER_LAYER_LISTS if name in vars(whole)]  # some classes compute them
         self.config |= {

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.model.families import family_for
-from pipeline.model.sizes import inheriting_layers
+from pipeline.model.sizes import reusing_layers
 
 BUFFERS = r"rotary_emb\.inv_freq$"  # stored by old versions, computed by the class
 PREDICTION = re.compile(r"(^|[._])mtp([._]|$)")  # multi-token prediction, by name
@@ -18,7 +18,7 @@ def canonical_names(stored: Iterable[str], config: Mapping[str, Any], folder: Pa
     """Return the stored name by the table's name of each tensor, and the names of those that are left out.
 
     Left out are buffers that the class computes, layers of multi-token prediction, which transformers' classes do not
-    have, and the keys and values of layers that read those of earlier ones. A base model saved alone lacks the prefix
+    have, and the keys and values of layers that reuse those of earlier ones. A base model saved alone lacks the prefix
     of its module (`model.`), which is added. Raise ValueError where two stored names are those of one tensor.
     """
     family = family_for(config)
@@ -40,8 +40,8 @@ def canonical_names(stored: Iterable[str], config: Mapping[str, Any], folder: Pa
     base = family.prefix.partition(".")[0] + "."
     bare = not any(name.startswith(base) for name in kept)
     names = {base + name if bare and not name.startswith(f"{family.head}.") else name: own[name] for name in kept}
-    inheriting = [family.prefix.format(layer=layer) for layer in inheriting_layers(config, family, count)]
-    unused = tuple(prefix + part for prefix in inheriting for part in family.inherited)
+    reusing = [family.prefix.format(layer=layer) for layer in reusing_layers(config, family, count)]
+    unused = tuple(prefix + part for prefix in reusing for part in family.reused)
     left_out += [names.pop(name) for name in list(names) if name.startswith(unused)]
     return names, left_out
 

@@ -231,7 +231,8 @@ def kept_shares(anatomy: Anatomy, student: Student) -> tuple[float, float]:
     Of layers that differ the largest are counted, whichever will stay.
     """
     shape, sizes = student.shape, anatomy.sizes
-    widths = [LayerSizes(shape.heads, shape.groups, shape.neurons).within(own) for own in sizes.layers]
+    widest = LayerSizes(shape.heads, shape.groups, shape.neurons)
+    widths = [widest.within(own) for own in shape.own or sizes.layers]
     deep = anatomy.narrowed(replace(sizes, hidden=shape.hidden, layers=tuple(widths)), anatomy.layer_types)
     ranked = sorted(range(len(widths)), key=deep.layer_parameters, reverse=True)
     hosts = sorted(ranked[: shape.layers])

@@ -42,7 +42,7 @@ class Target:
         ):
             return False
         left = self._widths((*removed, part))
-        if not self.anatomy.needed.keys() <= {host for host, _ in left}:
+        if not self.anatomy.required_layers.keys() <= {host for host, _ in left}:
             return False
         kinds = [self.anatomy.layer_types[host].partition(",")[0] for host, _ in left]
         attention = any(widths.groups for (_, widths), kind in zip(left, kinds, strict=True) if kind == kinds[0])

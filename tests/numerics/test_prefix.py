@@ -22,7 +22,7 @@ def test_a_pass_that_begins_behind_some_layers_gives_the_numbers_of_a_whole_one(
     model = tiny_model(kind)
     of = anatomy(model)
     total = len(of.sizes.layers)
-    gone = {layer % total for layer in left_out} - of.needed.keys()
+    gone = {layer % total for layer in left_out} - of.required_layers.keys()
     kept = [layer for layer in range(total) if layer not in gone]
     batches = [tokens(), tokens(seed=1)]
     with only_layers(model, total, kept):

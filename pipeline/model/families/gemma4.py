@@ -1,4 +1,4 @@
-"""Gemma 4: head sizes by kind of layer, last layers that reuse keys, embeddings of each layer, experts beside the FFN.
+"""Gemma 4: head sizes by layer type, last layers that reuse keys, embeddings of each layer, experts beside the FFN.
 
 Axes of its own: `q` query heads times head size, `j` KV heads times head size, `i` head size, each by layer; `p` the
 width of a layer's own embedding.
@@ -9,7 +9,7 @@ from dataclasses import replace
 from pipeline.model.families.experts import EXPERT_WIDTH
 from pipeline.model.families.table import ATTENTION_BIASES, GATE_UP, GATED, QKV, Family
 
-OWN_HEADS = "its head size and its KV heads differ by kind of layer"
+OWN_HEADS = "its head size and its KV heads differ by layer type"
 EMBEDDED = {
     "per_layer_input_gate.weight": "p h",
     "per_layer_projection.weight": "h p",
@@ -62,9 +62,9 @@ TABLE = Family(
     layer_fields="per_layer_config",
     shared_fields=GLOBAL,
     superseded=tuple(GLOBAL.values()),
-    inherited=KEYS,
-    inheriting="num_kv_shared_layers",
-    doubled="use_double_wide_mlp",
+    reused=KEYS,
+    reusing="num_kv_shared_layers",
+    double_wide="use_double_wide_mlp",
     residual_weights=True,
     keeps_last="the class makes its last layer one of full attention",
     rotary="class",
@@ -82,7 +82,7 @@ def with_embeddings(table: Family) -> Family:
         outer=OUTER,
         lengths=dict(table.lengths) | {"p": ("hidden_size_per_layer_input",)},
         follows={"vocab_size_per_layer_input": "vocabulary"},
-        divided=(*table.divided, "model.per_layer_model_projection.weight"),
+        divided_by_root_hidden=(*table.divided_by_root_hidden, "model.per_layer_model_projection.weight"),
     )
 
 
@@ -95,7 +95,7 @@ def with_experts(table: Family) -> Family:
         post_norms={norm: writer for norm, writer in table.post_norms.items() if norm not in JOINT_NORMS}
         | {"post_feedforward_layernorm_1": "mlp.down_proj"},
         lengths=dict(table.lengths) | EXPERT_WIDTH,
-        divided=(*table.divided, "router.scale"),
+        divided_by_root_hidden=(*table.divided_by_root_hidden, "router.scale"),
         experts=("num_experts",),
         expert_module="experts",
         top_k="top_k_experts",

@@ -1,7 +1,7 @@
 """Kimi Linear: layers of low-rank attention among layers of gated delta attention, and experts from the second on.
 
 Both kinds of layers have `q_proj` and `o_proj`, of other widths: the axes `a`, queries, and `b`, what is written,
-differ by kind of layer. `z` are all channels of delta attention, `g` those of a head, `m` its heads.
+differ by layer type. `z` are all channels of delta attention, `g` those of a head, `m` its heads.
 """
 
 from pipeline.model.families.experts import (
@@ -71,7 +71,7 @@ KIMI_LINEAR = (
             "x": ("moe_intermediate_size",),
             "y": ("moe_intermediate_size*num_shared_experts",),
         },
-        kind_lengths={"linear_attention": {"a": (CHANNELS,), "b": (CHANNELS,)}},
+        lengths_by_type={"linear_attention": {"a": (CHANNELS,), "b": (CHANNELS,)}},
         requires={"attention_bias": (False, None)},
         superseded=("linear_attn_config", "first_k_dense_replace"),
         experts=("num_experts", "num_local_experts"),

@@ -74,8 +74,8 @@ class Family:
     lengths: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # own axes: config fields whose sum is the length
-    # By kind of `layer_types`: the lengths of own axes that differ there
-    kind_lengths: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    # By entry of `layer_types`: the lengths of own axes that differ there
+    lengths_by_type: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     layer_fields: str | None = None  # config field: by layer number, the fields of which that layer has its own values
     shared_fields: Mapping[str, str] = field(
         default_factory=dict
@@ -93,10 +93,10 @@ class Family:
     parallel: bool = False  # attention and FFN both read the stream that the layer is given
     residual_weights: bool = False  # its layers multiply the residual stream by learned weights
     keeps_last: str | None = None  # why the last layer of a student is the last of its source
-    # Prefixes of tensors: a layer without them reads what the last layer of its kind before it computed with them
-    inherited: tuple[str, ...] = ()
-    inheriting: str | None = None  # config field: how many last layers have none of them, also where a file does
-    doubled: str | None = None  # config field: whether such last layers have twice the neurons that the config states
+    # Prefixes of tensors: a layer without them reuses what the last layer of its type before it computed with them
+    reused: tuple[str, ...] = ()
+    reusing: str | None = None  # config field: how many last layers have none of them, also where a file does
+    double_wide: str | None = None  # config field: whether these layers have twice the neurons that the config states
     passes_on: str | None = None  # argument of a layer that is the second output of the layer before
     layer_indices: tuple[str, ...] = ()  # config fields that list numbers of layers
     superseded: tuple[str, ...] = ()  # config fields of older files, which a later field of the class replaces
@@ -122,7 +122,7 @@ class Family:
     # which no operator computes)
     rotary: str = "half"
     embedding_times_root_hidden: bool = False  # the model multiplies embeddings by sqrt(hidden size)
-    divided: tuple[str, ...] = ()  # tensors that the class divides by sqrt(hidden size)
+    divided_by_root_hidden: tuple[str, ...] = ()  # tensors that the class divides by sqrt(hidden size)
     folded: str | None = None  # model_type without post-norms, once they are absorbed
     even_heads: bool = False  # its config class refuses hidden sizes that are no multiple of the query heads
     uneven: str | None = None  # model_type of the same network, without biases, that accepts them

@@ -50,7 +50,7 @@ class Step:
         self.hidden.copy_(self.through(layer, index, place))
 
     def twin(self) -> "Step":
-        """Return the same batch with a stream, and what its layers pass on, of its own; all else is shared."""
+        """Return the same batch with a stream and shared keys of its own; the other arguments are the same objects."""
         other, own = copy(self), dict[int, UserDict]()
         other.hidden = self.hidden.clone()
         for _, named in self.arguments:
@@ -196,7 +196,7 @@ def _moved(value: Any, place: torch.device) -> Any:
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return the same structure of dictionaries, tuples and lists with every tensor changed.
 
-    A `UserDict` stays the object that it is: layers pass on their keys and values in it.
+    A `UserDict`, in which layers share their keys and values, is returned itself.
     """
     if isinstance(value, Tensor):
         return change(value)

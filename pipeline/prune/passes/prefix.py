@@ -16,13 +16,13 @@ class PrefixCache:
     """The residual streams of batches of ids [batch, sequence] after the first layers of a causal model.
 
     A pass that continues from there gives exactly the results of a whole one. Memory: on the host one row [h] a token,
-    none before the first layer. Streams do not stop where a later layer reads more of the passed ones than the stream.
+    none before the first layer. No stream ends between a layer and a later one that reuses its results.
     """
 
     def __init__(self, model: CausalModel, anatomy: Anatomy, batches: Sequence[Tensor]):
         self.model, self.batches = model, batches
         self.total = len(anatomy.sizes.layers)
-        self.sources = anatomy.sources
+        self.reused_from = anatomy.reused_from
         self.done: list[int] = []
         self.tried: Sequence[int] = ()
         self.streams: list[Tensor | None] = [None] * len(batches)  # none: as the embedding gives it
@@ -34,7 +34,7 @@ class PrefixCache:
         run: list[int] = []
         for layer in layers[len(self.done) :]:
             run.append(layer)
-            if any(source <= layer < reader for reader, source in self.sources.items()):
+            if any(source <= layer < reader for reader, source in self.reused_from.items()):
                 continue
             for number in range(len(self.batches)):
                 self.streams[number] = self._behind(run, number)

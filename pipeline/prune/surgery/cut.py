@@ -29,14 +29,15 @@ def cut(
 
     `source` may be lazy: a tensor is read when it is needed and not kept. Raises ValueError if the blueprint does not
     fit. Where the model multiplies embeddings by sqrt(h), the narrowed embedding is scaled by sqrt(h / h') and, if it
-    is the output matrix too, the final norm by sqrt(h' / h), so that narrowing changes no magnitude.
+    is the output matrix too, the final norm by sqrt(h' / h), so that narrowing changes no magnitude; tensors that the
+    class divides by sqrt(h) are scaled by sqrt(h' / h).
     """
     student = blueprint.student(anatomy)
     kept = {"h": torch.tensor(blueprint.channels)}
     outer = kept | ({"v": torch.tensor(blueprint.vocabulary)} if blueprint.vocabulary else {})
     hosts = [plan.host for plan in blueprint.layers]
     width = len(blueprint.channels)
-    divided = math.sqrt(width / anatomy.sizes.hidden)
+    narrowing = math.sqrt(width / anatomy.sizes.hidden)
     scale = math.sqrt(anatomy.sizes.hidden / width) if anatomy.family.embedding_times_root_hidden else 1.0
     for name, (segment,) in anatomy.outer_tensors.items():
         tensor = _selected(source[name], segment, outer | _of_layers(segment, anatomy.sizes, hosts))
@@ -46,8 +47,8 @@ def cut(
             tensor = _scaled(tensor, 1.0 / scale, anatomy.family.norm_offset)
         elif name == f"{anatomy.family.final_norm}.bias" and anatomy.tied:
             tensor = _scaled(tensor, 1.0 / scale, 0.0)
-        elif name in anatomy.family.divided:
-            tensor = _scaled(tensor, divided, 0.0)
+        elif name in anatomy.family.divided_by_root_hidden:
+            tensor = _scaled(tensor, narrowing, 0.0)
         yield name, tensor
     for place, plan in enumerate(blueprint.layers):
         for name, segments in student.layer_tensors.items():
@@ -59,8 +60,8 @@ def cut(
                 for i, segment in enumerate(segments)
             ]
             tensor = parts[0] if len(parts) == 1 else torch.cat(parts, joint(segments))
-            if name.removeprefix(anatomy.family.prefix) in anatomy.family.divided:
-                tensor = _scaled(tensor, divided, 0.0)
+            if name.removeprefix(anatomy.family.prefix) in anatomy.family.divided_by_root_hidden:
+                tensor = _scaled(tensor, narrowing, 0.0)
             yield name.format(layer=place), tensor
 
 

@@ -65,8 +65,8 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
     anatomy = checkpoint(config, inputs["subject"]).anatomy
     total = len(anatomy.sizes.layers)
     count = Shape.load(inputs["shape"]).layers
-    staying = anatomy.staying(config.plan.keep_first)
-    check_depth(count, total, staying)
+    protected = anatomy.protected_layers(config.plan.keep_first)
+    check_depth(count, total, protected)
     weights = anatomy.parameters()[0] * device.compute_dtype.itemsize
     need_memory(device, {"weights": weights}, "plan.depth=gates", "set plan.depth=influence, loss or evolved")
     model = load(inputs["subject"], machine).to(device.torch).requires_grad_(False)
@@ -83,7 +83,7 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
         )
         with only_layers(model, total, kept):
             gates, learnt = learn(model, head, _ones(total, model), kept, batches, learning, ranks.sum_)
-        order = ascending(gates, [layer for layer in kept if layer not in staying])
+        order = ascending(gates, [layer for layer in kept if layer not in protected])
         losses = _losses(order, options.guard, lambda layer: loss([each for each in kept if each != layer]))
         picked = pick(losses, options.guard)
         passed_over = list(losses)[: list(losses).index(picked)]

@@ -64,13 +64,13 @@ def run(config: Config, inputs: Inputs, out: Path, machine: Machine) -> None:
 
 def _measured(config: Config, inputs: Inputs, out: Path, anatomy: Anatomy, count: int, machine) -> Depth:
     device, ranks = machine.device, machine.ranks
-    total, staying = len(anatomy.sizes.layers), anatomy.staying(config.plan.keep_first)
+    total, protected = len(anatomy.sizes.layers), anatomy.protected_layers(config.plan.keep_first)
     model = load(inputs["subject"], machine)
     options = config.plan
     batches = list(calibration(config, inputs, options.depth_tokens, ranks))
     ledger = Ledger(out / LEDGER, Trial, ranks)
     losses = {trial.kept: trial.loss for trial in ledger.entries}
-    trials = max(0, _trials(config, len(staying), total, count) - len(losses))
+    trials = max(0, _trials(config, len(protected), total, count) - len(losses))
     bar = machine.progress(range(trials), trials, "depth")
     prefix = PrefixCache(model, anatomy, batches)
 
@@ -90,31 +90,31 @@ def _measured(config: Config, inputs: Inputs, out: Path, anatomy: Anatomy, count
     with placed(model, device, config.device.layer_streaming):
         if needs_also(config):
             influence = Scores.load(inputs["scores"]).layers
-            kept = tuple(kept_layers(influence, count, "influence", staying))
+            kept = tuple(kept_layers(influence, count, "influence", protected))
             found = Depth(kept, loss(kept), ())
         else:
-            found = greedy_depth(total, count, loss, staying)
+            found = greedy_depth(total, count, loss, protected)
         if options.depth == "evolved":
-            found = _evolved(config, found, staying, total, loss, machine)
+            found = _evolved(config, found, protected, total, loss, machine)
     for _ in bar:  # sets that were measured before were not measured again
         pass
     ledger.discard()
     return found
 
 
-def _evolved(config: Config, start: Depth, staying: frozenset[int], total: int, loss: Loss, machine) -> Depth:
+def _evolved(config: Config, start: Depth, protected: frozenset[int], total: int, loss: Loss, machine) -> Depth:
     """Return the evolved choice, with all that was measured for either."""
     options = config.layer_loss
     found = evolved_depth(
-        total, len(start.kept), loss, staying, start.kept, options.generations, options.offspring, config.seed
+        total, len(start.kept), loss, protected, start.kept, options.generations, options.offspring, config.seed
     )
     machine.say(f"depth: loss {start.loss:.3f} of the start ({options.start}), {found.loss:.3f} evolved")
     return Depth(found.kept, found.loss, tuple(dict.fromkeys((*start.tried, *found.tried))))
 
 
-def _trials(config: Config, staying: int, total: int, count: int) -> int:
+def _trials(config: Config, protected: int, total: int, count: int) -> int:
     """Return how many sets of layers are measured at most."""
-    greedy = sum(left - staying for left in range(total, count, -1))
+    greedy = sum(left - protected for left in range(total, count, -1))
     if config.plan.depth == "loss":
         return greedy
     children = config.layer_loss.generations * config.layer_loss.offspring

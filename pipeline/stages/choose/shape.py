@@ -80,7 +80,7 @@ def check(config: Config) -> None:
             _check_free(anatomy, widths)
         student = student_of(config, anatomy).shape
         if "plan" in config.recipe.stages:
-            check_depth(student.layers, len(anatomy.sizes.layers), anatomy.staying(config.plan.keep_first))
+            check_depth(student.layers, len(anatomy.sizes.layers), anatomy.protected_layers(config.plan.keep_first))
             if widths == "adaptive":
                 _check_amplitude(config, anatomy)
 

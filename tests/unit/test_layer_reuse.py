@@ -1,4 +1,4 @@
-"""Layers that read what earlier ones computed, fields that single layers have of their own, embeddings of layers."""
+"""Layers that reuse what earlier ones compute, fields that single layers have of their own, embeddings of layers."""
 
 import json
 from dataclasses import replace
@@ -40,16 +40,18 @@ def rewritten(folder, changes, tensors=()):
 
 def test_the_layers_whose_keys_are_read_and_the_last_one_stay_under_every_policy():
     of = anatomy(tiny_model(KIND))
-    assert of.sources == {3: 1, 4: 2, 5: 1} and set(of.needed) == {1, 2, 5}
-    assert of.staying(1) == {0, 1, 2, 5}
+    assert of.reused_from == {3: 1, 4: 2, 5: 1} and set(of.required_layers) == {1, 2, 5}
+    assert of.protected_layers(1) == {0, 1, 2, 5}
     influence = torch.tensor([0.9, 0.1, 0.1, 0.8, 0.9, 0.0])
     for policy in DEPTH_POLICIES:
-        assert set(kept_layers(influence, 5, policy, of.staying(1))) == {0, 1, 2, 3, 4, 5} - {
+        assert set(kept_layers(influence, 5, policy, of.protected_layers(1))) == {0, 1, 2, 3, 4, 5} - {
             4 if policy == "last" else 3
         }
-    with pytest.raises(ValueError, match=r"shape\.layers is 3; it must lie between 4 and 6, since layers 0, 1, 2, 5"):
-        check_depth(3, 6, of.staying(1))
-    with pytest.raises(ValueError, match=r"plan\.depth: no 2 consecutive layers can be removed"):
+    with pytest.raises(
+        ValueError, match=r"shape\.layers is 3; it must lie between 4 and 6; layers that must stay .*: 0, 1, 2, 5"
+    ):
+        check_depth(3, 6, of.protected_layers(1))
+    with pytest.raises(ValueError, match=r"plan\.depth=contiguous: no 2 consecutive layers can be removed"):
         kept_layers(influence, 4, "contiguous", {0, 2, 4})
 
 
@@ -57,7 +59,7 @@ def test_layers_that_select_positions_for_later_ones_stay_and_those_that_do_not_
     model = tiny_model("glm_moe_dsa")
     model.set_experts_implementation("eager")
     of = anatomy(model)
-    assert of.sources == {1: 0, 2: 0} and set(of.needed) == {0}
+    assert of.reused_from == {1: 0, 2: 0} and set(of.required_layers) == {0}
     whole = everything(of.sizes)
     folder = export(model, replace(whole, layers=tuple(whole.layers[host] for host in (0, 2, 3))), tmp_path / "s")
     assert json.loads((folder / "config.json").read_text())["indexer_types"] == ["full", "shared", "full"]
@@ -65,16 +67,21 @@ def test_layers_that_select_positions_for_later_ones_stay_and_those_that_do_not_
     student.set_experts_implementation("eager")
     with only_layers(model, 4, (0, 2, 3)):  # what layer 0 selects passes by layer 1
         assert_close(logits(student), logits(model))
-    with pytest.raises(ValueError, match=r"lack layer 0 of .*: later layers have no self_attn\.indexer of their own"):
+    with pytest.raises(
+        ValueError, match=r"layer 0 of .* must stay.*: later layers have no self_attn\.indexer of their own"
+    ):
         replace(whole, layers=whole.layers[1:]).check(of)
 
 
 @pytest.mark.parametrize(
     "hosts, message",
     [
-        ((0, 2, 3, 4, 5), r"lack layer 1 of .*: later layers have no self_attn.k_proj and .* read what it computes"),
-        ((0, 1, 2, 3, 4), r"lack layer 5 of .*: the class makes its last layer one of full attention"),
-        ((1, 0, 2, 3, 4, 5), r"depend on earlier ones; sort them"),
+        (
+            (0, 2, 3, 4, 5),
+            r"layer 1 of .* must stay.*: later layers have no self_attn.k_proj and .* reuse what it computes",
+        ),
+        ((0, 1, 2, 3, 4), r"layer 5 of .* must stay.*: the class makes its last layer one of full attention"),
+        ((1, 0, 2, 3, 4, 5), r"reuse results of earlier ones; sort them"),
     ],
 )
 def test_plans_without_them_or_out_of_order_are_refused(hosts, message):
@@ -188,7 +195,7 @@ def test_a_budget_chooses_among_shapes_with_the_layers_that_must_stay(axes, tmp_
 )
 def test_a_cache_and_speeds_of_other_head_sizes_are_not_predicted(overrides, tmp_path):
     given = settings(make_world(tmp_path, KIND), run="unit", shape__layers=None, shape__neurons=None)
-    with pytest.raises(ValueError, match=r"head size|KV heads differ by kind of layer"):
+    with pytest.raises(ValueError, match=r"head size|KV heads differ by layer type"):
         runner.run(configured(*given, "stages=[shape]", *overrides), "a test")
 
 
