@@ -1,6 +1,8 @@
 """The whole pipeline on an image-text model: the student is of its class and has its vision tower."""
 
 import json
+import shutil
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText
@@ -11,13 +13,18 @@ from tests.tiny_wrappers import image_inputs, tiny_wrapper
 from tests.world import make_world, pipeline, settings
 
 
-def test_a_wrapper_is_pruned_recovered_on_text_and_exported_as_the_wrapper(tmp_path):
-    world = make_world(tmp_path)
-    for path in (world / "model").glob("*"):
-        path.unlink()
-    tiny_wrapper("qwen2_5_vl", dtype=torch.float32).save_pretrained(world / "model")
+def wrapper_world(folder: Path, kind: str) -> Path:
+    """Fill a folder as `make_world` does, with a tiny image-text model of a type."""
+    world = make_world(folder)
+    shutil.rmtree(world / "model")
+    tiny_wrapper(kind, dtype=torch.float32).save_pretrained(world / "model")
     tokenizer_folder(world / "model", (world / "calibration.txt").read_text())
     (world / "model" / "preprocessor_config.json").write_text("{}")
+    return world
+
+
+def test_a_wrapper_is_pruned_recovered_on_text_and_exported_as_the_wrapper(tmp_path):
+    world = wrapper_world(tmp_path, "qwen2_5_vl")
     rotated = {"rotate__kind": "principal", "plan__channels": "leading"}
     small = settings(world, run="w", shape__heads=2, shape__groups=1, shape__hidden=16, **rotated)
     said = pipeline(*small, cwd=world).stdout
@@ -37,12 +44,8 @@ def test_a_wrapper_is_pruned_recovered_on_text_and_exported_as_the_wrapper(tmp_p
         assert bool(torch.isfinite(student(**inputs | {"pixel_values": inputs["pixel_values"].float()}).logits).all())
 
 
-def test_gemma_4_is_cut_where_no_other_layer_reads_and_recovered_on_two_ranks(tmp_path):
-    world = make_world(tmp_path)
-    for path in (world / "model").glob("*"):
-        path.unlink()
-    tiny_wrapper("gemma4", dtype=torch.float32).save_pretrained(world / "model")
-    tokenizer_folder(world / "model", (world / "calibration.txt").read_text())
+def test_gemma_4_keeps_the_layers_whose_keys_others_reuse_and_is_recovered_on_two_ranks(tmp_path):
+    world = wrapper_world(tmp_path, "gemma4")
     small = settings(world, run="w", shape__layers=4, shape__hidden=24, distill__learning_rate=1e-2)
     chosen = ("plan.depth=loss", "reinit.absorb=false", "deepspeed=zero3")
     said = pipeline(*small, *chosen, cwd=world, ranks=2).stdout
