@@ -77,9 +77,8 @@ class Family:
     # By entry of `layer_types`: the lengths of own axes that differ there
     lengths_by_type: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     layer_fields: str | None = None  # config field: by layer number, the fields of which that layer has its own values
-    shared_fields: Mapping[str, str] = field(
-        default_factory=dict
-    )  # of these: the field for the value of all such layers
+    # By such a field: the config field that states its value where all of these layers have the same
+    shared_fields: Mapping[str, str] = field(default_factory=dict)
     follows: Mapping[str, str] = field(default_factory=dict)  # config fields that repeat a width of FIELDS
     requires: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # config values this table holds for
     variants: tuple["Family", ...] = ()  # tables of the same type for other config values
